@@ -1,0 +1,55 @@
+"""evaluate: translate a file and score it against a reference."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from flax_transformer.data.parallel_text import read_parallel_text
+from flax_transformer.inference.evaluate import evaluate
+from flax_transformer.inference.translator import Translator
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Translates a source file and prints BLEU and chrF against a reference file, with their signatures.
+
+    Attributes:
+        run: run folder of the model.
+        source: text to translate, plain or .gz, one sentence a line.
+        reference: its translation, line by line.
+        beam_size: hypotheses kept at each step; the run's own setting when left out.
+        length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
+        output: where to write the translations; nowhere when left out.
+    """
+
+    run: Path
+    source: Path
+    reference: Path
+    beam_size: int | None = None
+    length_penalty: str | None = None
+    output: Path | None = None
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Returns the exit code: 0, or 4 when lines were shortened.
+
+    Raises:
+        InputError: a bad run folder, setting or file.
+    """
+    options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
+    text = read_parallel_text(options.source, options.reference)
+    translator = Translator.load(options.run)
+    translations = translator.translate(
+        text.source, beam_size=options.beam_size, length_penalty=options.length_penalty
+    )
+    hypotheses = [t.text for t in translations]
+    if options.output is not None:
+        options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
+    print(evaluate(hypotheses, text.target).text)
+    shortened = [number for number, t in enumerate(translations, start=1) if t.truncated]
+    for number in shortened:
+        limit = translator.max_source_length - 1
+        print(f"warning: line {number} is longer than the model's {limit} tokens; it was cut.", file=sys.stderr)
+    return 4 if shortened else 0

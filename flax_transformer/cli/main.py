@@ -1,0 +1,47 @@
+"""The command `flax-transformer VERB ...`: dispatches verbs, prints a user's mistakes in one paragraph, sets exit codes.
+
+Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 stopped by a signal with the state saved, 4 done but some lines were
+shortened.
+"""
+
+import sys
+from collections.abc import Callable
+
+from flax_transformer.cli import evaluate, train, translate
+from flax_transformer.errors import InputError, did_you_mean
+
+VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
+    "train": (train.main, "train as a configuration says, then evaluate"),
+    "translate": (translate.main, "translate standard input to standard output, line by line"),
+    "evaluate": (evaluate.main, "translate a file and score it against a reference"),
+}
+
+USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())
+
+
+def run_verb(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
+    """Returns the exit code of a verb; a user's mistake is printed without a traceback."""
+    try:
+        return verb(arguments, program)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1
+
+
+def main() -> int:
+    """Runs the verb that the command line names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE + "\n\nflax-transformer VERB --help tells the options of a verb.")
+        return 0 if arguments else 2
+    if arguments[0] not in VERBS:
+        print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    return run_verb(VERBS[arguments[0]][0], arguments[1:], f"flax-transformer {arguments[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

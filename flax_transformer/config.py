@@ -1,0 +1,262 @@
+"""The configuration of a run: nested frozen dataclasses, read strictly from YAML, overridden on the command line.
+
+Each section is defined beside what it configures; this file composes them, and defines the two that belong to a run as
+a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
+"""
+
+import dataclasses
+import math
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from flax_transformer.data.batching import BatchingConfig
+from flax_transformer.data.corpus import DataConfig
+from flax_transformer.data.synthetic import NumberWordsConfig
+from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.errors import ConfigError, did_you_mean
+from flax_transformer.models.build import ModelConfig
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.parallel.mesh import MeshConfig
+from flax_transformer.training.optimizer import OptimizerConfig
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, and what to do on the way.
+
+    Attributes:
+        steps: updates in all.
+        seed: of the parameters, the order of the data and dropout.
+        label_smoothing: share of the target distribution that is uniform over the vocabulary, in [0, 1).
+        log_every_steps: distance of progress lines.
+        evaluate_every_steps: distance of evaluations (loss and beam search) on validation text.
+        evaluate_sentences: validation sentences translated at each, at most.
+        checkpoint_every_steps: distance of checkpoints; the last step always has one.
+        keep_checkpoints: the newest so many are kept.
+    """
+
+    steps: int = 2_000
+    seed: int = 0
+    label_smoothing: float = 0.1
+    log_every_steps: int = 50
+    evaluate_every_steps: int = 500
+    evaluate_sentences: int = 512
+    checkpoint_every_steps: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "log_every_steps", "evaluate_every_steps", "evaluate_sentences",
+                     "checkpoint_every_steps", "keep_checkpoints"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How to translate.
+
+    Attributes:
+        beam_size: hypotheses kept at each step; 1 is greedy search.
+        length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
+        max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
+            included, whatever stands beside it in the batch.
+        batch_rows: sentences decoded together; a part-full batch is filled up with padding.
+    """
+
+    beam_size: int = 5
+    length_penalty: str = "gnmt:0.6"
+    max_length_factor: float = 2.0
+    max_length_offset: int = 10
+    batch_rows: int = 32
+
+    def __post_init__(self):
+        LengthPenalty.parse(self.length_penalty)
+        for name in ("beam_size", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"decoding.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_length_factor < 0 or self.max_length_offset < 0 or self.max_length_factor + self.max_length_offset < 1:
+            raise ConfigError(
+                "decoding.max_length_factor and max_length_offset must not be negative and must leave room for one "
+                f"token, got {self.max_length_factor} and {self.max_length_offset}."
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete recipe.
+
+    Attributes:
+        run: the run folder; all that the run writes lies in it.
+        data: which corpus.
+        tokenizer: how its text becomes ids.
+        model: which model.
+        batching: how pairs become batches.
+        optimizer: how parameters change.
+        training: how long, and what on the way.
+        decoding: how to translate.
+        mesh: how devices are used.
+    """
+
+    run: str = "runs/number_words"
+    data: DataConfig = field(default_factory=NumberWordsConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=TransformerConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if isinstance(self.model, TransformerConfig) and self.model.share_embeddings == "all" and not self.tokenizer.joint:
+            raise ConfigError(
+                "model.share_embeddings: all needs one vocabulary for both languages, but tokenizer.joint is false. "
+                "Set tokenizer.joint: true, or model.share_embeddings: target_output."
+            )
+
+
+# --- YAML -> dataclass
+
+
+def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
+    """Returns a `cls` made from a nested dict, strictly.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known ones are named), or a value of the wrong type.
+    """
+    where = f"section '{path}'" if path else "the configuration"
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of fields to values, got {values!r}.")
+    hints = get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    kind = getattr(cls, "kind", None)
+    given = {}
+    for key, value in values.items():
+        if key == "kind" and kind is not None:
+            continue
+        if key not in known:
+            full = f"{path}.{key}" if path else str(key)
+            raise ConfigError(f"unknown key '{full}' in the configuration.{did_you_mean(str(key), known)}")
+        given[key] = _convert(hints[key], value, f"{path}.{key}" if path else key)
+    return cls(**given)
+
+
+def _section_class(hint: Any, values: Any, path: str) -> Any:
+    """Returns the dataclass that a section is read into, chosen by its `kind` where there are several."""
+    if dataclasses.is_dataclass(hint):
+        choices = [hint]
+    else:
+        choices = [c for c in get_args(hint) if dataclasses.is_dataclass(c)]
+    if not choices:
+        return None
+    kinds = {getattr(c, "kind", None): c for c in choices}
+    kind = values.get("kind") if isinstance(values, dict) else None
+    if kind is None:
+        return choices[0]
+    if kind not in kinds:
+        names = [k for k in kinds if k]
+        raise ConfigError(f"{path}.kind: unknown kind {kind!r}.{did_you_mean(str(kind), names)}")
+    return kinds[kind]
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    section = _section_class(hint, value, path)
+    if section is not None:
+        return from_dict(section, value, path)
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value in choices and type(value) in {type(c) for c in choices}:
+            return value
+        raise ConfigError(f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}.")
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint or (hint is float and math.isnan(value)):
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__}).")
+    return value
+
+
+def read_config(path: Path) -> Config:
+    """Returns the configuration in a YAML file; what it does not mention has its default.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type or a contradiction.
+    """
+    return from_dict(Config, _read_yaml(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+    return {} if values is None else values
+
+
+# --- dataclass -> YAML
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a nested dict of every field, with the `kind` of each section that has one."""
+    values = {"kind": config.kind} if hasattr(config, "kind") else {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        values[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Writes every field as YAML, defaults included, so that the file alone says what was run."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+# --- command line
+
+
+def override(config: Config, arguments: list[str], program: str = "train.py") -> Config:
+    """Returns `config` with the fields replaced that dotted flags name: ["--model.num-heads", "8"].
+
+    `--data.kind` and `--model.kind` choose another kind of section, with that kind's defaults.
+
+    Raises:
+        ConfigError: a contradiction between fields, or an unknown kind.
+        SystemExit: code 2, after tyro's message, for an unknown flag or a value of the wrong type; 0 after --help.
+    """
+    hints = get_type_hints(Config)
+    rest, position = [], 0
+    while position < len(arguments):
+        name, equals, value = arguments[position].partition("=")
+        section = name.removeprefix("--").removesuffix(".kind")
+        if name.startswith("--") and name.endswith(".kind") and section in hints:
+            if not equals:
+                position += 1
+                if position == len(arguments):
+                    raise ConfigError(f"{name} needs a value.")
+                value = arguments[position]
+            chosen = _section_class(hints[section], {"kind": value}, section)
+            if not isinstance(getattr(config, section), chosen):
+                config = dataclasses.replace(config, **{section: chosen()})
+        else:
+            rest.append(arguments[position])
+        position += 1
+    return tyro.cli(Config, default=config, args=rest, config=(tyro.conf.AvoidSubcommands,), prog=program)

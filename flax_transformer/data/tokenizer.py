@@ -1,0 +1,187 @@
+"""Subword tokenizers: SentencePiece models learnt from the training text, one for both languages or one for each."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import sentencepiece
+
+from flax_transformer.errors import ConfigError, InputError, RunFolderError
+
+PAD_ID, START_ID, END_ID, UNKNOWN_ID = 0, 1, 2, 3
+NUM_SPECIAL = 4
+
+# A unigram model depends on the number of threads that trained it; a fixed number makes it reproducible.
+TRAINING_THREADS = 1
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How to learn the subwords.
+
+    Attributes:
+        algorithm: "unigram" or "bpe".
+        vocab_size: pieces to learn, the four special ones included.
+        joint: one vocabulary for both languages; needed by `model.share_embeddings: all`.
+        character_coverage: share of the training text's characters that get a piece; the rest become unknown.
+    """
+
+    algorithm: Literal["unigram", "bpe"] = "unigram"
+    vocab_size: int = 8_000
+    joint: bool = True
+    character_coverage: float = 1.0
+
+    def __post_init__(self):
+        if self.vocab_size <= NUM_SPECIAL:
+            raise ConfigError(f"tokenizer.vocab_size must be above {NUM_SPECIAL}, got {self.vocab_size}.")
+        if not 0.98 <= self.character_coverage <= 1.0:
+            raise ConfigError(
+                f"tokenizer.character_coverage must lie in [0.98, 1], got {self.character_coverage}."
+            )
+
+
+class Tokenizer:
+    """Text to ids and back, over one SentencePiece model.
+
+    Example:
+        >>> tokenizer = Tokenizer.train(["a rose is a rose"] * 3, TokenizerConfig(vocab_size=12))
+        >>> tokenizer.decode(tokenizer.encode(["a rose"])[0])
+        'a rose'
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @classmethod
+    def train(cls, lines: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
+        """Returns a tokenizer learnt from `lines`.
+
+        Raises:
+            InputError: the text holds fewer pieces than `vocab_size` asks for, or nothing at all.
+        """
+        buffer = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=buffer,
+                model_type=config.algorithm,
+                vocab_size=config.vocab_size,
+                character_coverage=config.character_coverage,
+                pad_id=PAD_ID,
+                bos_id=START_ID,
+                eos_id=END_ID,
+                unk_id=UNKNOWN_ID,
+                num_threads=TRAINING_THREADS,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = str(error).split("] ")[-1].strip()
+            raise InputError(
+                f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from this text: {reason} "
+                "Give it more text, or a vocab_size between its number of distinct characters and the limit it names."
+            ) from error
+        return cls(buffer.getvalue())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return self._processor.get_piece_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file; equal fingerprints mean equal ids for equal text."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each line, without start and end token."""
+        return self._processor.encode(list(lines), out_type=int)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids; special ids other than unknown give nothing."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Returns the surface form of each id."""
+        return [self._processor.id_to_piece(int(i)) for i in ids]
+
+
+class TokenizerPair:
+    """The tokenizers of the source and the target language; the same object when they share a vocabulary."""
+
+    def __init__(self, source: Tokenizer, target: Tokenizer):
+        self.source = source
+        self.target = target
+
+    @property
+    def joint(self) -> bool:
+        """Whether both languages share one vocabulary."""
+        return self.source is self.target
+
+    @classmethod
+    def train(cls, source: Sequence[str], target: Sequence[str], config: TokenizerConfig) -> "TokenizerPair":
+        """Returns tokenizers learnt from the two sides of the training text; errors as `Tokenizer.train`."""
+        if config.joint:
+            both = Tokenizer.train([*source, *target], config)
+            return cls(both, both)
+        return cls(Tokenizer.train(source, config), Tokenizer.train(target, config))
+
+    def save(self, folder: Path) -> None:
+        """Writes joint.model, or source.model and target.model, into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {"joint": self.source} if self.joint else {"source": self.source, "target": self.target}
+        for name, tokenizer in named.items():
+            (folder / f"{name}.model").write_bytes(tokenizer.model)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenizerPair":
+        """Returns the tokenizers that `save` wrote.
+
+        Raises:
+            RunFolderError: a file is missing.
+        """
+        if (folder / "joint.model").is_file():
+            both = Tokenizer((folder / "joint.model").read_bytes())
+            return cls(both, both)
+        for name in ("source", "target"):
+            if not (folder / f"{name}.model").is_file():
+                raise RunFolderError(
+                    f"{folder} holds no tokenizer: expected joint.model, or source.model and target.model. "
+                    "Was the run interrupted before it began to train? Start it again in a new folder."
+                )
+        return cls(
+            Tokenizer((folder / "source.model").read_bytes()), Tokenizer((folder / "target.model").read_bytes())
+        )
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Sentences as one flat array of ids, each sentence closed by the end token.
+
+    Attributes:
+        ids: [sum of lengths] int32.
+        offsets: [number of sentences + 1] int64; sentence i is ids[offsets[i]:offsets[i + 1]].
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_lines(cls, lines: Sequence[str], tokenizer: Tokenizer) -> "TokenizedText":
+        """Returns the ids of `lines`."""
+        sentences = tokenizer.encode(lines)
+        lengths = np.fromiter((len(s) + 1 for s in sentences), np.int64, len(sentences))
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        ids = np.full(int(offsets[-1]), END_ID, np.int32)
+        for start, sentence in zip(offsets[:-1], sentences, strict=True):
+            ids[start : start + len(sentence)] = sentence
+        return cls(ids, offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[number of sentences], end token included."""
+        return np.diff(self.offsets)

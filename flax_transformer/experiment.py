@@ -1,0 +1,264 @@
+"""A whole run: corpus, tokenizer, training, evaluation, pictures."""
+
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_transformer.config import Config
+from flax_transformer.data.batching import EpochPlan, Position, TokenizedPairs, choose_shapes
+from flax_transformer.data.corpus import load_corpus
+from flax_transformer.data.loader import evaluation_batches
+from flax_transformer.data.parallel_text import Corpus, ParallelText
+from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
+from flax_transformer.errors import RunFolderError
+from flax_transformer.inference.attention_map import attention_map
+from flax_transformer.inference.evaluate import Scores, evaluate
+from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.parallel.mesh import batch_sharding, check_rows, make_mesh
+from flax_transformer.plots.attention import plot_attention
+from flax_transformer.plots.curves import plot_curves
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.loop import compile_steps, train_loop
+from flax_transformer.training.metrics import LossSummary
+from flax_transformer.training.optimizer import make_optimizer, noam_schedule
+from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.state import TrainState, init_state, make_layout
+from flax_transformer.training.step import jit_evaluation_step, jit_train_step
+
+NUM_SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        scores: on the test part; None when a signal stopped the training.
+        signal: which one did, or None.
+    """
+
+    folder: RunFolder
+    scores: Scores | None
+    signal: int | None
+
+
+def run_experiment(config: Config, resume: bool = False) -> Outcome:
+    """Trains as `config` says, evaluates on the test part, and leaves everything in the run folder.
+
+    Args:
+        config: the recipe; `config.run` names the folder.
+        resume: go on from the newest checkpoint of that folder. Everything but the number of steps and the intervals
+            must be as it was.
+
+    Raises:
+        InputError: bad files, a bad configuration, or a run folder in the wrong state.
+    """
+    started = time.monotonic()
+    mesh = make_mesh(config.mesh)
+    corpus = load_corpus(config.data)
+    folder = _resumed_folder(config) if resume else RunFolder.create(config)
+    tokenizers = folder.tokenizers() if resume else TokenizerPair.train(*corpus.train, config.tokenizer)
+    if not resume:
+        folder.save_tokenizers(tokenizers)
+
+    train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
+    shapes = choose_shapes(train.lengths, config.batching)
+    for shape in shapes:
+        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
+    plan = EpochPlan(train.lengths, shapes, config.training.seed)
+
+    schedule = noam_schedule(config.optimizer, config.model.model_dim)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    vocabulary = vocabulary_info(tokenizers)
+    layout = make_layout(config.model, vocabulary, optimizer, mesh)
+
+    with Checkpoints(folder.checkpoints, config.training.keep_checkpoints) as checkpoints:
+        state, position = _start(config, layout, vocabulary, checkpoints, resume)
+        first_step = int(state.step)
+        with RunLog(folder, first_step) as log:
+            log.say(_description(config, corpus, train, plan, layout.num_parameters, mesh))
+            if resume:
+                log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
+            step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
+            clock = time.monotonic()
+            compiled = compile_steps(step, layout, shapes, mesh) if first_step < config.training.steps else {}
+            log.say(f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s")
+
+            translator = Translator(config.model, tokenizers, state.params, config.decoding, mesh)
+            watch = Validation(config, corpus.validation, validation, translator, layout, mesh, log)
+            clock = time.monotonic()
+            state, signal = train_loop(
+                state, compiled, train, plan, position, config.training, mesh, checkpoints, log, watch
+            )
+            training_seconds = time.monotonic() - clock
+            log.stop_progress()
+            if signal is not None:
+                log.say(f"stopped by signal {signal} at step {int(state.step)}; saved. Go on with --resume.")
+                return Outcome(folder, None, signal)
+            scores = _finish(config, corpus, translator.with_params(state.params), folder, log)
+            card = _run_card(config, tokenizers, layout.num_parameters, mesh, scores, training_seconds)
+            folder.write_json("run_card.json", card)
+            log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
+    return Outcome(folder, scores, None)
+
+
+class Validation:
+    """Evaluates parameters on the validation part: loss by teacher forcing, scores by beam search."""
+
+    def __init__(
+        self,
+        config: Config,
+        text: ParallelText,
+        pairs: TokenizedPairs,
+        translator: Translator,
+        layout: Any,
+        mesh: Mesh,
+        log: RunLog,
+    ):
+        num = config.training.evaluate_sentences
+        self.source, self.target = text.source[:num], text.target[:num]
+        self.pairs = pairs
+        self.plan = EpochPlan(pairs.lengths, choose_shapes(pairs.lengths, config.batching)[-1:], None)
+        self.step = jit_evaluation_step(layout, config.training.label_smoothing, mesh)
+        self.translator = translator
+        self.sharding = batch_sharding(mesh)
+        self.mesh = mesh
+        self.log = log
+
+    def __call__(self, params: Any, step: int) -> None:
+        """Logs loss and scores of `params`."""
+        clock = time.monotonic()
+        with jax.set_mesh(self.mesh):
+            sums = [
+                self.step(params, jax.device_put(batch, self.sharding))
+                for batch in evaluation_batches(self.pairs, self.plan)
+            ]
+        loss = LossSummary.of(*(float(sum(values)) for values in zip(*jax.device_get(sums), strict=True)))
+        hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
+        scores = evaluate(hypotheses, self.target)
+        self.log.record(
+            "validation",
+            {
+                "step": step,
+                "loss": loss.loss,
+                "perplexity": loss.perplexity,
+                "accuracy": loss.accuracy,
+                "bleu": scores.bleu,
+                "chrf": scores.chrf,
+                "exact_match": scores.exact_match,
+            },
+        )
+        self.log.say(
+            f"validation at step {step}: loss {loss.loss:.3f} ppl {loss.perplexity:.2f} acc {100 * loss.accuracy:.1f}% "
+            f"BLEU {scores.bleu:.2f} chrF {scores.chrf:.2f} exact {scores.exact_match:.1f}% "
+            f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
+        )
+
+
+def _tokenize(text: ParallelText, tokenizers: TokenizerPair, config: Config) -> TokenizedPairs:
+    return TokenizedPairs(
+        TokenizedText.from_lines(text.source, tokenizers.source),
+        TokenizedText.from_lines(text.target, tokenizers.target),
+        config.model.max_source_length,
+        config.model.max_target_length,
+    )
+
+
+def _resumed_folder(config: Config) -> RunFolder:
+    """Returns the run folder to go on with, after checking that it was made by the same recipe."""
+    folder = RunFolder.open(config.run)
+    before = folder.read_config()
+    for section in ("data", "tokenizer", "model", "batching", "optimizer"):
+        if getattr(before, section) != getattr(config, section):
+            raise RunFolderError(
+                f"{folder.path} was made with other settings in section '{section}'; a resumed run must keep them. Use "
+                f"--config {folder.config_file} --resume, or start a new run by --run FOLDER."
+            )
+    if (before.training.seed, before.training.label_smoothing) != (config.training.seed, config.training.label_smoothing):
+        raise RunFolderError(
+            f"{folder.path} was made with another training.seed or training.label_smoothing; a resumed run must keep "
+            f"them. Use --config {folder.config_file} --resume, or start a new run by --run FOLDER."
+        )
+    return folder
+
+
+def _start(config: Config, layout, vocabulary, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:
+    if not resume:
+        return init_state(config.model, vocabulary, layout, config.training.seed), Position(0, 0)
+    restored = checkpoints.restore(layout)
+    return restored.state, restored.position
+
+
+def _description(config: Config, corpus: Corpus, train: TokenizedPairs, plan: EpochPlan, parameters: int, mesh) -> str:
+    dropped = f" ({train.num_empty} empty, {train.num_too_long} too long left out)" if len(train) < len(corpus.train[0]) else ""
+    batches = plan.epoch(0)
+    padded = sum(shape.rows * (shape.source_length + shape.target_length) for shape, _ in batches)
+    padding = 1 - train.lengths.sum() / padded
+    shapes = ", ".join(f"{s.rows}x{s.source_length}/{s.target_length}" for s in plan.shapes)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"run {config.run}: {len(train):,} training pairs{dropped}, {len(corpus.validation.source):,} validation, "
+        f"{len(corpus.test.source):,} test\n"
+        f"model {config.model.kind}: {parameters:,} parameters; mesh {axes} on {jax.devices()[0].device_kind}\n"
+        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {plan.batches_per_epoch} batches "
+        f"an epoch, padding {100 * padding:.0f} %"
+    )
+
+
+def _finish(config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, log: RunLog) -> Scores:
+    """Scores the test part, shows samples and draws the pictures."""
+    clock = time.monotonic()
+    translations = translator.translate(corpus.test.source)
+    seconds = time.monotonic() - clock
+    hypotheses = [t.text for t in translations]
+    scores = evaluate(hypotheses, corpus.test.target)
+    folder.samples.mkdir(exist_ok=True)
+    (folder.samples / "test.hypotheses.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
+
+    log.say("\nsamples from the test part")
+    chosen = np.linspace(0, len(hypotheses) - 1, min(NUM_SAMPLES, len(hypotheses))).astype(int)
+    for index in chosen:
+        source, target = corpus.test.source[index], corpus.test.target[index]
+        verdict = "=" if hypotheses[index] == target else f"reference: {target}"
+        log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
+    log.say(f"\ntest, beam {config.decoding.beam_size}, length penalty {config.decoding.length_penalty}, {seconds:.1f} s")
+    log.say(scores.text)
+
+    folder.plots.mkdir(exist_ok=True)
+    plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
+    length_order = sorted(chosen, key=lambda i: len(corpus.test.source[i]))
+    source = corpus.test.source[length_order[len(length_order) // 2]]
+    best = translator.translate([source])[0].text
+    attention = attention_map(translator, source, best)
+    if attention is not None:
+        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{best}")
+    return scores
+
+
+def _run_card(
+    config: Config, tokenizers: TokenizerPair, parameters: int, mesh, scores: Scores, training_seconds: float
+) -> dict[str, Any]:
+    packages = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "devices": [d.device_kind for d in mesh.devices.flat],
+        "versions": {name: version(name) for name in packages},
+        "parameters": parameters,
+        "tokenizers": {"source": tokenizers.source.fingerprint, "target": tokenizers.target.fingerprint},
+        "steps": config.training.steps,
+        "seed": config.training.seed,
+        "training_seconds": training_seconds,
+        "decoding": {"beam_size": config.decoding.beam_size, "length_penalty": config.decoding.length_penalty},
+        "test": scores.record,
+    }

@@ -1,0 +1,71 @@
+"""Scores of translations against references, by sacreBLEU, each with its signature."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF
+
+from flax_transformer.errors import InputError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Corpus-level scores.
+
+    Attributes:
+        bleu: sacreBLEU, 0 to 100.
+        bleu_signature: how it was computed.
+        chrf: chrF2, 0 to 100.
+        chrf_signature: how it was computed.
+        exact_match: share of sentences that equal their reference, 0 to 100.
+        num_sentences: how many.
+    """
+
+    bleu: float
+    bleu_signature: str
+    chrf: float
+    chrf_signature: str
+    exact_match: float
+    num_sentences: int
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields as a dict."""
+        return asdict(self)
+
+    @property
+    def text(self) -> str:
+        """The scores as lines for a person."""
+        return (
+            f"BLEU {self.bleu:.2f}   {self.bleu_signature}\n"
+            f"chrF {self.chrf:.2f}   {self.chrf_signature}\n"
+            f"exact match {self.exact_match:.2f} % of {self.num_sentences} sentences"
+        )
+
+
+def evaluate(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
+    """Returns the scores of detokenised `hypotheses` against one reference each.
+
+    Raises:
+        InputError: different numbers of lines, or none.
+    """
+    if len(hypotheses) != len(references):
+        raise InputError(
+            f"every hypothesis needs its reference, but there are {len(hypotheses)} hypotheses and "
+            f"{len(references)} references."
+        )
+    if not references:
+        raise InputError("there is nothing to evaluate: at least one sentence is needed.")
+    bleu, chrf = BLEU(), CHRF()
+    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
+    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
+    matches = sum(h == r for h, r in zip(hypotheses, references, strict=True))
+    return Scores(
+        bleu_score,
+        str(bleu.get_signature()),
+        chrf_score,
+        str(chrf.get_signature()),
+        100.0 * matches / len(references),
+        len(references),
+    )

@@ -1,0 +1,42 @@
+"""The one place that knows which model classes there are."""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from flax_transformer.models.seq2seq import Seq2Seq
+from flax_transformer.models.transformer import Transformer, TransformerConfig
+
+ModelConfig = TransformerConfig
+
+
+@dataclass(frozen=True)
+class VocabularyInfo:
+    """What a model must know of the tokenizers.
+
+    Attributes:
+        source_size: number of real source ids.
+        target_size: number of real target ids.
+        start_token: target id that the decoder reads first.
+    """
+
+    source_size: int
+    target_size: int
+    start_token: int
+
+
+def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rngs) -> Seq2Seq:
+    """Returns a new model of the kind that `config` names.
+
+    Args:
+        config: sizes and options.
+        vocabulary: sizes and the start token.
+        rngs: stream "params" initialises the parameters.
+    """
+    return Transformer(
+        config,
+        source_vocab_size=vocabulary.source_size,
+        target_vocab_size=vocabulary.target_size,
+        start_token=vocabulary.start_token,
+        rngs=rngs,
+    )

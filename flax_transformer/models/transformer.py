@@ -1,0 +1,435 @@
+"""The Transformer encoder-decoder.
+
+Legend: B batch, S source length, T target length, D model dim, N heads, H head dim, K beams, L layers.
+
+References:
+    Vaswani et al. 2017, "Attention Is All You Need", section 3 and figure 1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from flax_transformer.errors import ConfigError
+from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
+from flax_transformer.nn.attention import MultiHeadAttention
+from flax_transformer.nn.dropout import check_dropout_rate, split_key
+from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection, padded_rows
+from flax_transformer.nn.feed_forward import Activation, FeedForward
+from flax_transformer.nn.kv_cache import (
+    CrossAttentionCache,
+    SelfAttentionCache,
+    cached_cross_attention,
+    cached_self_attention,
+    empty_self_attention_cache,
+)
+from flax_transformer.nn.masks import causal_mask, filled_cache_mask, segment_mask
+from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
+from flax_transformer.nn.positions import PositionKind
+from flax_transformer.shapes import Batch
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and options of a Transformer.
+
+    Attributes:
+        model_dim: width D of every layer's input and output; even.
+        num_heads: attention heads N; must divide `model_dim`.
+        feed_forward_dim: hidden width F of the position-wise network.
+        num_encoder_layers: depth of the encoder.
+        num_decoder_layers: depth of the decoder.
+        max_source_length: most source tokens of a sentence, end token included.
+        max_target_length: most target tokens of a sentence, end token included.
+        positions: "sinusoidal" (fixed) or "learned".
+        norm_order: "post" (the paper's) or "pre"; pre-norm adds one norm at the end of each stack.
+        norm_epsilon: added to the variance.
+        activation: of the position-wise network.
+        share_embeddings: "all" (source, target and output use one table; needs a joint vocabulary), "target_output"
+            (source has its own), or "none" (three tables).
+        dropout: on embeddings and on each sub-layer's output.
+        attention_dropout: on attention weights.
+        activation_dropout: after the activation of the position-wise network.
+        vocab_multiple: the vocabulary is padded to a multiple of this many rows.
+        param_dtype: type in which parameters are kept.
+        compute_dtype: type of products and activations; softmax, norm statistics and the loss stay float32.
+    """
+
+    kind: ClassVar[str] = "transformer"
+
+    model_dim: int = 128
+    num_heads: int = 4
+    feed_forward_dim: int = 512
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    max_source_length: int = 256
+    max_target_length: int = 256
+    positions: PositionKind = "sinusoidal"
+    norm_order: NormOrder = "post"
+    norm_epsilon: float = 1e-5
+    activation: Activation = "relu"
+    share_embeddings: Literal["all", "target_output", "none"] = "all"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    vocab_multiple: int = 8
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("model_dim", "num_heads", "feed_forward_dim", "num_encoder_layers", "num_decoder_layers",
+                     "max_source_length", "max_target_length", "vocab_multiple"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.model_dim % self.num_heads:
+            divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
+            nearest = sorted(sorted(divisors, key=lambda n: abs(n - self.num_heads))[:2])
+            raise ConfigError(
+                f"model.num_heads ({self.num_heads}) must divide model.model_dim ({self.model_dim}); "
+                f"nearest: {', '.join(map(str, nearest))}."
+            )
+        if self.model_dim % 2:
+            raise ConfigError(
+                f"model.model_dim ({self.model_dim}) must be even: half of the position channels are sines, half cosines."
+            )
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            check_dropout_rate(f"model.{name}", getattr(self, name))
+
+
+def _dtypes(config: TransformerConfig) -> dict[str, jnp.dtype]:
+    return {"param_dtype": jnp.dtype(config.param_dtype), "compute_dtype": jnp.dtype(config.compute_dtype)}
+
+
+def _attention(config: TransformerConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
+    return MultiHeadAttention(
+        config.model_dim, config.num_heads, dropout_rate=config.attention_dropout, **_dtypes(config), rngs=rngs
+    )
+
+
+def _feed_forward(config: TransformerConfig, rngs: nnx.Rngs) -> FeedForward:
+    return FeedForward(
+        config.model_dim,
+        config.feed_forward_dim,
+        activation=config.activation,
+        dropout_rate=config.activation_dropout,
+        **_dtypes(config),
+        rngs=rngs,
+    )
+
+
+def _residual(config: TransformerConfig) -> ResidualNorm:
+    return ResidualNorm(
+        config.model_dim,
+        config.norm_order,
+        dropout_rate=config.dropout,
+        epsilon=config.norm_epsilon,
+        param_dtype=jnp.dtype(config.param_dtype),
+    )
+
+
+def _final_norm(config: TransformerConfig) -> LayerNorm | None:
+    """Pre-norm leaves a stack's output unnormalised, so it gets one norm at its end; post-norm gets none."""
+    if config.norm_order == "post":
+        return None
+    return LayerNorm(config.model_dim, epsilon=config.norm_epsilon, param_dtype=jnp.dtype(config.param_dtype))
+
+
+def _stack(make_layer: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rngs) -> Layer:
+    """Returns one module whose every parameter has a leading layer axis; each layer is drawn from its own key.
+
+    Stacked parameters have one name a stack whatever its depth: a list of layers would get integer keys, which a
+    checkpoint restored without a target brings back in the order 0, 1, 10, 11, 2.
+    """
+    keys = jax.random.split(rngs.params(), num_layers)
+    return jax.vmap(lambda key: make_layer(nnx.Rngs(params=key)))(keys)
+
+
+def _unstack(stacked: Layer, num_layers: int) -> list[Layer]:
+    """Returns the layers of a stack one by one; differentiates into one concatenation a parameter."""
+    leaves, structure = jax.tree.flatten(stacked)
+    pieces = [jax.lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [jax.lax.squeeze(piece[i], (0,)) for piece in pieces]) for i in range(num_layers)
+    ]
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention and a position-wise network, each with its residual and norm."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.self_attention = _attention(config, rngs)
+        self.self_attention_residual = _residual(config)
+        self.feed_forward = _feed_forward(config, rngs)
+        self.feed_forward_residual = _residual(config)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], mask: Bool[Array, "B 1 S S"], key: PRNGKeyArray | None
+    ) -> Float[Array, "B S D"]:
+        """Returns the layer's output."""
+        keys = split_key(key, 4)
+        inner = self.self_attention_residual.enter(x)
+        x = self.self_attention_residual.leave(x, self.self_attention(inner, inner, mask, keys[0]), keys[1])
+        inner = self.feed_forward_residual.enter(x)
+        return self.feed_forward_residual.leave(x, self.feed_forward(inner, keys[2]), keys[3])
+
+
+class DecoderLayer(nnx.Module):
+    """Masked self-attention, attention over the encoder's output, and a position-wise network."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.self_attention = _attention(config, rngs)
+        self.self_attention_residual = _residual(config)
+        self.cross_attention = _attention(config, rngs)
+        self.cross_attention_residual = _residual(config)
+        self.feed_forward = _feed_forward(config, rngs)
+        self.feed_forward_residual = _residual(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B S D"],
+        self_mask: Bool[Array, "B 1 T T"],
+        cross_mask: Bool[Array, "B 1 T S"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the layer's output for all positions at once."""
+        keys = split_key(key, 6)
+        inner = self.self_attention_residual.enter(x)
+        x = self.self_attention_residual.leave(x, self.self_attention(inner, inner, self_mask, keys[0]), keys[1])
+        inner = self.cross_attention_residual.enter(x)
+        x = self.cross_attention_residual.leave(x, self.cross_attention(inner, memory, cross_mask, keys[2]), keys[3])
+        inner = self.feed_forward_residual.enter(x)
+        return self.feed_forward_residual.leave(x, self.feed_forward(inner, keys[4]), keys[5])
+
+    def step(
+        self,
+        x: Float[Array, "B K D"],
+        self_cache: SelfAttentionCache,
+        cross_cache: CrossAttentionCache,
+        positions: Int[Array, "B"],
+        self_mask: Bool[Array, "B 1 1 T"],
+        cross_mask: Bool[Array, "B 1 1 S"],
+    ) -> tuple[Float[Array, "B K D"], SelfAttentionCache, Float[Array, "B N K S"]]:
+        """Returns the layer's output for one position, its cache with that position written, and cross weights."""
+        attention = self.self_attention
+        inner = self.self_attention_residual.enter(x)
+        key, value = attention.project_key_value(inner)
+        attended, self_cache = cached_self_attention(
+            self_cache, attention.query(inner), key, value, positions, self_mask
+        )
+        x = self.self_attention_residual.leave(x, attention.output(attended), None)
+
+        attention = self.cross_attention
+        inner = self.cross_attention_residual.enter(x)
+        attended, weights = cached_cross_attention(cross_cache, attention.query(inner), cross_mask)
+        x = self.cross_attention_residual.leave(x, attention.output(attended), None)
+
+        inner = self.feed_forward_residual.enter(x)
+        return self.feed_forward_residual.leave(x, self.feed_forward(inner), None), self_cache, weights
+
+
+class Encoder(nnx.Module):
+    """Positions, then a stack of encoder layers."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.num_layers = config.num_encoder_layers
+        self.input = InputEmbedding(
+            config.positions,
+            config.max_source_length,
+            config.model_dim,
+            dropout_rate=config.dropout,
+            **_dtypes(config),
+            rngs=rngs,
+        )
+        self.layers = _stack(lambda r: EncoderLayer(config, rngs=r), config.num_encoder_layers, rngs)
+        self.norm = _final_norm(config)
+
+    def __call__(
+        self,
+        embedding: Embedding,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B S D"]:
+        """Returns one vector for each source token."""
+        input_key, *layer_keys = split_key(key, 1 + self.num_layers)
+        mask = segment_mask(segments, segments)
+        x = self.input(embedding, tokens, positions, input_key)
+        for layer, layer_key in zip(_unstack(self.layers, self.num_layers), layer_keys, strict=True):
+            x = layer(x, mask, layer_key)
+        return x if self.norm is None else self.norm(x)
+
+
+class Decoder(nnx.Module):
+    """Positions, then a stack of decoder layers."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.num_layers = config.num_decoder_layers
+        self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        self.input = InputEmbedding(
+            config.positions,
+            config.max_target_length,
+            config.model_dim,
+            dropout_rate=config.dropout,
+            **_dtypes(config),
+            rngs=rngs,
+        )
+        self.layers = _stack(lambda r: DecoderLayer(config, rngs=r), config.num_decoder_layers, rngs)
+        self.norm = _final_norm(config)
+
+    def __call__(
+        self,
+        embedding: Embedding,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        memory: Memory,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the hidden vectors of all positions, each from the inputs up to its own."""
+        input_key, *layer_keys = split_key(key, 1 + self.num_layers)
+        self_mask = segment_mask(segments, segments) & causal_mask(inputs.shape[1])
+        cross_mask = segment_mask(segments, memory.segments)
+        x = self.input(embedding, inputs, positions, input_key)
+        for layer, layer_key in zip(_unstack(self.layers, self.num_layers), layer_keys, strict=True):
+            x = layer(x, memory.states, self_mask, cross_mask, layer_key)
+        return x if self.norm is None else self.norm(x)
+
+    def init_caches(
+        self, memory: Memory, num_beams: int, max_length: int
+    ) -> tuple[tuple[SelfAttentionCache, ...], tuple[CrossAttentionCache, ...]]:
+        """Returns empty self-attention caches, and the keys and values of the memory, one a layer."""
+        num_sentences = memory.states.shape[0]
+        layers = _unstack(self.layers, self.num_layers)
+        cross = tuple(CrossAttentionCache(*la.cross_attention.project_key_value(memory.states)) for la in layers)
+        empty = empty_self_attention_cache(
+            num_sentences, num_beams, self.head_shape[0], max_length, self.head_shape[1], self.compute_dtype
+        )
+        return (empty,) * self.num_layers, cross
+
+    def step(
+        self,
+        embedding: Embedding,
+        tokens: Int[Array, "B K"],
+        positions: Int[Array, "B"],
+        self_caches: tuple[SelfAttentionCache, ...],
+        cross_caches: tuple[CrossAttentionCache, ...],
+        source_segments: Int[Array, "B S"],
+        max_length: int,
+    ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
+        """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
+        self_mask = filled_cache_mask(positions, max_length)
+        cross_mask = segment_mask(jnp.ones((tokens.shape[0], 1), jnp.int32), jnp.minimum(source_segments, 1))
+        x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
+        new_caches, attention = [], []
+        layers = _unstack(self.layers, self.num_layers)
+        for layer, self_cache, cross_cache in zip(layers, self_caches, cross_caches, strict=True):
+            x, self_cache, weights = layer.step(x, self_cache, cross_cache, positions, self_mask, cross_mask)
+            new_caches.append(self_cache)
+            attention.append(jnp.swapaxes(weights, 1, 2))  # [B, N, K, S] -> [B, K, N, S]
+        x = x if self.norm is None else self.norm(x)
+        return x, tuple(new_caches), jnp.stack(attention, axis=2)
+
+
+class Transformer(nnx.Module):
+    """An encoder and a decoder of attention layers, with shared or separate embeddings; satisfies `Seq2Seq`.
+
+    Example:
+        >>> config = TransformerConfig(model_dim=16, num_heads=2, feed_forward_dim=32)
+        >>> model = Transformer(config, source_vocab_size=50, target_vocab_size=50, start_token=1, rngs=nnx.Rngs(0))
+        >>> tokens = jnp.ones((2, 5), jnp.int32)
+        >>> positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+        >>> model(Batch(tokens, positions, tokens, tokens, positions, tokens)).shape
+        (2, 5, 16)
+
+    References:
+        Vaswani et al. 2017. Differences: positions are laid out sine half | cosine half (see `nn/positions.py`),
+        projections have biases (see `nn/attention.py`), and the vocabulary is padded to a multiple.
+    """
+
+    supports_packing = True
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        source_vocab_size: int,
+        target_vocab_size: int,
+        start_token: int,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.target_vocab_size = target_vocab_size
+        self.start_token = start_token
+
+        def table(vocab_size: int) -> Embedding:
+            rows = padded_rows(vocab_size, config.vocab_multiple)
+            return Embedding(rows, config.model_dim, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+
+        # One table per role that does not share; a module is never stored under two names.
+        self.target_embedding = table(target_vocab_size)
+        self.source_embedding = None if config.share_embeddings == "all" else table(source_vocab_size)
+        self.output_embedding = table(target_vocab_size) if config.share_embeddings == "none" else None
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    @property
+    def max_source_length(self) -> int:
+        """The most source tokens of one sentence."""
+        return self.config.max_source_length
+
+    @property
+    def max_target_length(self) -> int:
+        """The most target tokens of one sentence."""
+        return self.config.max_target_length
+
+    def encode(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        key: PRNGKeyArray | None = None,
+    ) -> Memory:
+        """Returns the encoder's output."""
+        embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
+        return Memory(self.encoder(embedding, tokens, positions, segments, key), segments)
+
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
+        """Returns the decoder's hidden vectors under teacher forcing; `key` None means evaluation."""
+        encoder_key, decoder_key = split_key(key, 2)
+        memory = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
+        inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
+        return self.decoder(
+            self.target_embedding, inputs, batch.target_positions, batch.target_segments, memory, decoder_key
+        )
+
+    def output_projection(self) -> OutputProjection:
+        """Returns the map from hidden vectors to logits."""
+        embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
+        return OutputProjection(embedding.table[...], None, self.target_vocab_size)
+
+    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int) -> DecodeState:
+        """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""
+        self_caches, cross_caches = self.decoder.init_caches(memory, num_beams, max_length)
+        positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
+        return DecodeState((cross_caches, memory.segments), self_caches, positions)
+
+    def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
+        """Returns scores for the token after `tokens`, and the state that has read them."""
+        cross_caches, source_segments = state.per_sentence
+        max_length = state.per_beam[0].keys.shape[3]
+        hidden, self_caches, attention = self.decoder.step(
+            self.target_embedding, tokens, state.positions, state.per_beam, cross_caches, source_segments, max_length
+        )
+        output = StepOutput(self.output_projection().logits(hidden), attention)
+        return output, dataclasses.replace(state, per_beam=self_caches, positions=state.positions + 1)

@@ -1,0 +1,55 @@
+"""Dropout from one random byte for each element.
+
+A keep-decision needs 8 random bits, not 32: four decisions are taken from each threefry word. That makes threefry as
+cheap on a CPU as the hardware-like `rbg` generator, and unlike `rbg` it gives the same bits whatever the mesh, with
+every device drawing only its own share.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from flax_transformer.errors import ConfigError
+
+
+def check_dropout_rate(name: str, rate: float) -> None:
+    """Raises a `ConfigError` unless `0 <= rate < 1`; `name` is the configuration field."""
+    if not 0.0 <= rate < 1.0:
+        raise ConfigError(f"{name} must be at least 0 and below 1, got {rate}.")
+
+
+def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
+    """Returns uint8 random bytes, four from each 32-bit word drawn; the last axis is the one filled by fours."""
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
+    as_bytes = jax.lax.bitcast_convert_type(words, jnp.uint8)  # [..., W] -> [..., W, 4]
+    return as_bytes.reshape(*words.shape[:-1], words.shape[-1] * 4)[..., : shape[-1]]
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:
+    """Returns `x` with each element kept with probability `1 - rate` and scaled, or set to zero.
+
+    The keep-probability is rounded to a multiple of 1/256 and the scale is exact for the rounded value, so that the
+    expectation is exactly `x`.
+
+    Args:
+        x: any shape.
+        rate: probability of zero, in [0, 1).
+        key: random key; None (evaluation) returns `x` unchanged.
+
+    References:
+        Srivastava et al. 2014, "Dropout", section 4 (here in the inverted form, scaled when training).
+    """
+    if key is None or rate == 0.0:
+        return x
+    threshold = max(1, round((1.0 - rate) * 256))
+    if threshold == 256:
+        return x
+    keep = random_bytes(key, x.shape) < jnp.uint8(threshold)
+    return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
+
+
+def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]:
+    """Returns `num` independent keys, or `num` times None when there is no key (evaluation)."""
+    if key is None:
+        return [None] * num
+    return list(jax.random.split(key, num))

@@ -1,0 +1,109 @@
+"""Token embeddings, and the output projection that may share their table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flax_transformer.nn.dropout import dropout
+from flax_transformer.nn.positions import LearnedPositions, PositionKind, SinusoidalPositions
+from flax_transformer.parallel.rules import constrain
+from flax_transformer.shapes import MASKED
+
+
+def padded_rows(vocab_size: int, multiple: int) -> int:
+    """Returns the vocabulary size rounded up to a multiple, so that the table divides over devices and lanes."""
+    return -(-vocab_size // multiple) * multiple
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors [V, D], drawn from N(0, 1/D) and multiplied by sqrt(D) when read.
+
+    So a vector that is read has unit variance per channel, as the positions added to it have about, and the same
+    table read as an output projection gives logits of unit variance.
+
+    References:
+        Vaswani et al. 2017, section 3.4 (the scale; one table shared with the output projection).
+    """
+
+    def __init__(self, num_rows: int, dim: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dim = dim
+        table = jax.random.normal(rngs.params(), (num_rows, dim), param_dtype) * jnp.asarray(dim**-0.5, param_dtype)
+        self.table = nnx.Param(table, logical_axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        """Returns the scaled vectors of `tokens`, in the table's type."""
+        vectors = jnp.take(self.table[...], tokens, axis=0, mode="clip")
+        return vectors * jnp.asarray(self.dim**0.5, vectors.dtype)
+
+
+class InputEmbedding(nnx.Module):
+    """Adds positions to token vectors and applies dropout: what enters the first layer of a stack.
+
+    The token table is handed in at each call, since encoder, decoder and output projection may share one.
+
+    References:
+        Vaswani et al. 2017, sections 3.4, 3.5 and 5.4.
+    """
+
+    def __init__(
+        self,
+        positions: PositionKind,
+        max_length: int,
+        dim: int,
+        *,
+        dropout_rate: float,
+        param_dtype: jnp.dtype,
+        compute_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout_rate = dropout_rate
+        self.compute_dtype = compute_dtype
+        if positions == "sinusoidal":
+            self.positions = SinusoidalPositions(max_length, dim)
+        else:
+            self.positions = LearnedPositions(max_length, dim, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        embedding: Embedding,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns token vectors plus positions, after dropout, in `compute_dtype`."""
+        vectors = embedding(tokens).astype(jnp.float32) + self.positions(positions).astype(jnp.float32)
+        vectors = constrain(vectors.astype(self.compute_dtype), "batch", "length", "activation_embed")
+        return dropout(vectors, self.dropout_rate, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputProjection:
+    """The map from a decoder's hidden vector to logits, given as arrays so that the loss may fuse it.
+
+        logits = hidden @ kernel.T + bias,   padding rows of the vocabulary masked
+
+    Attributes:
+        kernel: [V, D], rows as in an embedding table (and often that very table).
+        bias: [V], or None.
+        num_real_rows: rows from here on are padding of the table and never get probability.
+    """
+
+    kernel: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None
+    num_real_rows: int
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Returns float32 logits of `hidden`."""
+        kernel = self.kernel.astype(hidden.dtype)
+        logits = jax.lax.dot_general(
+            hidden, kernel, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        if self.bias is not None:
+            logits = logits + jnp.broadcast_to(self.bias.astype(jnp.float32), logits.shape)
+        if self.num_real_rows < self.kernel.shape[0]:
+            real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < self.num_real_rows
+            logits = jnp.where(real, logits, MASKED)
+        return logits

@@ -1,0 +1,46 @@
+"""The position-wise feed-forward network."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from flax_transformer.nn.dropout import dropout
+from flax_transformer.nn.linear import Linear
+from flax_transformer.parallel.rules import constrain
+
+Activation = Literal["relu", "gelu", "swish"]
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swish": jax.nn.swish}
+
+
+class FeedForward(nnx.Module):
+    """Two affine maps with an activation between them, applied to each position alone.
+
+    References:
+        Vaswani et al. 2017, section 3.3, equation 2. Dropout after the activation is not in the paper; it is in its
+        code (`relu_dropout`) and in PyTorch's layers.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation,
+        dropout_rate: float,
+        param_dtype: jnp.dtype,
+        compute_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.dropout_rate = dropout_rate
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.up = Linear((model_dim,), (hidden_dim,), ("embed", "mlp"), **dtypes, rngs=rngs)
+        self.down = Linear((hidden_dim,), (model_dim,), ("mlp", "embed"), **dtypes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
+        """Returns the network's output; `key` None means evaluation."""
+        hidden = constrain(ACTIVATIONS[self.activation](self.up(x)), "batch", "length", "mlp")
+        return self.down(dropout(hidden, self.dropout_rate, key))

@@ -1,0 +1,81 @@
+"""Layer normalisation, and its two places around a sub-layer."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from flax_transformer.nn.dropout import dropout
+
+NormOrder = Literal["post", "pre"]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last dimension: (x - mean) / sqrt(variance + epsilon) * scale + bias.
+
+    Statistics are float32 whatever the compute type.
+
+    References:
+        Ba, Kiros and Hinton 2016, equation 4 (biased variance). Epsilon 1e-5 is PyTorch's, Marian's and CTranslate2's.
+    """
+
+    def __init__(self, dim: int, *, epsilon: float = 1e-5, param_dtype: jnp.dtype = jnp.dtype(jnp.float32)):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), logical_axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype), logical_axes=("norm",))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Returns `x` normalised, in the type of `x`."""
+        wide = x.astype(jnp.float32)  # statistics in float32
+        mean = jnp.mean(wide, axis=-1, keepdims=True)
+        centred = wide - mean
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        normalised = centred * jax.lax.rsqrt(variance + self.epsilon)
+        scale = jnp.broadcast_to(self.scale[...].astype(jnp.float32), normalised.shape)
+        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), normalised.shape)
+        return (normalised * scale + bias).astype(x.dtype)
+
+
+class ResidualNorm(nnx.Module):
+    """The residual connection around a sub-layer, with its layer norm ("Add & Norm" in figure 1 of the paper).
+
+        post (the paper's):  y = norm(x + dropout(sublayer(x)))
+        pre:                 y = x + dropout(sublayer(norm(x)))
+
+    The sub-layer is called between `enter` and `leave`, so that it may return more than one array.
+
+    Example:
+        >>> residual = ResidualNorm(8, "pre", dropout_rate=0.1)
+        >>> x = jnp.ones((1, 2, 8))
+        >>> y = residual.leave(x, 3 * residual.enter(x), key=None)
+
+    References:
+        Vaswani et al. 2017, sections 3.1 and 5.4 (dropout on the sub-layer's output, before it is added);
+        Xiong et al. 2020 for the pre-norm form.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        order: NormOrder,
+        *,
+        dropout_rate: float,
+        epsilon: float = 1e-5,
+        param_dtype: jnp.dtype = jnp.dtype(jnp.float32),
+    ):
+        self.order = order
+        self.dropout_rate = dropout_rate
+        self.norm = LayerNorm(dim, epsilon=epsilon, param_dtype=param_dtype)
+
+    def enter(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Returns what the sub-layer reads."""
+        return self.norm(x) if self.order == "pre" else x
+
+    def leave(
+        self, x: Float[Array, "*rows D"], update: Float[Array, "*rows D"], key: PRNGKeyArray | None
+    ) -> Float[Array, "*rows D"]:
+        """Returns the block's output from its input `x` and the sub-layer's output `update`."""
+        y = x + dropout(update, self.dropout_rate, key)
+        return y if self.order == "pre" else self.norm(y)

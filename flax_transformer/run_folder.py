@@ -1,0 +1,112 @@
+"""A run folder: all that is needed to go on with a run or to translate with it. Data only, no code.
+
+    config.yaml      the complete configuration, itself a valid --config
+    run_card.json    what was run, on what, and what came out
+    metrics.jsonl    one JSON object for each progress line and evaluation
+    train.log        what was printed
+    tokenizer/       SentencePiece models
+    checkpoints/     STEP/{params,optimizer,meta}
+    tensorboard/  plots/  samples/
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from flax_transformer.config import Config, read_config, write_config
+from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.errors import RunFolderError
+
+
+class RunFolder:
+    """Paths and small files of a run."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        """The complete configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """What was printed."""
+        return self.path / "train.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def plots(self) -> Path:
+        """The folder of pictures."""
+        return self.path / "plots"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of translations."""
+        return self.path / "samples"
+
+    @classmethod
+    def create(cls, config: Config) -> "RunFolder":
+        """Returns a new run folder with its configuration in it.
+
+        Raises:
+            RunFolderError: the folder holds a run already, or something that is not a run.
+        """
+        folder = cls(config.run)
+        if folder.config_file.exists():
+            raise RunFolderError(
+                f"{folder.path} already holds a run. Go on with it by --resume, or choose another folder by --run "
+                "FOLDER; nothing was changed."
+            )
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise RunFolderError(f"{folder.path} exists and is not an empty folder. Choose another by --run FOLDER.")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_config(config, folder.config_file)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunFolder":
+        """Returns an existing run folder.
+
+        Raises:
+            RunFolderError: there is no run at `path`.
+        """
+        folder = cls(path)
+        if not folder.config_file.is_file():
+            raise RunFolderError(f"{path} is not a run folder: it has no config.yaml. Give the folder of a training run.")
+        return folder
+
+    def read_config(self) -> Config:
+        """Returns the run's configuration; errors as `config.read_config`."""
+        return read_config(self.config_file)
+
+    def tokenizers(self) -> TokenizerPair:
+        """Returns the run's tokenizers; errors as `TokenizerPair.load`."""
+        return TokenizerPair.load(self.path / "tokenizer")
+
+    def save_tokenizers(self, tokenizers: TokenizerPair) -> None:
+        """Writes the tokenizers; a folder under its final name is always whole."""
+        partial = self.path / "tokenizer.partial"
+        tokenizers.save(partial)
+        partial.rename(self.path / "tokenizer")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes `value` as indented JSON under `name`, all or nothing."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, self.path / name)

@@ -1,0 +1,188 @@
+"""Checkpoints, through Orbax: written in the background, whole or not at all, and checked when read.
+
+Orbax notices a file that is cut short or missing, but not one in which a byte has changed; so each array's checksum is
+kept beside it. The checksum is computed where the array lies and does not depend on how it is sharded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from flax_transformer.data.batching import Position
+from flax_transformer.errors import RunFolderError
+from flax_transformer.training.state import StateLayout, TrainState
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint's content.
+
+    Attributes:
+        state: in the sharding that was asked for.
+        position: the next batch to take.
+        seed: of the run.
+    """
+
+    state: TrainState
+    position: Position
+    seed: int
+
+
+def _leaf_checksum(leaf: jax.Array) -> jax.Array:
+    """Returns two uint32 sums over the elements of a mix of each element's bits and place."""
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for dim, size in enumerate(leaf.shape):  # per-dimension indices, so that a sharded leaf stays where it is
+        place = place * jnp.uint32(size % (1 << 32)) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
+
+    def mix(x):  # the finaliser of MurmurHash3, by Austin Appleby
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    mixed = mix(bits ^ mix(place + jnp.uint32(0x9E3779B9)))
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mix(mixed + jnp.uint32(1)), dtype=jnp.uint32)])
+
+
+_tree_checksums = jax.jit(lambda leaves: [_leaf_checksum(leaf) for leaf in leaves])
+
+
+def checksums(tree: Any) -> dict[str, str]:
+    """Returns a checksum for each array of a tree, by its path; independent of sharding and of device."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+    sums = jax.device_get(_tree_checksums(list(leaves)))
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: where they lie, one sub-folder a step.
+        keep: the newest so many are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+        )
+        names = ("params", "optimizer", "meta")
+        self._manager = ocp.CheckpointManager(folder.resolve(), item_names=names, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()  # waits for what is being written
+
+    def latest_step(self) -> int:
+        """Returns the step of the newest checkpoint.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise RunFolderError(
+                f"{self.folder} holds no checkpoint: the run has not saved one yet, or was interrupted before its "
+                "first. Let it train on, or start it again in a new folder."
+            )
+        return step
+
+    def save(self, state: TrainState, position: Position, seed: int) -> None:
+        """Saves `state` under its step; returns before it is written, and the state may be donated at once."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        meta = {
+            "step": step,
+            "seed": seed,
+            "epoch": position.epoch,
+            "batch": position.batch,
+            "checksums": {"params": checksums(state.params), "optimizer": checksums(state.optimizer)},
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, layout: StateLayout, step: int | None = None) -> Restored:
+        """Returns a checkpoint, the newest when `step` is None, in the shardings of `layout`.
+
+        Raises:
+            RunFolderError: there is no such checkpoint, its shapes are not those of `layout`, or it is damaged.
+        """
+        step = self.latest_step() if step is None else step
+        abstract = layout.abstract
+        self._check_shapes(step, abstract.params)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                optimizer=ocp.args.StandardRestore(abstract.optimizer),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        meta = restored["meta"]
+        self._check_sums(step, {name: restored[name] for name in ("params", "optimizer")}, meta)
+        count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+        state = TrainState(count, restored["params"], restored["optimizer"])
+        return Restored(state, Position(meta["epoch"], meta["batch"]), meta["seed"])
+
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
+        """Returns the parameters of a checkpoint alone; arguments and errors as `restore`."""
+        step = self.latest_step() if step is None else step
+        self._check_shapes(step, abstract_params)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract_params), meta=ocp.args.JsonRestore()
+            ),
+        )
+        self._check_sums(step, {"params": restored["params"]}, restored["meta"])
+        return restored["params"]
+
+    def _check_shapes(self, step: int, abstract_params: Any) -> None:
+        """Compares the saved parameters' shapes with what the model wants: merging a model does not."""
+
+        def shapes(tree):
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+            return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(leaf.shape) for p, leaf in leaves}
+
+        saved = shapes(self._manager.item_metadata(step)["params"].tree)
+        wanted = shapes(abstract_params)
+        if saved != wanted:
+            names = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
+            lines = [f"  {n}: checkpoint {saved.get(n, 'nothing')}, model {wanted.get(n, 'nothing')}" for n in names[:8]]
+            more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
+            raise RunFolderError(
+                f"the checkpoint {self.folder / str(step)} does not fit the model that config.yaml describes:\n"
+                + "\n".join(lines)
+                + f"{more}\nWas config.yaml or the tokenizer changed after training?"
+            )
+
+    def _check_sums(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
+        for item, tree in items.items():
+            saved = meta["checksums"][item]
+            wrong = [name for name, value in checksums(tree).items() if saved.get(name) != value]
+            if wrong:
+                raise RunFolderError(
+                    f"the checkpoint {self.folder / str(step)} is damaged: {item} {', '.join(wrong[:3])} "
+                    f"({len(wrong)} in all) do not have the checksum that they were saved with. Delete that folder to "
+                    "go on from the checkpoint before it."
+                )

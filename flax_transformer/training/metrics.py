@@ -1,0 +1,57 @@
+"""What a stretch of training or evaluation amounts to: sums, divided once at the end."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from flax_transformer.shapes import Batch
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of one or more batches, counted on the host.
+
+    Attributes:
+        source, target: tokens that are not padding.
+        padded: all positions of both sides, padding included.
+    """
+
+    source: int = 0
+    target: int = 0
+    padded: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> "TokenCounts":
+        """Returns the counts of a batch of NumPy arrays."""
+        source, target = batch.source_segments, batch.target_segments
+        return cls(int(np.count_nonzero(source)), int(np.count_nonzero(target)), source.size + target.size)
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(self.source + other.source, self.target + other.target, self.padded + other.padded)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of positions that are padding, in [0, 1]."""
+        return 1.0 - (self.source + self.target) / self.padded if self.padded else 0.0
+
+
+@dataclass(frozen=True)
+class LossSummary:
+    """Means over target tokens.
+
+    Attributes:
+        loss: label-smoothed cross entropy, nats a token.
+        perplexity: exp of the reference's negative log-likelihood a token.
+        accuracy: share of tokens predicted right under teacher forcing.
+    """
+
+    loss: float
+    perplexity: float
+    accuracy: float
+
+    @classmethod
+    def of(cls, loss: float, negative_log_likelihood: float, correct: float, count: float) -> "LossSummary":
+        """Returns the means of four sums."""
+        count = max(count, 1.0)
+        return cls(loss / count, math.exp(min(negative_log_likelihood / count, 700.0)), correct / count)

@@ -1,0 +1,167 @@
+"""What a run says: a progress line on the terminal, a log, metrics.jsonl, and TensorBoard events."""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from tensorboardX import SummaryWriter
+
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.metrics import LossSummary, TokenCounts
+
+BAR_WIDTH = 20
+
+
+@dataclass(frozen=True)
+class ProgressReport:
+    """One progress line's figures, over the steps since the line before.
+
+    Attributes:
+        step, steps: updates made, and in all.
+        loss: means over target tokens.
+        learning_rate: of the last update.
+        gradient_norm: mean over the updates, before clipping.
+        tokens: counts over the updates.
+        seconds: time of the updates alone: no compilation, evaluation or checkpoint.
+        seconds_left: estimate for the rest of the training, evaluations included.
+    """
+
+    step: int
+    steps: int
+    loss: LossSummary
+    learning_rate: float
+    gradient_norm: float
+    tokens: TokenCounts
+    seconds: float
+    seconds_left: float
+
+    @property
+    def text(self) -> str:
+        """The line without its bar."""
+        source_rate = self.tokens.source / max(self.seconds, 1e-9)
+        target_rate = self.tokens.target / max(self.seconds, 1e-9)
+        minutes, seconds = divmod(round(self.seconds_left), 60)
+        return (
+            f"{self.step}/{self.steps} loss {self.loss.loss:.3f} ppl {self.loss.perplexity:.2f} "
+            f"acc {100 * self.loss.accuracy:.1f}% lr {self.learning_rate:.2e} |g| {self.gradient_norm:.2f} "
+            f"src {source_rate:,.0f} tgt {target_rate:,.0f} tok/s pad {100 * self.tokens.padding_share:.0f}% "
+            f"left {minutes}:{seconds:02d}"
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The figures for metrics.jsonl."""
+        return {
+            "step": self.step,
+            "loss": self.loss.loss,
+            "perplexity": self.loss.perplexity,
+            "accuracy": self.loss.accuracy,
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "source_tokens": self.tokens.source,
+            "target_tokens": self.tokens.target,
+            "padding_share": self.tokens.padding_share,
+            "seconds": self.seconds,
+        }
+
+
+class RunLog:
+    """Writes to the terminal and to the run folder; every line is on disk when the call returns.
+
+    On a terminal the progress line renews itself; elsewhere each one is printed.
+
+    Args:
+        folder: the run folder.
+        first_step: records of later steps are dropped, when a run goes on from an earlier checkpoint.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int = 0):
+        _keep_records_up_to(folder.metrics_file, first_step)
+        self._metrics = folder.metrics_file.open("a", encoding="utf-8")
+        self._log = folder.log_file.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder.tensorboard))
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop_progress()
+        self._metrics.close()
+        self._log.close()
+        self._events.close()
+
+    def say(self, text: str) -> None:
+        """Prints `text` and logs it."""
+        self._console.print(text, markup=False)
+        self._write_log(text)
+
+    def progress(self, report: ProgressReport) -> None:
+        """Shows a progress line and records its figures."""
+        bar = _bar(report.step, report.steps)
+        if self._console.is_terminal:
+            self._live(report)
+        else:
+            self._console.print(f"{bar} {report.text}", markup=False)
+        self._write_log(f"{bar} {report.text}")
+        self.record("train", report.record)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Appends figures to metrics.jsonl and to TensorBoard; `values` holds the step."""
+        elapsed = time.monotonic() - self._started
+        self._metrics.write(json.dumps({"kind": kind, "elapsed_seconds": elapsed, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            if name != "step" and isinstance(value, int | float):
+                self._events.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def stop_progress(self) -> None:
+        """Leaves the last progress line standing."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _live(self, report: ProgressReport) -> None:
+        if self._progress is None:
+            self._progress = Progress(
+                BarColumn(bar_width=BAR_WIDTH), TextColumn("{task.description}", markup=False), console=self._console
+            )
+            self._progress.add_task("", total=report.steps)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=report.step, description=report.text)
+
+    def _write_log(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+
+def _bar(done: int, total: int) -> str:
+    filled = BAR_WIDTH * done // total
+    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl; a last line that was cut by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _keep_records_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,96 @@
+"""The training state: parameters, optimiser state and step, born sharded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from flax_transformer.models.build import ModelConfig, VocabularyInfo, build_model
+from flax_transformer.parallel.mesh import replicated_sharding
+from flax_transformer.parallel.rules import parameter_shardings
+from flax_transformer.shapes import array_tree
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes; plain dicts of arrays, no module.
+
+    Attributes:
+        step: int32 scalar, updates made.
+        params: nested dict of parameters.
+        optimizer: optax state.
+    """
+
+    step: Any
+    params: Any
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """What a training state of a model looks like, before any array exists.
+
+    Attributes:
+        graphdef: the model without its parameters; `nnx.merge(graphdef, params)` gives the model.
+        shapes: `TrainState` of shapes and dtypes.
+        shardings: `TrainState` of shardings.
+        optimizer: the transformation that the optimiser state belongs to.
+    """
+
+    graphdef: Any
+    shapes: TrainState
+    shardings: TrainState
+    optimizer: optax.GradientTransformation
+
+    @property
+    def abstract(self) -> TrainState:
+        """Shapes with shardings: the target of a restore."""
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.shapes, self.shardings
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values, padding rows of the vocabulary included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
+
+
+def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, nnx.State]:
+    """Returns a model's graph definition and the shapes of its parameters, with their metadata; allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: build_model(model, vocabulary, rngs=nnx.Rngs(params=0))))
+
+
+def _init(model: ModelConfig, vocabulary: VocabularyInfo, optimizer: optax.GradientTransformation, key) -> TrainState:
+    params = nnx.to_pure_dict(nnx.state(build_model(model, vocabulary, rngs=nnx.Rngs(params=key))))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_layout(
+    model: ModelConfig, vocabulary: VocabularyInfo, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> StateLayout:
+    """Returns the layout of a training state on `mesh`.
+
+    Raises:
+        ConfigError: a dimension that a mesh axis shards but does not divide.
+    """
+    graphdef, abstract_params = abstract_model(model, vocabulary)
+    shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, key), jax.random.key(0))
+    replicated = replicated_sharding(mesh)
+    params = parameter_shardings(abstract_params, mesh)
+    optimizer_shardings = optax.tree.map_params(
+        optimizer, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: replicated
+    )
+    return StateLayout(graphdef, shapes, TrainState(replicated, params, optimizer_shardings), optimizer)
+
+
+def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayout, seed: int) -> TrainState:
+    """Returns a new state; every array is created in its sharding, none is ever whole on one device first."""
+    create = jax.jit(
+        lambda key: _init(model, vocabulary, layout.optimizer, key), out_shardings=layout.shardings
+    )
+    return create(jax.random.key(seed))

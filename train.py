@@ -1,0 +1,16 @@
+"""Trains a model: `python train.py [--config FILE] [--section.field value ...]`; number words without arguments."""
+
+import sys
+from pathlib import Path
+
+from flax_transformer.cli.main import run_verb
+from flax_transformer.cli.train import main
+
+
+def train(arguments: list[str], program: str) -> int:
+    """Returns the exit code of a training run."""
+    return main(arguments, program, default_config=Path(__file__).parent / "configs" / "number_words.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(train, sys.argv[1:], "train.py"))
