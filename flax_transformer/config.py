@@ -1,7 +1,7 @@
 """The configuration of a run: nested frozen dataclasses, read strictly from YAML, overridden on the command line.
 
-Each section is defined beside what it configures; this file composes them, and defines the two that belong to a run as
-a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
+Each section is defined beside what it configures; this file composes them, and defines those that belong to a
+run as a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
 """
 
 import dataclasses
@@ -92,6 +92,18 @@ class DecodingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """How translations are scored.
+
+    Attributes:
+        bleu_tokenizer: sacreBLEU's: "13a" (its default) or "intl" for running text, "none" for text that is tokenised
+            already, "char" where a sentence is one word.
+    """
+
+    bleu_tokenizer: Literal["13a", "intl", "char", "none"] = "13a"
+
+
+@dataclass(frozen=True)
 class Config:
     """A complete recipe.
 
@@ -104,6 +116,7 @@ class Config:
         optimizer: how parameters change.
         training: how long, and what on the way.
         decoding: how to translate.
+        evaluation: how translations are scored.
         mesh: how devices are used.
     """
 
@@ -115,6 +128,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):

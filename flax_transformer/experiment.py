@@ -131,6 +131,7 @@ class Validation:
         self.step = jit_evaluation_step(layout, config.training.label_smoothing, mesh)
         self.translator = translator
         self.sharding = batch_sharding(mesh)
+        self.bleu_tokenizer = config.evaluation.bleu_tokenizer
         self.mesh = mesh
         self.log = log
 
@@ -144,7 +145,7 @@ class Validation:
             ]
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*jax.device_get(sums), strict=True)))
         hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
-        scores = evaluate(hypotheses, self.target)
+        scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
         self.log.record(
             "validation",
             {
@@ -220,7 +221,7 @@ def _finish(config: Config, corpus: Corpus, translator: Translator, folder: RunF
     translations = translator.translate(corpus.test.source)
     seconds = time.monotonic() - clock
     hypotheses = [t.text for t in translations]
-    scores = evaluate(hypotheses, corpus.test.target)
+    scores = evaluate(hypotheses, corpus.test.target, config.evaluation.bleu_tokenizer)
     folder.samples.mkdir(exist_ok=True)
     (folder.samples / "test.hypotheses.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
 

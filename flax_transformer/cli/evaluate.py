@@ -9,6 +9,7 @@ import tyro
 from flax_transformer.data.parallel_text import read_parallel_text
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translator import Translator
+from flax_transformer.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def main(arguments: list[str], program: str) -> int:
     hypotheses = [t.text for t in translations]
     if options.output is not None:
         options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
-    print(evaluate(hypotheses, text.target).text)
+    bleu_tokenizer = RunFolder.open(options.run).read_config().evaluation.bleu_tokenizer
+    print(evaluate(hypotheses, text.target, bleu_tokenizer).text)
     shortened = [number for number, t in enumerate(translations, start=1) if t.truncated]
     for number in shortened:
         limit = translator.max_source_length - 1

@@ -103,11 +103,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special ids other than unknown give nothing."""
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode(list(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the surface form of each id."""
-        return [self._processor.id_to_piece(int(i)) for i in ids]
+        return [self._processor.id_to_piece(i) for i in ids]
 
 
 class TokenizerPair:

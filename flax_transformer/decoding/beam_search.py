@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
@@ -86,7 +86,7 @@ class BeamState:
     decoder: Any
 
 
-def gather_beams(x: Int[Array, "B K *rest"], chosen: Int[Array, "B M"]) -> Int[Array, "B M *rest"]:
+def gather_beams(x: Shaped[Array, "B K *rest"], chosen: Int[Array, "B M"]) -> Shaped[Array, "B M *rest"]:
     """Returns, for each sentence, the entries `chosen` of the second axis. [[a b c]] with [[2 0]] gives [[c a]]."""
     index = chosen.reshape(*chosen.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)

@@ -44,8 +44,12 @@ class Scores:
         )
 
 
-def evaluate(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
+def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenizer: str = "13a") -> Scores:
     """Returns the scores of detokenised `hypotheses` against one reference each.
+
+    Args:
+        hypotheses, references: equally many sentences.
+        bleu_tokenizer: sacreBLEU's name of one; it stands in the signature.
 
     Raises:
         InputError: different numbers of lines, or none.
@@ -57,7 +61,7 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
         )
     if not references:
         raise InputError("there is nothing to evaluate: at least one sentence is needed.")
-    bleu, chrf = BLEU(), CHRF()
+    bleu, chrf = BLEU(tokenize=bleu_tokenizer), CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
     matches = sum(h == r for h, r in zip(hypotheses, references, strict=True))

@@ -261,7 +261,7 @@ class Translator:
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
             if length == 0:  # fewer hypotheses than beams
                 break
-            ids = found.tokens[row, beam, : length - 1 if finished else length]
+            ids = found.tokens[row, beam, : length - 1 if finished else length].tolist()
             target = self.tokenizers.target
             text = target.decode(ids)
             results.append(Hypothesis(text, target.pieces(ids), float(found.scores[row, beam]), finished))

@@ -91,10 +91,11 @@ class TransformerConfig:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
         if self.model_dim % self.num_heads:
             divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
-            nearest = sorted(sorted(divisors, key=lambda n: abs(n - self.num_heads))[:2])
+            below = max(n for n in divisors if n < self.num_heads)
+            above = min((n for n in divisors if n > self.num_heads), default=self.model_dim)
             raise ConfigError(
                 f"model.num_heads ({self.num_heads}) must divide model.model_dim ({self.model_dim}); "
-                f"nearest: {', '.join(map(str, nearest))}."
+                f"nearest: {below}, {above}."
             )
         if self.model_dim % 2:
             raise ConfigError(

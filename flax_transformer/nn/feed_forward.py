@@ -1,5 +1,6 @@
 """The position-wise feed-forward network."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -12,7 +13,8 @@ from flax_transformer.nn.linear import Linear
 from flax_transformer.parallel.rules import constrain
 
 Activation = Literal["relu", "gelu", "swish"]
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swish": jax.nn.swish}
+# The exact GELU (by the error function), as in PyTorch; JAX's default is an approximation by tanh.
+ACTIVATIONS = {"relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False), "swish": jax.nn.swish}
 
 
 class FeedForward(nnx.Module):

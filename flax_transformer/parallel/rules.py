@@ -50,11 +50,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
-def parameter_specs(abstract_params: nnx.State) -> dict[str, Any]:
+def parameter_specs(abstract_params: Any) -> dict[str, Any]:
     """Returns a nested dict of partition specs for the parameters, in the form of `nnx.to_pure_dict`.
 
     Args:
-        abstract_params: the state of a model, of arrays or of shapes, whose variables carry `logical_axes`.
+        abstract_params: the `nnx.State` of a model, of arrays or of shapes, whose variables carry `logical_axes`.
 
     Raises:
         ValueError: a parameter without `logical_axes`, or with names for another number of dimensions.
@@ -76,7 +76,7 @@ def parameter_specs(abstract_params: nnx.State) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 
-def parameter_shardings(abstract_params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+def parameter_shardings(abstract_params: Any, mesh: Mesh) -> dict[str, Any]:
     """Returns a nested dict of `NamedSharding`s, after checking that every sharded dimension divides evenly.
 
     Raises:

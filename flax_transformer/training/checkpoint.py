@@ -73,8 +73,12 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
         )
-        names = ("params", "optimizer", "meta")
-        self._manager = ocp.CheckpointManager(folder.resolve(), item_names=names, options=options)
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.resolve(), item_handlers=handlers, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self

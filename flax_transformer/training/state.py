@@ -60,8 +60,8 @@ class StateLayout:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
 
 
-def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, nnx.State]:
-    """Returns a model's graph definition and the shapes of its parameters, with their metadata; allocates nothing."""
+def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, Any]:
+    """Returns a model's graph definition and the `nnx.State` of its parameters' shapes; allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: build_model(model, vocabulary, rngs=nnx.Rngs(params=0))))
 
 

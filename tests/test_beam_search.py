@@ -1,0 +1,283 @@
+"""The search against chains solved by hand, against exhaustive search, and against greedy search.
+
+The step function here is a Markov chain: the logits of the next token depend on the last one alone.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search, best_candidates
+from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.errors import ConfigError
+from flax_transformer.shapes import MASKED
+
+START, END = 0, 1
+
+
+def log_probabilities(table: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(table), 10 * MASKED)
+
+
+@functools.cache
+def compiled_search(config: BeamSearchConfig):
+    """The search over a batch of chains, compiled once for each configuration and shape."""
+
+    @jax.jit
+    def run(chains, limits):
+        def step(tokens, state):
+            rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains, tokens)
+            return rows, state
+
+        return beam_search(step, lambda state, parents: state, jnp.zeros((chains.shape[0],)), limits, config)
+
+    return run
+
+
+def search(logits: np.ndarray, beam_size: int, max_length: int, penalty: str = "none", max_lengths=None):
+    """Searches a chain given as logits [V, V] (or [B, V, V], one chain a sentence)."""
+    chains = jnp.asarray(logits if logits.ndim == 3 else logits[None], jnp.float32)
+    limits = jnp.full((chains.shape[0],), max_length) if max_lengths is None else jnp.asarray(max_lengths)
+    config = BeamSearchConfig(beam_size, max_length, START, END, LengthPenalty.parse(penalty))
+    return jax.device_get(compiled_search(config)(chains, limits))
+
+
+def outputs(found, sentence: int = 0) -> list[tuple[tuple[int, ...], float, bool]]:
+    result = []
+    for beam in range(found.lengths.shape[1]):
+        length = int(found.lengths[sentence, beam])
+        if length:
+            tokens = tuple(int(t) for t in found.tokens[sentence, beam, :length])
+            result.append((tokens, float(found.scores[sentence, beam]), bool(found.finished[sentence, beam])))
+    return result
+
+
+def divisor(penalty: LengthPenalty, length: int) -> float:
+    return {"none": 1.0, "average": length**penalty.exponent, "gnmt": ((5 + length) / 6) ** penalty.exponent}[penalty.name]
+
+
+def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[tuple[int, ...], float]]:
+    """Every output that ends within `max_length`, best first."""
+    logits = np.float64(logits)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    rule = LengthPenalty.parse(penalty)
+    others = [t for t in range(logits.shape[0]) if t != END]
+    found = []
+    for length in range(1, max_length + 1):
+        for body in itertools.product(others, repeat=length - 1):
+            tokens = (*body, END)
+            score = sum(log_p[a, b] for a, b in zip((START, *body), tokens, strict=True))
+            found.append((tokens, score / divisor(rule, length)))
+    return sorted(found, key=lambda item: -item[1])
+
+
+# --- worked by hand
+
+# From the start: a (2) with 0.6, b (3) with 0.4. After a everything is even, after b the end is nearly certain:
+#   a c: 0.6 * 0.3 ...    b END: 0.4 * 0.9 = 0.36    a END: 0.6 * 0.4 = 0.24
+CHAIN = log_probabilities(
+    np.array(
+        [
+            # START END   a    b
+            [0.0, 0.0, 0.6, 0.4],  # after START
+            [0.0, 1.0, 0.0, 0.0],  # after END (never read)
+            [0.0, 0.4, 0.3, 0.3],  # after a
+            [0.0, 0.9, 0.05, 0.05],  # after b
+        ]
+    )
+)
+
+
+def test_greedy_takes_the_best_first_step_and_beam_two_finds_the_better_sentence():
+    (greedy,) = outputs(search(CHAIN, 1, 4))
+    assert greedy == ((2, END), pytest.approx(np.log(0.24), abs=1e-5), True)
+    first, second = outputs(search(CHAIN, 2, 4))
+    assert first == ((3, END), pytest.approx(np.log(0.36), abs=1e-5), True)
+    assert second == ((2, END), pytest.approx(np.log(0.24), abs=1e-5), True)
+
+
+def test_three_beams_solved_by_hand():
+    # Third best: a a END = 0.6 * 0.3 * 0.4 = 0.072; a b END = 0.6 * 0.3 * 0.9 = 0.162 is better.
+    found = outputs(search(CHAIN, 3, 4))
+    assert [tokens for tokens, _, _ in found] == [(3, END), (2, END), (2, 3, END)]
+    np.testing.assert_allclose([score for _, score, _ in found], np.log([0.36, 0.24, 0.162]), atol=1e-5)
+
+
+def test_the_length_penalty_prefers_longer_outputs():
+    # Averages: b END ln(.36)/2 = -0.511; a b END ln(.162)/3 = -0.607; a END ln(.24)/2 = -0.714.
+    found = outputs(search(CHAIN, 3, 3, "average:1.0"))
+    assert [tokens for tokens, _, _ in found] == [(3, END), (2, 3, END), (2, END)]
+    np.testing.assert_allclose([s for _, s, _ in found], np.log([0.36, 0.162, 0.24]) / [2, 3, 2], atol=1e-5)
+
+
+def test_an_output_cut_at_the_limit_is_unfinished_and_behind_the_finished_ones():
+    never_ends = log_probabilities(np.array([[0, 0.1, 0.9], [0, 1, 0], [0, 0.01, 0.99]]))
+    found = outputs(search(never_ends, 2, 3))
+    assert found[0] == ((END,), pytest.approx(np.log(0.1), abs=1e-5), True)
+    assert [finished for _, _, finished in found] == [True, True]
+    found = outputs(search(never_ends, 1, 3))
+    assert found == [((2, 2, 2), pytest.approx(np.log(0.9 * 0.99 * 0.99), abs=1e-5), False)]
+
+
+def test_sentences_have_their_own_limits_and_padding_rows_give_nothing():
+    chain = log_probabilities(np.array([[0, 0.1, 0.9], [0, 1, 0], [0, 0.01, 0.99]]))
+    found = search(np.stack([chain] * 3), 1, 5, max_lengths=[2, 5, 0])
+    assert outputs(found, 0)[0][0] == (2, 2)
+    assert outputs(found, 1)[0][0] == (2, 2, 2, 2, 2)
+    assert outputs(found, 2) == []
+    assert not found.finished.any()
+
+
+def test_a_later_better_output_is_waited_for():
+    # END at once has 0.5; under "average" the path a END (0.5 * 1.0)^(1/2) scores better and takes a step longer.
+    chain = log_probabilities(np.array([[0, 0.5, 0.5], [0, 1, 0], [0, 1.0, 0]]))
+    found = outputs(search(chain, 2, 6, "average:1.0"))
+    assert found[0] == ((2, END), pytest.approx(np.log(0.5) / 2, abs=1e-5), True)
+
+
+def test_fewer_outputs_than_beams_leave_no_empty_slots_behind():
+    chain = log_probabilities(np.array([[0, 1.0, 0.0], [0, 1, 0], [0, 1, 0]]))
+    assert outputs(search(chain, 3, 4)) == [((END,), pytest.approx(0.0, abs=1e-6), True)]
+
+
+# --- properties, on random chains
+
+CHAINS = st.builds(
+    lambda seed, vocab: np.random.default_rng(seed).normal(size=(vocab, vocab)).astype(np.float32) * 1.5,
+    st.integers(0, 2**32 - 1),
+    st.just(4),  # one size, one compilation
+)
+PENALTIES = st.sampled_from(["none", "average:1.0", "average:0.5", "gnmt:0.6"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHAINS, PENALTIES)
+def test_a_beam_as_wide_as_the_space_equals_exhaustive_search(chain, penalty):
+    expected = exhaustive(chain, 3, penalty)  # 1 + 3 + 9 outputs
+    # 36 beams hold every candidate of the last step: 9 unfinished outputs with 4 extensions each.
+    found = [o for o in outputs(search(chain, 36, 3, penalty)) if o[2]]
+    assert len(found) == len(expected) == 13
+    np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
+    assert {t for t, _, _ in found} == {t for t, _ in expected}
+    assert found[0][0] == expected[0][0] or found[0][1] == pytest.approx(expected[1][1], abs=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(CHAINS, PENALTIES)
+def test_one_beam_is_greedy(chain, penalty):
+    tokens, last = [], START
+    while len(tokens) < 6 and last != END:
+        last = int(np.argmax(chain[last]))
+        tokens.append(last)
+    (found,) = outputs(search(chain, 1, 6, penalty))
+    assert found[0] == tuple(tokens)
+    assert found[2] == (last == END)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHAINS, PENALTIES)
+def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
+    log_p = np.float64(chain) - np.log(np.exp(np.float64(chain)).sum(-1, keepdims=True))
+    rule = LengthPenalty.parse(penalty)
+    found = outputs(search(chain, 4, 6, penalty))
+    assert len({t for t, _, _ in found}) == len(found)
+    assert [f for _, _, f in found] == sorted((f for _, _, f in found), reverse=True)
+    for group in (True, False):
+        scores = [s for _, s, f in found if f == group]
+        assert scores == sorted(scores, reverse=True)
+    for tokens, score, finished in found:
+        assert (tokens[-1] == END) == finished and END not in tokens[:-1]
+        total = sum(log_p[a, b] for a, b in zip((START, *tokens[:-1]), tokens, strict=True))
+        assert score == pytest.approx(total / divisor(rule, len(tokens)), rel=1e-4, abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CHAINS, PENALTIES)
+def test_stopping_early_changes_nothing(chain, penalty):
+    """Against a search of the same kind in plain Python that never stops before the limit."""
+    log_p = np.float64(chain) - np.log(np.exp(np.float64(chain)).sum(-1, keepdims=True))
+    rule, beams, limit = LengthPenalty.parse(penalty), 3, 8
+    live, finished = [((), 0.0)], []
+    for length in range(1, limit + 1):
+        candidates = [
+            ((*tokens, token), score + log_p[tokens[-1] if tokens else START, token])
+            for tokens, score in live
+            for token in range(chain.shape[0])
+        ]
+        candidates = sorted(candidates, key=lambda c: -c[1])[: 2 * beams]
+        finished += [(t, s / divisor(rule, length)) for t, s in candidates[:beams] if t[-1] == END]
+        live = [c for c in candidates if c[0][-1] != END][:beams]
+    expected = sorted(finished, key=lambda f: -f[1])[:beams]
+    found = [o for o in outputs(search(chain, beams, limit, penalty)) if o[2]]
+    np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
+
+
+def test_sentences_do_not_influence_one_another():
+    rng = np.random.default_rng(0)
+    chains = rng.normal(size=(6, 5, 5)).astype(np.float32)
+    limits = [3, 7, 5, 7, 2, 6]
+    together = search(chains, 3, 7, "gnmt:0.6", limits)
+    order = [4, 2, 0, 5, 1, 3]
+    shuffled = search(chains[order], 3, 7, "gnmt:0.6", [limits[i] for i in order])
+    for place, sentence in enumerate(order):
+        assert outputs(together, sentence) == outputs(shuffled, place)
+
+
+def test_beams_carry_their_own_state():
+    """The chain looks two tokens back, through the state: a state that is not reordered gives other scores."""
+    rng = np.random.default_rng(3)
+    vocab, limit, beams = 4, 5, 4
+    table = jnp.asarray(rng.normal(size=(vocab, vocab, vocab)), jnp.float32)  # [before last, last, next]
+    config = BeamSearchConfig(beams, limit, START, END, LengthPenalty.parse("none"))
+
+    def step(tokens, before):
+        return table[before, tokens], tokens
+
+    def reorder(before, parents):
+        return jnp.take_along_axis(before, parents, axis=1)
+
+    found = jax.device_get(
+        beam_search(step, reorder, jnp.zeros((1, beams), jnp.int32), jnp.array([limit]), config)
+    )
+    log_p = np.asarray(jax.nn.log_softmax(table), np.float64)
+    for tokens, score, _ in outputs(found):
+        padded = (START, START, *tokens)
+        total = sum(log_p[padded[i], padded[i + 1], padded[i + 2]] for i in range(len(tokens)))
+        assert score == pytest.approx(total, rel=1e-4)
+
+
+def test_ties_go_to_the_lower_beam_and_token():
+    scores, parents, tokens = best_candidates(jnp.zeros((1, 2)), jnp.zeros((1, 2, 3)), 4)
+    np.testing.assert_allclose(scores, np.full((1, 4), np.log(1 / 3)), rtol=1e-6)
+    np.testing.assert_array_equal(parents, [[0, 0, 0, 1]])
+    np.testing.assert_array_equal(tokens, [[0, 1, 2, 0]])
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("gmnt:0.6", "unknown length penalty 'gmnt:0.6'. Did you mean 'gnmt'"),
+        ("gnmt", "needs an exponent of at least 0 after a colon, such as 'gnmt:0.6'"),
+        ("average:-1", "needs an exponent of at least 0"),
+        ("average:nan", "needs an exponent of at least 0"),
+        ("none:1", "takes no exponent"),
+    ],
+)
+def test_bad_length_penalties_are_explained(text, message):
+    with pytest.raises(ConfigError, match=message):
+        LengthPenalty.parse(text)
+
+
+def test_bad_sizes_are_explained():
+    with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
+        BeamSearchConfig(0, 5, START, END, LengthPenalty.parse("none"))

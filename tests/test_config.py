@@ -1,0 +1,105 @@
+"""Configuration: strict reading, overrides, and no field that nobody reads."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from flax_transformer.config import Config, from_dict, override, read_config, to_dict, write_config
+from flax_transformer.data.parallel_text import ParallelTextConfig
+from flax_transformer.data.synthetic import NumberWordsConfig
+from flax_transformer.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_are_read_and_survive_writing(path, tmp_path):
+    config = read_config(path)
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert config.run == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model": {"num_head": 4}}, r"unknown key 'model.num_head' .*Did you mean 'num_heads'"),
+        ({"trainin": {}}, r"unknown key 'trainin' .*Did you mean 'training'"),
+        ({"model": {"num_heads": "four"}}, r"model.num_heads: expected int, got 'four' \(str\)"),
+        ({"model": {"num_heads": 4.0}}, r"model.num_heads: expected int, got 4.0 \(float\)"),
+        ({"model": {"num_heads": True}}, r"model.num_heads: expected int, got True \(bool\)"),
+        ({"model": {"norm_order": "middle"}}, r"model.norm_order: expected one of post, pre; got 'middle'"),
+        ({"tokenizer": {"joint": "yes please"}}, r"tokenizer.joint: expected bool"),
+        ({"optimizer": {"epsilon": "tiny"}}, r"optimizer.epsilon: expected float, got 'tiny'"),
+        ({"data": {"kind": "paralel_text"}}, r"data.kind: unknown kind 'paralel_text'. Did you mean 'parallel_text'"),
+        ({"data": 3}, r"section 'data' must be a mapping"),
+        ({"tokenizer": {"joint": False}}, r"share_embeddings: all needs one vocabulary"),
+        ({"training": {"steps": 0}}, r"training.steps must be at least 1, got 0"),
+        ({"decoding": {"length_penalty": "gmnt:1"}}, r"unknown length penalty 'gmnt:1'"),
+    ],
+)
+def test_mistakes_are_explained(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Config, values)
+
+
+def test_yaml_exponents_are_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text("optimizer:\n  epsilon: 1e-7\n  learning_rate_scale: 2\n")
+    optimizer = read_config(tmp_path / "c.yaml").optimizer
+    assert (optimizer.epsilon, optimizer.learning_rate_scale) == (1e-7, 2.0)
+
+
+def test_files_that_cannot_be_read_are_explained(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration file at .*absent.yaml"):
+        read_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match="is not a YAML file"):
+        read_config(tmp_path / "bad.yaml")
+
+
+def test_overrides_reach_every_depth_and_kind():
+    config = override(
+        Config(), ["--model.num-heads", "8", "--training.steps=7", "--run", "x", "--tokenizer.no-joint",
+                   "--model.share-embeddings", "none", "--data.kind", "parallel_text", "--data.folder", "d"]
+    )  # fmt: skip
+    assert (config.model.num_heads, config.training.steps, config.run, config.tokenizer.joint) == (8, 7, "x", False)
+    assert isinstance(config.data, ParallelTextConfig) and config.data.folder == "d"
+    assert isinstance(override(config, ["--data.kind=number_words"]).data, NumberWordsConfig)
+
+
+@pytest.mark.parametrize("flags", [["--model.num-haeds", "8"], ["--model.num-heads", "eight"]])
+def test_wrong_flags_end_with_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        override(Config(), flags)
+    assert stop.value.code == 2
+    assert "num-h" in capsys.readouterr().err
+
+
+def test_every_field_is_read_somewhere():
+    """A field that no code mentions as an attribute is a promise nobody keeps."""
+    read = set()
+    for path in (ROOT / "flax_transformer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                # `self.x` inside a config's own __post_init__ is a check, not a use
+                if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                    read.add(node.attr)
+    configs = [read_config(path) for path in RECIPES]
+
+    def fields(config):
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            yield f.name
+            if dataclasses.is_dataclass(value):
+                yield from fields(value)
+
+    unread = {name for config in configs for name in fields(config)} - read
+    assert not unread
+
+
+def test_the_written_form_is_complete():
+    assert set(to_dict(Config())) == {f.name for f in dataclasses.fields(Config)}
+    assert to_dict(Config())["model"]["kind"] == "transformer"

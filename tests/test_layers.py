@@ -1,0 +1,264 @@
+"""Each layer against an independent NumPy form of its equation, in float64, and its edge cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_transformer.errors import ConfigError
+from flax_transformer.nn.attention import MultiHeadAttention, dot_product_attention, masked_softmax
+from flax_transformer.nn.dropout import dropout, random_bytes
+from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection
+from flax_transformer.nn.feed_forward import FeedForward
+from flax_transformer.nn.kv_cache import (
+    CrossAttentionCache,
+    cached_cross_attention,
+    cached_self_attention,
+    empty_self_attention_cache,
+)
+from flax_transformer.nn.linear import Linear
+from flax_transformer.nn.masks import causal_mask, filled_cache_mask
+from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
+from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
+
+FLOAT32 = jnp.dtype("float32")
+DTYPES = {"param_dtype": FLOAT32, "compute_dtype": FLOAT32}
+ONE_OP = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def randomised(module: nnx.Module, seed: int = 7) -> nnx.Module:
+    """The module with every parameter random, so that no zero bias and no unit scale hides a mistake."""
+    graphdef, state = nnx.split(module)
+    rng = np.random.default_rng(seed)
+    random = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), state)
+    return nnx.merge(graphdef, random)
+
+
+def softmax64(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    weights = np.where(mask, np.exp(scores), 0.0)
+    return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+
+
+def attention64(q, k, v, mask):
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    weights = softmax64(scores, np.asarray(mask))
+    return np.einsum("bnts,bsnh->btnh", weights, v), weights
+
+
+def test_linear_contracts_several_dimensions():
+    layer = randomised(Linear((3, 4), (2, 5), ("heads", "head_dim", "mlp", "embed"), rngs=nnx.Rngs(0)))
+    x = normal(1, 6, 3, 4)
+    expected = np.einsum("bij,ijkl->bkl", np.float64(x), np.float64(layer.kernel[...])) + np.float64(layer.bias[...])
+    np.testing.assert_allclose(layer(x), expected, **ONE_OP)
+
+
+def test_linear_is_xavier_uniform_over_the_flattened_matrix():
+    layer = Linear((256,), (8, 64), ("embed", "heads", "head_dim"), rngs=nnx.Rngs(0))
+    kernel = np.asarray(layer.kernel[...])
+    bound = np.sqrt(6 / (256 + 512))
+    assert np.abs(kernel).max() <= bound
+    # 131,072 uniform draws: the standard error of the mean square is 0.25 % of it, so 2 % never happens by chance.
+    assert np.mean(kernel**2) == pytest.approx(bound**2 / 3, rel=0.02)
+    assert not layer.bias[...].any()
+
+
+@pytest.mark.parametrize("mask_kind", ["full", "causal", "random"])
+def test_attention_equals_its_equation(mask_kind):
+    q, k, v = normal(1, 2, 5, 3, 4), normal(2, 2, 5, 3, 4), normal(3, 2, 5, 3, 4)
+    mask = {
+        "full": jnp.ones((1, 1, 5, 5), bool),
+        "causal": causal_mask(5),
+        "random": jnp.asarray(np.random.default_rng(4).random((2, 1, 5, 5)) < 0.6),
+    }[mask_kind]
+    attended, weights = dot_product_attention(q, k, v, mask)
+    expected, expected_weights = attention64(q, k, v, mask)
+    np.testing.assert_allclose(attended, expected, **ONE_OP)
+    np.testing.assert_allclose(weights, expected_weights, **ONE_OP)
+
+
+def test_a_row_with_nothing_to_attend_to_is_zero_in_value_and_gradient():
+    scores = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    mask = jnp.array([[False, False], [True, False]])
+    np.testing.assert_array_equal(masked_softmax(scores, mask), [[0.0, 0.0], [1.0, 0.0]])
+    gradient = jax.grad(lambda s: (masked_softmax(s, mask) * jnp.array([[5.0, 7.0], [1.0, 2.0]])).sum())(scores)
+    np.testing.assert_array_equal(gradient, np.zeros((2, 2)))
+
+
+def test_softmax_survives_scores_beyond_the_range_of_exp():
+    scores = jnp.array([[1e4, 1e4, -1e4, 3e4]])
+    np.testing.assert_allclose(
+        masked_softmax(scores, jnp.array([[True, True, True, False]])), [[0.5, 0.5, 0.0, 0.0]], rtol=1e-6
+    )
+
+
+def test_multi_head_attention_equals_its_equation():
+    layer = randomised(MultiHeadAttention(8, 2, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0)))
+    x, memory = normal(1, 2, 3, 8), normal(2, 2, 5, 8)
+    mask = jnp.asarray(np.random.default_rng(5).random((2, 1, 3, 5)) < 0.7)
+
+    def project(module, value):
+        return np.einsum("btd,dnh->btnh", np.float64(value), np.float64(module.kernel[...])) + np.float64(module.bias[...])
+
+    attended, _ = attention64(
+        project(layer.query, x), project(layer.key, memory), project(layer.value, memory), mask
+    )
+    expected = np.einsum("btnh,nhd->btd", attended, np.float64(layer.output.kernel[...])) + np.float64(layer.output.bias[...])
+    np.testing.assert_allclose(layer(x, memory, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cached_attention_equals_full_causal_attention():
+    batch, beams, length = 2, 3, 6
+    q, k, v = (normal(s, batch, beams, length, 2, 4) for s in (1, 2, 3))
+    cache = empty_self_attention_cache(batch, beams, 2, length, 4, FLOAT32)
+    steps = []
+    for t in range(length):
+        positions = jnp.full((batch,), t)
+        mask = filled_cache_mask(positions, length)
+        out, cache = cached_self_attention(cache, q[:, :, t], k[:, :, t], v[:, :, t], positions, mask)
+        steps.append(out)
+    flat = [a.reshape(batch * beams, length, 2, 4) for a in (q, k, v)]
+    expected, _ = dot_product_attention(*flat, causal_mask(length))
+    np.testing.assert_allclose(
+        jnp.stack(steps, axis=2).reshape(batch * beams, length, 2, 4), expected, **ONE_OP
+    )
+
+
+def test_sentences_of_a_cache_may_stand_at_different_positions():
+    key, value, query = normal(1, 2, 1, 2, 4), normal(2, 2, 1, 2, 4), normal(3, 2, 1, 2, 4)
+    cache = empty_self_attention_cache(2, 1, 2, 5, 4, FLOAT32)
+    positions = jnp.array([0, 3])
+    _, cache = cached_self_attention(cache, query, key, value, positions, filled_cache_mask(positions, 5))
+    np.testing.assert_array_equal(cache.keys[0, 0, :, 0], key[0, 0])
+    np.testing.assert_array_equal(cache.keys[1, 0, :, 3], key[1, 0])
+    assert int((cache.keys != 0).sum()) == key.size
+
+
+def test_cross_attention_shares_one_memory_among_beams():
+    query, keys, values = normal(1, 2, 3, 2, 4), normal(2, 2, 5, 2, 4), normal(3, 2, 5, 2, 4)
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
+    attended, weights = cached_cross_attention(CrossAttentionCache(keys, values), query, mask)
+    for beam in range(3):
+        alone, _ = attention64(query[:, beam : beam + 1], keys, values, mask)
+        np.testing.assert_allclose(attended[:, beam], alone[:, 0], **ONE_OP)
+    assert not weights[0, :, :, 3:].any()
+
+
+def test_layer_norm_equals_its_equation():
+    layer = randomised(LayerNorm(6))
+    x = normal(1, 4, 6) * 3 + 2
+    x64 = np.float64(x)
+    expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
+    expected = expected * np.float64(layer.scale[...]) + np.float64(layer.bias[...])
+    np.testing.assert_allclose(layer(x), expected, **ONE_OP)
+
+
+def test_residual_orders():
+    x = normal(1, 2, 3, 6)
+    norm = randomised(LayerNorm(6))
+    for order in ("post", "pre"):
+        residual = ResidualNorm(6, order, dropout_rate=0.5)
+        residual.norm = norm
+        result = residual.leave(x, 2 * residual.enter(x), None)
+        expected = norm(x + 2 * x) if order == "post" else x + 2 * norm(x)
+        np.testing.assert_allclose(result, expected, **ONE_OP)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swish"])
+def test_feed_forward_equals_its_equation(activation):
+    import math
+
+    formulas = {
+        "relu": lambda a: np.maximum(a, 0),
+        "gelu": lambda a: a * 0.5 * (1 + np.vectorize(math.erf)(a / np.sqrt(2))),
+        "swish": lambda a: a / (1 + np.exp(-a)),
+    }
+    layer = randomised(
+        FeedForward(4, 6, activation=activation, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0))
+    )
+    x = normal(1, 2, 3, 4)
+    up = np.float64(x) @ np.float64(layer.up.kernel[...]) + np.float64(layer.up.bias[...])
+    expected = formulas[activation](up) @ np.float64(layer.down.kernel[...]) + np.float64(layer.down.bias[...])
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sinusoids_are_the_papers_up_to_the_order_of_channels():
+    table = sinusoidal_table(50, 8)
+    for position in (0, 1, 49):
+        for i in range(4):
+            angle = position / 10000 ** (2 * i / 8)
+            assert table[position, i] == pytest.approx(np.sin(angle), abs=1e-6)
+            assert table[position, 4 + i] == pytest.approx(np.cos(angle), abs=1e-6)
+    positions = SinusoidalPositions(50, 8)(jnp.array([[3, 0]]))
+    np.testing.assert_array_equal(positions[0], table[[3, 0]])
+
+
+def test_embeddings_are_scaled_and_have_positions_added():
+    embedding = Embedding(11, 16, param_dtype=FLOAT32, rngs=nnx.Rngs(0))
+    tokens, positions = jnp.array([[4, 10, 0]]), jnp.array([[0, 1, 0]])
+    layer = InputEmbedding("learned", 5, 16, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(1))
+    assert isinstance(layer.positions, LearnedPositions)
+    table, learned = np.asarray(embedding.table[...]), np.asarray(layer.positions.table[...])
+    expected = 4.0 * table[[4, 10, 0]] + learned[[0, 1, 0]]
+    np.testing.assert_allclose(layer(embedding, tokens, positions)[0], expected, **ONE_OP)
+
+
+def test_embeddings_start_with_variance_one_over_width():
+    table = np.asarray(Embedding(4096, 64, param_dtype=FLOAT32, rngs=nnx.Rngs(0)).table[...])
+    assert table.std() == pytest.approx(1 / 8, rel=0.01)  # 262,144 draws: standard error 0.14 %
+
+
+def test_output_projection_gives_padding_rows_no_probability():
+    kernel, bias, hidden = normal(1, 8, 4), normal(2, 8), normal(3, 2, 4)
+    logits = OutputProjection(kernel, bias, num_real_rows=6).logits(hidden)
+    expected = np.float64(hidden) @ np.float64(kernel).T + np.float64(bias)
+    np.testing.assert_allclose(logits[:, :6], expected[:, :6], **ONE_OP)
+    assert not jax.nn.softmax(logits)[:, 6:].any()
+
+
+# --- dropout
+
+
+def test_dropout_keeps_the_share_and_the_mean_that_it_states():
+    x = jnp.ones((1000, 1003))
+    y = np.asarray(dropout(x, 0.3, jax.random.key(0)))
+    kept = (y != 0).mean()
+    threshold = round(0.7 * 256)
+    # A million Bernoulli draws: standard error 0.0005; 5 of them are exceeded once in two million runs.
+    assert kept == pytest.approx(threshold / 256, abs=0.0025)
+    np.testing.assert_allclose(y[y != 0], 256 / threshold, rtol=1e-6)
+
+
+def test_dropout_is_off_without_a_key_or_a_rate():
+    x = normal(1, 4, 5)
+    np.testing.assert_array_equal(dropout(x, 0.5, None), x)
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+
+
+def test_random_bytes_are_uniform_and_independent_within_a_word():
+    draws = np.asarray(random_bytes(jax.random.key(1), (4, 1 << 16))).reshape(-1, 4)
+    counts = np.bincount(draws.ravel(), minlength=256)
+    expected = draws.size / 256
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 255 + 6 * np.sqrt(2 * 255)  # six sigma
+    correlation = np.corrcoef(draws.T.astype(float))
+    assert np.abs(correlation - np.eye(4)).max() < 6 / np.sqrt(len(draws))  # six sigma
+
+
+def test_two_keys_give_different_masks():
+    x = jnp.ones((64, 64))
+    first, second = jax.random.split(jax.random.key(0))
+    assert (np.asarray(dropout(x, 0.5, first)) != np.asarray(dropout(x, 0.5, second))).mean() > 0.4
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
+def test_a_dropout_rate_out_of_range_is_named(rate):
+    from flax_transformer.models.transformer import TransformerConfig
+
+    with pytest.raises(ConfigError, match=r"model\.attention_dropout must be at least 0 and below 1, got"):
+        TransformerConfig(attention_dropout=rate)

@@ -1,0 +1,91 @@
+"""The fused loss against its definition in NumPy, and its gradients against those of the plain form."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_transformer.nn.embedding import OutputProjection
+from flax_transformer.training import loss as loss_module
+from flax_transformer.training.loss import cross_entropy
+
+
+def example(seed: int = 0, real: int = 11, with_bias: bool = True):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=16), jnp.float32) if with_bias else None
+    targets = jnp.asarray(rng.integers(0, real, (2, 6)), jnp.int32)
+    mask = jnp.asarray(rng.random((2, 6)) < 0.7)
+    return hidden, kernel, bias, targets, mask
+
+
+def by_definition(hidden, kernel, bias, targets, mask, real, smoothing):
+    logits = np.float64(hidden) @ np.float64(kernel).T + (0.0 if bias is None else np.float64(bias))
+    logits = logits[..., :real]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    loss = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
+    correct = logits.argmax(-1) == np.asarray(targets)
+    m = np.asarray(mask, np.float64)
+    return (loss * m).sum(), (nll * m).sum(), (correct * m).sum(), m.sum()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("chunk_elements", [1 << 21, 2 * 2 * 16, 1])
+def test_sums_equal_their_definition(smoothing, with_bias, chunk_elements, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, kernel, bias, targets, mask = example(with_bias=with_bias)
+    sums = cross_entropy(hidden, OutputProjection(kernel, bias, 11), targets, mask, smoothing)
+    expected = by_definition(hidden, kernel, bias, targets, mask, 11, smoothing)
+    np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 21, 2 * 3 * 16])
+def test_gradients_equal_those_of_the_plain_form(chunk_elements, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    hidden, kernel, bias, targets, mask = example()
+
+    def fused(arguments):
+        h, k, b = arguments
+        return 3.0 * cross_entropy(h, OutputProjection(k, b, 11), targets, mask, 0.1).loss  # 3: the scale must carry
+
+    def plain(arguments):
+        h, k, b = arguments
+        logits = jnp.einsum("btd,vd->btv", h, k[:11]) + b[:11][None, None]
+        log_p = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return 3.0 * jnp.sum(jnp.where(mask, 0.9 * nll - 0.1 * log_p.mean(-1), 0.0))
+
+    value, gradient = jax.value_and_grad(fused)((hidden, kernel, bias))
+    expected_value, expected = jax.value_and_grad(plain)((hidden, kernel, bias))
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert not gradient[1][11:].any() and not gradient[2][11:].any()  # padding rows learn nothing
+
+
+def test_masked_positions_count_for_nothing():
+    hidden, kernel, bias, targets, mask = example()
+    projection = OutputProjection(kernel, bias, 11)
+    changed = jnp.where(mask[..., None], hidden, 100.0)
+    before = cross_entropy(hidden, projection, targets, mask, 0.1)
+    after = cross_entropy(changed, projection, targets, mask, 0.1)
+    chex.assert_trees_all_equal(before, after)
+    gradient = jax.grad(lambda h: cross_entropy(h, projection, targets, mask, 0.1).loss)(hidden)
+    assert not np.asarray(gradient)[~np.asarray(mask)].any()
+
+
+def test_the_vocabulary_is_never_held_for_all_positions():
+    """The compiled gradient needs less memory than one [B, T, V] array of logits."""
+    rows, length, vocab, dim = 64, 32, 8192, 16
+    hidden = jax.ShapeDtypeStruct((rows, length, dim), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((vocab, dim), jnp.float32)
+    targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def value(h, k, t):
+        return cross_entropy(h, OutputProjection(k, None, vocab), t, t > 0, 0.1).loss
+
+    compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(hidden, kernel, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * length * vocab * 4 / 2

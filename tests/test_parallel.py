@@ -1,0 +1,107 @@
+"""The same losses on any mesh, dropout included; random bits drawn once over all devices."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from flax_transformer.errors import ConfigError
+from flax_transformer.models.build import VocabularyInfo
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_rows, make_mesh
+from flax_transformer.shapes import Batch
+from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, noam_schedule
+from flax_transformer.training.state import init_state, make_layout
+from flax_transformer.training.step import jit_train_step
+
+MODEL = TransformerConfig(
+    model_dim=32, num_heads=4, feed_forward_dim=64, dropout=0.3, attention_dropout=0.2, activation_dropout=0.2
+)
+VOCABULARY = VocabularyInfo(30, 30, 1)
+ROWS, LENGTH = 16, 12
+
+
+def random_batch(seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, LENGTH + 1, (2, ROWS))
+    columns = np.arange(LENGTH)[None, :]
+    arrays = []
+    for side in range(2):
+        real = columns < lengths[side][:, None]
+        arrays += [np.where(real, rng.integers(4, 30, real.shape), 0), np.where(real, columns, 0), real]
+    return Batch(*(a.astype(np.int32) for a in arrays))
+
+
+def prepared(mesh: Mesh, model: TransformerConfig = MODEL):
+    optimizer_config = OptimizerConfig(warmup_steps=10)
+    schedule = noam_schedule(optimizer_config, model.model_dim)
+    layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh)
+    return layout, jit_train_step(layout, schedule, 0.1, 0, mesh)
+
+
+def losses(mesh: Mesh, steps: int = 4) -> tuple[list[float], list[float]]:
+    layout, step = prepared(mesh)
+    state = init_state(MODEL, VOCABULARY, layout, seed=0)
+    found, norms = [], []
+    with jax.set_mesh(mesh):
+        for i in range(steps):
+            state, metrics = step(state, jax.device_put(random_batch(i), batch_sharding(mesh)))
+            found.append(float(metrics.sums.loss / metrics.sums.count))
+            norms.append(float(metrics.gradient_norm))
+    return found, norms
+
+
+@pytest.fixture(scope="module")
+def single(one_device):
+    return losses(one_device)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)])
+def test_eight_devices_give_the_losses_of_one(sizes, single):
+    found = losses(make_mesh(MeshConfig(*sizes)))
+    # Sums run in another order on each mesh; four updates of Adam carry the difference on.
+    np.testing.assert_allclose(found[0], single[0], rtol=2e-5)
+    np.testing.assert_allclose(found[1], single[1], rtol=1e-4)
+
+
+def test_losses_fall_and_dropout_differs_between_steps(single):
+    assert single[0][-1] < single[0][0]
+
+
+def test_parameters_are_born_sharded():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    layout, _ = prepared(mesh)
+    state = init_state(MODEL, VOCABULARY, layout, seed=0)
+    kernel = state.params["decoder"]["layers"]["feed_forward"]["up"]["kernel"]  # [L, D, F]
+    assert {s.data.shape for s in kernel.addressable_shards} == {(2, 16, 32)}
+    moment = jax.tree.leaves(state.optimizer, is_leaf=lambda x: getattr(x, "shape", ()) == kernel.shape)
+    assert {s.data.shape for m in moment if m.shape == kernel.shape for s in m.addressable_shards} == {(2, 16, 32)}
+
+
+def test_each_device_draws_only_its_own_share_of_random_bits():
+    mesh = make_mesh(MeshConfig(4, 2, 1))
+    layout, step = prepared(mesh)
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)), random_batch(0)
+    )
+    with jax.set_mesh(mesh):
+        program = step.lower(layout.abstract, batch).compile().as_text()
+    # Random words have type u32; those of dropout lead with the rows of the batch: 16 in all, 2 on each of 8 devices.
+    shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"u32\[(\d+(?:,\d+){2,})\]", program)]
+    leading = {shape[0] for shape in shapes}
+    assert 2 in leading
+    assert ROWS not in leading
+
+
+def test_sizes_that_do_not_divide_are_explained():
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    with pytest.raises(ConfigError, match=r"mesh.tensor \(8\) must divide every dimension .* heads|parameter .* has shape"):
+        prepared(mesh)
+    with pytest.raises(ConfigError, match=r"3 x 1 x 4 = 12 devices, but JAX has 8"):
+        make_mesh(MeshConfig(3, 1, 4))
+    with pytest.raises(ConfigError, match="mesh axes must be at least 1"):
+        make_mesh(MeshConfig(1, 0, 1))
+    with pytest.raises(ConfigError, match=r"a batch \(12 rows\) must divide evenly over .* = 8; nearest: 8, 16"):
+        check_rows(12, make_mesh(MeshConfig(4, 2, 1)), ("data", "fsdp"), "a batch")

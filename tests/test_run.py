@@ -1,0 +1,321 @@
+"""A whole small run through the commands: train, resume, translate, evaluate, and what goes wrong on the way."""
+
+import dataclasses
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from flax_transformer import Translator
+from flax_transformer.cli import main as cli
+from flax_transformer.config import Config, read_config
+from flax_transformer.data.tokenizer import END_ID, START_ID
+from flax_transformer.errors import ConfigError, RunFolderError
+from flax_transformer.experiment import Validation, run_experiment
+from flax_transformer.inference.attention_map import attention_map
+from flax_transformer.inference.translator import length_bucket
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.run_log import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = f"""
+data: {{kind: number_words, num_train: 300, num_validation: 20, num_test: 24}}
+tokenizer: {{vocab_size: 60}}
+model: {{model_dim: 16, num_heads: 2, feed_forward_dim: 32, num_encoder_layers: 1, num_decoder_layers: 1,
+        max_source_length: 64, max_target_length: 48}}
+batching: {{tokens_per_batch: 640, num_shapes: 1}}
+optimizer: {{warmup_steps: 10}}
+training: {{steps: 8, log_every_steps: 2, evaluate_every_steps: 4, checkpoint_every_steps: 2, evaluate_sentences: 8}}
+decoding: {{beam_size: 2, batch_rows: 8, max_length_factor: 1.0, max_length_offset: 4}}
+evaluation: {{bleu_tokenizer: char}}
+mesh: {{data: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, recipe) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert command("train", "--config", str(recipe), "--run", str(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def translator(run) -> Translator:
+    return Translator.load(run)
+
+
+def command(*arguments: str) -> int:
+    """Runs `flax-transformer` in this process and returns its exit code."""
+    verb = cli.VERBS[arguments[0]][0]
+    return cli.run_verb(verb, list(arguments[1:]), f"flax-transformer {arguments[0]}")
+
+
+def checkpoint_params(folder: Path, step: int):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        arguments = ocp.args.Composite(params=ocp.args.StandardRestore())
+        return jax.device_get(checkpoints._manager.restore(step, args=arguments)["params"])
+
+
+# --- training
+
+
+def test_a_run_leaves_everything_in_its_folder(run):
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"config.yaml", "run_card.json", "metrics.jsonl", "train.log", "tokenizer", "checkpoints"}
+    assert not [p for p in run.rglob("*.partial")]
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [4, 8]
+    assert records[-1]["loss"] < 1.05 * records[0]["loss"]
+    card = json.loads((run / "run_card.json").read_text())
+    assert card["test"]["num_sentences"] == 24
+    assert card["test"]["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:char")
+    assert card["versions"]["jax"] == jax.__version__
+    assert len((run / "samples" / "test.hypotheses.txt").read_text().splitlines()) == 24
+    for picture in ("curves.png", "attention.png"):
+        assert (run / "plots" / picture).read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_progress_line_says_all_that_is_asked_of_it(run):
+    line = next(text for text in (run / "train.log").read_text().splitlines() if "4/8" in text)
+    for part in ("[##########..........]", "loss ", "ppl ", "acc ", "lr ", "|g| ", "src ", "tgt ", "tok/s", "pad ", "left "):
+        assert part in line, part
+
+
+def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
+    folder = tmp_path / "stopped"
+    assert command("train", "--config", str(recipe), "--run", str(folder), "--training.steps", "4") == 0
+    with (folder / "metrics.jsonl").open("a") as metrics:  # what a kill after step 4 may leave behind
+        metrics.write('{"kind": "train", "step": 5, "loss": 0}\n{"kind": "tr')
+    config = str(folder / "config.yaml")
+    assert command("train", "--config", config, "--resume", "--training.steps", "8") == 0
+    chex.assert_trees_all_equal(checkpoint_params(folder, 8), checkpoint_params(run, 8))
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"] == [2, 4, 6, 8]
+
+
+def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch, run):
+    monkeypatch.setattr(Validation, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    folder = tmp_path / "killed"
+    assert command("train", "--config", str(recipe), "--run", str(folder)) == 3
+    chex.assert_trees_all_equal(checkpoint_params(folder, 4), checkpoint_params(run, 4))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(run, recipe, tmp_path):
+    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "b"), "--training.seed", "1",
+                   "--training.steps", "2") == 0  # fmt: skip
+    other = checkpoint_params(tmp_path / "b", 2)
+    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "c"), "--training.steps", "2") == 0
+    same = checkpoint_params(tmp_path / "c", 2)
+    table = "target_embedding", "table"
+    assert np.abs(other[table[0]][table[1]] - same[table[0]][table[1]]).max() > 0.01
+
+
+# --- run folders that are not as they should be
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(run, recipe, capsys):
+    before = (run / "config.yaml").read_bytes()
+    assert command("train", "--config", str(recipe), "--run", str(run)) == 2
+    assert "already holds a run. Go on with it by --resume" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_resumed_run_must_keep_its_recipe(run, recipe, capsys):
+    assert command("train", "--config", str(recipe), "--run", str(run), "--resume", "--model.num-heads", "4") == 2
+    assert "made with other settings in section 'model'" in capsys.readouterr().err
+
+
+def test_folders_without_a_run_or_a_checkpoint_are_explained(run, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("not a run")
+    with pytest.raises(RunFolderError, match="is not a run folder: it has no config.yaml"):
+        Translator.load(tmp_path)
+    with pytest.raises(RunFolderError, match="exists and is not an empty folder"):
+        RunFolder.create(Config(run=str(tmp_path)))
+    bare = tmp_path / "bare"
+    folder = RunFolder.create(dataclasses.replace(read_config(run / "config.yaml"), run=str(bare)))
+    with pytest.raises(RunFolderError, match="holds no tokenizer"):
+        Translator.load(bare)
+    folder.save_tokenizers(RunFolder(run).tokenizers())
+    with pytest.raises(RunFolderError, match="holds no checkpoint: the run has not saved one yet"):
+        Translator.load(bare)
+
+
+def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("feed_forward_dim: 32", "feed_forward_dim: 48"))
+    with pytest.raises(RunFolderError, match=r"does not fit the model .*\n.*feed_forward/down/kernel: checkpoint \(1, 32"):
+        Translator.load(copy)
+
+
+def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
+    """The checksum that is kept is of the bits that were saved: change it as a flipped bit would."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    meta = copy / "checkpoints" / "8" / "meta" / "metadata"
+    values = json.loads(meta.read_text())
+    name = sorted(values["checksums"]["params"])[0]
+    digit = values["checksums"]["params"][name][0]
+    values["checksums"]["params"][name] = ("1" if digit == "0" else "0") + values["checksums"]["params"][name][1:]
+    meta.write_text(json.dumps(values))
+    with pytest.raises(RunFolderError, match=r"is damaged: params .* Delete that folder to go on from the"):
+        Translator.load(copy, one_device)
+
+
+# --- translating
+
+
+SENTENCES = ["twenty-one", "", "nine hundred thousand", "one", "   ", "seven hundred twelve thousand forty-five", "six"]
+
+
+def test_translations_are_in_order_and_empty_for_empty(translator):
+    together = translator.translate(SENTENCES, num_hypotheses=2)
+    assert len(together) == len(SENTENCES)
+    assert [bool(t.tokens) or t.text == "" for t in together] == [True] * len(SENTENCES)
+    assert together[1].text == together[4].text == "" and together[1].score == 0.0
+    for sentence, expected in zip(SENTENCES, together, strict=True):
+        assert translator.translate([sentence], num_hypotheses=2)[0] == expected  # bit-equal scores included
+
+
+def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
+    source = "seven hundred twelve thousand forty-five"
+    found = translator.translate([source], beam_size=3, num_hypotheses=3, length_penalty="average:1.0")[0]
+    assert 1 <= len(found.hypotheses) <= 3
+    finished = [h.finished for h in found.hypotheses]
+    assert finished == sorted(finished, reverse=True)
+    tokenizer = translator.tokenizers.target._processor
+    model = nnx.merge(translator.graphdef, translator.params)
+    source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], END_ID]])
+    positions = jnp.arange(source_ids.shape[1])[None]
+    memory = model.encode(source_ids, positions, jnp.ones_like(source_ids))
+    for hypothesis in found.hypotheses:
+        ids = [tokenizer.piece_to_id(p) for p in hypothesis.tokens] + [END_ID] * hypothesis.finished
+        state = model.init_decode_state(memory, 1, 64)
+        total, previous = 0.0, START_ID
+        for token in ids:
+            output, state = model.decode_step(jnp.array([[previous]]), state)
+            total += float(jax.nn.log_softmax(output.logits[0, 0])[token])
+            previous = token
+        assert hypothesis.score == pytest.approx(total / len(ids), rel=1e-4)
+
+
+def test_a_sentence_beyond_the_limit_is_cut_and_said_to_be(translator):
+    assert translator.max_source_length == 64
+    long = "one " * 80
+    short, cut = translator.translate(["one", long])
+    assert not short.truncated and cut.truncated
+
+
+def test_buckets_depend_on_the_length_alone():
+    assert [length_bucket(n, 1000) for n in (1, 8, 9, 25, 33, 48, 49, 65, 97, 129)] == [
+        8, 8, 16, 32, 48, 48, 64, 96, 128, 192,
+    ]  # fmt: skip
+    assert length_bucket(60, 62) == 62
+
+
+def test_settings_out_of_range_are_explained(translator):
+    with pytest.raises(ConfigError, match=r"num_hypotheses \(3\) must lie between 1 and beam_size \(2\)"):
+        translator.translate(["one"], beam_size=2, num_hypotheses=3)
+
+
+def test_attention_maps_are_distributions(translator):
+    found = attention_map(translator, "twenty-one", "einundzwanzig")
+    assert found is not None
+    assert found.weights.shape == (1, 2, len(found.target), len(found.source))
+    np.testing.assert_allclose(found.weights.sum(-1), 1.0, rtol=1e-5)
+
+
+class Stdin(io.TextIOWrapper):
+    def isatty(self):
+        return False
+
+
+def translate(monkeypatch, capsys, run, data: bytes) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(data)))
+    code = command("translate", "--run", str(run))
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_translate_command_is_line_by_line(monkeypatch, capsys, run, translator):
+    code, out, err = translate(monkeypatch, capsys, run, "twenty-one\n\nsix\r\nno end of line".encode())
+    assert (code, err) == (0, "")
+    expected = [t.text for t in translator.translate(["twenty-one", "", "six", "no end of line"])]
+    assert out.split("\n") == [*expected, ""]
+    assert translate(monkeypatch, capsys, run, b"") == (0, "", "")
+
+
+def test_translate_command_names_lines_that_it_shortens(monkeypatch, capsys, run):
+    code, out, err = translate(monkeypatch, capsys, run, b"six\n" + b"one " * 80 + b"\nsix\n")
+    assert code == 4 and out.count("\n") == 3
+    assert "line 2 is longer than the model's 63 tokens" in err
+
+
+def test_translate_command_translates_what_stands_before_a_bad_line(monkeypatch, capsys, run, translator):
+    code, out, err = translate(monkeypatch, capsys, run, b"six\n\xff\xfe\n")
+    assert code == 2
+    assert out == translator.translate(["six"])[0].text + "\n"
+    assert "standard input, line 2: not valid UTF-8" in err
+
+
+def test_evaluate_command_prints_signatures(run, tmp_path, capsys):
+    (tmp_path / "source").write_text("twenty-one\nsix\n")
+    (tmp_path / "reference").write_text("einundzwanzig\nsechs\n")
+    arguments = ["evaluate", "--run", str(run), "--source", str(tmp_path / "source"), "--reference"]
+    assert command(*arguments, str(tmp_path / "reference")) == 0
+    out = capsys.readouterr().out
+    assert "BLEU" in out and "tok:char" in out and "chrF" in out and "nc:6" in out and "of 2 sentences" in out
+    (tmp_path / "short").write_text("einundzwanzig\n")
+    assert command(*arguments, str(tmp_path / "short")) == 2
+    assert "has 2 and" in capsys.readouterr().err
+
+
+def test_unknown_verbs_are_explained():
+    result = subprocess.run(
+        [sys.executable, "-m", "flax_transformer.cli.main", "tranlsate"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "unknown verb 'tranlsate'. Did you mean 'translate'" in result.stderr
+
+
+# --- the same run on a mesh
+
+
+def test_an_experiment_on_eight_devices_equals_one(run, recipe, tmp_path):
+    config = read_config(recipe)
+    config = dataclasses.replace(
+        config,
+        run=str(tmp_path / "mesh"),
+        mesh=dataclasses.replace(config.mesh, data=2, fsdp=2, tensor=2),
+        training=dataclasses.replace(config.training, steps=4),
+    )
+    run_experiment(config)
+    one = [r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"][:2]
+    eight = [r["loss"] for r in read_metrics(tmp_path / "mesh" / "metrics.jsonl") if r["kind"] == "train"]
+    np.testing.assert_allclose(eight, one, rtol=2e-5)

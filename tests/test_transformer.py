@@ -1,0 +1,180 @@
+"""Properties of the whole model."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_transformer.errors import ConfigError
+from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.shapes import Batch
+from tests import tiny
+
+MODEL = {"rtol": 1e-4, "atol": 1e-4}  # a whole model in float32
+
+ORDERS = pytest.mark.parametrize("norm_order", ["post", "pre"])
+
+
+@jax.jit
+def _hidden(model, batch):
+    return model(batch)
+
+
+def hidden(model, batch) -> np.ndarray:
+    return np.asarray(_hidden(model, batch))
+
+
+def test_it_satisfies_the_interface():
+    assert isinstance(tiny.transformer(), Seq2Seq)
+
+
+@ORDERS
+def test_future_tokens_cannot_change_the_past(norm_order):
+    model = tiny.transformer(norm_order=norm_order)
+    batch = tiny.batch([9], [8])
+    before = hidden(model, batch)
+    for position in range(8):
+        changed = batch.target_tokens.at[0, position].set((batch.target_tokens[0, position] + 1) % 19)
+        after = hidden(model, batch._replace(target_tokens=changed))
+        # The token at `position` is what hidden[position] must predict; it is an input from position + 1 on.
+        np.testing.assert_array_equal(after[:, : position + 1], before[:, : position + 1])
+        if position < 7:
+            assert np.abs(after[:, position + 1] - before[:, position + 1]).max() > 1e-3
+
+
+def test_every_source_token_reaches_every_target_position():
+    model = tiny.transformer()
+    batch = tiny.batch([9], [8])
+    before = hidden(model, batch)
+    for position in range(9):
+        changed = batch.source_tokens.at[0, position].set(3 + (batch.source_tokens[0, position] + 1) % 16)
+        difference = np.abs(hidden(model, batch._replace(source_tokens=changed)) - before).max(axis=-1)
+        assert difference.min() > 1e-5
+
+
+@ORDERS
+def test_padding_and_batch_mates_cannot_change_a_sentence(norm_order):
+    model = tiny.transformer(norm_order=norm_order)
+    batch = tiny.batch([5, 9, 3], [4, 8, 6])
+    together = hidden(model, batch)
+    garbage = batch._replace(
+        source_tokens=jnp.where(batch.source_segments > 0, batch.source_tokens, 17),
+        target_tokens=jnp.where(batch.target_segments > 0, batch.target_tokens, 17),
+    )
+    after = hidden(model, garbage)
+    for row, (source, target) in enumerate([(5, 4), (9, 8), (3, 6)]):
+        np.testing.assert_array_equal(after[row, :target], together[row, :target])
+        alone = Batch(*(a[row : row + 1, : source if i < 3 else target] for i, a in enumerate(batch)))
+        np.testing.assert_allclose(hidden(model, alone)[0], together[row, :target], **MODEL)
+
+
+def test_packed_pairs_equal_separate_pairs():
+    model = tiny.transformer()
+    first, second = tiny.batch([4], [3], seed=1, source=4, target=3), tiny.batch([5], [5], seed=2, source=5, target=5)
+    packed = []
+    for name in Batch._fields:
+        a, b = getattr(first, name), getattr(second, name)
+        packed.append(jnp.concatenate([a, 2 * b if name.endswith("segments") else b], axis=1))
+    together = hidden(model, Batch(*packed))[0]
+    np.testing.assert_allclose(together[:3], hidden(model, first)[0], **MODEL)
+    np.testing.assert_allclose(together[3:], hidden(model, second)[0], **MODEL)
+
+
+def test_shift_right_starts_each_segment_anew():
+    tokens, positions = jnp.array([[5, 6, 2, 7, 2, 0]]), jnp.array([[0, 1, 2, 0, 1, 0]])
+    np.testing.assert_array_equal(shift_right(tokens, positions, 1), [[1, 5, 6, 1, 7, 1]])
+
+
+@ORDERS
+@pytest.mark.parametrize("share", ["target_output", "none"])
+def test_cached_decoding_equals_teacher_forcing(norm_order, share):
+    model = tiny.transformer(norm_order=norm_order, share_embeddings=share, positions="learned")
+    batch = tiny.batch([9, 4], [8, 8])
+    expected = jax.jit(lambda m, b: m.output_projection().logits(m(b)))(model, batch)
+    step = jax.jit(lambda m, tokens, state: m.decode_step(tokens, state))
+    memory = model.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
+    state = model.init_decode_state(memory, 2, 8)
+    inputs = shift_right(batch.target_tokens, batch.target_positions, 1)
+    for t in range(8):
+        output, state = step(model, jnp.stack([inputs[:, t], inputs[:, t]], axis=1), state)
+        for beam in range(2):
+            np.testing.assert_allclose(output.logits[:, beam], expected[:, t], **MODEL)
+        assert output.attention.shape == (2, 2, 3, 4, 9)
+        np.testing.assert_allclose(output.attention.sum(-1), 1.0, rtol=1e-5)
+        assert not np.asarray(output.attention)[1, ..., 4:].any()  # the second source has 4 tokens
+
+
+def test_reordered_beams_continue_as_their_parents():
+    model = tiny.transformer()
+    batch = tiny.batch([9], [8])
+    memory = model.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
+    state = model.init_decode_state(memory, 2, 8)
+    _, state = model.decode_step(jnp.array([[1, 1]]), state)
+    _, state = model.decode_step(jnp.array([[4, 9]]), state)
+    straight, _ = model.decode_step(jnp.array([[5, 5]]), state)
+    crossed, _ = model.decode_step(jnp.array([[5, 5]]), reorder_beams(state, jnp.array([[1, 1]])))
+    np.testing.assert_array_equal(crossed.logits[:, 0], straight.logits[:, 1])
+    np.testing.assert_array_equal(crossed.logits[:, 1], straight.logits[:, 1])
+    assert np.abs(straight.logits[:, 0] - straight.logits[:, 1]).max() > 1e-3
+
+
+def test_cross_attention_keys_are_kept_once_a_sentence():
+    model = tiny.transformer()
+    batch = tiny.batch([9, 9], [8, 8])
+    memory = model.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
+    narrow, wide = (model.init_decode_state(memory, beams, 8).per_sentence for beams in (1, 5))
+    chex.assert_trees_all_equal_shapes(narrow, wide)
+
+
+@pytest.mark.parametrize("share, tables", [("all", 1), ("target_output", 2), ("none", 3)])
+def test_embeddings_are_shared_as_told(share, tables):
+    model = tiny.transformer(share_embeddings=share)
+    paths = ["/".join(map(str, p)) for p, _ in nnx.to_flat_state(nnx.state(model))]
+    assert sum(path.endswith("embedding/table") for path in paths) == tables
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "activation_dropout"])
+def test_each_dropout_rate_acts_in_training_alone(name):
+    batch = tiny.batch([9, 4], [8, 5])
+    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    model = tiny.transformer(**(rates | {name: 0.5}))
+    run = jax.jit(lambda key: model(batch, key))
+    first, second = run(jax.random.key(0)), run(jax.random.key(1))
+    evaluated = hidden(model, batch)
+    assert min(np.abs(first - second).max(), np.abs(first - evaluated).max()) > 1e-3
+    np.testing.assert_allclose(evaluated, hidden(tiny.transformer(**rates), batch), rtol=1e-6)
+
+
+def test_bfloat16_compute_is_close_to_float32():
+    batch = tiny.batch([9, 4], [8, 5])
+    exact = hidden(tiny.transformer(), batch)
+    model = tiny.transformer(compute_dtype="bfloat16")
+    low = np.asarray(_hidden(model, batch).astype(jnp.float32))
+    assert model.encoder.layers.feed_forward.up.kernel[...].dtype == jnp.float32
+    # bfloat16 keeps 8 bits: 0.4 % a rounding, a few dozen roundings deep, on values of size 1.
+    assert 0 < np.abs(low - exact).max() < 0.3
+
+
+def test_a_seed_gives_the_same_model_and_layers_differ():
+    first, second = tiny.transformer(3), tiny.transformer(3)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(first)), nnx.to_pure_dict(nnx.state(second)))
+    fresh = nnx.state(tiny.build_model(tiny.config(), tiny.VOCABULARY, rngs=nnx.Rngs(params=0)))
+    kernel = nnx.to_pure_dict(fresh)["decoder"]["layers"]["feed_forward"]["up"]["kernel"]
+    assert kernel.shape == (3, 16, 32)
+    assert np.abs(kernel[0] - kernel[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_dim": 512, "num_heads": 5}, r"num_heads \(5\) must divide model.model_dim \(512\); nearest: 4, 8"),
+        ({"model_dim": 15, "num_heads": 5}, r"model_dim \(15\) must be even"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_explained(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TransformerConfig(**changes)
