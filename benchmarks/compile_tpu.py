@@ -167,9 +167,9 @@ def collectives(instructions: list[Instruction]) -> list[tuple[str, str]]:
 def random_shapes(instructions: list[Instruction]) -> list[tuple[int, ...]]:
     """Returns the shapes in which one chip draws random bits for dropout.
 
-    Threefry is twenty rounds of add, rotate and exclusive-or, and nothing else in a step takes the exclusive-or of words:
-    each large `xor` is a round of it, in the shape in which this chip draws. The small ones derive keys, the same on
-    every chip. A generator that is a single instruction is seen as well.
+    Threefry is twenty rounds of add, rotate and exclusive-or, and nothing else in a step takes the exclusive-or of
+    words: each large `xor` is a round of it, in the shape in which this chip draws. The small ones derive keys, the
+    same on every chip. A generator that is a single instruction is seen as well.
     """
     drawn = set()
     for instruction in instructions:

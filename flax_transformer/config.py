@@ -84,7 +84,11 @@ class DecodingConfig:
         for name in ("beam_size", "batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoding.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.max_length_factor < 0 or self.max_length_offset < 0 or self.max_length_factor + self.max_length_offset < 1:
+        if (
+            self.max_length_factor < 0
+            or self.max_length_offset < 0
+            or self.max_length_factor + self.max_length_offset < 1
+        ):
             raise ConfigError(
                 "decoding.max_length_factor and max_length_offset must not be negative and must leave room for one "
                 f"token, got {self.max_length_factor} and {self.max_length_offset}."
@@ -132,7 +136,11 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        if isinstance(self.model, TransformerConfig) and self.model.share_embeddings == "all" and not self.tokenizer.joint:
+        if (
+            isinstance(self.model, TransformerConfig)
+            and self.model.share_embeddings == "all"
+            and not self.tokenizer.joint
+        ):
             raise ConfigError(
                 "model.share_embeddings: all needs one vocabulary for both languages, but tokenizer.joint is false. "
                 "Set tokenizer.joint: true, or model.share_embeddings: target_output."

@@ -3,7 +3,7 @@
 import platform
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -184,7 +184,10 @@ def _resumed_folder(config: Config) -> RunFolder:
                 f"{folder.path} was made with other settings in section '{section}'; a resumed run must keep them. Use "
                 f"--config {folder.config_file} --resume, or start a new run by --run FOLDER."
             )
-    if (before.training.seed, before.training.label_smoothing) != (config.training.seed, config.training.label_smoothing):
+    if (before.training.seed, before.training.label_smoothing) != (
+        config.training.seed,
+        config.training.label_smoothing,
+    ):
         raise RunFolderError(
             f"{folder.path} was made with another training.seed or training.label_smoothing; a resumed run must keep "
             f"them. Use --config {folder.config_file} --resume, or start a new run by --run FOLDER."
@@ -200,7 +203,11 @@ def _start(config: Config, layout, vocabulary, checkpoints: Checkpoints, resume:
 
 
 def _description(config: Config, corpus: Corpus, train: TokenizedPairs, plan: EpochPlan, parameters: int, mesh) -> str:
-    dropped = f" ({train.num_empty} empty, {train.num_too_long} too long left out)" if len(train) < len(corpus.train[0]) else ""
+    dropped = (
+        f" ({train.num_empty} empty, {train.num_too_long} too long left out)"
+        if len(train) < len(corpus.train[0])
+        else ""
+    )
     batches = plan.epoch(0)
     padded = sum(shape.rows * (shape.source_length + shape.target_length) for shape, _ in batches)
     padding = 1 - train.lengths.sum() / padded
@@ -210,8 +217,8 @@ def _description(config: Config, corpus: Corpus, train: TokenizedPairs, plan: Ep
         f"run {config.run}: {len(train):,} training pairs{dropped}, {len(corpus.validation.source):,} validation, "
         f"{len(corpus.test.source):,} test\n"
         f"model {config.model.kind}: {parameters:,} parameters; mesh {axes} on {jax.devices()[0].device_kind}\n"
-        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {plan.batches_per_epoch} batches "
-        f"an epoch, padding {100 * padding:.0f} %"
+        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {plan.batches_per_epoch} "
+        f"batches an epoch, padding {100 * padding:.0f} %"
     )
 
 
@@ -231,7 +238,9 @@ def _finish(config: Config, corpus: Corpus, translator: Translator, folder: RunF
         source, target = corpus.test.source[index], corpus.test.target[index]
         verdict = "=" if hypotheses[index] == target else f"reference: {target}"
         log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
-    log.say(f"\ntest, beam {config.decoding.beam_size}, length penalty {config.decoding.length_penalty}, {seconds:.1f} s")
+    log.say(
+        f"\ntest, beam {config.decoding.beam_size}, length penalty {config.decoding.length_penalty}, {seconds:.1f} s"
+    )
     log.say(scores.text)
 
     folder.plots.mkdir(exist_ok=True)
@@ -250,7 +259,7 @@ def _run_card(
 ) -> dict[str, Any]:
     packages = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "devices": [d.device_kind for d in mesh.devices.flat],

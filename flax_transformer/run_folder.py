@@ -1,12 +1,12 @@
 """A run folder: all that is needed to go on with a run or to translate with it. Data only, no code.
 
-    config.yaml      the complete configuration, itself a valid --config
-    run_card.json    what was run, on what, and what came out
-    metrics.jsonl    one JSON object for each progress line and evaluation
-    train.log        what was printed
-    tokenizer/       SentencePiece models
-    checkpoints/     STEP/{params,optimizer,meta}
-    tensorboard/  plots/  samples/
+config.yaml      the complete configuration, itself a valid --config
+run_card.json    what was run, on what, and what came out
+metrics.jsonl    one JSON object for each progress line and evaluation
+train.log        what was printed
+tokenizer/       SentencePiece models
+checkpoints/     STEP/{params,optimizer,meta}
+tensorboard/  plots/  samples/
 """
 
 import json
@@ -88,7 +88,9 @@ class RunFolder:
         """
         folder = cls(path)
         if not folder.config_file.is_file():
-            raise RunFolderError(f"{path} is not a run folder: it has no config.yaml. Give the folder of a training run.")
+            raise RunFolderError(
+                f"{path} is not a run folder: it has no config.yaml. Give the folder of a training run."
+            )
         return folder
 
     def read_config(self) -> Config:

@@ -1,5 +1,7 @@
 """Strict settings for all tests: 8 fake devices, no silent promotion, warnings are errors (pyproject.toml)."""
 
+import tempfile
+
 import jax
 import pytest
 from jax.sharding import Mesh
@@ -9,6 +11,11 @@ from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same small program is compiled by many tests; this folder is theirs alone and goes with the session.
+_compiled = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,10 @@ from flax_transformer.shapes import MASKED
 START, END = 0, 1
 
 
+def float64(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
 def log_probabilities(table: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.maximum(np.log(table), 10 * MASKED)
@@ -60,12 +64,14 @@ def outputs(found, sentence: int = 0) -> list[tuple[tuple[int, ...], float, bool
 
 
 def divisor(penalty: LengthPenalty, length: int) -> float:
-    return {"none": 1.0, "average": length**penalty.exponent, "gnmt": ((5 + length) / 6) ** penalty.exponent}[penalty.name]
+    return {"none": 1.0, "average": length**penalty.exponent, "gnmt": ((5 + length) / 6) ** penalty.exponent}[
+        penalty.name
+    ]
 
 
 def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[tuple[int, ...], float]]:
     """Every output that ends within `max_length`, best first."""
-    logits = np.float64(logits)
+    logits = float64(logits)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rule = LengthPenalty.parse(penalty)
     others = [t for t in range(logits.shape[0]) if t != END]
@@ -184,7 +190,7 @@ def test_one_beam_is_greedy(chain, penalty):
 @settings(max_examples=60, deadline=None)
 @given(CHAINS, PENALTIES)
 def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
-    log_p = np.float64(chain) - np.log(np.exp(np.float64(chain)).sum(-1, keepdims=True))
+    log_p = float64(chain) - np.log(np.exp(float64(chain)).sum(-1, keepdims=True))
     rule = LengthPenalty.parse(penalty)
     found = outputs(search(chain, 4, 6, penalty))
     assert len({t for t, _, _ in found}) == len(found)
@@ -202,7 +208,7 @@ def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
 @given(CHAINS, PENALTIES)
 def test_stopping_early_changes_nothing(chain, penalty):
     """Against a search of the same kind in plain Python that never stops before the limit."""
-    log_p = np.float64(chain) - np.log(np.exp(np.float64(chain)).sum(-1, keepdims=True))
+    log_p = float64(chain) - np.log(np.exp(float64(chain)).sum(-1, keepdims=True))
     rule, beams, limit = LengthPenalty.parse(penalty), 3, 8
     live, finished = [((), 0.0)], []
     for length in range(1, limit + 1):
@@ -243,9 +249,7 @@ def test_beams_carry_their_own_state():
     def reorder(before, parents):
         return jnp.take_along_axis(before, parents, axis=1)
 
-    found = jax.device_get(
-        beam_search(step, reorder, jnp.zeros((1, beams), jnp.int32), jnp.array([limit]), config)
-    )
+    found = jax.device_get(beam_search(step, reorder, jnp.zeros((1, beams), jnp.int32), jnp.array([limit]), config))
     log_p = np.asarray(jax.nn.log_softmax(table), np.float64)
     for tokens, score, _ in outputs(found):
         padded = (START, START, *tokens)

@@ -1,5 +1,7 @@
 """Each layer against an independent NumPy form of its equation, in float64, and its edge cases."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +29,15 @@ DTYPES = {"param_dtype": FLOAT32, "compute_dtype": FLOAT32}
 ONE_OP = {"rtol": 1e-5, "atol": 1e-5}
 
 
+def float64(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def randomised(module: nnx.Module, seed: int = 7) -> nnx.Module:
+def randomised(module: nnx.Module, seed: int = 7) -> Any:
     """The module with every parameter random, so that no zero bias and no unit scale hides a mistake."""
     graphdef, state = nnx.split(module)
     rng = np.random.default_rng(seed)
@@ -52,14 +58,14 @@ def attention64(q, k, v, mask):
 
 
 def test_linear_contracts_several_dimensions():
-    layer = randomised(Linear((3, 4), (2, 5), ("heads", "head_dim", "mlp", "embed"), rngs=nnx.Rngs(0)))
+    layer = randomised(Linear((3, 4), (2, 5), ("heads", "head_dim", "mlp", "embed"), **DTYPES, rngs=nnx.Rngs(0)))
     x = normal(1, 6, 3, 4)
-    expected = np.einsum("bij,ijkl->bkl", np.float64(x), np.float64(layer.kernel[...])) + np.float64(layer.bias[...])
+    expected = np.einsum("bij,ijkl->bkl", float64(x), float64(layer.kernel[...])) + float64(layer.bias[...])
     np.testing.assert_allclose(layer(x), expected, **ONE_OP)
 
 
 def test_linear_is_xavier_uniform_over_the_flattened_matrix():
-    layer = Linear((256,), (8, 64), ("embed", "heads", "head_dim"), rngs=nnx.Rngs(0))
+    layer = Linear((256,), (8, 64), ("embed", "heads", "head_dim"), **DTYPES, rngs=nnx.Rngs(0))
     kernel = np.asarray(layer.kernel[...])
     bound = np.sqrt(6 / (256 + 512))
     assert np.abs(kernel).max() <= bound
@@ -103,12 +109,10 @@ def test_multi_head_attention_equals_its_equation():
     mask = jnp.asarray(np.random.default_rng(5).random((2, 1, 3, 5)) < 0.7)
 
     def project(module, value):
-        return np.einsum("btd,dnh->btnh", np.float64(value), np.float64(module.kernel[...])) + np.float64(module.bias[...])
+        return np.einsum("btd,dnh->btnh", float64(value), float64(module.kernel[...])) + float64(module.bias[...])
 
-    attended, _ = attention64(
-        project(layer.query, x), project(layer.key, memory), project(layer.value, memory), mask
-    )
-    expected = np.einsum("btnh,nhd->btd", attended, np.float64(layer.output.kernel[...])) + np.float64(layer.output.bias[...])
+    attended, _ = attention64(project(layer.query, x), project(layer.key, memory), project(layer.value, memory), mask)
+    expected = np.einsum("btnh,nhd->btd", attended, float64(layer.output.kernel[...])) + float64(layer.output.bias[...])
     np.testing.assert_allclose(layer(x, memory, mask), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -123,10 +127,8 @@ def test_cached_attention_equals_full_causal_attention():
         out, cache = cached_self_attention(cache, q[:, :, t], k[:, :, t], v[:, :, t], positions, mask)
         steps.append(out)
     flat = [a.reshape(batch * beams, length, 2, 4) for a in (q, k, v)]
-    expected, _ = dot_product_attention(*flat, causal_mask(length))
-    np.testing.assert_allclose(
-        jnp.stack(steps, axis=2).reshape(batch * beams, length, 2, 4), expected, **ONE_OP
-    )
+    expected, _ = dot_product_attention(flat[0], flat[1], flat[2], causal_mask(length))
+    np.testing.assert_allclose(jnp.stack(steps, axis=2).reshape(batch * beams, length, 2, 4), expected, **ONE_OP)
 
 
 def test_sentences_of_a_cache_may_stand_at_different_positions():
@@ -150,19 +152,19 @@ def test_cross_attention_shares_one_memory_among_beams():
 
 
 def test_layer_norm_equals_its_equation():
-    layer = randomised(LayerNorm(6))
+    layer = randomised(LayerNorm(6, epsilon=1e-5, param_dtype=FLOAT32))
     x = normal(1, 4, 6) * 3 + 2
-    x64 = np.float64(x)
+    x64 = float64(x)
     expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5)
-    expected = expected * np.float64(layer.scale[...]) + np.float64(layer.bias[...])
+    expected = expected * float64(layer.scale[...]) + float64(layer.bias[...])
     np.testing.assert_allclose(layer(x), expected, **ONE_OP)
 
 
 def test_residual_orders():
     x = normal(1, 2, 3, 6)
-    norm = randomised(LayerNorm(6))
+    norm = randomised(LayerNorm(6, epsilon=1e-5, param_dtype=FLOAT32))
     for order in ("post", "pre"):
-        residual = ResidualNorm(6, order, dropout_rate=0.5)
+        residual = ResidualNorm(6, order, dropout_rate=0.5, epsilon=1e-5, param_dtype=FLOAT32)
         residual.norm = norm
         result = residual.leave(x, 2 * residual.enter(x), None)
         expected = norm(x + 2 * x) if order == "post" else x + 2 * norm(x)
@@ -178,12 +180,10 @@ def test_feed_forward_equals_its_equation(activation):
         "gelu": lambda a: a * 0.5 * (1 + np.vectorize(math.erf)(a / np.sqrt(2))),
         "swish": lambda a: a / (1 + np.exp(-a)),
     }
-    layer = randomised(
-        FeedForward(4, 6, activation=activation, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0))
-    )
+    layer = randomised(FeedForward(4, 6, activation=activation, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0)))
     x = normal(1, 2, 3, 4)
-    up = np.float64(x) @ np.float64(layer.up.kernel[...]) + np.float64(layer.up.bias[...])
-    expected = formulas[activation](up) @ np.float64(layer.down.kernel[...]) + np.float64(layer.down.bias[...])
+    up = float64(x) @ float64(layer.up.kernel[...]) + float64(layer.up.bias[...])
+    expected = formulas[activation](up) @ float64(layer.down.kernel[...]) + float64(layer.down.bias[...])
     np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -216,7 +216,7 @@ def test_embeddings_start_with_variance_one_over_width():
 def test_output_projection_gives_padding_rows_no_probability():
     kernel, bias, hidden = normal(1, 8, 4), normal(2, 8), normal(3, 2, 4)
     logits = OutputProjection(kernel, bias, num_real_rows=6).logits(hidden)
-    expected = np.float64(hidden) @ np.float64(kernel).T + np.float64(bias)
+    expected = float64(hidden) @ float64(kernel).T + float64(bias)
     np.testing.assert_allclose(logits[:, :6], expected[:, :6], **ONE_OP)
     assert not jax.nn.softmax(logits)[:, 6:].any()
 

@@ -30,17 +30,17 @@ from flax_transformer.training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
-SMALL = f"""
-data: {{kind: number_words, num_train: 300, num_validation: 20, num_test: 24}}
-tokenizer: {{vocab_size: 60}}
-model: {{model_dim: 16, num_heads: 2, feed_forward_dim: 32, num_encoder_layers: 1, num_decoder_layers: 1,
-        max_source_length: 64, max_target_length: 48}}
-batching: {{tokens_per_batch: 640, num_shapes: 1}}
-optimizer: {{warmup_steps: 10}}
-training: {{steps: 8, log_every_steps: 2, evaluate_every_steps: 4, checkpoint_every_steps: 2, evaluate_sentences: 8}}
-decoding: {{beam_size: 2, batch_rows: 8, max_length_factor: 1.0, max_length_offset: 4}}
-evaluation: {{bleu_tokenizer: char}}
-mesh: {{data: 1}}
+SMALL = """
+data: {kind: number_words, num_train: 300, num_validation: 20, num_test: 24}
+tokenizer: {vocab_size: 60}
+model: {model_dim: 16, num_heads: 2, feed_forward_dim: 32, num_encoder_layers: 1, num_decoder_layers: 1,
+        max_source_length: 64, max_target_length: 48}
+batching: {tokens_per_batch: 640, num_shapes: 1}
+optimizer: {warmup_steps: 10}
+training: {steps: 8, log_every_steps: 2, evaluate_every_steps: 4, checkpoint_every_steps: 2, evaluate_sentences: 8}
+decoding: {beam_size: 2, batch_rows: 8, max_length_factor: 1.0, max_length_offset: 4}
+evaluation: {bleu_tokenizer: char}
+mesh: {data: 1}
 """
 
 
@@ -98,7 +98,19 @@ def test_a_run_leaves_everything_in_its_folder(run):
 
 def test_the_progress_line_says_all_that_is_asked_of_it(run):
     line = next(text for text in (run / "train.log").read_text().splitlines() if "4/8" in text)
-    for part in ("[##########..........]", "loss ", "ppl ", "acc ", "lr ", "|g| ", "src ", "tgt ", "tok/s", "pad ", "left "):
+    for part in (
+        "[##########..........]",
+        "loss ",
+        "ppl ",
+        "acc ",
+        "lr ",
+        "|g| ",
+        "src ",
+        "tgt ",
+        "tok/s",
+        "pad ",
+        "left ",
+    ):
         assert part in line, part
 
 
@@ -116,19 +128,10 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
 def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch, run):
     monkeypatch.setattr(Validation, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = tmp_path / "killed"
-    assert command("train", "--config", str(recipe), "--run", str(folder)) == 3
-    chex.assert_trees_all_equal(checkpoint_params(folder, 4), checkpoint_params(run, 4))
+    arguments = ["--config", str(recipe), "--run", str(folder), "--training.evaluate-every-steps", "6"]
+    assert command("train", *arguments) == 3
+    chex.assert_trees_all_equal(checkpoint_params(folder, 6), checkpoint_params(run, 6))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(run, recipe, tmp_path):
-    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "b"), "--training.seed", "1",
-                   "--training.steps", "2") == 0  # fmt: skip
-    other = checkpoint_params(tmp_path / "b", 2)
-    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "c"), "--training.steps", "2") == 0
-    same = checkpoint_params(tmp_path / "c", 2)
-    table = "target_embedding", "table"
-    assert np.abs(other[table[0]][table[1]] - same[table[0]][table[1]]).max() > 0.01
 
 
 # --- run folders that are not as they should be
@@ -168,7 +171,9 @@ def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
     shutil.copytree(run, copy)
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("feed_forward_dim: 32", "feed_forward_dim: 48"))
-    with pytest.raises(RunFolderError, match=r"does not fit the model .*\n.*feed_forward/down/kernel: checkpoint \(1, 32"):
+    with pytest.raises(
+        RunFolderError, match=r"does not fit the model .*\n.*feed_forward/down/kernel: checkpoint \(1, 32"
+    ):
         Translator.load(copy)
 
 
@@ -264,7 +269,7 @@ def translate(monkeypatch, capsys, run, data: bytes) -> tuple[int, str, str]:
 
 
 def test_translate_command_is_line_by_line(monkeypatch, capsys, run, translator):
-    code, out, err = translate(monkeypatch, capsys, run, "twenty-one\n\nsix\r\nno end of line".encode())
+    code, out, err = translate(monkeypatch, capsys, run, b"twenty-one\n\nsix\r\nno end of line")
     assert (code, err) == (0, "")
     expected = [t.text for t in translator.translate(["twenty-one", "", "six", "no end of line"])]
     assert out.split("\n") == [*expected, ""]

@@ -1,5 +1,7 @@
 """Properties of the whole model."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 from flax_transformer.errors import ConfigError
+from flax_transformer.models.build import build_model
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.shapes import Batch
@@ -139,7 +142,7 @@ def test_embeddings_are_shared_as_told(share, tables):
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "activation_dropout"])
 def test_each_dropout_rate_acts_in_training_alone(name):
     batch = tiny.batch([9, 4], [8, 5])
-    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    rates: dict[str, Any] = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
     model = tiny.transformer(**(rates | {name: 0.5}))
     run = jax.jit(lambda key: model(batch, key))
     first, second = run(jax.random.key(0)), run(jax.random.key(1))
@@ -159,12 +162,16 @@ def test_bfloat16_compute_is_close_to_float32():
 
 
 def test_a_seed_gives_the_same_model_and_layers_differ():
-    first, second = tiny.transformer(3), tiny.transformer(3)
-    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(first)), nnx.to_pure_dict(nnx.state(second)))
-    fresh = nnx.state(tiny.build_model(tiny.config(), tiny.VOCABULARY, rngs=nnx.Rngs(params=0)))
-    kernel = nnx.to_pure_dict(fresh)["decoder"]["layers"]["feed_forward"]["up"]["kernel"]
+    @jax.jit
+    def fresh(key):
+        return nnx.to_pure_dict(nnx.state(build_model(tiny.config(), tiny.VOCABULARY, rngs=nnx.Rngs(params=key))))
+
+    first, second, other = (fresh(jax.random.key(seed)) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(first, second)
+    kernel = first["decoder"]["layers"]["feed_forward"]["up"]["kernel"]
     assert kernel.shape == (3, 16, 32)
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1
+    assert np.abs(kernel - other["decoder"]["layers"]["feed_forward"]["up"]["kernel"]).max() > 0.1
 
 
 @pytest.mark.parametrize(

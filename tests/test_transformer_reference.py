@@ -144,7 +144,7 @@ def check_gradients(outcome: Outcome) -> None:
     for path, gradient in traverse_util.flatten_dict(outcome.reference_gradients, sep="/").items():
         # A key's bias adds the same to all scores of a query, and softmax does not see that.
         if not path.endswith("key/bias"):
-            assert np.max(np.abs(gradient)) > 1000 * GRADIENTS_TOLERANCE["atol"], path
+            assert np.max(np.abs(np.asarray(gradient))) > 1000 * GRADIENTS_TOLERANCE["atol"], path
 
 
 @pytest.fixture(scope="module", params=["post", "pre"])

@@ -1,19 +1,21 @@
 """Small models and batches that several test files share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flax_transformer.models.build import VocabularyInfo, build_model
-from flax_transformer.models.transformer import Transformer, TransformerConfig
+from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.shapes import Batch
 
 VOCABULARY = VocabularyInfo(source_size=21, target_size=19, start_token=1)
 
 
-def config(**changes) -> TransformerConfig:
-    values = {
+def config(**changes: Any) -> TransformerConfig:
+    values: dict[str, Any] = {
         "model_dim": 16,
         "num_heads": 4,
         "feed_forward_dim": 32,
@@ -26,7 +28,7 @@ def config(**changes) -> TransformerConfig:
     return TransformerConfig(**(values | changes))
 
 
-def randomised(abstract: nnx.Module, seed: int) -> nnx.Module:
+def randomised(abstract: Any, seed: int) -> Any:
     """The module with every parameter random, so that no zero bias and no unit scale hides a mistake."""
     graphdef, state = nnx.split(abstract)
     rng = np.random.default_rng(seed)
@@ -39,8 +41,8 @@ def randomised(abstract: nnx.Module, seed: int) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
 
 
-def transformer(seed: int = 0, **changes) -> Transformer:
-    """A Transformer whose every parameter is random; nothing is compiled to make it."""
+def transformer(seed: int = 0, **changes: Any) -> Any:
+    """A `Transformer` whose every parameter is random; nothing is compiled to make it."""
     return randomised(nnx.eval_shape(lambda: build_model(config(**changes), VOCABULARY, rngs=nnx.Rngs(0))), seed)
 
 

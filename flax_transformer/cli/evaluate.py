@@ -42,9 +42,7 @@ def main(arguments: list[str], program: str) -> int:
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     text = read_parallel_text(options.source, options.reference)
     translator = Translator.load(options.run)
-    translations = translator.translate(
-        text.source, beam_size=options.beam_size, length_penalty=options.length_penalty
-    )
+    translations = translator.translate(text.source, beam_size=options.beam_size, length_penalty=options.length_penalty)
     hypotheses = [t.text for t in translations]
     if options.output is not None:
         options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")

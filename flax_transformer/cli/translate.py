@@ -66,9 +66,7 @@ def main(arguments: list[str], program: str) -> int:
             error = bad_line
         if not chunk and error is None:
             break
-        translations = translator.translate(
-            chunk, beam_size=options.beam_size, length_penalty=options.length_penalty
-        )
+        translations = translator.translate(chunk, beam_size=options.beam_size, length_penalty=options.length_penalty)
         for number, translation in enumerate(translations, start=done + 1):
             sys.stdout.write(translation.text + "\n")
             if translation.truncated:

@@ -97,7 +97,7 @@ def choose_shapes(lengths: np.ndarray, config: BatchingConfig) -> list[BatchShap
     """Returns at most `num_shapes` shapes, shortest first, with the least padding that so many shapes allow.
 
     Pairs are ordered by their longer side; a shape holds a range of that order and is as long, on each side, as the
-    longest pair in it. Among all cuts into ranges the one with the fewest padded tokens is found by dynamic programming.
+    longest pair in it. Of all cuts into ranges, dynamic programming finds the one with the fewest padded tokens.
 
     Args:
         lengths: [number of pairs, 2].

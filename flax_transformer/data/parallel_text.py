@@ -55,10 +55,11 @@ def iterate_lines(path: Path) -> Iterator[str]:
     """
     if not path.is_file():
         raise InputError(f"no text file at {path} (looked in {path.parent.resolve()}). Check the path.")
-    number = 0
+    number = 0  # of the line being read, for the messages below
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise InputError(

@@ -39,9 +39,7 @@ class TokenizerConfig:
         if self.vocab_size <= NUM_SPECIAL:
             raise ConfigError(f"tokenizer.vocab_size must be above {NUM_SPECIAL}, got {self.vocab_size}.")
         if not 0.98 <= self.character_coverage <= 1.0:
-            raise ConfigError(
-                f"tokenizer.character_coverage must lie in [0.98, 1], got {self.character_coverage}."
-            )
+            raise ConfigError(f"tokenizer.character_coverage must lie in [0.98, 1], got {self.character_coverage}.")
 
 
 class Tokenizer:
@@ -82,8 +80,9 @@ class Tokenizer:
         except RuntimeError as error:
             reason = str(error).split("] ")[-1].strip()
             raise InputError(
-                f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from this text: {reason} "
-                "Give it more text, or a vocab_size between its number of distinct characters and the limit it names."
+                f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from this text: "
+                f"{reason} Give it more text, or a vocab_size between its number of distinct characters and the limit "
+                "it names."
             ) from error
         return cls(buffer.getvalue())
 
@@ -153,9 +152,7 @@ class TokenizerPair:
                     f"{folder} holds no tokenizer: expected joint.model, or source.model and target.model. "
                     "Was the run interrupted before it began to train? Start it again in a new folder."
                 )
-        return cls(
-            Tokenizer((folder / "source.model").read_bytes()), Tokenizer((folder / "target.model").read_bytes())
-        )
+        return cls(Tokenizer((folder / "source.model").read_bytes()), Tokenizer((folder / "target.model").read_bytes()))
 
 
 @dataclass(frozen=True)

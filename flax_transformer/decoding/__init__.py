@@ -1,0 +1,1 @@
+"""Search over a decode step; knows no model and no text."""

@@ -15,7 +15,7 @@ What it promises:
 Legend: B sentences, K beams, V vocabulary, T maximum length.
 
 References:
-    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for optimal stopping.
+    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop.
 """
 
 import dataclasses

@@ -106,9 +106,7 @@ class Seq2Seq(Protocol):
         ...
 
 
-def shift_right(
-    tokens: Int[Array, "B T"], positions: Int[Array, "B T"], start_token: int
-) -> Int[Array, "B T"]:
+def shift_right(tokens: Int[Array, "B T"], positions: Int[Array, "B T"], start_token: int) -> Int[Array, "B T"]:
     """Returns the decoder's input: each token's predecessor, and the start token at position 0 of each segment."""
     previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(positions == 0, start_token, previous)

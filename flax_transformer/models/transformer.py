@@ -99,7 +99,8 @@ class TransformerConfig:
             )
         if self.model_dim % 2:
             raise ConfigError(
-                f"model.model_dim ({self.model_dim}) must be even: half of the position channels are sines, half cosines."
+                f"model.model_dim ({self.model_dim}) must be even: half of the channels of a position are sines, half "
+                "are cosines."
             )
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             check_dropout_rate(f"model.{name}", getattr(self, name))

@@ -28,7 +28,9 @@ class Linear(nnx.Module):
     uniform unit scaling averaged over fan in and fan out, which is the same distribution.
 
     Example:
-        >>> to_heads = Linear((512,), (8, 64), ("embed", "heads", "head_dim"), rngs=nnx.Rngs(0))
+        >>> float32 = jnp.dtype("float32")
+        >>> to_heads = Linear((512,), (8, 64), ("embed", "heads", "head_dim"),
+        ...                   param_dtype=float32, compute_dtype=float32, rngs=nnx.Rngs(0))
         >>> to_heads(jnp.ones((2, 7, 512))).shape
         (2, 7, 8, 64)
     """
@@ -39,8 +41,8 @@ class Linear(nnx.Module):
         out_dims: tuple[int, ...],
         logical_axes: tuple[str, ...],
         *,
-        param_dtype: jnp.dtype = jnp.dtype(jnp.float32),
-        compute_dtype: jnp.dtype = jnp.dtype(jnp.float32),
+        param_dtype: jnp.dtype,
+        compute_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.num_in_dims = len(in_dims)

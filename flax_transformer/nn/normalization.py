@@ -18,10 +18,11 @@ class LayerNorm(nnx.Module):
     Statistics are float32 whatever the compute type.
 
     References:
-        Ba, Kiros and Hinton 2016, equation 4 (biased variance). Epsilon 1e-5 is PyTorch's, Marian's and CTranslate2's.
+        Ba, Kiros and Hinton 2016, equation 4 (biased variance). An epsilon of 1e-5 is PyTorch's,
+        Marian's and CTranslate2's.
     """
 
-    def __init__(self, dim: int, *, epsilon: float = 1e-5, param_dtype: jnp.dtype = jnp.dtype(jnp.float32)):
+    def __init__(self, dim: int, *, epsilon: float, param_dtype: jnp.dtype):
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype), logical_axes=("norm",))
         self.bias = nnx.Param(jnp.zeros((dim,), param_dtype), logical_axes=("norm",))
@@ -47,7 +48,7 @@ class ResidualNorm(nnx.Module):
     The sub-layer is called between `enter` and `leave`, so that it may return more than one array.
 
     Example:
-        >>> residual = ResidualNorm(8, "pre", dropout_rate=0.1)
+        >>> residual = ResidualNorm(8, "pre", dropout_rate=0.1, epsilon=1e-5, param_dtype=jnp.dtype("float32"))
         >>> x = jnp.ones((1, 2, 8))
         >>> y = residual.leave(x, 3 * residual.enter(x), key=None)
 
@@ -62,8 +63,8 @@ class ResidualNorm(nnx.Module):
         order: NormOrder,
         *,
         dropout_rate: float,
-        epsilon: float = 1e-5,
-        param_dtype: jnp.dtype = jnp.dtype(jnp.float32),
+        epsilon: float,
+        param_dtype: jnp.dtype,
     ):
         self.order = order
         self.dropout_rate = dropout_rate

@@ -23,13 +23,14 @@ def plot_attention(attention: AttentionMap, output: Path, title: str) -> None:
     figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for layer, axes in enumerate(panels):
-        if layer >= num_layers:
-            axes.set_axis_off()
-            continue
+    for axes in panels[num_layers:]:
+        axes.set_axis_off()
+    image = None
+    for layer, axes in enumerate(panels[:num_layers]):
         image = axes.imshow(attention.weights[layer].mean(axis=0), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
         axes.set_xticks(range(len(attention.source)), attention.source, rotation=90)
         axes.set_yticks(range(len(attention.target)), attention.target)
         axes.set(title=f"decoder layer {layer + 1}, mean over heads", xlabel="source", ylabel="target")
+    assert image is not None, "a decoder has at least one layer"
     figure.colorbar(image, ax=list(panels), label="attention weight", shrink=0.8)
     figure.savefig(output, dpi=110)

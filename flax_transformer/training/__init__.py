@@ -1,0 +1,1 @@
+"""State and batch to a better state."""

@@ -154,9 +154,7 @@ class Checkpoints:
         self._check_shapes(step, abstract_params)
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_params), meta=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params), meta=ocp.args.JsonRestore()),
         )
         self._check_sums(step, {"params": restored["params"]}, restored["meta"])
         return restored["params"]
@@ -172,7 +170,9 @@ class Checkpoints:
         wanted = shapes(abstract_params)
         if saved != wanted:
             names = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
-            lines = [f"  {n}: checkpoint {saved.get(n, 'nothing')}, model {wanted.get(n, 'nothing')}" for n in names[:8]]
+            lines = [
+                f"  {n}: checkpoint {saved.get(n, 'nothing')}, model {wanted.get(n, 'nothing')}" for n in names[:8]
+            ]
             more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
             raise RunFolderError(
                 f"the checkpoint {self.folder / str(step)} does not fit the model that config.yaml describes:\n"

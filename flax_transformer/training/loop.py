@@ -56,12 +56,12 @@ class StopRequest:
 
 
 def compile_steps(
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    step: Any,
     layout: StateLayout,
     shapes: list[BatchShape],
     mesh: Mesh,
 ) -> dict[tuple[int, ...], Any]:
-    """Returns the compiled step for each batch shape, keyed by (rows, source length, target length).
+    """Returns the compiled form of a jitted step for each batch shape, by (rows, source length, target length).
 
     Nothing is compiled once training has begun: a batch of any other shape is an error, not a pause.
     """
@@ -72,7 +72,7 @@ def compile_steps(
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
         with jax.set_mesh(mesh):
-            compiled[tuple(shape)] = step.lower(layout.abstract, batch).compile()  # type: ignore[attr-defined]  # jitted
+            compiled[tuple(shape)] = step.lower(layout.abstract, batch).compile()
     return compiled
 
 
@@ -148,9 +148,7 @@ def train_loop(
     return state, stop.signal
 
 
-def report(
-    metrics: list[StepMetrics], window: Window, step: int, steps: int, seconds_left: float
-) -> ProgressReport:
+def report(metrics: list[StepMetrics], window: Window, step: int, steps: int, seconds_left: float) -> ProgressReport:
     """Returns the figures of a progress line from the fetched metrics of its updates."""
     sums = [float(sum(values)) for values in zip(*(m.sums for m in metrics), strict=True)]
     return ProgressReport(

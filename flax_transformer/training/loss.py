@@ -48,8 +48,8 @@ def cross_entropy(
 
         loss = -(1 - e) log p(target) - e / V_real * sum over real v of log p(v),      e = label_smoothing
 
-    Padding rows of the vocabulary get no probability and no share of the smoothing. Differentiable by hidden, kernel and
-    bias through `loss` alone; the other sums are for reading.
+    Padding rows of the vocabulary get no probability and no share of the smoothing. Differentiable by hidden, kernel
+    and bias through `loss` alone; the other sums are for reading.
 
     Args:
         hidden: the decoder's output.
@@ -109,7 +109,7 @@ def _zero_sums() -> LossSums:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
-    chunks = _num_chunks(*targets.shape, kernel.shape[0])
+    chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
 
     def body(total, chunk):
         sums, _, _ = _chunk_terms(static, chunk[0], kernel, bias, *chunk[1:])
@@ -121,8 +121,7 @@ def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
 def _forward(static, hidden, kernel, bias, targets, mask):
     """Returns the sums, and the gradient of `loss` by hidden, kernel and bias."""
     num_real_rows, smoothing = static
-    vocab = kernel.shape[0]
-    chunks = _num_chunks(*targets.shape, vocab)
+    chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
 
     def body(carry, chunk):
         total, kernel_gradient, bias_gradient = carry

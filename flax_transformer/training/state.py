@@ -83,14 +83,12 @@ def make_layout(
     replicated = replicated_sharding(mesh)
     params = parameter_shardings(abstract_params, mesh)
     optimizer_shardings = optax.tree.map_params(
-        optimizer, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: replicated
+        optimizer.init, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: replicated
     )
     return StateLayout(graphdef, shapes, TrainState(replicated, params, optimizer_shardings), optimizer)
 
 
 def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayout, seed: int) -> TrainState:
     """Returns a new state; every array is created in its sharding, none is ever whole on one device first."""
-    create = jax.jit(
-        lambda key: _init(model, vocabulary, layout.optimizer, key), out_shardings=layout.shardings
-    )
+    create = jax.jit(lambda key: _init(model, vocabulary, layout.optimizer, key), out_shardings=layout.shardings)
     return create(jax.random.key(seed))

@@ -1,7 +1,6 @@
 """The training step and the evaluation step: pure functions, jitted, placed on a mesh."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,14 +66,12 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with float32
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(sums, optax.tree.norm(gradients), schedule(state.step))
+    metrics = StepMetrics(sums, optax.tree.norm(gradients), jnp.asarray(schedule(state.step)))
     return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
-def jit_train_step(
-    layout: StateLayout, schedule: optax.Schedule, label_smoothing: float, seed: int, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the compiled form of `train_step`: state donated, rows split over data and fsdp.
+def jit_train_step(layout: StateLayout, schedule: optax.Schedule, label_smoothing: float, seed: int, mesh: Mesh) -> Any:
+    """Returns `train_step` jitted, (state, batch) -> (state, metrics): state donated, rows split over data and fsdp.
 
     Call it inside `with jax.set_mesh(mesh):`. It compiles once for each batch shape.
     """
@@ -90,10 +87,8 @@ def jit_train_step(
     )
 
 
-def jit_evaluation_step(
-    layout: StateLayout, label_smoothing: float, mesh: Mesh
-) -> Callable[[Any, Batch], LossSums]:
-    """Returns a compiled function of (params, batch) to the sums of the loss without dropout."""
+def jit_evaluation_step(layout: StateLayout, label_smoothing: float, mesh: Mesh) -> Any:
+    """Returns a jitted function (params, batch) -> `LossSums`, without dropout."""
 
     def step(params: Any, batch: Batch) -> LossSums:
         return batch_loss(nnx.merge(layout.graphdef, params), batch, label_smoothing, None)
