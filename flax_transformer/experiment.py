@@ -63,13 +63,14 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         InputError: bad files, a bad configuration, or a run folder in the wrong state.
     """
     started = time.monotonic()
+    folder = RunFolder(config.run)
+    if resume:
+        _check_same_recipe(folder, config)
+    else:
+        folder.check_unused()
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data)
-    folder = _resumed_folder(config) if resume else RunFolder.create(config)
     tokenizers = folder.tokenizers() if resume else TokenizerPair.train(*corpus.train, config.tokenizer)
-    if not resume:
-        folder.save_tokenizers(tokenizers)
-
     train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
     shapes = choose_shapes(train.lengths, config.batching)
     for shape in shapes:
@@ -80,6 +81,8 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh)
+    if not resume:  # everything that the user can get wrong has been looked at: now there is a run
+        folder.create(config, tokenizers)
 
     with Checkpoints(folder.checkpoints, config.training.keep_checkpoints) as checkpoints:
         state, position = _start(config, layout, vocabulary, checkpoints, resume)
@@ -89,9 +92,11 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
             step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
-            clock = time.monotonic()
-            compiled = compile_steps(step, layout, shapes, mesh) if first_step < config.training.steps else {}
-            log.say(f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s")
+            compiled = {}
+            if first_step < config.training.steps:
+                clock = time.monotonic()
+                compiled = compile_steps(step, layout, shapes, mesh)
+                log.say(f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s")
 
             translator = Translator(config.model, tokenizers, state.params, config.decoding, mesh)
             watch = Validation(config, corpus.validation, validation, translator, layout, mesh, log)
@@ -174,10 +179,9 @@ def _tokenize(text: ParallelText, tokenizers: TokenizerPair, config: Config) -> 
     )
 
 
-def _resumed_folder(config: Config) -> RunFolder:
-    """Returns the run folder to go on with, after checking that it was made by the same recipe."""
-    folder = RunFolder.open(config.run)
-    before = folder.read_config()
+def _check_same_recipe(folder: RunFolder, config: Config) -> None:
+    """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
+    before = RunFolder.open(folder.path).read_config()
     for section in ("data", "tokenizer", "model", "batching", "optimizer"):
         if getattr(before, section) != getattr(config, section):
             raise RunFolderError(
@@ -192,7 +196,6 @@ def _resumed_folder(config: Config) -> RunFolder:
             f"{folder.path} was made with another training.seed or training.label_smoothing; a resumed run must keep "
             f"them. Use --config {folder.config_file} --resume, or start a new run by --run FOLDER."
         )
-    return folder
 
 
 def _start(config: Config, layout, vocabulary, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:

@@ -60,24 +60,31 @@ class RunFolder:
         """The folder of translations."""
         return self.path / "samples"
 
-    @classmethod
-    def create(cls, config: Config) -> "RunFolder":
-        """Returns a new run folder with its configuration in it.
+    def check_unused(self) -> None:
+        """Returns if a new run can be made here.
 
         Raises:
             RunFolderError: the folder holds a run already, or something that is not a run.
         """
-        folder = cls(config.run)
-        if folder.config_file.exists():
+        if self.config_file.exists():
             raise RunFolderError(
-                f"{folder.path} already holds a run. Go on with it by --resume, or choose another folder by --run "
+                f"{self.path} already holds a run. Go on with it by --resume, or choose another folder by --run "
                 "FOLDER; nothing was changed."
             )
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise RunFolderError(f"{folder.path} exists and is not an empty folder. Choose another by --run FOLDER.")
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder.config_file)
-        return folder
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by --run FOLDER.")
+
+    def create(self, config: Config, tokenizers: TokenizerPair) -> None:
+        """Makes the folder, with its tokenizers and, once they are there, its configuration.
+
+        Raises:
+            RunFolderError: as `check_unused`.
+        """
+        self.check_unused()
+        tokenizers.save(self.path / "tokenizer")
+        partial = self.path / "config.partial"
+        write_config(config, partial)
+        partial.rename(self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -100,12 +107,6 @@ class RunFolder:
     def tokenizers(self) -> TokenizerPair:
         """Returns the run's tokenizers; errors as `TokenizerPair.load`."""
         return TokenizerPair.load(self.path / "tokenizer")
-
-    def save_tokenizers(self, tokenizers: TokenizerPair) -> None:
-        """Writes the tokenizers; a folder under its final name is always whole."""
-        partial = self.path / "tokenizer.partial"
-        tokenizers.save(partial)
-        partial.rename(self.path / "tokenizer")
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as indented JSON under `name`, all or nothing."""

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from flax import nnx
 
 from flax_transformer import Translator
 from flax_transformer.cli import main as cli
-from flax_transformer.config import Config, read_config
+from flax_transformer.config import read_config
 from flax_transformer.data.tokenizer import END_ID, START_ID
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import Validation, run_experiment
@@ -134,6 +135,19 @@ def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path, capsys):
+    folder = tmp_path / "never"
+    for mistake, message in (
+        (["--tokenizer.vocab-size", "9000"], "cannot learn tokenizer.vocab_size = 9000"),
+        (["--batching.tokens-per-batch", "40"], "batching.tokens_per_batch (40) is too small"),
+        (["--mesh.tensor", "8"], "mesh.tensor (8) must divide"),
+        (["--mesh.data", "9"], "but JAX has 8"),
+    ):
+        assert command("train", "--config", str(recipe), "--run", str(folder), *mistake) == 2
+        assert message in capsys.readouterr().err
+        assert not folder.exists()
+
+
 # --- run folders that are not as they should be
 
 
@@ -154,19 +168,17 @@ def test_folders_without_a_run_or_a_checkpoint_are_explained(run, tmp_path, caps
     with pytest.raises(RunFolderError, match="is not a run folder: it has no config.yaml"):
         Translator.load(tmp_path)
     with pytest.raises(RunFolderError, match="exists and is not an empty folder"):
-        RunFolder.create(Config(run=str(tmp_path)))
+        RunFolder(tmp_path).check_unused()
     bare = tmp_path / "bare"
-    folder = RunFolder.create(dataclasses.replace(read_config(run / "config.yaml"), run=str(bare)))
-    with pytest.raises(RunFolderError, match="holds no tokenizer"):
-        Translator.load(bare)
-    folder.save_tokenizers(RunFolder(run).tokenizers())
+    RunFolder(bare).create(read_config(run / "config.yaml"), RunFolder(run).tokenizers())
     with pytest.raises(RunFolderError, match="holds no checkpoint: the run has not saved one yet"):
+        Translator.load(bare)
+    shutil.rmtree(bare / "tokenizer")
+    with pytest.raises(RunFolderError, match="holds no tokenizer"):
         Translator.load(bare)
 
 
 def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     text = (copy / "config.yaml").read_text()
@@ -179,8 +191,6 @@ def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
 
 def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
     """The checksum that is kept is of the bits that were saved: change it as a flipped bit would."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     meta = copy / "checkpoints" / "8" / "meta" / "metadata"

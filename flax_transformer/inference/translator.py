@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +175,8 @@ class Translator:
         return cls(config.model, tokenizers, params, config.decoding, mesh)
 
     def with_params(self, params: Any) -> "Translator":
-        """Returns a translator with other parameters that shares this one's compiled programs."""
+        """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
         other = object.__new__(Translator)
         other.__dict__.update(self.__dict__)
         other.params = jax.device_put(params, replicated_sharding(self.mesh))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,13 +35,18 @@ class Window:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag while it is entered; a second signal acts as usual."""
+    """Turns SIGTERM and SIGINT into a flag while it is entered; a second signal acts as usual.
+
+    Python delivers signals to the main thread alone; in any other this does nothing.
+    """
 
     def __init__(self):
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
