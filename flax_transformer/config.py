@@ -5,7 +5,6 @@ run as a whole. A section that comes in kinds (data, model) names its kind by th
 """
 
 import dataclasses
-import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from flax_transformer.data.corpus import DataConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import ConfigError, did_you_mean
+from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig
@@ -57,6 +56,7 @@ class TrainingConfig:
                      "checkpoint_every_steps", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}.")
+        check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
 
@@ -80,6 +80,7 @@ class DecodingConfig:
     batch_rows: int = 32
 
     def __post_init__(self):
+        check_finite("decoding", self)
         LengthPenalty.parse(self.length_penalty)
         for name in ("beam_size", "batch_rows"):
             if getattr(self, name) < 1:
@@ -136,11 +137,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        if (
-            isinstance(self.model, TransformerConfig)
-            and self.model.share_embeddings == "all"
-            and not self.tokenizer.joint
-        ):
+        if self.model.share_embeddings == "all" and not self.tokenizer.joint:
             raise ConfigError(
                 "model.share_embeddings: all needs one vocabulary for both languages, but tokenizer.joint is false. "
                 "Set tokenizer.joint: true, or model.share_embeddings: target_output."
@@ -185,7 +182,7 @@ def _section_class(hint: Any, values: Any, path: str) -> Any:
     kind = values.get("kind") if isinstance(values, dict) else None
     if kind is None:
         return choices[0]
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         names = [k for k in kinds if k]
         raise ConfigError(f"{path}.kind: unknown kind {kind!r}.{did_you_mean(str(kind), names)}")
     return kinds[kind]
@@ -211,9 +208,26 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not hint or (hint is float and math.isnan(value)):
+    if type(value) is not hint:
         raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__}).")
     return value
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML, but a key that stands twice in a mapping is an error: the first would silently be forgotten."""
+
+    def construct_mapping(self, node, deep=False):
+        """Returns the mapping of a node.
+
+        Raises:
+            yaml.YAMLError: a key stands in it twice.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_config(path: Path) -> Config:
@@ -229,7 +243,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from error
     return {} if values is None else values
@@ -269,7 +283,7 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
     while position < len(arguments):
         name, equals, value = arguments[position].partition("=")
         section = name.removeprefix("--").removesuffix(".kind")
-        if name.startswith("--") and name.endswith(".kind") and section in hints:
+        if name in ("--data.kind", "--model.kind"):
             if not equals:
                 position += 1
                 if position == len(arguments):

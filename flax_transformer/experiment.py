@@ -1,5 +1,6 @@
 """A whole run: corpus, tokenizer, training, evaluation, pictures."""
 
+import dataclasses
 import platform
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from flax_transformer.config import Config
 from flax_transformer.data.batching import EpochPlan, Position, TokenizedPairs, choose_shapes
 from flax_transformer.data.corpus import load_corpus
-from flax_transformer.data.loader import evaluation_batches
+from flax_transformer.data.loader import evaluation_batches, training_batches
 from flax_transformer.data.parallel_text import Corpus, ParallelText
 from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
 from flax_transformer.errors import RunFolderError
@@ -30,7 +31,7 @@ from flax_transformer.training.loop import compile_steps, train_loop
 from flax_transformer.training.metrics import LossSummary
 from flax_transformer.training.optimizer import make_optimizer, noam_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
-from flax_transformer.training.state import TrainState, init_state, make_layout
+from flax_transformer.training.state import StateLayout, init_state, make_layout
 from flax_transformer.training.step import jit_evaluation_step, jit_train_step
 
 NUM_SAMPLES = 10
@@ -72,46 +73,68 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     corpus = load_corpus(config.data)
     tokenizers = folder.tokenizers() if resume else TokenizerPair.train(*corpus.train, config.tokenizer)
     train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
-    shapes = choose_shapes(train.lengths, config.batching)
-    for shape in shapes:
-        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
-    plan = EpochPlan(train.lengths, shapes, config.training.seed)
+    plan = _plan(train, config, mesh, config.training.seed)
+    validation_plan = _plan(validation, config, mesh, None)
 
     schedule = noam_schedule(config.optimizer, config.model.model_dim)
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh)
-    if not resume:  # everything that the user can get wrong has been looked at: now there is a run
+    # Everything that the user can get wrong has been looked at: now there is a run.
+    if resume:
+        folder.update_config(config)
+    else:
         folder.create(config, tokenizers)
 
     with Checkpoints(folder.checkpoints, config.training.keep_checkpoints) as checkpoints:
-        state, position = _start(config, layout, vocabulary, checkpoints, resume)
+        if resume and checkpoints.latest_step() is not None:
+            restored = checkpoints.restore(layout)
+            state, position = restored.state, restored.position
+            if restored.data != train.fingerprint:
+                raise RunFolderError(
+                    f"{folder.path} was trained on other text than its configuration now finds: the files of section "
+                    "'data' have changed, so its position in them means nothing. Put them back, or start a new run."
+                )
+        else:
+            state = init_state(config.model, vocabulary, layout, config.training.seed)
+            position = Position(0, 0)
         first_step = int(state.step)
+
         with RunLog(folder, first_step) as log:
-            log.say(_description(config, corpus, train, plan, layout.num_parameters, mesh))
+            log.say(_description(config, corpus, train, plan, layout, mesh))
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
             step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
             compiled = {}
             if first_step < config.training.steps:
                 clock = time.monotonic()
-                compiled = compile_steps(step, layout, shapes, mesh)
+                compiled = compile_steps(step, layout, plan.shapes, mesh)
                 log.say(f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s")
 
             translator = Translator(config.model, tokenizers, state.params, config.decoding, mesh)
-            watch = Validation(config, corpus.validation, validation, translator, layout, mesh, log)
+            watch = Validation(config, corpus.validation, validation, validation_plan, translator, layout, log)
             clock = time.monotonic()
             state, signal = train_loop(
-                state, compiled, train, plan, position, config.training, mesh, checkpoints, log, watch
+                state,
+                compiled,
+                training_batches(train, plan, position),
+                config.training,
+                mesh,
+                log,
+                save=lambda state, position: checkpoints.save(state, position, train.fingerprint),
+                evaluate=watch,
             )
             training_seconds = time.monotonic() - clock
             log.stop_progress()
             if signal is not None:
                 log.say(f"stopped by signal {signal} at step {int(state.step)}; saved. Go on with --resume.")
                 return Outcome(folder, None, signal)
-            scores = _finish(config, corpus, translator.with_params(state.params), folder, log)
-            card = _run_card(config, tokenizers, layout.num_parameters, mesh, scores, training_seconds)
+
+            translator = translator.with_params(state.params)
+            scores, samples = _score(config, corpus, translator, folder, log)
+            card = _run_card(config, tokenizers, layout, mesh, int(state.step), scores, training_seconds)
             folder.write_json("run_card.json", card)
+            _draw(config, corpus, translator, folder, samples)
             log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, scores, None)
 
@@ -124,28 +147,26 @@ class Validation:
         config: Config,
         text: ParallelText,
         pairs: TokenizedPairs,
+        plan: EpochPlan,
         translator: Translator,
-        layout: Any,
-        mesh: Mesh,
+        layout: StateLayout,
         log: RunLog,
     ):
         num = config.training.evaluate_sentences
         self.source, self.target = text.source[:num], text.target[:num]
         self.pairs = pairs
-        self.plan = EpochPlan(pairs.lengths, choose_shapes(pairs.lengths, config.batching)[-1:], None)
-        self.step = jit_evaluation_step(layout, config.training.label_smoothing, mesh)
+        self.plan = plan
+        self.step = jit_evaluation_step(layout, config.training.label_smoothing, translator.mesh)
         self.translator = translator
-        self.sharding = batch_sharding(mesh)
         self.bleu_tokenizer = config.evaluation.bleu_tokenizer
-        self.mesh = mesh
         self.log = log
 
     def __call__(self, params: Any, step: int) -> None:
         """Logs loss and scores of `params`."""
         clock = time.monotonic()
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.translator.mesh):
             sums = [
-                self.step(params, jax.device_put(batch, self.sharding))
+                self.step(params, jax.device_put(batch, batch_sharding(self.translator.mesh)))
                 for batch in evaluation_batches(self.pairs, self.plan)
             ]
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*jax.device_get(sums), strict=True)))
@@ -198,19 +219,21 @@ def _check_same_recipe(folder: RunFolder, config: Config) -> None:
         )
 
 
-def _start(config: Config, layout, vocabulary, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:
-    if not resume:
-        return init_state(config.model, vocabulary, layout, config.training.seed), Position(0, 0)
-    restored = checkpoints.restore(layout)
-    return restored.state, restored.position
+def _plan(pairs: TokenizedPairs, config: Config, mesh: Mesh, seed: int | None) -> EpochPlan:
+    """Returns the batches of `pairs`: in few shapes when they are shuffled for training, else in one."""
+    batching = config.batching if seed is not None else dataclasses.replace(config.batching, num_shapes=1)
+    shapes = choose_shapes(pairs.lengths, batching)
+    for shape in shapes:
+        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
+    return EpochPlan(pairs.lengths, shapes, seed)
 
 
-def _description(config: Config, corpus: Corpus, train: TokenizedPairs, plan: EpochPlan, parameters: int, mesh) -> str:
-    dropped = (
-        f" ({train.num_empty} empty, {train.num_too_long} too long left out)"
-        if len(train) < len(corpus.train[0])
-        else ""
-    )
+def _description(
+    config: Config, corpus: Corpus, train: TokenizedPairs, plan: EpochPlan, layout: StateLayout, mesh: Mesh
+) -> str:
+    dropped = ""
+    if train.num_empty or train.num_too_long:
+        dropped = f" ({train.num_empty} empty, {train.num_too_long} too long left out)"
     batches = plan.epoch(0)
     padded = sum(shape.rows * (shape.source_length + shape.target_length) for shape, _ in batches)
     padding = 1 - train.lengths.sum() / padded
@@ -219,14 +242,17 @@ def _description(config: Config, corpus: Corpus, train: TokenizedPairs, plan: Ep
     return (
         f"run {config.run}: {len(train):,} training pairs{dropped}, {len(corpus.validation.source):,} validation, "
         f"{len(corpus.test.source):,} test\n"
-        f"model {config.model.kind}: {parameters:,} parameters; mesh {axes} on {jax.devices()[0].device_kind}\n"
+        f"model {config.model.kind}: {layout.num_parameters:,} parameters; mesh {axes} on "
+        f"{jax.devices()[0].device_kind}\n"
         f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {plan.batches_per_epoch} "
         f"batches an epoch, padding {100 * padding:.0f} %"
     )
 
 
-def _finish(config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, log: RunLog) -> Scores:
-    """Scores the test part, shows samples and draws the pictures."""
+def _score(
+    config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, log: RunLog
+) -> tuple[Scores, list[int]]:
+    """Translates and scores the test part, shows samples, and returns the scores and which lines were shown."""
     clock = time.monotonic()
     translations = translator.translate(corpus.test.source)
     seconds = time.monotonic() - clock
@@ -236,29 +262,42 @@ def _finish(config: Config, corpus: Corpus, translator: Translator, folder: RunF
     (folder.samples / "test.hypotheses.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
 
     log.say("\nsamples from the test part")
-    chosen = np.linspace(0, len(hypotheses) - 1, min(NUM_SAMPLES, len(hypotheses))).astype(int)
+    chosen = np.linspace(0, len(hypotheses) - 1, min(NUM_SAMPLES, len(hypotheses))).astype(int).tolist()
     for index in chosen:
         source, target = corpus.test.source[index], corpus.test.target[index]
         verdict = "=" if hypotheses[index] == target else f"reference: {target}"
         log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
-    log.say(
-        f"\ntest, beam {config.decoding.beam_size}, length penalty {config.decoding.length_penalty}, {seconds:.1f} s"
-    )
+    cut = sum(t.truncated for t in translations)
+    if cut:
+        log.say(
+            f"\nwarning: {cut} test sentences are longer than the model takes; only their beginnings were translated"
+        )
+    decoding = config.decoding
+    log.say(f"\ntest, beam {decoding.beam_size}, length penalty {decoding.length_penalty}, {seconds:.1f} s")
     log.say(scores.text)
+    return scores, chosen
 
+
+def _draw(config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int]) -> None:
+    """Draws the course of the training, and the attention of one of the samples, of middle length."""
     folder.plots.mkdir(exist_ok=True)
     plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
-    length_order = sorted(chosen, key=lambda i: len(corpus.test.source[i]))
-    source = corpus.test.source[length_order[len(length_order) // 2]]
+    by_length = sorted((corpus.test.source[index] for index in samples), key=len)
+    source = by_length[len(by_length) // 2]
     best = translator.translate([source])[0].text
     attention = attention_map(translator, source, best)
     if attention is not None:
         plot_attention(attention, folder.plots / "attention.png", f"{source}\n{best}")
-    return scores
 
 
 def _run_card(
-    config: Config, tokenizers: TokenizerPair, parameters: int, mesh, scores: Scores, training_seconds: float
+    config: Config,
+    tokenizers: TokenizerPair,
+    layout: StateLayout,
+    mesh: Mesh,
+    step: int,
+    scores: Scores,
+    training_seconds: float,
 ) -> dict[str, Any]:
     packages = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")
     return {
@@ -267,9 +306,9 @@ def _run_card(
         "machine": f"{platform.system()} {platform.machine()}",
         "devices": [d.device_kind for d in mesh.devices.flat],
         "versions": {name: version(name) for name in packages},
-        "parameters": parameters,
+        "parameters": layout.num_parameters,
         "tokenizers": {"source": tokenizers.source.fingerprint, "target": tokenizers.target.fingerprint},
-        "steps": config.training.steps,
+        "steps": step,
         "seed": config.training.seed,
         "training_seconds": training_seconds,
         "decoding": {"beam_size": config.decoding.beam_size, "length_penalty": config.decoding.length_penalty},

@@ -68,8 +68,8 @@ class RunFolder:
         """
         if self.config_file.exists():
             raise RunFolderError(
-                f"{self.path} already holds a run. Go on with it by --resume, or choose another folder by --run "
-                "FOLDER; nothing was changed."
+                f"{self.path} already holds a run. Go on with it by --run {self.path} --resume, or choose another "
+                "folder by --run FOLDER; nothing was changed."
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by --run FOLDER.")
@@ -82,9 +82,13 @@ class RunFolder:
         """
         self.check_unused()
         tokenizers.save(self.path / "tokenizer")
+        self.update_config(config)
+
+    def update_config(self, config: Config) -> None:
+        """Writes the configuration, all or nothing: what a resumed run changes (steps, intervals) is kept too."""
         partial = self.path / "config.partial"
         write_config(config, partial)
-        partial.rename(self.config_file)
+        os.replace(partial, self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":

@@ -10,6 +10,7 @@ from flax_transformer.config import Config, from_dict, override, read_config, to
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.errors import ConfigError
+from flax_transformer.models.transformer import TransformerConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -35,6 +36,9 @@ def test_recipes_are_read_and_survive_writing(path, tmp_path):
         ({"tokenizer": {"joint": "yes please"}}, r"tokenizer.joint: expected bool"),
         ({"optimizer": {"epsilon": "tiny"}}, r"optimizer.epsilon: expected float, got 'tiny'"),
         ({"data": {"kind": "paralel_text"}}, r"data.kind: unknown kind 'paralel_text'. Did you mean 'parallel_text'"),
+        ({"optimizer": {"epsilon": "nan"}}, r"optimizer.epsilon must be a finite number, got nan"),
+        ({"data": {"kind": ["parallel_text"]}}, r"data.kind: unknown kind"),
+        ({"data": {"seed": -1}}, r"data.seed must lie between 0 and"),
         ({"data": 3}, r"section 'data' must be a mapping"),
         ({"tokenizer": {"joint": False}}, r"share_embeddings: all needs one vocabulary"),
         ({"training": {"steps": 0}}, r"training.steps must be at least 1, got 0"),
@@ -55,6 +59,9 @@ def test_yaml_exponents_are_numbers(tmp_path):
 def test_files_that_cannot_be_read_are_explained(tmp_path):
     with pytest.raises(ConfigError, match="no configuration file at .*absent.yaml"):
         read_config(tmp_path / "absent.yaml")
+    (tmp_path / "twice.yaml").write_text("training: {steps: 1}\ntraining: {seed: 1}\n")
+    with pytest.raises(ConfigError, match="key 'training' stands twice"):
+        read_config(tmp_path / "twice.yaml")
     (tmp_path / "bad.yaml").write_text("model: [unclosed")
     with pytest.raises(ConfigError, match="is not a YAML file"):
         read_config(tmp_path / "bad.yaml")
@@ -65,6 +72,7 @@ def test_overrides_reach_every_depth_and_kind():
         Config(), ["--model.num-heads", "8", "--training.steps=7", "--run", "x", "--tokenizer.no-joint",
                    "--model.share-embeddings", "none", "--data.kind", "parallel_text", "--data.folder", "d"]
     )  # fmt: skip
+    assert isinstance(config.model, TransformerConfig)
     assert (config.model.num_heads, config.training.steps, config.run, config.tokenizer.joint) == (8, 7, "x", False)
     assert isinstance(config.data, ParallelTextConfig) and config.data.folder == "d"
     assert isinstance(override(config, ["--data.kind=number_words"]).data, NumberWordsConfig)
@@ -82,11 +90,12 @@ def test_every_field_is_read_somewhere():
     """A field that no code mentions as an attribute is a promise nobody keeps."""
     read = set()
     for path in (ROOT / "flax_transformer").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                # `self.x` inside a config's own __post_init__ is a check, not a use
-                if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
-                    read.add(node.attr)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        checks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"]
+        only_checked = {id(node) for check in checks for node in ast.walk(check)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in only_checked:
+                read.add(node.attr)
     configs = [read_config(path) for path in RECIPES]
 
     def fields(config):

@@ -261,6 +261,16 @@ def test_evaluation_sees_every_pair_once():
     assert tokens == pairs.lengths[:, 1].sum()
 
 
+def test_the_last_shape_need_not_hold_every_pair_but_one_shape_does():
+    """Long on one side and long on the other: each shape is as long as its own pairs, side by side."""
+    lengths = np.array([[8, 20]] * 50 + [[40, 4]] * 20)
+    several = choose_shapes(lengths, BatchingConfig(640, 2))
+    assert several[-1].target_length < 20
+    assert EpochPlan(lengths, several, None).batches_per_epoch == 2 + 2
+    (single,) = choose_shapes(lengths, BatchingConfig(640, 1))
+    assert (single.source_length, single.target_length) == (40, 20)
+
+
 def test_pairs_that_do_not_fit_are_counted_and_nothing_left_is_explained():
     rng = np.random.default_rng(0)
     source, target = random_text(rng, np.array([1, 5, 30, 4])), random_text(rng, np.array([5, 1, 5, 9]))

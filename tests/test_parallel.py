@@ -1,5 +1,7 @@
 """The same losses on any mesh, dropout included; random bits drawn once over all devices."""
 
+import dataclasses
+import math
 import re
 
 import jax
@@ -35,11 +37,11 @@ def random_batch(seed: int) -> Batch:
     return Batch(*(a.astype(np.int32) for a in arrays))
 
 
-def prepared(mesh: Mesh, model: TransformerConfig = MODEL):
+def prepared(mesh: Mesh, model: TransformerConfig = MODEL, seed: int = 0):
     optimizer_config = OptimizerConfig(warmup_steps=10)
     schedule = noam_schedule(optimizer_config, model.model_dim)
     layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh)
-    return layout, jit_train_step(layout, schedule, 0.1, 0, mesh)
+    return layout, jit_train_step(layout, schedule, 0.1, seed, mesh)
 
 
 def losses(mesh: Mesh, steps: int = 4) -> tuple[list[float], list[float]]:
@@ -67,8 +69,26 @@ def test_eight_devices_give_the_losses_of_one(sizes, single):
     np.testing.assert_allclose(found[1], single[1], rtol=1e-4)
 
 
-def test_losses_fall_and_dropout_differs_between_steps(single):
+def test_losses_fall(single):
     assert single[0][-1] < single[0][0]
+
+
+def test_dropout_differs_between_steps_and_seeds_alone(one_device):
+    """The same parameters and batch at another step, and under another seed, give another loss; else the same."""
+    layout, step = prepared(one_device)
+    _, other_seed = prepared(one_device, seed=1)
+    batch = jax.device_put(random_batch(0), batch_sharding(one_device))
+
+    def loss(of, at: int) -> float:
+        state = init_state(MODEL, VOCABULARY, layout, seed=0)
+        count = jax.device_put(np.int32(at), state.step.sharding)
+        with jax.set_mesh(one_device):
+            return float(of(dataclasses.replace(state, step=count), batch)[1].sums.loss)
+
+    first = loss(step, 0)
+    assert loss(step, 0) == first
+    assert loss(step, 1) != first
+    assert loss(other_seed, 0) != first
 
 
 def test_parameters_are_born_sharded():
@@ -81,26 +101,28 @@ def test_parameters_are_born_sharded():
     assert {s.data.shape for m in moment if m.shape == kernel.shape for s in m.addressable_shards} == {(1, 16, 32)}
 
 
-def test_each_device_draws_only_its_own_share_of_random_bits():
-    mesh = make_mesh(MeshConfig(8, 1, 1))
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_each_device_draws_only_its_own_share_of_random_bits(sizes):
+    """The largest array of random words that a device makes is its own share of the largest dropout site."""
+    mesh = make_mesh(MeshConfig(*sizes))
     layout, step = prepared(mesh)
     batch = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)), random_batch(0)
     )
     with jax.set_mesh(mesh):
         program = step.lower(layout.abstract, batch).compile().as_text()
-    # Random words have type u32; those of dropout lead with the rows of the batch: 16 in all, 2 on each of 8 devices.
-    shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"u32\[(\d+(?:,\d+){2,})\]", program)]
-    leading = {shape[0] for shape in shapes}
-    assert 2 in leading
-    assert ROWS not in leading
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"u32\[(\d+(?:,\d+)*)\]", program)]
+    # Four keep-decisions a word. Sites: residuals and embeddings (D), heads x S, and hidden units (F).
+    rows, tensor = ROWS // (mesh.shape["data"] * mesh.shape["fsdp"]), mesh.shape["tensor"]
+    dim, heads, hidden = MODEL.model_dim, MODEL.num_heads, MODEL.feed_forward_dim
+    words = max(rows * LENGTH * max(dim, hidden // tensor) // 4, rows * heads // tensor * LENGTH * -(-LENGTH // 4))
+    # The compiler may give each of a word's four bytes a word of its own; the whole batch's draw is 8 times the share.
+    assert words <= max(math.prod(shape) for shape in shapes) <= 4 * words
 
 
 def test_sizes_that_do_not_divide_are_explained():
     mesh = make_mesh(MeshConfig(1, 1, 8))
-    with pytest.raises(
-        ConfigError, match=r"mesh.tensor \(8\) must divide every dimension .* heads|parameter .* has shape"
-    ):
+    with pytest.raises(ConfigError, match=r"mesh.tensor \(8\) must divide every dimension .* parameter .* has shape"):
         prepared(mesh)
     with pytest.raises(ConfigError, match=r"3 x 1 x 4 = 12 devices, but JAX has 8"):
         make_mesh(MeshConfig(3, 1, 4))

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from flax_transformer.data.parallel_text import read_parallel_text
+from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
@@ -41,13 +42,15 @@ def main(arguments: list[str], program: str) -> int:
     """
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     text = read_parallel_text(options.source, options.reference)
+    if options.output is not None and not options.output.parent.is_dir():
+        raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
     translator = Translator.load(options.run)
     translations = translator.translate(text.source, beam_size=options.beam_size, length_penalty=options.length_penalty)
     hypotheses = [t.text for t in translations]
-    if options.output is not None:
-        options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
     bleu_tokenizer = RunFolder.open(options.run).read_config().evaluation.bleu_tokenizer
     print(evaluate(hypotheses, text.target, bleu_tokenizer).text)
+    if options.output is not None:
+        options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
     shortened = [number for number, t in enumerate(translations, start=1) if t.truncated]
     for number in shortened:
         limit = translator.max_source_length - 1

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from flax_transformer.cli import evaluate, train, translate
-from flax_transformer.errors import InputError, did_you_mean
+from flax_transformer.errors import DivergenceError, InputError, did_you_mean
 
 VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     "train": (train.main, "train as a configuration says, then evaluate"),
@@ -26,9 +26,15 @@ def run_verb(verb: Callable[[list[str], str], int], arguments: list[str], progra
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DivergenceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 1
+    except OSError as error:  # a folder that cannot be written, a file that cannot be read, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def main() -> int:

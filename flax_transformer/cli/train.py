@@ -2,23 +2,24 @@
 
 from pathlib import Path
 
-from flax_transformer.config import Config, override, read_config
+from flax_transformer.config import override, read_config
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import run_experiment
+from flax_transformer.run_folder import RunFolder
 
 
 def main(arguments: list[str], program: str = "train.py", default_config: Path | None = None) -> int:
     """Returns the exit code of a training run.
 
     Args:
-        arguments: `[--config FILE] [--resume] [--section.field value ...]`.
+        arguments: `[--config FILE] [--section.field value ...]`, or `--run FOLDER --resume [--section.field ...]`.
         program: name in the help.
-        default_config: recipe used without --config; the defaults of `Config` when None.
+        default_config: recipe used without --config; when None there is none.
 
     Raises:
         InputError: bad files, a bad configuration, or a run folder in the wrong state.
     """
-    path, resume, rest = default_config, False, []
+    path, run, resume, rest = None, None, False, []
     position = 0
     while position < len(arguments):
         name, equals, value = arguments[position].partition("=")
@@ -32,10 +33,18 @@ def main(arguments: list[str], program: str = "train.py", default_config: Path |
         elif arguments[position] == "--resume":
             resume = True
         else:
+            if name == "--run":
+                run = value if equals else "".join(arguments[position + 1 : position + 2])
             if name in ("-h", "--help"):
                 print(f"{program} [--config FILE] [--resume] [--data.kind KIND] [--section.field VALUE ...]\n")
             rest.append(arguments[position])
         position += 1
-    config = override(Config() if path is None else read_config(path), rest, program)
+    if path is None and resume and run:  # the run folder alone is enough to go on
+        path = RunFolder.open(run).config_file
+    elif path is None:
+        path = default_config
+    if path is None:
+        raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
+    config = override(read_config(path), rest, program)
     outcome = run_experiment(config, resume)
     return 0 if outcome.signal is None else 3

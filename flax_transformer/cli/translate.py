@@ -68,7 +68,7 @@ def main(arguments: list[str], program: str) -> int:
             break
         translations = translator.translate(chunk, beam_size=options.beam_size, length_penalty=options.length_penalty)
         for number, translation in enumerate(translations, start=done + 1):
-            sys.stdout.write(translation.text + "\n")
+            sys.stdout.buffer.write(f"{translation.text}\n".encode())  # UTF-8 whatever the locale, as the input is
             if translation.truncated:
                 shortened += 1
                 limit = translator.max_source_length - 1
@@ -77,7 +77,7 @@ def main(arguments: list[str], program: str) -> int:
                     "translated.",
                     file=sys.stderr,
                 )
-        sys.stdout.flush()
+        sys.stdout.buffer.flush()
         done += len(chunk)
     if error is not None:
         raise error

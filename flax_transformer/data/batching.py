@@ -5,6 +5,7 @@ chosen from the lengths that the corpus has. An epoch is planned whole from (see
 then two integers, exact, and independent of the number of devices and processes.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,13 +76,21 @@ class TokenizedPairs:
         self.kept = np.flatnonzero(~empty & ~too_long)
         if not len(self.kept):
             raise InputError(
-                f"no sentence pair is left to train on: of {len(empty)} pairs {self.num_empty} have an empty side and "
+                f"no sentence pair is left: of {len(empty)} pairs {self.num_empty} have an empty side and "
                 f"{self.num_too_long} are longer than model.max_source_length ({max_source_length}) or "
                 f"model.max_target_length ({max_target_length}) tokens. Check the files, or raise the limits."
             )
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all ids and lengths: positions in the data mean the same only while it is the same."""
+        digest = hashlib.sha256()
+        for array in (self.source.ids, self.source.offsets, self.target.ids, self.target.offsets, self.kept):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     @property
     def lengths(self) -> np.ndarray:

@@ -202,7 +202,9 @@ def beam_search(
         finished_scores=nothing,
         decoder=decoder,
     )
-    final = jax.lax.while_loop(lambda state: jnp.any(state.active), advance, start)
+    # Two steps an iteration: the second writes its caches where the first has read its own, so that no cache is copied.
+    # A step beyond the last one changes nothing, since no sentence is active.
+    final = jax.lax.while_loop(lambda state: jnp.any(state.active), lambda state: advance(advance(state)), start)
     return collect(final, max_lengths, penalty)
 
 

@@ -18,13 +18,12 @@ from flax_transformer.data.tokenizer import END_ID, START_ID, TokenizerPair
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, DivergenceError
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.seq2seq import reorder_beams
 from flax_transformer.parallel.mesh import (
     MeshConfig,
     all_devices_sharding,
-    check_rows,
     make_mesh,
     replicated_sharding,
 )
@@ -144,7 +143,8 @@ class Translator:
         decoding: DecodingConfig,
         mesh: Mesh,
     ):
-        check_rows(decoding.batch_rows, mesh, ALL_AXES, "decoding.batch_rows")
+        # Rounded up, so that a run can be used on any number of devices.
+        self.rows = -(-decoding.batch_rows // mesh.size) * mesh.size
         self.tokenizers = tokenizers
         self.decoding = decoding
         self.mesh = mesh
@@ -199,8 +199,11 @@ class Translator:
             length_penalty: such as "gnmt:0.6", "average:1.0" or "none"; the run's own setting when None.
 
         Raises:
-            ConfigError: a setting out of range.
+            ConfigError: a setting out of range, or one string in place of a list.
+            DivergenceError: the model's scores are not finite.
         """
+        if isinstance(sentences, str):
+            raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
         beam_size = self.decoding.beam_size if beam_size is None else beam_size
         if not 1 <= num_hypotheses <= beam_size:
             raise ConfigError(
@@ -218,7 +221,7 @@ class Translator:
                 groups.setdefault(length_bucket(length, self.max_source_length), []).append(index)
 
         results = [EMPTY] * len(sentences)
-        rows = self.decoding.batch_rows
+        rows = self.rows
         for bucket, members in sorted(groups.items()):
             search = self._search_for(beam_size, penalty, self._max_length(bucket))
             pending = []
@@ -246,7 +249,7 @@ class Translator:
 
     def _source_arrays(self, sentences: list[list[int]], bucket: int) -> list[jax.Array]:
         """Returns tokens [B, S], segments [B, S] and max_lengths [B], filled up with rows of padding."""
-        rows = self.decoding.batch_rows
+        rows = self.rows
         tokens = np.zeros((rows, bucket), np.int32)
         segments = np.zeros((rows, bucket), np.int32)
         max_lengths = np.zeros(rows, np.int32)
@@ -267,4 +270,9 @@ class Translator:
             target = self.tokenizers.target
             text = target.decode(ids)
             results.append(Hypothesis(text, target.pieces(ids), float(found.scores[row, beam]), finished))
+        if not results:
+            raise DivergenceError(
+                "the search found no output at all, so the model's scores are not finite: the training has diverged. "
+                "Train again with a lower learning rate."
+            )
         return results

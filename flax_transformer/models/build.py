@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from flax import nnx
 
+from flax_transformer.models.rnn import RecurrentConfig, RecurrentSeq2Seq
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.models.transformer import Transformer, TransformerConfig
 
-ModelConfig = TransformerConfig
+ModelConfig = TransformerConfig | RecurrentConfig
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,7 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
         vocabulary: sizes and the start token.
         rngs: stream "params" initialises the parameters.
     """
-    return Transformer(
-        config,
-        source_vocab_size=vocabulary.source_size,
-        target_vocab_size=vocabulary.target_size,
-        start_token=vocabulary.start_token,
-        rngs=rngs,
-    )
+    sizes = {"source_vocab_size": vocabulary.source_size, "target_vocab_size": vocabulary.target_size}
+    if isinstance(config, RecurrentConfig):
+        return RecurrentSeq2Seq(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
+    return Transformer(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)

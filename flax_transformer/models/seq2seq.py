@@ -22,10 +22,12 @@ class Memory:
     Attributes:
         states: [B, S, D], one vector for each source token.
         segments: [B, S], 0 for padding.
+        decoder_start: tree of arrays [B, ...] from which a recurrent decoder starts; None for a model that needs none.
     """
 
     states: Float[Array, "B S D"]
     segments: Int[Array, "B S"]
+    decoder_start: Any = None
 
 
 @array_tree

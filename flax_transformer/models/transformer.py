@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, check_finite
 from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.dropout import check_dropout_rate, split_key
-from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection, padded_rows
+from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection, ShareKind, make_embeddings
 from flax_transformer.nn.feed_forward import Activation, FeedForward
 from flax_transformer.nn.kv_cache import (
     CrossAttentionCache,
@@ -76,7 +76,7 @@ class TransformerConfig:
     norm_order: NormOrder = "post"
     norm_epsilon: float = 1e-5
     activation: Activation = "relu"
-    share_embeddings: Literal["all", "target_output", "none"] = "all"
+    share_embeddings: ShareKind = "all"
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
@@ -85,6 +85,9 @@ class TransformerConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_finite("model", self)
+        if self.norm_epsilon <= 0:
+            raise ConfigError(f"model.norm_epsilon must be positive, got {self.norm_epsilon}.")
         for name in ("model_dim", "num_heads", "feed_forward_dim", "num_encoder_layers", "num_decoder_layers",
                      "max_source_length", "max_target_length", "vocab_multiple"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -374,14 +377,15 @@ class Transformer(nnx.Module):
         self.target_vocab_size = target_vocab_size
         self.start_token = start_token
 
-        def table(vocab_size: int) -> Embedding:
-            rows = padded_rows(vocab_size, config.vocab_multiple)
-            return Embedding(rows, config.model_dim, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
-
-        # One table per role that does not share; a module is never stored under two names.
-        self.target_embedding = table(target_vocab_size)
-        self.source_embedding = None if config.share_embeddings == "all" else table(source_vocab_size)
-        self.output_embedding = table(target_vocab_size) if config.share_embeddings == "none" else None
+        self.target_embedding, self.source_embedding, self.output_embedding = make_embeddings(
+            config.share_embeddings,
+            source_vocab_size,
+            target_vocab_size,
+            config.model_dim,
+            vocab_multiple=config.vocab_multiple,
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
@@ -429,7 +433,7 @@ class Transformer(nnx.Module):
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""
         cross_caches, source_segments = state.per_sentence
-        max_length = state.per_beam[0].keys.shape[3]
+        max_length = state.per_beam[0].length
         hidden, self_caches, attention = self.decoder.step(
             self.target_embedding, tokens, state.positions, state.per_beam, cross_caches, source_segments, max_length
         )

@@ -28,8 +28,8 @@ def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
 def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:
     """Returns `x` with each element kept with probability `1 - rate` and scaled, or set to zero.
 
-    The keep-probability is rounded to a multiple of 1/256 and the scale is exact for the rounded value, so that the
-    expectation is exactly `x`.
+    The keep-probability is rounded to a multiple of 1/256 and the scale belongs to the rounded value, so that the
+    expectation is `x` up to the rounding of the type.
 
     Args:
         x: any shape.

@@ -1,6 +1,7 @@
 """Token embeddings, and the output projection that may share their table."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from flax_transformer.nn.dropout import dropout
 from flax_transformer.nn.positions import LearnedPositions, PositionKind, SinusoidalPositions
 from flax_transformer.parallel.rules import constrain
 from flax_transformer.shapes import MASKED
+
+ShareKind = Literal["all", "target_output", "none"]
 
 
 def padded_rows(vocab_size: int, multiple: int) -> int:
@@ -36,7 +39,34 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Returns the scaled vectors of `tokens`, in the table's type."""
         vectors = jnp.take(self.table[...], tokens, axis=0, mode="clip")
+        # In two steps, since the partitioner knows no way from the one sharding to the other in one.
+        vectors = constrain(vectors, "lookup_batch", "length", "embed")
+        vectors = constrain(vectors, "batch", "length", "activation_embed")
         return vectors * jnp.asarray(self.dim**0.5, vectors.dtype)
+
+
+def make_embeddings(
+    share: ShareKind,
+    source_vocab_size: int,
+    target_vocab_size: int,
+    dim: int,
+    *,
+    vocab_multiple: int,
+    param_dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> tuple[Embedding, Embedding | None, Embedding | None]:
+    """Returns the tables for target, source and output; None for a role that shares the target's table.
+
+    A module must not be stored under two names, so a shared table stands under one and is called for all its roles.
+    """
+
+    def table(vocab_size: int) -> Embedding:
+        return Embedding(padded_rows(vocab_size, vocab_multiple), dim, param_dtype=param_dtype, rngs=rngs)
+
+    target = table(target_vocab_size)
+    source = None if share == "all" else table(source_vocab_size)
+    output = table(target_vocab_size) if share == "none" else None
+    return target, source, output
 
 
 class InputEmbedding(nnx.Module):

@@ -25,6 +25,11 @@ class SelfAttentionCache:
     keys: Float[Array, "B K N T H"]
     values: Float[Array, "B K N T H"]
 
+    @property
+    def length(self) -> int:
+        """Number of slots T."""
+        return self.keys.shape[3]
+
 
 @array_tree
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Linear(nnx.Module):
         self.compute_dtype = compute_dtype
         kernel = xavier_uniform(rngs.params(), in_dims, out_dims, param_dtype)
         self.kernel = nnx.Param(kernel, logical_axes=logical_axes)
-        self.bias = nnx.Param(jnp.zeros(out_dims, param_dtype), logical_axes=logical_axes[len(in_dims) :])
+        bias_axes = tuple("norm" if axis == "embed" else axis for axis in logical_axes[len(in_dims) :])
+        self.bias = nnx.Param(jnp.zeros(out_dims, param_dtype), logical_axes=bias_axes)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the map of `x`: [..., *in_dims] -> [..., *out_dims], in `compute_dtype`."""

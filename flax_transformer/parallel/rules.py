@@ -4,6 +4,7 @@ Layers name their axes ("embed", "heads", ...); only this table knows what the m
 `flax.nnx.Param` created with `logical_axes=(...)` metadata; layers stacked on a leading axis gain "layers" here.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ P = jax.P
 # Batches are split over data and fsdp; parameters over fsdp (along the model dim) and tensor (along what is wide).
 MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "lookup_batch": "data",
     "length": None,
     "embed": "fsdp",
     "activation_embed": None,
@@ -27,6 +29,8 @@ MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "norm": None,
     "layers": None,
+    "gates": None,
+    "recurrent": None,
 }
 
 
@@ -44,10 +48,22 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
     The identity outside a mesh, and inside `jax.shard_map`, where the program of one device sees only its own share.
     """
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes)) if _partitioned() else x
+
+
+def num_shards(logical_axis: str) -> int:
+    """Returns into how many parts `constrain` splits an axis of this name; 1 where it does nothing."""
+    axes = MESH_AXES_OF[logical_axis]
+    if axes is None or not _partitioned():
+        return 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def _partitioned() -> bool:
+    """Whether the program being traced is one for all devices, that the compiler splits."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
+    return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 def parameter_specs(abstract_params: Any) -> dict[str, Any]:

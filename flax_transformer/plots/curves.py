@@ -21,7 +21,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
         return [r["step"] for r in of], [r[name] for r in of]
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     ((loss, accuracy), (rate, bleu)) = figure.subplots(2, 2)
     loss.plot(*series(train, "loss"), label="training (with smoothing and dropout)")
     loss.plot(*series(validation, "loss"), "o-", label="validation (with smoothing)")

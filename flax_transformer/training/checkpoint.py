@@ -4,6 +4,7 @@ Orbax notices a file that is cut short or missing, but not one in which a byte h
 kept beside it. The checksum is computed where the array lies and does not depend on how it is sharded.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ class Restored:
     Attributes:
         state: in the sharding that was asked for.
         position: the next batch to take.
-        seed: of the run.
+        data: fingerprint of the text that positions refer to.
     """
 
     state: TrainState
     position: Position
-    seed: int
+    data: str
 
 
 def _leaf_checksum(leaf: jax.Array) -> jax.Array:
@@ -49,13 +50,15 @@ def _leaf_checksum(leaf: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mix(mixed + jnp.uint32(1)), dtype=jnp.uint32)])
 
 
-_tree_checksums = jax.jit(lambda leaves: [_leaf_checksum(leaf) for leaf in leaves])
+@functools.cache
+def _jit_checksums() -> Any:
+    return jax.jit(lambda leaves: [_leaf_checksum(leaf) for leaf in leaves])
 
 
 def checksums(tree: Any) -> dict[str, str]:
     """Returns a checksum for each array of a tree, by its path; independent of sharding and of device."""
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    sums = jax.device_get(_tree_checksums(list(leaves)))
+    sums = jax.device_get(_jit_checksums()(list(leaves)))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}
 
@@ -65,14 +68,18 @@ class Checkpoints:
 
     Args:
         folder: where they lie, one sub-folder a step.
-        keep: the newest so many are kept.
+        keep: the newest so many are kept when others are saved; None only reads, and leaves alone what a training that
+            goes on beside it is writing.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
-        )
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+            )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
@@ -86,28 +93,27 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         self._manager.close()  # waits for what is being written
 
-    def latest_step(self) -> int:
-        """Returns the step of the newest checkpoint.
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None when there is none."""
+        return self._manager.latest_step()
 
-        Raises:
-            RunFolderError: there is none.
-        """
-        step = self._manager.latest_step()
+    def _newest(self) -> int:
+        step = self.latest_step()
         if step is None:
             raise RunFolderError(
-                f"{self.folder} holds no checkpoint: the run has not saved one yet, or was interrupted before its "
-                "first. Let it train on, or start it again in a new folder."
+                f"{self.folder} holds no checkpoint: the run has not saved one yet. Let it train on, or go on with it "
+                "by --resume."
             )
         return step
 
-    def save(self, state: TrainState, position: Position, seed: int) -> None:
+    def save(self, state: TrainState, position: Position, data: str) -> None:
         """Saves `state` under its step; returns before it is written, and the state may be donated at once."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         meta = {
             "step": step,
-            "seed": seed,
+            "data": data,
             "epoch": position.epoch,
             "batch": position.batch,
             "checksums": {"params": checksums(state.params), "optimizer": checksums(state.optimizer)},
@@ -121,17 +127,13 @@ class Checkpoints:
             ),
         )
 
-    def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
-
-    def restore(self, layout: StateLayout, step: int | None = None) -> Restored:
-        """Returns a checkpoint, the newest when `step` is None, in the shardings of `layout`.
+    def restore(self, layout: StateLayout) -> Restored:
+        """Returns the newest checkpoint in the shardings of `layout`.
 
         Raises:
-            RunFolderError: there is no such checkpoint, its shapes are not those of `layout`, or it is damaged.
+            RunFolderError: there is no checkpoint, its shapes are not those of `layout`, or it is damaged.
         """
-        step = self.latest_step() if step is None else step
+        step = self._newest()
         abstract = layout.abstract
         self._check_shapes(step, abstract.params)
         restored = self._manager.restore(
@@ -146,11 +148,15 @@ class Checkpoints:
         self._check_sums(step, {name: restored[name] for name in ("params", "optimizer")}, meta)
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         state = TrainState(count, restored["params"], restored["optimizer"])
-        return Restored(state, Position(meta["epoch"], meta["batch"]), meta["seed"])
+        return Restored(state, Position(meta["epoch"], meta["batch"]), meta["data"])
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """Returns the parameters of a checkpoint alone; arguments and errors as `restore`."""
-        step = self.latest_step() if step is None else step
+    def restore_params(self, abstract_params: Any) -> Any:
+        """Returns the parameters of the newest checkpoint alone, in the shardings of `abstract_params`.
+
+        Raises:
+            RunFolderError: as `restore`.
+        """
+        step = self._newest()
         self._check_shapes(step, abstract_params)
         restored = self._manager.restore(
             step,

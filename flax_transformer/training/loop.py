@@ -1,37 +1,76 @@
 """The training loop."""
 
-import dataclasses
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from flax_transformer.config import TrainingConfig
-from flax_transformer.data.batching import BatchShape, EpochPlan, Position, TokenizedPairs
-from flax_transformer.data.loader import training_batches
+from flax_transformer.data.batching import BatchShape, Position
+from flax_transformer.errors import DivergenceError
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.shapes import Batch
-from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.metrics import LossSummary, TokenCounts
 from flax_transformer.training.run_log import ProgressReport, RunLog
 from flax_transformer.training.state import StateLayout, TrainState
 from flax_transformer.training.step import StepMetrics
 
+Save = Callable[[TrainState, Position], None]
 Evaluate = Callable[[Any, int], None]
 
 
 @dataclass
 class Window:
-    """What has happened since the last progress line; metrics stay on the device until it is written."""
+    """What has happened since the last progress line.
 
-    metrics: list[StepMetrics] = dataclasses.field(default_factory=list)
-    tokens: TokenCounts = dataclasses.field(default_factory=TokenCounts)
-    seconds: float = 0.0
+    Attributes:
+        pending: metrics that are still on the device, so that the host need not wait for each.
+        fetched: metrics on the host.
+        tokens: counts over all of them.
+        started: when the window began, moved on by every pause.
+    """
+
+    pending: list[StepMetrics] = field(default_factory=list)
+    fetched: list[StepMetrics] = field(default_factory=list)
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    started: float = field(default_factory=time.monotonic)
+
+    def fetch(self, step: int) -> None:
+        """Waits for the device and takes over its metrics, the last of which belong to `step`.
+
+        Raises:
+            DivergenceError: a loss or a gradient norm is not finite.
+        """
+        first = step - len(self.pending) + 1
+        for number, metrics in enumerate(jax.device_get(self.pending), start=first):
+            if not (math.isfinite(metrics.sums.loss) and math.isfinite(metrics.gradient_norm)):
+                raise DivergenceError(
+                    f"training diverged at step {number}: loss {float(metrics.sums.loss)}, gradient norm "
+                    f"{float(metrics.gradient_norm)}. The last checkpoint is whole. Try a lower "
+                    "optimizer.learning_rate_scale, more optimizer.warmup_steps, or model.norm_order: pre."
+                )
+            self.fetched.append(metrics)
+        self.pending = []
+
+    def report(self, step: int, steps: int, seconds_left: float) -> ProgressReport:
+        """Returns the figures of a progress line."""
+        sums = [float(sum(values)) for values in zip(*(m.sums for m in self.fetched), strict=True)]
+        return ProgressReport(
+            step=step,
+            steps=steps,
+            loss=LossSummary.of(*sums),
+            learning_rate=float(self.fetched[-1].learning_rate),
+            gradient_norm=float(sum(m.gradient_norm for m in self.fetched) / len(self.fetched)),
+            tokens=self.tokens,
+            seconds=time.monotonic() - self.started,
+            seconds_left=seconds_left,
+        )
 
 
 class StopRequest:
@@ -89,13 +128,11 @@ def _shape_of(batch: Batch) -> tuple[int, ...]:
 def train_loop(
     state: TrainState,
     compiled: dict[tuple[int, ...], Any],
-    pairs: TokenizedPairs,
-    plan: EpochPlan,
-    position: Position,
+    batches: Iterator[tuple[Batch, Position]],
     config: TrainingConfig,
     mesh: Mesh,
-    checkpoints: Checkpoints,
     log: RunLog,
+    save: Save,
     evaluate: Evaluate,
 ) -> tuple[TrainState, int | None]:
     """Trains until `config.steps`, and returns the last state.
@@ -103,22 +140,23 @@ def train_loop(
     Args:
         state: to go on from; it is donated.
         compiled: as `compile_steps` returns.
-        pairs, plan: the data.
-        position: the first batch to take.
+        batches: the data, each with the position after it.
         config: how long, and what on the way.
         mesh: devices.
-        checkpoints: where states are saved.
         log: where progress goes.
+        save: called with (state, position) at intervals, after the last step and when a signal stops the training.
         evaluate: called with (parameters, step) at intervals and after the last step.
 
     Returns:
-        The state, and the signal that stopped the training early, or None. In both cases the state is saved.
+        The state, and the signal that stopped the training early, or None. In both cases the state was saved.
+
+    Raises:
+        DivergenceError: a loss or gradient that is not finite; a state that it has touched is never saved.
     """
-    batches: Iterator[tuple[Batch, Position]] = training_batches(pairs, plan, position)
     sharding = batch_sharding(mesh)
-    step, first_step = int(state.step), int(state.step)
-    window, window_start = Window(), time.monotonic()
-    loop_start = time.monotonic()
+    step = first_step = int(state.step)
+    position = None
+    window, loop_start = Window(), time.monotonic()
 
     with StopRequest() as stop:
         while step < config.steps and stop.signal is None:
@@ -126,44 +164,30 @@ def train_loop(
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
             state, metrics = compiled[_shape_of(batch)](state, jax.device_put(batch, sharding))
-            window.metrics.append(metrics)
+            window.pending.append(metrics)
             step += 1
             last = step == config.steps
+            to_log = step % config.log_every_steps == 0 or last
+            to_save = step % config.checkpoint_every_steps == 0 or last
+            to_evaluate = step % config.evaluate_every_steps == 0 or last
 
             # --- report
-            if step % config.log_every_steps == 0 or last:
-                fetched = jax.device_get(window.metrics)  # waits for the device
-                window.seconds = time.monotonic() - window_start
+            if to_log or to_save or to_evaluate:
+                window.fetch(step)
+            if to_log:
                 pace = (time.monotonic() - loop_start) / (step - first_step)
-                log.progress(report(fetched, window, step, config.steps, pace * (config.steps - step)))
-                window, window_start = Window(), time.monotonic()
+                log.progress(window.report(step, config.steps, pace * (config.steps - step)))
+                window = Window()
 
-            # --- evaluate and save; neither counts as training time
+            # --- save, then evaluate; neither counts as training time
             pause = time.monotonic()
-            if step % config.evaluate_every_steps == 0 or last:
-                jax.block_until_ready(state)
+            if to_save:
+                save(state, position)
+            if to_evaluate:
                 evaluate(state.params, step)
-            if step % config.checkpoint_every_steps == 0 or last:
-                jax.block_until_ready(state)
-                checkpoints.save(state, position, config.seed)
-            window_start += time.monotonic() - pause
+            window.started += time.monotonic() - pause
 
-        if stop.signal is not None:
-            checkpoints.save(state, position, config.seed)
-        checkpoints.wait()
+        if stop.signal is not None and position is not None:
+            window.fetch(step)
+            save(state, position)
     return state, stop.signal
-
-
-def report(metrics: list[StepMetrics], window: Window, step: int, steps: int, seconds_left: float) -> ProgressReport:
-    """Returns the figures of a progress line from the fetched metrics of its updates."""
-    sums = [float(sum(values)) for values in zip(*(m.sums for m in metrics), strict=True)]
-    return ProgressReport(
-        step=step,
-        steps=steps,
-        loss=LossSummary.of(*sums),
-        learning_rate=float(metrics[-1].learning_rate),
-        gradient_norm=float(sum(m.gradient_norm for m in metrics) / len(metrics)),
-        tokens=window.tokens,
-        seconds=window.seconds,
-        seconds_left=seconds_left,
-    )

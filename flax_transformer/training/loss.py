@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.nn.embedding import OutputProjection
+from flax_transformer.parallel.rules import constrain, num_shards
 
 # Logits held at one time, in elements; 4 bytes each.
 CHUNK_ELEMENTS = 1 << 21
@@ -63,13 +64,14 @@ def cross_entropy(
     """
     bias = projection.bias
     bias = jnp.zeros((projection.kernel.shape[0],), jnp.float32) if bias is None else bias
-    kernel = projection.kernel.astype(hidden.dtype)
+    kernel = constrain(projection.kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
     static = (projection.num_real_rows, label_smoothing)
     return _fused_sums(static, hidden, kernel, bias.astype(jnp.float32), targets, mask)
 
 
 def _num_chunks(batch: int, length: int, vocab: int) -> int:
     """Returns into how many equal pieces to cut the target length."""
+    batch, vocab = batch // num_shards("batch"), vocab // num_shards("vocab")
     for chunks in range(1, length + 1):
         if length % chunks == 0 and batch * (length // chunks) * vocab <= CHUNK_ELEMENTS:
             return chunks
@@ -81,15 +83,14 @@ def _time_chunks(x: jax.Array, chunks: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0)
 
 
-def _chunk_terms(static, hidden, kernel, bias, targets, mask):
-    """Returns the sums of one chunk, its logits, log normalisers and the smoothing share of each vocabulary row."""
+def _chunk_terms(static, mean_row, hidden, kernel, bias, targets, mask):
+    """Returns the sums of one chunk, its logits [B, t, V] and its log normalisers [B, t]."""
     num_real_rows, smoothing = static
     logits = OutputProjection(kernel, bias, num_real_rows).logits(hidden)  # [B, t, V]
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_normaliser - target_logit
     # The mean of the real logits is linear in hidden: one product with the mean row in place of a pass over V.
-    mean_row = jnp.mean(kernel[:num_real_rows].astype(jnp.float32), axis=0)
     mean_logit = jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), mean_row) + jnp.mean(bias[:num_real_rows])
     loss = (1.0 - smoothing) * nll + smoothing * (log_normaliser - mean_logit)
     correct = target_logit >= jnp.max(logits, axis=-1)
@@ -109,10 +110,11 @@ def _zero_sums() -> LossSums:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
+    mean_row = jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0)
     chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
 
     def body(total, chunk):
-        sums, _, _ = _chunk_terms(static, chunk[0], kernel, bias, *chunk[1:])
+        sums, _, _ = _chunk_terms(static, mean_row, chunk[0], kernel, bias, *chunk[1:])
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(body, _zero_sums(), [_time_chunks(x, chunks) for x in (hidden, targets, mask)])[0]
@@ -121,12 +123,13 @@ def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
 def _forward(static, hidden, kernel, bias, targets, mask):
     """Returns the sums, and the gradient of `loss` by hidden, kernel and bias."""
     num_real_rows, smoothing = static
+    mean_row = jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0)
     chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
 
     def body(carry, chunk):
         total, kernel_gradient, bias_gradient = carry
         h, t, m = chunk
-        sums, logits, log_normaliser = _chunk_terms(static, h, kernel, bias, t, m)
+        sums, logits, log_normaliser = _chunk_terms(static, mean_row, h, kernel, bias, t, m)
         probabilities = jnp.exp(logits - log_normaliser[..., None])
         row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
         wanted = jnp.where(row == t[..., None], 1.0 - smoothing, 0.0)
@@ -136,7 +139,8 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         by_logits = by_logits.astype(h.dtype)  # products run in the compute type, their sums in float32
         by_hidden = jnp.einsum("btv,vd->btd", by_logits, kernel)
         by_kernel = jnp.einsum("btv,btd->vd", by_logits, h, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, total, sums), kernel_gradient + by_kernel, bias_gradient), by_hidden
+        kernel_gradient = constrain(kernel_gradient + by_kernel, "vocab", None)
+        return (jax.tree.map(jnp.add, total, sums), kernel_gradient, bias_gradient), by_hidden
 
     start = (_zero_sums(), jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     xs = [_time_chunks(x, chunks) for x in (hidden, targets, mask)]

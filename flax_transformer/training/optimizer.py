@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, check_finite
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        check_finite("optimizer", self)
+        if self.epsilon <= 0:
+            raise ConfigError(f"optimizer.epsilon must be positive, got {self.epsilon}.")
         if self.warmup_steps < 1:
             raise ConfigError(f"optimizer.warmup_steps must be at least 1, got {self.warmup_steps}.")
         if self.learning_rate_scale <= 0:

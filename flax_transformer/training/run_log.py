@@ -1,7 +1,9 @@
 """What a run says: a progress line on the terminal, a log, metrics.jsonl, and TensorBoard events."""
 
+import io
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +86,10 @@ class RunLog:
         _keep_records_up_to(folder.metrics_file, first_step)
         self._metrics = folder.metrics_file.open("a", encoding="utf-8")
         self._log = folder.log_file.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder.tensorboard))
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._events = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 must not end a training
+            sys.stdout.reconfigure(errors="backslashreplace")
+        self._console = Console(soft_wrap=True, highlight=False, emoji=False)
         self._progress: Progress | None = None
         self._started = time.monotonic()
 
