@@ -148,6 +148,23 @@ def test_a_later_better_output_is_waited_for():
     assert found[0] == ((2, END), pytest.approx(np.log(0.5) / 2, abs=1e-5), True)
 
 
+def test_the_search_stops_as_soon_as_nothing_can_change():
+    """The state counts the steps: an output that is certain ends the search long before the limit of 50."""
+    config = BeamSearchConfig(2, 50, START, END, LengthPenalty.parse("average:1.0"))
+    chain = jnp.asarray(log_probabilities(np.array([[0, 0.01, 0.99], [0, 1, 0], [0, 0.999, 0.001]])), jnp.float32)
+    steps_taken = []
+
+    def step(tokens, count):
+        jax.debug.callback(steps_taken.append, count)
+        return chain[tokens], count + 1
+
+    jax.block_until_ready(beam_search(step, lambda s, _: s, jnp.zeros((), jnp.int32), jnp.array([50]), config))
+    jax.effects_barrier()
+    # Two outputs are finished after step 3 ("a END" and "a a END"), and the bound of the rest is below them; the loop
+    # makes two steps an iteration.
+    assert len(steps_taken) <= 4
+
+
 def test_fewer_outputs_than_beams_leave_no_empty_slots_behind():
     chain = log_probabilities(np.array([[0, 1.0, 0.0], [0, 1, 0], [0, 1, 0]]))
     assert outputs(search(chain, 3, 4)) == [((END,), pytest.approx(0.0, abs=1e-6), True)]

@@ -57,7 +57,9 @@ MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py")) if p.name !=
 
 
 def own_imports(path: Path) -> set[str]:
-    inside = {n.removeprefix("flax_transformer.") for n in imports_of(path) if n.startswith("flax_transformer.")}
+    names = imports_of(path)
+    assert path.parent == PACKAGE or "flax_transformer" not in names, f"{path} imports from the top: name the module"
+    inside = {n.removeprefix("flax_transformer.") for n in names if n.startswith("flax_transformer.")}
     return {n for n in inside if n in MODULES}
 
 
@@ -91,7 +93,7 @@ def test_search_knows_no_model_and_layers_know_no_mesh():
             assert "parallel.mesh" not in inside, module
 
 
-def test_data_imports_no_jax():
+def test_the_code_of_data_uses_no_jax():
     for module, path in MODULES.items():
         if module.startswith("data."):
             direct = {n.split(".")[0] for n in imports_of(path)}

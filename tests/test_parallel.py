@@ -73,7 +73,7 @@ def test_losses_fall(single):
     assert single[0][-1] < single[0][0]
 
 
-def test_dropout_differs_between_steps_and_seeds_alone(one_device):
+def test_the_state_is_donated_and_dropout_differs_between_steps_and_seeds_alone(one_device):
     """The same parameters and batch at another step, and under another seed, give another loss; else the same."""
     layout, step = prepared(one_device)
     _, other_seed = prepared(one_device, seed=1)
@@ -84,6 +84,12 @@ def test_dropout_differs_between_steps_and_seeds_alone(one_device):
         count = jax.device_put(np.int32(at), state.step.sharding)
         with jax.set_mesh(one_device):
             return float(of(dataclasses.replace(state, step=count), batch)[1].sums.loss)
+
+    state = init_state(MODEL, VOCABULARY, layout, seed=0)
+    leaves = jax.tree.leaves(state.params)
+    with jax.set_mesh(one_device):
+        step(state, batch)
+    assert all(leaf.is_deleted() for leaf in leaves)  # donated: a step needs no second copy of the state
 
     first = loss(step, 0)
     assert loss(step, 0) == first

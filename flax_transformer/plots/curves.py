@@ -25,7 +25,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
     ((loss, accuracy), (rate, bleu)) = figure.subplots(2, 2)
     loss.plot(*series(train, "loss"), label="training (with smoothing and dropout)")
     loss.plot(*series(validation, "loss"), "o-", label="validation (with smoothing)")
-    loss.set(ylabel="loss, nats per target token", yscale="log")
+    loss.set(ylabel="loss, nats per target token")
     loss.legend()
     accuracy.plot(*_percent(series(train, "accuracy")), label="training (with dropout)")
     accuracy.plot(*_percent(series(validation, "accuracy")), "o-", label="validation")
@@ -35,7 +35,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
     rate.set(ylabel="learning rate", ylim=(0, None))
     norm = rate.twinx()
     norm.plot(*series(train, "gradient_norm"), color="tab:gray", linewidth=0.8, label="gradient norm")
-    norm.set(ylabel="gradient norm", yscale="log")
+    norm.set(ylabel="gradient norm", ylim=(0, None))
     lines = [*rate.get_lines(), *norm.get_lines()]
     rate.legend(lines, [str(line.get_label()) for line in lines])
     bleu.plot(*series(validation, "bleu"), "o-", label="BLEU")
@@ -43,7 +43,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
     bleu.set(ylabel="validation, beam search", ylim=(0, 100))
     bleu.legend()
     for axes in (loss, accuracy, rate, bleu):
-        axes.set(xlabel="step")
+        axes.set(xlabel="step", xlim=(0, None))
         axes.grid(alpha=0.3)
     figure.savefig(output, dpi=110)
 
