@@ -8,7 +8,7 @@ what each chip of a slice would hold and say to the others. The model is the pap
 run: there are no times here, and no numbers to compare with any other machine.
 
 Exit codes: 0 as it should be; 1 when the search talks between chips, the train step does not, a program does not fit a
-chip, or a chip draws random bits that are not its own; 2 usage.
+chip or copies arrays whole to every chip, or a chip draws random bits that are not its own; 2 usage.
 """
 
 import functools
@@ -298,6 +298,8 @@ def faults(options: CompileOptions, train: Program, search: Program) -> list[str
         needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         if needed > options.memory_gib * 2**30:
             wrong.append(f"the {program.name} needs {needed / 2**30:.1f} GiB, a chip has {options.memory_gib:g}.")
+        if program.rematerializations:
+            wrong.append(f"the {program.name} copies {program.rematerializations} arrays whole to every chip.")
 
     # Rows are split over data and fsdp, so a chip that draws for its own rows alone draws arrays of that many rows.
     own_rows = options.rows // (options.data * options.fsdp)
