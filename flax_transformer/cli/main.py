@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 stopped by a signal with t
 were shortened.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {tex
 
 def run_verb(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
     """Returns the exit code of a verb; a user's mistake is printed without a traceback."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its ordinary workings as warnings
     try:
         return verb(arguments, program)
     except InputError as error:

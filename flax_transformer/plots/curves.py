@@ -40,7 +40,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
     rate.legend(lines, [str(line.get_label()) for line in lines])
     bleu.plot(*series(validation, "bleu"), "o-", label="BLEU")
     bleu.plot(*series(validation, "exact_match"), "s--", label="exact match, %")
-    bleu.set(ylabel="validation, beam search", ylim=(0, 100))
+    bleu.set(ylabel="validation, beam search", ylim=(0, 103))
     bleu.legend()
     for axes in (loss, accuracy, rate, bleu):
         axes.set(xlabel="step", xlim=(0, None))

@@ -75,7 +75,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
