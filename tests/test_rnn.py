@@ -111,11 +111,11 @@ def test_attention_equals_its_equations(kind):
     q, h = float64(query), float64(states)
     for b, k in itertools.product(range(2), range(3)):
         if kind in ("additive", "concat"):
-            mapped = q[b, k] @ float64(alignment.query.kernel[...]) + float64(alignment.query.bias[...])
+            mapped = q[b, k] @ float64(alignment.query.kernel[...])
             keys = h[b] @ float64(alignment.key.kernel[...]) + float64(alignment.key.bias[...])
             scores = np.tanh(mapped + keys) @ float64(alignment.vector[...])
         elif kind == "general":
-            scores = (h[b] @ float64(alignment.key.kernel[...]) + float64(alignment.key.bias[...])) @ q[b, k]
+            scores = (h[b] @ float64(alignment.key.kernel[...])) @ q[b, k]
         else:
             scores = h[b] @ q[b, k]
         expected = np.where(np.asarray(mask[b]), np.exp(scores), 0)

@@ -221,7 +221,7 @@ class RecurrentDecoder(nnx.Module):
 
     where a is the attentional vector of the step before (input feeding). Bahdanau et al. 2015 read out through a maxout
     layer (appendix A.2.2); here it is one tanh layer, so that the readout has the embeddings' width and may share their
-    table. Their GRU adds the context inside every gate, which is what joining it to the input does.
+    table. As in their GRU, a context that joins the input is added to every gate through a kernel of its own.
     """
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
@@ -232,11 +232,11 @@ class RecurrentDecoder(nnx.Module):
         self.model_dim = config.model_dim
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         units, dim = config.hidden_dim, config.model_dim
-        extra = {"none": 0, "input": units, "output": dim if config.input_feeding else 0}[config.join]
+        context_dim = {"none": 0, "input": units, "output": dim if config.input_feeding else 0}[config.join]
         cells = {}
         for layer in range(config.num_decoder_layers):
-            in_dim = dim + extra if layer == 0 else units
-            cells[f"{layer:02d}"] = CELLS[config.cell](in_dim, units, **config.dtypes, rngs=rngs)
+            sizes = (dim, units, context_dim) if layer == 0 else (units, units)
+            cells[f"{layer:02d}"] = CELLS[config.cell](*sizes, **config.dtypes, rngs=rngs)
         self.cells = nnx.Dict(cells)
         kind = config.attention
         self.alignment = None if kind == "none" else make_alignment(kind, units, **config.dtypes, rngs=rngs)
@@ -265,38 +265,103 @@ class RecurrentDecoder(nnx.Module):
         assert self.alignment is not None, "only a decoder with attention attends"
         return attend(self.alignment.scores(query, memory.keys), memory.states, memory.mask)
 
-    def step(
+    def read_input(self, embedded: Float[Array, "B T D"]) -> Float[Array, "B T GU"]:
+        """Returns the tokens' share of the first layer's gates, for any number of time steps or beams at once."""
+        return self.cells["00"].project(embedded)
+
+    def advance(
         self,
-        embedded: Float[Array, "B K D"],
+        gates: Float[Array, "B K GU"],
         state: RecurrentState,
         memory: RecurrentMemory,
-        key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K S"] | None, RecurrentState]:
-        """Returns the readout, the attention weights (None without attention) and the state after one more token."""
-        keys = split_key(key, self.num_layers)
-        weights = None
-        x, beside = embedded, []  # what the first layer reads; what is read out beside the top layer
+        keys: list[PRNGKeyArray | None],
+    ) -> tuple[tuple[State, ...], Float[Array, "B K U"] | None, Float[Array, "B K S"] | None]:
+        """Returns the layers' states after one more token, and the context and its weights if it joins the input.
+
+        Args:
+            gates: the token's share of the first layer's gates.
+            state: before the token.
+            memory: of the source.
+            keys: of dropout between layers, one a layer, the first not used.
+        """
+        context = weights = None
         if self.join == "input":
             context, weights = self.attend(state.layers[-1][0], memory)
-            beside = [context, embedded]
-            x = jnp.concatenate([embedded, context], axis=-1)
+            gates = gates + self.cells["00"].project_context(context)
         elif self.input_feeding:
-            x = jnp.concatenate([embedded, state.attentional], axis=-1)
-
-        layers = []
-        for layer in range(self.num_layers):
-            if layer:
-                x = dropout(x, self.dropout_rate, keys[layer])
+            gates = gates + self.cells["00"].project_context(state.attentional)
+        layers = [self.cells["00"].step(state.layers[0], gates)]
+        for layer in range(1, self.num_layers):
             cell = self.cells[f"{layer:02d}"]
+            x = dropout(layers[-1][0], self.dropout_rate, keys[layer])
             layers.append(cell.step(state.layers[layer], cell.project(x)))
-            x = layers[-1][0]
+        return tuple(layers), context, weights
 
-        if self.join == "output":
-            context, weights = self.attend(x, memory)
-            beside = [context]
-        readout = jnp.tanh(self.readout(jnp.concatenate([x, *beside], axis=-1)))
-        new = RecurrentState(tuple(layers), readout if self.input_feeding else None)
-        return dropout(readout, self.dropout_rate, keys[0]), weights, new
+    def read_out(
+        self,
+        top: Float[Array, "B T U"],
+        context: Float[Array, "B T U"] | None,
+        embedded: Float[Array, "B T D"],
+        memory: RecurrentMemory,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"] | None]:
+        """Returns readouts, and the weights if the context joins the output, for any number of steps or beams at once.
+
+        Args:
+            top: hidden vectors of the top layer after the tokens.
+            context: what `advance` gave.
+            embedded: the tokens.
+            memory: of the source.
+        """
+        weights = None
+        parts = [top]
+        if self.join == "input":
+            parts += [context, embedded]
+        elif self.join == "output":
+            context, weights = self.attend(top, memory)
+            parts.append(context)
+        return jnp.tanh(self.readout(jnp.concatenate(parts, axis=-1))), weights
+
+    def step(
+        self, embedded: Float[Array, "B K D"], state: RecurrentState, memory: RecurrentMemory
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K S"] | None, RecurrentState]:
+        """Returns the readout, the attention weights (None without attention) and the state after one more token."""
+        layers, context, input_weights = self.advance(
+            self.read_input(embedded), state, memory, [None] * self.num_layers
+        )
+        readout, output_weights = self.read_out(layers[-1][0], context, embedded, memory)
+        weights = input_weights if output_weights is None else output_weights
+        return readout, weights, RecurrentState(layers, readout if self.input_feeding else None)
+
+    def __call__(
+        self,
+        embedded: Float[Array, "B T D"],
+        start: RecurrentState,
+        memory: RecurrentMemory,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the readouts of a whole target, whose tokens are known.
+
+        Only what the state depends on runs step by step: the layers, a context that joins their input, a readout that
+        is fed back. Everything else is made for all steps at once, in large products.
+        """
+        layer_key, readout_key = split_key(key, 2)
+        length = embedded.shape[1]
+        keys = None if layer_key is None else jax.random.split(layer_key, (length, self.num_layers))
+
+        def body(state: RecurrentState, at_time: Any) -> tuple[RecurrentState, Any]:
+            gates, x, step_keys = at_time
+            step_keys = [None] * self.num_layers if step_keys is None else list(step_keys)
+            layers, context, _ = self.advance(gates[:, None], state, memory, step_keys)
+            if not self.input_feeding:
+                return RecurrentState(layers, None), (layers[-1][0], context)
+            readout, _ = self.read_out(layers[-1][0], context, x[:, None], memory)
+            return RecurrentState(layers, readout), readout
+
+        over_time = (jnp.moveaxis(self.read_input(embedded), 1, 0), jnp.moveaxis(embedded, 1, 0), keys)
+        _, made = jax.lax.scan(body, start, over_time)
+        made = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), made)  # [T, B, 1, ...] -> [B, T, ...]
+        readouts = made if self.input_feeding else self.read_out(*made, embedded, memory)[0]
+        return dropout(readouts, self.dropout_rate, readout_key)
 
 
 class RecurrentSeq2Seq(nnx.Module):
@@ -371,18 +436,8 @@ class RecurrentSeq2Seq(nnx.Module):
         inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
         embedded = self.target_embedding(inputs).astype(self.compute_dtype)
         embedded = dropout(embedded, self.config.dropout, input_key)
-        read = self.decoder.read(memory)
-        length = inputs.shape[1]
-        keys = None if decoder_key is None else jax.random.split(decoder_key, length)
-
-        def step(state: RecurrentState, at_time: Any) -> tuple[RecurrentState, jax.Array]:
-            x, step_key = at_time
-            readout, _, state = self.decoder.step(x[:, None, :], state, read, step_key)
-            return state, readout[:, 0]
-
         start = self.decoder.start(memory.decoder_start, 1)
-        _, readouts = jax.lax.scan(step, start, (jnp.moveaxis(embedded, 1, 0), keys))
-        return jnp.moveaxis(readouts, 0, 1)  # [T, B, D] -> [B, T, D]
+        return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
 
     def output_projection(self) -> OutputProjection:
         """Returns the map from readouts to logits."""
@@ -399,7 +454,7 @@ class RecurrentSeq2Seq(nnx.Module):
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""
         embedded = self.target_embedding(tokens).astype(self.compute_dtype)
-        readout, weights, new = self.decoder.step(embedded, state.per_beam, state.per_sentence, None)
+        readout, weights, new = self.decoder.step(embedded, state.per_beam, state.per_sentence)
         attention = None if weights is None else weights[:, :, None, None, :]  # one layer, one head
         output = StepOutput(self.output_projection().logits(readout), attention)
         return output, dataclasses.replace(state, per_beam=new, positions=state.positions + 1)

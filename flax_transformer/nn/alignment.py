@@ -16,6 +16,14 @@ from flax_transformer.nn.linear import Linear, xavier_uniform
 AlignmentKind = Literal["additive", "dot", "general", "concat"]
 
 
+@jax.checkpoint  # [B, K, S, A] is made again for the backward pass, since writing and reading it back costs more
+def _additive_scores(
+    query: Float[Array, "B K A"], keys: Float[Array, "B S A"], vector: Float[Array, " A"]
+) -> Float[Array, "B K S"]:
+    inner = jnp.tanh(query[:, :, None, :] + keys[:, None, :, :])
+    return jnp.einsum("bksa,a->bks", inner, vector, preferred_element_type=jnp.float32)
+
+
 class AdditiveAlignment(nnx.Module):
     """score(s, h) = v . tanh(W s + U h + b): a one-layer network over the decoder's and the encoder's state.
 
@@ -29,7 +37,7 @@ class AdditiveAlignment(nnx.Module):
     def __init__(self, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.compute_dtype = compute_dtype
         dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-        self.query = Linear((units,), (units,), ("recurrent", "mlp"), **dtypes, rngs=rngs)
+        self.query = Linear((units,), (units,), ("recurrent", "mlp"), use_bias=False, **dtypes, rngs=rngs)
         self.key = Linear((units,), (units,), ("recurrent", "mlp"), **dtypes, rngs=rngs)
         vector = xavier_uniform(rngs.params(), (units,), (1,), param_dtype)[:, 0]
         self.vector = nnx.Param(vector, logical_axes=("mlp",))
@@ -40,9 +48,7 @@ class AdditiveAlignment(nnx.Module):
 
     def scores(self, query: Float[Array, "B K U"], keys: Float[Array, "B S A"]) -> Float[Array, "B K S"]:
         """Returns float32 scores of each decoder state against each encoder state."""
-        inner = jnp.tanh(self.query(query)[:, :, None, :] + keys[:, None, :, :])
-        vector = self.vector[...].astype(self.compute_dtype)
-        return jnp.einsum("bksa,a->bks", inner, vector, preferred_element_type=jnp.float32)
+        return _additive_scores(self.query(query), keys, self.vector[...].astype(self.compute_dtype))
 
 
 class MultiplicativeAlignment(nnx.Module):
@@ -55,7 +61,7 @@ class MultiplicativeAlignment(nnx.Module):
     def __init__(self, units: int, *, general: bool, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
         if general:
             dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-            self.key = Linear((units,), (units,), ("recurrent", "mlp"), **dtypes, rngs=rngs)
+            self.key = Linear((units,), (units,), ("recurrent", "mlp"), use_bias=False, **dtypes, rngs=rngs)
         else:
             self.key = None
 

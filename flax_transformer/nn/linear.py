@@ -22,7 +22,7 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
 
 
 class Linear(nnx.Module):
-    """Affine map y = x W + b that contracts the last `len(in_dims)` dimensions of its input.
+    """Affine map y = x W + b that contracts the last `len(in_dims)` dimensions of its input; linear without a bias.
 
     Kernels are Xavier-uniform, biases zero. The paper does not say how it initialises; its code (tensor2tensor) uses
     uniform unit scaling averaged over fan in and fan out, which is the same distribution.
@@ -43,6 +43,7 @@ class Linear(nnx.Module):
         *,
         param_dtype: jnp.dtype,
         compute_dtype: jnp.dtype,
+        use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         self.num_in_dims = len(in_dims)
@@ -50,7 +51,7 @@ class Linear(nnx.Module):
         kernel = xavier_uniform(rngs.params(), in_dims, out_dims, param_dtype)
         self.kernel = nnx.Param(kernel, logical_axes=logical_axes)
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in logical_axes[len(in_dims) :])
-        self.bias = nnx.Param(jnp.zeros(out_dims, param_dtype), logical_axes=bias_axes)
+        self.bias = nnx.Param(jnp.zeros(out_dims, param_dtype), logical_axes=bias_axes) if use_bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the map of `x`: [..., *in_dims] -> [..., *out_dims], in `compute_dtype`."""
@@ -59,5 +60,7 @@ class Linear(nnx.Module):
         y = jax.lax.dot_general(
             x.astype(self.compute_dtype), kernel, ((contract, tuple(range(self.num_in_dims))), ((), ()))
         )
+        if self.bias is None:
+            return y
         bias = self.bias[...].astype(self.compute_dtype)
         return y + jnp.broadcast_to(bias, y.shape)

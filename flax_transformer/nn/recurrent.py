@@ -1,7 +1,7 @@
 """Recurrent cells, and a layer that runs one over time.
 
-Legend: B batch, T length, I input dim, U recurrent units. A cell's state is a tuple of arrays whose first is the hidden
-vector that others see.
+Legend: B batch, T length, I input dim, C context dim, G gates, U recurrent units, GU = G * U. A cell's state is a tuple
+of arrays whose first is the hidden vector that others see.
 """
 
 from typing import Any, Literal
@@ -16,9 +16,11 @@ from flax_transformer.nn.linear import xavier_uniform
 CellKind = Literal["lstm", "gru"]
 State = tuple[Any, ...]
 
-INPUT_AXES = ("embed", "gates", "mlp")
-RECURRENT_AXES = ("recurrent", "gates", "mlp")
-BIAS_AXES = ("gates", "mlp")
+# Units are not split over the tensor axis: a state in pieces would have to be gathered at every time step.
+INPUT_AXES = ("embed", "gates", "recurrent")
+RECURRENT_AXES = ("recurrent", "gates", "recurrent")
+CONTEXT_AXES = ("recurrent", "gates", "recurrent")
+BIAS_AXES = ("gates", "recurrent")
 
 
 def _kernel(key: jax.Array, in_dim: int, num_gates: int, units: int, dtype: jnp.dtype, orthogonal: bool) -> jax.Array:
@@ -31,17 +33,53 @@ def _kernel(key: jax.Array, in_dim: int, num_gates: int, units: int, dtype: jnp.
     return jnp.stack(gates, axis=1)
 
 
-class RecurrentCell(nnx.Module):
-    """What the two cells share: kernels [I, G, U] and [U, G, U] for G gates, and the input's share of all gates.
+# The gates' values are not kept for the backward pass but made again from the products that they come from: writing
+# them out at each time step and reading them back costs more than the exponentials.
+@jax.checkpoint
+def _lstm_gates(state: State, gates: Float[Array, "*rows GU"]) -> State:
+    read, forget, candidate, write = jnp.split(gates, 4, axis=-1)
+    memory = jax.nn.sigmoid(forget) * state[1] + jax.nn.sigmoid(read) * jnp.tanh(candidate)
+    return jax.nn.sigmoid(write) * jnp.tanh(memory), memory
 
-    Input kernels are Xavier-uniform, recurrent kernels orthogonal (Saxe et al. 2014): a repeated product then neither
-    grows nor fades at the start.
+
+@jax.checkpoint
+def _gru_gates(
+    state: State,
+    projected: Float[Array, "*rows GU"],
+    recurrent: Float[Array, "*rows GU"],
+    candidate_bias: Float[Array, "*rows U"],
+) -> State:
+    (hidden,) = state
+    projected_reset, projected_update, projected_candidate = jnp.split(projected, 3, axis=-1)
+    recurrent_reset, recurrent_update, recurrent_candidate = jnp.split(recurrent, 3, axis=-1)
+    reset = jax.nn.sigmoid(projected_reset + recurrent_reset)
+    update = jax.nn.sigmoid(projected_update + recurrent_update)
+    candidate = jnp.tanh(projected_candidate + reset * (recurrent_candidate + candidate_bias))
+    return ((1 - update) * candidate + update * hidden,)
+
+
+class RecurrentCell(nnx.Module):
+    """What the two cells share: kernels [I, G, U], [C, G, U] and [U, G, U] for G gates.
+
+    A decoder's cell may read a context beside its input, through a kernel of its own (C in Bahdanau et al. 2015,
+    appendix A.2.2): the input's share of the gates can then be made for all time steps at once, though the context
+    depends on the state. Input and context kernels are Xavier-uniform, recurrent kernels orthogonal (Saxe et al. 2014):
+    a repeated product then neither grows nor fades at the start.
     """
 
     num_gates: int
     num_states: int
 
-    def __init__(self, in_dim: int, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_dim: int,
+        units: int,
+        context_dim: int = 0,
+        *,
+        param_dtype: jnp.dtype,
+        compute_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.units = units
         self.compute_dtype = compute_dtype
         gates = self.num_gates
@@ -50,22 +88,36 @@ class RecurrentCell(nnx.Module):
         self.input_kernel = nnx.Param(input_kernel, logical_axes=INPUT_AXES)
         self.recurrent_kernel = nnx.Param(recurrent_kernel, logical_axes=RECURRENT_AXES)
         self.bias = nnx.Param(jnp.zeros((gates, units), param_dtype), logical_axes=BIAS_AXES)
+        if context_dim:
+            context_kernel = _kernel(rngs.params(), context_dim, gates, units, param_dtype, orthogonal=False)
+            self.context_kernel = nnx.Param(context_kernel, logical_axes=CONTEXT_AXES)
+        else:
+            self.context_kernel = None
 
     def zero_state(self, rows: tuple[int, ...]) -> State:
         """Returns the state before the first token, [*rows, U] each."""
         return (jnp.zeros((*rows, self.units), self.compute_dtype),) * self.num_states
 
-    def project(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows G U"]:
+    def project(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows GU"]:
         """Returns W x + b for all gates; it needs no state, so a layer does it for all time steps at once."""
-        kernel = self.input_kernel[...].astype(self.compute_dtype)
-        gates = jnp.tensordot(x.astype(self.compute_dtype), kernel, axes=1)
-        return gates + jnp.broadcast_to(self.bias[...].astype(self.compute_dtype), gates.shape)
+        gates = self._product(x, self.input_kernel)
+        return gates + jnp.broadcast_to(self.bias[...].astype(self.compute_dtype).ravel(), gates.shape)
 
-    def recur(self, hidden: Float[Array, "*rows U"]) -> Float[Array, "*rows G U"]:
+    def project_context(self, context: Float[Array, "*rows C"]) -> Float[Array, "*rows GU"]:
+        """Returns C c for all gates, to be added to `project`."""
+        assert self.context_kernel is not None, "only a cell with a context_dim reads a context"
+        return self._product(context, self.context_kernel)
+
+    def recur(self, hidden: Float[Array, "*rows U"]) -> Float[Array, "*rows GU"]:
         """Returns U h for all gates."""
-        return jnp.tensordot(hidden, self.recurrent_kernel[...].astype(self.compute_dtype), axes=1)
+        return self._product(hidden, self.recurrent_kernel)
 
-    def step(self, state: State, projected: Float[Array, "*rows G U"]) -> State:
+    def _product(self, x: jax.Array, kernel: Any) -> jax.Array:
+        """Returns the gates side by side: cutting them apart in the last axis is cheap, in a middle one it is not."""
+        flat = kernel[...].astype(self.compute_dtype).reshape(kernel.shape[0], -1)
+        return jnp.dot(x.astype(self.compute_dtype), flat)
+
+    def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns the state after one more token, from `project` of that token."""
         raise TypeError("RecurrentCell is abstract: use LSTMCell or GRUCell")
 
@@ -86,17 +138,13 @@ class LSTMCell(RecurrentCell):
     num_gates = 4
     num_states = 2
 
-    def __init__(self, in_dim: int, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(in_dim, units, param_dtype=param_dtype, compute_dtype=compute_dtype, rngs=rngs)
+    def __init__(self, in_dim: int, units: int, context_dim: int = 0, *, param_dtype: jnp.dtype, **others: Any):
+        super().__init__(in_dim, units, context_dim, param_dtype=param_dtype, **others)
         self.bias[...] = self.bias[...].at[1].set(1.0)
 
-    def step(self, state: State, projected: Float[Array, "*rows G U"]) -> State:
+    def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns (hidden, cell) after one more token."""
-        hidden, memory = state
-        gates = projected + self.recur(hidden)
-        read, forget, candidate, write = (gates[..., gate, :] for gate in range(4))
-        memory = jax.nn.sigmoid(forget) * memory + jax.nn.sigmoid(read) * jnp.tanh(candidate)
-        return jax.nn.sigmoid(write) * jnp.tanh(memory), memory
+        return _lstm_gates(state, projected + self.recur(state[0]))
 
 
 class GRUCell(RecurrentCell):
@@ -116,20 +164,14 @@ class GRUCell(RecurrentCell):
     num_gates = 3
     num_states = 1
 
-    def __init__(self, in_dim: int, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(in_dim, units, param_dtype=param_dtype, compute_dtype=compute_dtype, rngs=rngs)
+    def __init__(self, in_dim: int, units: int, context_dim: int = 0, *, param_dtype: jnp.dtype, **others: Any):
+        super().__init__(in_dim, units, context_dim, param_dtype=param_dtype, **others)
         self.candidate_bias = nnx.Param(jnp.zeros((units,), param_dtype), logical_axes=("mlp",))
 
-    def step(self, state: State, projected: Float[Array, "*rows G U"]) -> State:
+    def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns (hidden,) after one more token."""
-        (hidden,) = state
-        recurrent = self.recur(hidden)
-        reset = jax.nn.sigmoid(projected[..., 0, :] + recurrent[..., 0, :])
-        update = jax.nn.sigmoid(projected[..., 1, :] + recurrent[..., 1, :])
-        bias = self.candidate_bias[...].astype(self.compute_dtype)
-        inner = recurrent[..., 2, :] + jnp.broadcast_to(bias, hidden.shape)
-        candidate = jnp.tanh(projected[..., 2, :] + reset * inner)
-        return ((1 - update) * candidate + update * hidden,)
+        bias = jnp.broadcast_to(self.candidate_bias[...].astype(self.compute_dtype), state[0].shape)
+        return _gru_gates(state, projected, self.recur(state[0]), bias)
 
 
 CELLS: dict[str, type[RecurrentCell]] = {"lstm": LSTMCell, "gru": GRUCell}
@@ -149,7 +191,7 @@ def run_over_time(
         mask: True for tokens, False for padding.
         reverse: read from the last position to the first.
     """
-    projected = jnp.moveaxis(cell.project(x), 1, 0)  # [B, T, G, U] -> [T, B, G, U]
+    projected = jnp.moveaxis(cell.project(x), 1, 0)  # [B, T, GU] -> [T, B, GU]
 
     def step(state: State, at_time: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
         gates, real = at_time
