@@ -3,13 +3,13 @@
     pip install -e ".[parity]"
     python benchmarks/train_recurrent.py [--config FILE] [--rounds 5] [--batches 20] [--threads 2]
 
-Both systems get the same token ids in the same padded batches, the same sizes, tied embeddings, dropout at the same sites,
-label smoothing, clipping and Adam, float32. Each lives in a process of its own and they take turns on the same batches,
-so that whatever slows the machine slows both. What counts is the ratio.
+Both systems get the same token ids in the same padded batches, the same sizes, tied embeddings, dropout at the same
+sites, label smoothing, clipping and Adam, float32. Each lives in a process of its own and they take turns on the same
+batches, so that whatever slows the machine slows both. What counts is the ratio.
 
-PyTorch is given what is best for it: its fused layers wherever the model allows (the whole encoder; the whole decoder too
-unless the context joins its input), sentences packed or padded as measures better, logits only at tokens that are not
-padding, and the fused Adam.
+PyTorch is given what is best for it: its fused layers wherever the model allows (the whole encoder; the whole decoder
+too unless the context joins its input), sentences packed or padded as measures better, logits only at tokens that are
+not padding, and the fused Adam.
 """
 
 import dataclasses
@@ -76,6 +76,7 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
     from flax_transformer.data.loader import training_batches
     from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
     from flax_transformer.inference.translator import vocabulary_info
+    from flax_transformer.models.rnn import RecurrentConfig
     from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, make_mesh
     from flax_transformer.training.loop import compile_steps
     from flax_transformer.training.optimizer import make_optimizer, noam_schedule
@@ -83,6 +84,7 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
     from flax_transformer.training.step import jit_train_step
 
     config = read_config(options.config)
+    assert isinstance(config.model, RecurrentConfig), "this benchmark needs the recipe of a recurrent model"
     model = dataclasses.replace(config.model, **changes)
     text = load_corpus(config.data).train
     tokenizers = TokenizerPair.train(*text, config.tokenizer)
@@ -117,7 +119,7 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
         "start_token": vocabulary.start_token,
         "label_smoothing": config.training.label_smoothing,
         "clip": config.optimizer.clip_norm,
-        "learning_rate": float(schedule(config.optimizer.warmup_steps)),
+        "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
     }
     return train, layout.num_parameters, peer
 
@@ -276,9 +278,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch"))
     print(f"{options.config}, {options.batches} batches, {options.rounds} rounds, {options.threads} threads each")
     print(f"{platform.machine()}, Python {platform.python_version()}, {versions}\n")
-    print(
-        "| model | parameters, ours / theirs | target tokens/s | PyTorch padded | PyTorch packed | ratio to the better |"
-    )
+    print("| model | parameters, ours / theirs | target tokens/s | PyTorch padded | packed | ratio to the better |")
     print("|---|---|---|---|---|---|")
     for cell, variant in itertools.product(options.cells, VARIANTS):
         print(measure(options, cell, variant), flush=True)

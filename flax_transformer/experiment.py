@@ -133,7 +133,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             translator = translator.with_params(state.params)
             scores, samples = _score(config, corpus, translator, folder, log)
             card = _run_card(config, tokenizers, layout, mesh, int(state.step), scores, training_seconds)
-            folder.write_json("run_card.json", card)
+            folder.write_card(card)
             _draw(config, corpus, translator, folder, samples)
             log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, scores, None)
@@ -242,7 +242,7 @@ def _description(
     return (
         f"run {config.run}: {len(train):,} training pairs{dropped}, {len(corpus.validation.source):,} validation, "
         f"{len(corpus.test.source):,} test\n"
-        f"model {config.model.kind}: {layout.num_parameters:,} parameters; mesh {axes} on "
+        f"model {config.model.description}: {layout.num_parameters:,} parameters; mesh {axes} on "
         f"{jax.devices()[0].device_kind}\n"
         f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {plan.batches_per_epoch} "
         f"batches an epoch, padding {100 * padding:.0f} %"
@@ -258,8 +258,7 @@ def _score(
     seconds = time.monotonic() - clock
     hypotheses = [t.text for t in translations]
     scores = evaluate(hypotheses, corpus.test.target, config.evaluation.bleu_tokenizer)
-    folder.samples.mkdir(exist_ok=True)
-    (folder.samples / "test.hypotheses.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
+    folder.write_test(corpus.test.source, corpus.test.target, hypotheses)
 
     log.say("\nsamples from the test part")
     chosen = np.linspace(0, len(hypotheses) - 1, min(NUM_SAMPLES, len(hypotheses))).astype(int).tolist()

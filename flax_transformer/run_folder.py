@@ -6,11 +6,13 @@ metrics.jsonl    one JSON object for each progress line and evaluation
 train.log        what was printed
 tokenizer/       SentencePiece models
 checkpoints/     STEP/{params,optimizer,meta}
-tensorboard/  plots/  samples/
+samples/         the test part: sources, references, translations
+tensorboard/  plots/
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,24 @@ class RunFolder:
         return self.path / "plots"
 
     @property
-    def samples(self) -> Path:
-        """The folder of translations."""
-        return self.path / "samples"
+    def card_file(self) -> Path:
+        """What was run and what came out; written when the run has ended."""
+        return self.path / "run_card.json"
+
+    @property
+    def test_sources(self) -> Path:
+        """The test part's source sentences, one a line."""
+        return self.path / "samples" / "test.sources.txt"
+
+    @property
+    def test_references(self) -> Path:
+        """Their references."""
+        return self.path / "samples" / "test.references.txt"
+
+    @property
+    def test_hypotheses(self) -> Path:
+        """Their translations by the run."""
+        return self.path / "samples" / "test.hypotheses.txt"
 
     def check_unused(self) -> None:
         """Returns if a new run can be made here.
@@ -112,8 +129,18 @@ class RunFolder:
         """Returns the run's tokenizers; errors as `TokenizerPair.load`."""
         return TokenizerPair.load(self.path / "tokenizer")
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Writes `value` as indented JSON under `name`, all or nothing."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / name)
+    def write_card(self, card: dict[str, Any]) -> None:
+        """Writes the run card, all or nothing."""
+        partial = self.path / "run_card.partial"
+        partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, self.card_file)
+
+    def write_test(self, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> None:
+        """Writes the test part and its translations, one sentence a line."""
+        self.test_sources.parent.mkdir(exist_ok=True)
+        for file, lines in (
+            (self.test_sources, sources),
+            (self.test_references, references),
+            (self.test_hypotheses, hypotheses),
+        ):
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -71,7 +71,7 @@ def test_linear_is_xavier_uniform_over_the_flattened_matrix():
     assert np.abs(kernel).max() <= bound
     # 131,072 uniform draws: the standard error of the mean square is 0.25 % of it, so 2 % never happens by chance.
     assert np.mean(kernel**2) == pytest.approx(bound**2 / 3, rel=0.02)
-    assert not layer.bias[...].any()
+    assert layer.bias is not None and not layer.bias[...].any()
 
 
 @pytest.mark.parametrize("mask_kind", ["full", "causal", "random"])

@@ -1,4 +1,4 @@
-"""The recurrent encoder against PyTorch's LSTM and GRU with the same weights: outputs, last states and gradients."""
+"""Recurrent encoder and decoder against PyTorch with the same weights: outputs, last states and gradients."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.models.rnn import RecurrentConfig, RecurrentEncoder
+from flax_transformer.models.rnn import RecurrentConfig, RecurrentDecoder, RecurrentEncoder
+from flax_transformer.models.seq2seq import Memory
+from tests import tiny
 
 pytestmark = pytest.mark.parity
 
@@ -93,3 +95,53 @@ def test_encoder_equals_torch_on_padded_batches(kind, layers, bidirectional):
     gradient = jax.grad(weighted)(jnp.asarray(x))
     assert torch_x.grad is not None
     np.testing.assert_allclose(gradient, torch_x.grad.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("attention", ["none", "general"])
+def test_decoder_equals_torch_under_teacher_forcing(kind, attention):
+    """The decoder's layers are torch's own, started from a given state; attention and readout are written out."""
+    import torch
+
+    config = RecurrentConfig(
+        model_dim=DIM, hidden_dim=UNITS, cell=kind, attention=attention, num_decoder_layers=2, dropout=0.0
+    )
+    decoder: Any = tiny.randomised(nnx.eval_shape(lambda: RecurrentDecoder(config, rngs=nnx.Rngs(0))), 4)
+    peer = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[kind](DIM, UNITS, num_layers=2, batch_first=True)
+    for layer in range(2):
+        cell = decoder.cells[f"{layer:02d}"]
+        bias, recurrent_bias = np.asarray(cell.bias[...]), np.zeros(cell.bias.shape, np.float32)
+        if kind == "gru":
+            recurrent_bias[2] = np.asarray(cell.candidate_bias[...])
+        for name, value in (
+            (
+                "weight_ih",
+                np.asarray(cell.input_kernel[...]).transpose(1, 2, 0).reshape(-1, cell.input_kernel.shape[0]),
+            ),
+            ("weight_hh", np.asarray(cell.recurrent_kernel[...]).transpose(1, 2, 0).reshape(-1, UNITS)),
+            ("bias_ih", bias.ravel()),
+            ("bias_hh", recurrent_bias.ravel()),
+        ):
+            getattr(peer, f"{name}_l{layer}").data = torch.tensor(value)
+
+    rng = np.random.default_rng(5)
+    embedded = rng.normal(size=(3, 6, DIM)).astype(np.float32)
+    states = rng.normal(size=(3, 7, UNITS)).astype(np.float32)
+    segments = (np.arange(7)[None, :] < np.array(LENGTHS)[:, None]).astype(np.int32)
+    num_states = {"lstm": 2, "gru": 1}[kind]
+    start = rng.normal(size=(num_states, 2, 3, UNITS)).astype(np.float32)  # [state, layer, B, U]
+
+    begin = tuple(torch.tensor(part) for part in start)
+    expected, _ = peer(torch.tensor(embedded), begin if kind == "lstm" else begin[0])
+    if attention == "general":
+        keys = torch.tensor(states) @ torch.tensor(np.asarray(decoder.alignment.key.kernel[...]))
+        scores = torch.bmm(expected, keys.transpose(1, 2))
+        scores = scores.masked_fill(torch.tensor(segments == 0)[:, None, :], -torch.inf)
+        expected = torch.cat([expected, torch.bmm(torch.softmax(scores, dim=-1), torch.tensor(states))], dim=-1)
+    kernel, bias = (torch.tensor(np.asarray(p[...])) for p in (decoder.readout.kernel, decoder.readout.bias))
+    expected = torch.tanh(expected @ kernel + bias)
+
+    memory = decoder.read(Memory(jnp.asarray(states), jnp.asarray(segments), None))
+    layers = [tuple(jnp.asarray(start[i, layer]) for i in range(num_states)) for layer in range(2)]
+    found = decoder(jnp.asarray(embedded), decoder.start(layers, 1), memory, None)
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)

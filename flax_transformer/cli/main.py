@@ -8,13 +8,14 @@ import logging
 import sys
 from collections.abc import Callable
 
-from flax_transformer.cli import evaluate, train, translate
+from flax_transformer.cli import compare, evaluate, train, translate
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
 
 VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     "train": (train.main, "train as a configuration says, then evaluate"),
     "translate": (translate.main, "translate standard input to standard output, line by line"),
     "evaluate": (evaluate.main, "translate a file and score it against a reference"),
+    "compare": (compare.main, "finished runs to one table and two pictures"),
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())

@@ -101,6 +101,13 @@ class RecurrentConfig:
         check_dropout_rate("model.dropout", self.dropout)
 
     @property
+    def description(self) -> str:
+        """The model in a few words."""
+        attention = "no attention" if self.attention == "none" else f"{self.attention} attention"
+        depth = f"{self.num_encoder_layers}+{self.num_decoder_layers}"
+        return f"{self.cell.upper()} {depth} of {self.hidden_dim}, {attention}"
+
+    @property
     def join(self) -> Literal["none", "input", "output"]:
         """Where the context goes, with the default of each attention filled in."""
         if self.attention == "none":
@@ -108,7 +115,7 @@ class RecurrentConfig:
         return self.context_join or ("input" if self.attention == "additive" else "output")
 
     @property
-    def dtypes(self) -> dict[str, jnp.dtype]:
+    def dtypes(self) -> dict[str, Any]:
         """The two types, as layers take them."""
         return {"param_dtype": jnp.dtype(self.param_dtype), "compute_dtype": jnp.dtype(self.compute_dtype)}
 
@@ -274,7 +281,7 @@ class RecurrentDecoder(nnx.Module):
         gates: Float[Array, "B K GU"],
         state: RecurrentState,
         memory: RecurrentMemory,
-        keys: list[PRNGKeyArray | None],
+        key: PRNGKeyArray | None,
     ) -> tuple[tuple[State, ...], Float[Array, "B K U"] | None, Float[Array, "B K S"] | None]:
         """Returns the layers' states after one more token, and the context and its weights if it joins the input.
 
@@ -282,8 +289,9 @@ class RecurrentDecoder(nnx.Module):
             gates: the token's share of the first layer's gates.
             state: before the token.
             memory: of the source.
-            keys: of dropout between layers, one a layer, the first not used.
+            key: of dropout between layers; None means evaluation.
         """
+        keys = split_key(key, self.num_layers)
         context = weights = None
         if self.join == "input":
             context, weights = self.attend(state.layers[-1][0], memory)
@@ -315,6 +323,7 @@ class RecurrentDecoder(nnx.Module):
         weights = None
         parts = [top]
         if self.join == "input":
+            assert context is not None, "the context joined the input, so it was made before"
             parts += [context, embedded]
         elif self.join == "output":
             context, weights = self.attend(top, memory)
@@ -325,9 +334,7 @@ class RecurrentDecoder(nnx.Module):
         self, embedded: Float[Array, "B K D"], state: RecurrentState, memory: RecurrentMemory
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K S"] | None, RecurrentState]:
         """Returns the readout, the attention weights (None without attention) and the state after one more token."""
-        layers, context, input_weights = self.advance(
-            self.read_input(embedded), state, memory, [None] * self.num_layers
-        )
+        layers, context, input_weights = self.advance(self.read_input(embedded), state, memory, None)
         readout, output_weights = self.read_out(layers[-1][0], context, embedded, memory)
         weights = input_weights if output_weights is None else output_weights
         return readout, weights, RecurrentState(layers, readout if self.input_feeding else None)
@@ -345,13 +352,11 @@ class RecurrentDecoder(nnx.Module):
         is fed back. Everything else is made for all steps at once, in large products.
         """
         layer_key, readout_key = split_key(key, 2)
-        length = embedded.shape[1]
-        keys = None if layer_key is None else jax.random.split(layer_key, (length, self.num_layers))
+        keys = None if layer_key is None else jax.random.split(layer_key, embedded.shape[1])
 
         def body(state: RecurrentState, at_time: Any) -> tuple[RecurrentState, Any]:
-            gates, x, step_keys = at_time
-            step_keys = [None] * self.num_layers if step_keys is None else list(step_keys)
-            layers, context, _ = self.advance(gates[:, None], state, memory, step_keys)
+            gates, x, step_key = at_time
+            layers, context, _ = self.advance(gates[:, None], state, memory, step_key)
             if not self.input_feeding:
                 return RecurrentState(layers, None), (layers[-1][0], context)
             readout, _ = self.read_out(layers[-1][0], context, x[:, None], memory)
@@ -360,8 +365,10 @@ class RecurrentDecoder(nnx.Module):
         over_time = (jnp.moveaxis(self.read_input(embedded), 1, 0), jnp.moveaxis(embedded, 1, 0), keys)
         _, made = jax.lax.scan(body, start, over_time)
         made = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), made)  # [T, B, 1, ...] -> [B, T, ...]
-        readouts = made if self.input_feeding else self.read_out(*made, embedded, memory)[0]
-        return dropout(readouts, self.dropout_rate, readout_key)
+        if not self.input_feeding:
+            top, context = made
+            made, _ = self.read_out(top, context, embedded, memory)
+        return dropout(made, self.dropout_rate, readout_key)
 
 
 class RecurrentSeq2Seq(nnx.Module):

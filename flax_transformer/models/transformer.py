@@ -108,6 +108,12 @@ class TransformerConfig:
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             check_dropout_rate(f"model.{name}", getattr(self, name))
 
+    @property
+    def description(self) -> str:
+        """The model in a few words."""
+        depth = f"{self.num_encoder_layers}+{self.num_decoder_layers}"
+        return f"Transformer {depth} of {self.model_dim}, {self.norm_order}-norm"
+
 
 def _dtypes(config: TransformerConfig) -> dict[str, jnp.dtype]:
     return {"param_dtype": jnp.dtype(config.param_dtype), "compute_dtype": jnp.dtype(config.compute_dtype)}

@@ -1,0 +1,43 @@
+"""compare: finished runs to one table and two pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from flax_transformer.inference.comparison import common_quality, comparison_table, read_runs
+from flax_transformer.plots.comparison import plot_bleu_by_length, plot_quality_over_time
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Prints a table of finished runs of one corpus, and draws quality over time and BLEU by source length.
+
+    Attributes:
+        runs: run folders.
+        output: folder for comparison.md, quality_over_time.png and bleu_by_length.png; made if need be.
+        quality: validation BLEU, the time to which is shown; the highest whole one that all runs reached when left out.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    output: Path = Path("comparison")
+    quality: float | None = None
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Returns the exit code.
+
+    Raises:
+        InputError: runs that are missing, unfinished or not comparable.
+    """
+    options = tyro.cli(CompareOptions, args=arguments, prog=program)
+    runs = read_runs(options.runs)
+    quality = common_quality(runs) if options.quality is None else options.quality
+    table = comparison_table(runs, quality)
+    print(table)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
+    plot_quality_over_time(runs, options.output / "quality_over_time.png")
+    plot_bleu_by_length(runs, options.output / "bleu_by_length.png")
+    print(f"\nthe table and two pictures lie in {options.output}")
+    return 0

@@ -1,0 +1,195 @@
+"""Several finished runs side by side: what each model costs and what it gives. Reads run folders, loads no model."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+from flax_transformer.errors import InputError, RunFolderError
+from flax_transformer.inference.evaluate import Scores
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.run_log import read_metrics
+
+NUM_LENGTH_GROUPS = 6
+NUM_RESAMPLES = 300  # of the bootstrap behind the intervals of BLEU by length
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One finished run.
+
+    Attributes:
+        name: the run folder's.
+        model: the model in a few words.
+        parameters: how many.
+        target_tokens: non-pad target tokens trained on.
+        tokens_per_second: of them, median over progress lines; compilation and evaluation are left out.
+        training_minutes: time of all updates; compilation and evaluation are left out.
+        curve: (training minutes, validation BLEU) at each evaluation.
+        scores: on the test part.
+        sources, references, hypotheses: of the test part, line by line.
+        bleu_tokenizer: sacreBLEU's name of the tokenizer that the run is scored with.
+    """
+
+    name: str
+    model: str
+    parameters: int
+    target_tokens: int
+    tokens_per_second: float
+    training_minutes: float
+    curve: list[tuple[float, float]]
+    scores: Scores
+    sources: list[str]
+    references: list[str]
+    hypotheses: list[str]
+    bleu_tokenizer: str
+
+    @classmethod
+    def read(cls, path: Path) -> "RunSummary":
+        """Returns what a run folder says.
+
+        Raises:
+            RunFolderError: not a run folder, or a run that has not ended.
+        """
+        folder = RunFolder.open(path)
+        config = folder.read_config()
+        if not folder.card_file.is_file():
+            raise RunFolderError(
+                f"{path} has no {folder.card_file.name}: its training or its last evaluation has not ended. Go on with "
+                f"it by --run {path} --resume, then compare."
+            )
+        card = json.loads(folder.card_file.read_text(encoding="utf-8"))
+        records = read_metrics(folder.metrics_file)
+        train = [r for r in records if r["kind"] == "train"]
+        steps = [0, *(r["step"] for r in train)]
+        minutes = np.cumsum([0.0, *(r["seconds"] / 60 for r in train)])
+        curve = [(float(np.interp(r["step"], steps, minutes)), r["bleu"]) for r in records if r["kind"] == "validation"]
+        text = [
+            file.read_bytes().decode("utf-8").split("\n")[:-1]
+            for file in (folder.test_sources, folder.test_references, folder.test_hypotheses)
+        ]
+        return cls(
+            name=Path(path).resolve().name,
+            model=config.model.description,
+            parameters=card["parameters"],
+            target_tokens=sum(r["target_tokens"] for r in train),
+            tokens_per_second=statistics.median(r["target_tokens"] / r["seconds"] for r in train),
+            training_minutes=float(minutes[-1]),
+            curve=curve,
+            scores=Scores(**card["test"]),
+            sources=text[0],
+            references=text[1],
+            hypotheses=text[2],
+            bleu_tokenizer=config.evaluation.bleu_tokenizer,
+        )
+
+    def minutes_to(self, quality: float) -> float | None:
+        """Returns the training time at the first evaluation with at least that validation BLEU, or None."""
+        return next((minutes for minutes, bleu in self.curve if bleu >= quality), None)
+
+
+@dataclass(frozen=True)
+class LengthGroup:
+    """BLEU over the test sentences of like source length.
+
+    Attributes:
+        shortest, longest: source words.
+        num_sentences: how many.
+        bleu: of them, as a corpus.
+        margin: half the 95 % bootstrap interval.
+    """
+
+    shortest: int
+    longest: int
+    num_sentences: int
+    bleu: float
+    margin: float
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
+    """Returns the summaries of runs that can be compared.
+
+    Raises:
+        InputError: no run, one run twice, or runs that were tested on different text or scored in different ways.
+        RunFolderError: as `RunSummary.read`.
+    """
+    if not paths:
+        raise InputError("give at least one run folder to compare.")
+    runs = [RunSummary.read(path) for path in paths]
+    first = runs[0]
+    for path, run in zip(paths, runs, strict=True):
+        if (run.sources, run.references) != (first.sources, first.references):
+            raise InputError(
+                f"{paths[0]} and {path} were tested on different sentences, so their scores say nothing about each "
+                "other. Compare runs of one corpus."
+            )
+        if run.scores.bleu_signature != first.scores.bleu_signature:
+            raise InputError(
+                f"{paths[0]} and {path} were scored in different ways: {first.scores.bleu_signature} and "
+                f"{run.scores.bleu_signature}. Train them with the same evaluation.bleu_tokenizer."
+            )
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise InputError(f"the runs need different folder names to be told apart, got {', '.join(names)}.")
+    return runs
+
+
+def common_quality(runs: Sequence[RunSummary]) -> float:
+    """Returns the highest whole validation BLEU that every run reached."""
+    return float(int(min(max(bleu for _, bleu in run.curve) for run in runs)))
+
+
+def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
+    """Returns BLEU over groups of about equally many test sentences, from short to long sources, counted in words.
+
+    Sentences of one length are never parted, so there may be fewer groups than `NUM_LENGTH_GROUPS`.
+    """
+    lengths = np.array([len(source.split()) for source in run.sources])
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, NUM_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
+    bleu = BLEU(tokenize=run.bleu_tokenizer)
+    groups, shorter = [], -1
+    for edge in edges:
+        members = np.flatnonzero((lengths > shorter) & (lengths <= edge))
+        hypotheses, references = ([of[i] for i in members] for of in (run.hypotheses, run.references))
+        score = bleu.corpus_score(hypotheses, [references], n_bootstrap=NUM_RESAMPLES)
+        shortest, longest = int(lengths[members].min()), int(lengths[members].max())
+        groups.append(LengthGroup(shortest, longest, len(members), score.score, score._ci))
+        shorter = edge
+    return groups
+
+
+def comparison_table(runs: Sequence[RunSummary], quality: float) -> str:
+    """Returns a Markdown table with one row a run."""
+    head = (
+        "run", "model", "parameters", "target tokens", "target tokens/s", "training", f"to BLEU {quality:g}",
+        "BLEU", "chrF", "exact match",
+    )  # fmt: skip
+    rows = []
+    for run in runs:
+        reached = run.minutes_to(quality)
+        rows.append(
+            (
+                run.name,
+                run.model,
+                f"{run.parameters:,}",
+                f"{run.target_tokens:,}",
+                f"{run.tokens_per_second:,.0f}",
+                f"{run.training_minutes:.1f} min",
+                "never" if reached is None else f"{reached:.1f} min",
+                f"{run.scores.bleu:.2f}",
+                f"{run.scores.chrf:.2f}",
+                f"{run.scores.exact_match:.1f} %",
+            )
+        )
+    lines = [head, tuple("---" for _ in head), *rows]
+    scores = runs[0].scores
+    return (
+        "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        + f"\n\nBLEU {scores.bleu_signature}, chrF {scores.chrf_signature}, on {scores.num_sentences} test sentences. "
+        "Times are of updates alone; the time to a BLEU is that of the first evaluation on validation text that "
+        "reached it."
+    )
