@@ -71,9 +71,9 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
     import jax
 
     from flax_transformer.config import read_config
-    from flax_transformer.data.batching import EpochPlan, Position, TokenizedPairs, choose_shapes
+    from flax_transformer.data.batching import Position, TokenizedPairs
     from flax_transformer.data.corpus import load_corpus
-    from flax_transformer.data.loader import training_batches
+    from flax_transformer.data.loader import training_batches, training_plan
     from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
     from flax_transformer.inference.translator import vocabulary_info
     from flax_transformer.models.rnn import RecurrentConfig
@@ -94,7 +94,7 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
         model.max_source_length,
         model.max_target_length,
     )
-    plan = EpochPlan(pairs.lengths, choose_shapes(pairs.lengths, config.batching), config.training.seed)
+    plan = training_plan(pairs.lengths, config.batching, config.training.seed)
     batches = [b for b, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), options.batches)]
 
     mesh = make_mesh(MeshConfig())

@@ -137,6 +137,11 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        if self.batching.form == "packed" and not self.model.supports_packing:
+            raise ConfigError(
+                f"batching.form: packed puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
+                "them apart. Set batching.form: bucketed."
+            )
         if self.model.share_embeddings == "all" and not self.tokenizer.joint:
             raise ConfigError(
                 "model.share_embeddings: all needs one vocabulary for both languages, but tokenizer.joint is false. "

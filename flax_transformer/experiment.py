@@ -1,6 +1,5 @@
 """A whole run: corpus, tokenizer, training, evaluation, pictures."""
 
-import dataclasses
 import platform
 import time
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_transformer.config import Config
-from flax_transformer.data.batching import EpochPlan, Position, TokenizedPairs, choose_shapes
+from flax_transformer.data.batching import Plan, Position, TokenizedPairs
 from flax_transformer.data.corpus import load_corpus
-from flax_transformer.data.loader import evaluation_batches, training_batches
+from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
 from flax_transformer.data.parallel_text import Corpus, ParallelText
 from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
 from flax_transformer.errors import RunFolderError
@@ -73,8 +72,10 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     corpus = load_corpus(config.data)
     tokenizers = folder.tokenizers() if resume else TokenizerPair.train(*corpus.train, config.tokenizer)
     train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
-    plan = _plan(train, config, mesh, config.training.seed)
-    validation_plan = _plan(validation, config, mesh, None)
+    plan = training_plan(train.lengths, config.batching, config.training.seed)
+    validation_plan = evaluation_plan(validation.lengths, config.batching)
+    for shape in (*plan.shapes, *validation_plan.shapes):
+        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
 
     schedule = noam_schedule(config.optimizer, config.model.model_dim)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -147,7 +148,7 @@ class Validation:
         config: Config,
         text: ParallelText,
         pairs: TokenizedPairs,
-        plan: EpochPlan,
+        plan: Plan,
         translator: Translator,
         layout: StateLayout,
         log: RunLog,
@@ -219,23 +220,14 @@ def _check_same_recipe(folder: RunFolder, config: Config) -> None:
         )
 
 
-def _plan(pairs: TokenizedPairs, config: Config, mesh: Mesh, seed: int | None) -> EpochPlan:
-    """Returns the batches of `pairs`: in few shapes when they are shuffled for training, else in one."""
-    batching = config.batching if seed is not None else dataclasses.replace(config.batching, num_shapes=1)
-    shapes = choose_shapes(pairs.lengths, batching)
-    for shape in shapes:
-        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
-    return EpochPlan(pairs.lengths, shapes, seed)
-
-
 def _description(
-    config: Config, corpus: Corpus, train: TokenizedPairs, plan: EpochPlan, layout: StateLayout, mesh: Mesh
+    config: Config, corpus: Corpus, train: TokenizedPairs, plan: Plan, layout: StateLayout, mesh: Mesh
 ) -> str:
     dropped = ""
     if train.num_empty or train.num_too_long:
         dropped = f" ({train.num_empty} empty, {train.num_too_long} too long left out)"
     batches = plan.epoch(0)
-    padded = sum(shape.rows * (shape.source_length + shape.target_length) for shape, _ in batches)
+    padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
     padding = 1 - train.lengths.sum() / padded
     shapes = ", ".join(f"{s.rows}x{s.source_length}/{s.target_length}" for s in plan.shapes)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -244,7 +236,7 @@ def _description(
         f"{len(corpus.test.source):,} test\n"
         f"model {config.model.description}: {layout.num_parameters:,} parameters; mesh {axes} on "
         f"{jax.devices()[0].device_kind}\n"
-        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {plan.batches_per_epoch} "
+        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {len(batches)} "
         f"batches an epoch, padding {100 * padding:.0f} %"
     )
 

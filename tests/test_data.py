@@ -1,23 +1,11 @@
-"""Corpus, tokenizer and batches."""
+"""Corpus and tokenizer."""
 
 import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from flax_transformer.data.batching import (
-    BatchingConfig,
-    BatchShape,
-    EpochPlan,
-    Position,
-    TokenizedPairs,
-    choose_shapes,
-    make_batch,
-)
-from flax_transformer.data.loader import evaluation_batches, training_batches
 from flax_transformer.data.parallel_text import ParallelTextConfig, iterate_lines, read_corpus, read_parallel_text
 from flax_transformer.data.synthetic import (
     NumberWordsConfig,
@@ -164,122 +152,3 @@ def test_tokenized_text_closes_each_sentence():
     for i, sentence in enumerate(ids):
         assert text.ids[text.offsets[i] : text.offsets[i + 1]].tolist() == [*sentence, END_ID]
     assert text.lengths.tolist() == [len(s) + 1 for s in ids]
-
-
-# --- batches
-
-
-def random_text(rng: np.random.Generator, lengths: np.ndarray) -> TokenizedText:
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(4, 100, int(offsets[-1])).astype(np.int32)
-    ids[offsets[1:] - 1] = END_ID
-    return TokenizedText(ids, offsets)
-
-
-def random_pairs(seed: int, num: int, longest: int = 40) -> TokenizedPairs:
-    rng = np.random.default_rng(seed)
-    return TokenizedPairs(
-        random_text(rng, rng.integers(2, longest + 1, num)), random_text(rng, rng.integers(2, longest + 1, num)), 64, 64
-    )
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 6), st.integers(350, 2000))
-def test_an_epoch_holds_every_pair_once_in_shapes_within_the_budget(seed, num, num_shapes, budget):
-    pairs = random_pairs(seed, num)
-    shapes = choose_shapes(pairs.lengths, BatchingConfig(budget, num_shapes))
-    assert len(shapes) <= num_shapes
-    for shape in shapes:
-        assert shape.rows % 8 == 0 and shape.rows * max(shape.source_length, shape.target_length) <= budget
-    plan = EpochPlan(pairs.lengths, shapes, seed=seed)
-    epoch = plan.epoch(3)
-    assert len(epoch) == plan.batches_per_epoch
-    np.testing.assert_array_equal(np.sort(np.concatenate([i for _, i in epoch])), np.arange(num))
-    for shape, indices in epoch:
-        batch = make_batch(pairs, shape, indices)
-        assert batch.source_tokens.shape == (shape.rows, shape.source_length)
-        for row, pair in enumerate(indices):
-            for text, tokens, positions, segments in (
-                (pairs.source, *batch[:3]),
-                (pairs.target, *batch[3:]),
-            ):
-                sentence = text.ids[text.offsets[pair] : text.offsets[pair + 1]]
-                n = len(sentence)
-                np.testing.assert_array_equal(tokens[row, :n], sentence)
-                np.testing.assert_array_equal(positions[row, :n], np.arange(n))
-                assert segments[row].sum() == n and segments[row, :n].all()
-        assert not batch.target_segments[len(indices) :].any()
-
-
-def test_shapes_have_the_least_padding_of_all_cuts():
-    from itertools import combinations
-
-    lengths = random_pairs(5, 400, longest=30).lengths
-    shapes = choose_shapes(lengths, BatchingConfig(4096, 3))
-
-    def padded(of: list[BatchShape]) -> int:
-        chosen = EpochPlan(lengths, of, None)._shape_of_pair
-        return sum(of[i].source_length + of[i].target_length for i in chosen)
-
-    longer = lengths.max(axis=1)
-
-    def cut(bounds) -> list[BatchShape]:
-        result, low = [], 0
-        for high in bounds:
-            members = lengths[(longer > low) & (longer <= high)]
-            if len(members):
-                source, target = (-(-members.max(axis=0) // 4) * 4).tolist()
-                result.append(BatchShape(8, source, target))
-            low = high
-        return result
-
-    best = min(padded(cut([*inner, 32])) for inner in combinations(range(4, 32, 4), 2))
-    assert padded(shapes) <= best
-
-
-def test_epochs_differ_and_any_position_can_be_gone_on_from():
-    pairs = random_pairs(0, 200)
-    plan = EpochPlan(pairs.lengths, choose_shapes(pairs.lengths, BatchingConfig(640, 3)), seed=1)
-    stream = training_batches(pairs, plan, Position(0, 0))
-    seen = [next(stream) for _ in range(2 * plan.batches_per_epoch + 3)]
-    assert seen[plan.batches_per_epoch - 1][1] == Position(1, 0)
-    first = np.concatenate([i for _, i in plan.epoch(0)])
-    assert not np.array_equal(first, np.concatenate([i for _, i in plan.epoch(1)]))
-    for start in (1, plan.batches_per_epoch - 1, plan.batches_per_epoch, plan.batches_per_epoch + 2):
-        resumed = training_batches(pairs, plan, seen[start - 1][1])
-        for batch, position in seen[start : start + 3]:
-            again, position_again = next(resumed)
-            assert position_again == position
-            for a, b in zip(batch, again, strict=True):
-                np.testing.assert_array_equal(a, b)
-
-
-def test_evaluation_sees_every_pair_once():
-    pairs = random_pairs(0, 100)
-    plan = EpochPlan(pairs.lengths, choose_shapes(pairs.lengths, BatchingConfig(640, 2)), None)
-    tokens = sum(int(b.target_segments.sum()) for b in evaluation_batches(pairs, plan))
-    assert tokens == pairs.lengths[:, 1].sum()
-
-
-def test_the_last_shape_need_not_hold_every_pair_but_one_shape_does():
-    """Long on one side and long on the other: each shape is as long as its own pairs, side by side."""
-    lengths = np.array([[8, 20]] * 50 + [[40, 4]] * 20)
-    several = choose_shapes(lengths, BatchingConfig(640, 2))
-    assert several[-1].target_length < 20
-    assert EpochPlan(lengths, several, None).batches_per_epoch == 2 + 2
-    (single,) = choose_shapes(lengths, BatchingConfig(640, 1))
-    assert (single.source_length, single.target_length) == (40, 20)
-
-
-def test_pairs_that_do_not_fit_are_counted_and_nothing_left_is_explained():
-    rng = np.random.default_rng(0)
-    source, target = random_text(rng, np.array([1, 5, 30, 4])), random_text(rng, np.array([5, 1, 5, 9]))
-    pairs = TokenizedPairs(source, target, 20, 20)
-    assert (pairs.num_empty, pairs.num_too_long, pairs.kept.tolist()) == (2, 1, [3])
-    with pytest.raises(InputError, match=r"of 4 pairs 2 have an empty side and 2 are longer than model.max_source_len"):
-        TokenizedPairs(source, target, 3, 3)
-
-
-def test_a_budget_smaller_than_the_longest_pairs_is_explained():
-    with pytest.raises(ConfigError, match=r"tokens_per_batch \(100\) is too small: .* longest pair has 40 tokens.*320"):
-        choose_shapes(np.array([[40, 3], [4, 4]]), BatchingConfig(100, 2))

@@ -131,7 +131,6 @@ def test_attention_equals_its_equations(kind):
 def test_it_satisfies_the_interface_and_every_parameter_has_a_place(name):
     of = model(name)
     assert isinstance(of, Seq2Seq)
-    assert not of.supports_packing
     parameter_specs(nnx.state(of))
 
 

@@ -1,13 +1,12 @@
-"""Batches by token budget in few fixed shapes, and epochs planned ahead.
+"""What a batch is made of: which pairs stand in which row, of which shape.
 
-Every shape is one compiled program, so there are few; every padded token costs as much as a real one, so they are
-chosen from the lengths that the corpus has. An epoch is planned whole from (seed, epoch): the position in the data is
-then two integers, exact, and independent of the number of devices and processes.
+A plan says for every epoch, ahead of time, which pairs make which batch (`data/bucketing.py`, `data/packing.py`). The
+position in the data is then two integers, exact, and independent of the number of devices and processes.
 """
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,19 +25,22 @@ class BatchingConfig:
     """How sentence pairs are put into batches.
 
     Attributes:
+        form: "bucketed" (one pair a row, in a few shapes) or "packed" (several pairs a row, in one shape; for models
+            that support it). Packed batches have the least padding and compile once, but attention looks at whole rows.
         tokens_per_batch: padded tokens of a batch at most, on the longer side.
-        num_shapes: shapes to choose, each of which is compiled once.
+        num_shapes: of bucketed batches: shapes to choose, each of which is compiled once.
+        row_length: of packed batches: padded tokens of a row on the longer side.
     """
 
+    form: Literal["bucketed", "packed"] = "bucketed"
     tokens_per_batch: int = 4_096
     num_shapes: int = 4
+    row_length: int = 256
 
     def __post_init__(self):
-        if self.tokens_per_batch < 1 or self.num_shapes < 1:
-            raise ConfigError(
-                "batching.tokens_per_batch and batching.num_shapes must be at least 1, got "
-                f"{self.tokens_per_batch} and {self.num_shapes}."
-            )
+        for name in ("tokens_per_batch", "num_shapes", "row_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")
 
 
 class BatchShape(NamedTuple):
@@ -98,122 +100,74 @@ class TokenizedPairs:
         return np.stack([self.source.lengths[self.kept], self.target.lengths[self.kept]], axis=1)
 
 
-def _round_up(value: int, multiple: int) -> int:
+class PlannedBatch(NamedTuple):
+    """Which pairs make a batch.
+
+    Attributes:
+        shape: of the batch.
+        pairs: [number of pairs] indices into the kept pairs.
+        rows: [number of pairs] the row of each, ascending; pairs of one row stand one after the other.
+    """
+
+    shape: BatchShape
+    pairs: np.ndarray
+    rows: np.ndarray
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """The batches of every epoch."""
+
+    @property
+    def shapes(self) -> list[BatchShape]:
+        """Every shape that a batch may have."""
+        ...
+
+    def epoch(self, epoch: int) -> list[PlannedBatch]:
+        """Returns the batches of an epoch, the same at every call; every pair occurs once."""
+        ...
+
+
+def rows_within(budget: int, length: int) -> int:
+    """Returns how many rows of `length` tokens a budget holds, as a multiple of `ROW_MULTIPLE`.
+
+    Raises:
+        ConfigError: not even `ROW_MULTIPLE` rows.
+    """
+    rows = budget // length // ROW_MULTIPLE * ROW_MULTIPLE
+    if rows < ROW_MULTIPLE:
+        raise ConfigError(
+            f"batching.tokens_per_batch ({budget}) is too small: a batch has at least {ROW_MULTIPLE} rows, and a row "
+            f"has {length} tokens on one side. Give at least {ROW_MULTIPLE * length}, or lower the longest row: "
+            "model.max_source_length and model.max_target_length (bucketed), batching.row_length (packed)."
+        )
+    return rows
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Returns the least multiple that is not below `value`."""
     return -(-value // multiple) * multiple
 
 
-def choose_shapes(lengths: np.ndarray, config: BatchingConfig) -> list[BatchShape]:
-    """Returns at most `num_shapes` shapes, shortest first, with the least padding that so many shapes allow.
-
-    Pairs are ordered by their longer side; a shape holds a range of that order and is as long, on each side, as the
-    longest pair in it. Of all cuts into ranges, dynamic programming finds the one with the fewest padded tokens.
-
-    Args:
-        lengths: [number of pairs, 2].
-        config: budget and number of shapes.
-
-    Raises:
-        ConfigError: the budget does not hold `ROW_MULTIPLE` of the longest pairs.
-    """
-    longer = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE  # one group for each rounded length
-    groups = np.unique(longer)
-    counts = np.array([(longer == g).sum() for g in groups])
-    longest = np.array([lengths[longer == g].max(axis=0) for g in groups])  # [groups, 2]
-    rounded = (longest + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
-
-    num_groups = len(groups)
-    num_shapes = min(config.num_shapes, num_groups)
-    # least[k][j]: fewest padded tokens for the first j groups in k shapes; cut[k][j]: where the last shape begins.
-    least = np.full((num_shapes + 1, num_groups + 1), np.inf)
-    cut = np.zeros((num_shapes + 1, num_groups + 1), np.int64)
-    least[0, 0] = 0
-    for j in range(1, num_groups + 1):
-        sizes = [rounded[i:j].max(axis=0).sum() * counts[i:j].sum() for i in range(j)]
-        for k in range(1, num_shapes + 1):
-            totals = least[k - 1, :j] + np.array(sizes)
-            cut[k, j] = int(totals.argmin())
-            least[k, j] = totals[cut[k, j]]
-    shapes: list[BatchShape] = []
-    k, j = int(least[:, num_groups].argmin()), num_groups
-    while j:
-        i = int(cut[k, j])
-        source_length, target_length = (int(n) for n in rounded[i:j].max(axis=0))
-        rows = config.tokens_per_batch // max(source_length, target_length) // ROW_MULTIPLE * ROW_MULTIPLE
-        if rows < ROW_MULTIPLE:
-            needed = ROW_MULTIPLE * max(source_length, target_length)
-            raise ConfigError(
-                f"batching.tokens_per_batch ({config.tokens_per_batch}) is too small: a batch has at least "
-                f"{ROW_MULTIPLE} rows, and the longest pair has {int(lengths.max())} tokens on one side. Give at "
-                f"least {needed}, or lower model.max_source_length and model.max_target_length to drop such pairs."
-            )
-        shapes.append(BatchShape(rows, source_length, target_length))
-        k, j = k - 1, i
-    return shapes[::-1]
+def _side(text: TokenizedText, lines: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Returns tokens, positions and segments [rows, length] of sentences, each after the one before it in its row."""
+    lengths = text.lengths[lines]
+    first_of_row = np.searchsorted(rows, rows)  # index of the first sentence in the row of each
+    starts = np.cumsum(lengths) - lengths
+    columns = starts - starts[first_of_row]
+    within = np.arange(lengths.sum()) - np.repeat(starts, lengths)  # position of each token in its sentence
+    place = np.repeat(rows, lengths), np.repeat(columns, lengths) + within
+    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens[place] = text.ids[np.repeat(text.offsets[lines], lengths) + within]
+    positions[place] = within
+    segments[place] = np.repeat(np.arange(len(lines)) - first_of_row + 1, lengths)
+    return tokens, positions, segments
 
 
-def assign_shapes(lengths: np.ndarray, shapes: list[BatchShape]) -> np.ndarray:
-    """Returns [number of pairs], the index of the first shape that holds each pair.
-
-    Raises:
-        InputError: a pair that no shape holds.
-    """
-    fits = np.stack([(lengths[:, 0] <= s.source_length) & (lengths[:, 1] <= s.target_length) for s in shapes])
-    if not fits.any(axis=0).all():
-        raise InputError(
-            f"pair {int(np.flatnonzero(~fits.any(axis=0))[0])} is longer than the largest batch shape {shapes[-1]}."
-        )
-    return fits.argmax(axis=0)
-
-
-class EpochPlan:
-    """The batches of every epoch, as functions of the seed.
-
-    Args:
-        lengths: [number of pairs, 2].
-        shapes: as `choose_shapes` gives them.
-        seed: of the shuffle; None leaves the pairs in order of length (for evaluation).
-    """
-
-    def __init__(self, lengths: np.ndarray, shapes: list[BatchShape], seed: int | None):
-        self.shapes = shapes
-        self.seed = seed
-        self._shape_of_pair = assign_shapes(lengths, shapes)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches; the last of each shape may be part full."""
-        counts = np.bincount(self._shape_of_pair, minlength=len(self.shapes))
-        return sum(-(-int(n) // s.rows) for n, s in zip(counts, self.shapes, strict=True))
-
-    def epoch(self, epoch: int) -> list[tuple[BatchShape, np.ndarray]]:
-        """Returns each batch of an epoch as its shape and the indices of its pairs; every pair occurs once."""
-        rng = None if self.seed is None else np.random.default_rng((self.seed, epoch))
-        num_pairs = len(self._shape_of_pair)
-        order = np.arange(num_pairs) if rng is None else rng.permutation(num_pairs)
-        batches = []
-        for index, shape in enumerate(self.shapes):
-            members = order[self._shape_of_pair[order] == index]
-            batches += [(shape, members[i : i + shape.rows]) for i in range(0, len(members), shape.rows)]
-        return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
-
-
-def _padded(text: TokenizedText, sentences: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, ...]:
-    """Returns tokens, positions and segments [rows, length] of the sentences, then rows of padding."""
-    lengths = np.zeros(rows, np.int64)
-    lengths[: len(sentences)] = text.lengths[sentences]
-    starts = np.zeros(rows, np.int64)
-    starts[: len(sentences)] = text.offsets[sentences]
-    columns = np.arange(length)[None, :]
-    real = columns < lengths[:, None]
-    tokens = np.where(real, text.ids[np.where(real, starts[:, None] + columns, 0)], 0).astype(np.int32)
-    positions = np.where(real, columns, 0).astype(np.int32)
-    return tokens, positions, real.astype(np.int32)
-
-
-def make_batch(pairs: TokenizedPairs, shape: BatchShape, indices: np.ndarray) -> Batch:
-    """Returns the batch of the given pairs (indices into the kept ones), filled up with rows of padding."""
-    lines = pairs.kept[indices]
+def make_batch(pairs: TokenizedPairs, planned: PlannedBatch) -> Batch:
+    """Returns the batch that was planned; what no pair fills is padding."""
+    shape, lines = planned.shape, pairs.kept[planned.pairs]
     return Batch(
-        *_padded(pairs.source, lines, shape.rows, shape.source_length),
-        *_padded(pairs.target, lines, shape.rows, shape.target_length),
+        *_side(pairs.source, lines, planned.rows, (shape.rows, shape.source_length)),
+        *_side(pairs.target, lines, planned.rows, (shape.rows, shape.target_length)),
     )

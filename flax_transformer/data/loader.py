@@ -2,22 +2,47 @@
 
 from collections.abc import Iterator
 
-from flax_transformer.data.batching import EpochPlan, Position, TokenizedPairs, make_batch
+import numpy as np
+
+from flax_transformer.data.batching import BatchingConfig, Plan, Position, TokenizedPairs, make_batch
+from flax_transformer.data.bucketing import BucketedPlan, choose_shapes
+from flax_transformer.data.packing import PackedPlan, packed_shape
 from flax_transformer.shapes import Batch
 
 
-def training_batches(pairs: TokenizedPairs, plan: EpochPlan, start: Position) -> Iterator[tuple[Batch, Position]]:
+def training_plan(lengths: np.ndarray, config: BatchingConfig, seed: int) -> Plan:
+    """Returns shuffled batches in the form that the configuration names.
+
+    Args:
+        lengths: [number of pairs, 2].
+        config: form and budget.
+        seed: of the shuffle.
+
+    Raises:
+        ConfigError: the budget is too small for the longest pairs.
+    """
+    if config.form == "packed":
+        return PackedPlan(lengths, packed_shape(lengths, config), seed)
+    return BucketedPlan(lengths, choose_shapes(lengths, config.num_shapes, config.tokens_per_batch), seed)
+
+
+def evaluation_plan(lengths: np.ndarray, config: BatchingConfig) -> Plan:
+    """Returns batches of one shape in order of the text, whatever the form of training."""
+    return BucketedPlan(lengths, choose_shapes(lengths, 1, config.tokens_per_batch), None)
+
+
+def training_batches(pairs: TokenizedPairs, plan: Plan, start: Position) -> Iterator[tuple[Batch, Position]]:
     """Yields batches for ever, from `start` on, each with the position after it (what a checkpoint keeps)."""
     epoch, first = start
     while True:
         batches = plan.epoch(epoch)
         for index in range(first, len(batches)):
             last = index + 1 == len(batches)
-            yield make_batch(pairs, *batches[index]), Position(epoch + 1, 0) if last else Position(epoch, index + 1)
+            yield make_batch(pairs, batches[index]), Position(epoch + 1, 0) if last else Position(epoch, index + 1)
         epoch, first = epoch + 1, 0
 
 
-def evaluation_batches(pairs: TokenizedPairs, plan: EpochPlan) -> Iterator[Batch]:
+def evaluation_batches(pairs: TokenizedPairs, plan: Plan) -> Iterator[Batch]:
     """Yields every pair once."""
-    for shape, indices in plan.epoch(0):
-        yield make_batch(pairs, shape, indices)
+    for planned in plan.epoch(0):
+        yield make_batch(pairs, planned)

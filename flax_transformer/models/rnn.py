@@ -59,6 +59,7 @@ class RecurrentConfig:
     """
 
     kind: ClassVar[str] = "rnn"
+    supports_packing: ClassVar[bool] = False  # a state that runs on through a row would carry one pair into the next
 
     model_dim: int = 128
     hidden_dim: int = 256
@@ -383,8 +384,6 @@ class RecurrentSeq2Seq(nnx.Module):
         >>> model(Batch(tokens, positions, tokens, tokens, positions, tokens)).shape
         (2, 5, 8)
     """
-
-    supports_packing = False  # a state that runs on through a row would carry one pair into the next
 
     def __init__(
         self,

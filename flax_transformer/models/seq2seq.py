@@ -67,11 +67,6 @@ class Seq2Seq(Protocol):
     """An encoder-decoder with teacher forcing for training and a step function for search."""
 
     @property
-    def supports_packing(self) -> bool:
-        """Whether several pairs may share a row (segments above 1)."""
-        ...
-
-    @property
     def max_source_length(self) -> int:
         """The most source tokens of one sentence, end token included."""
         ...

@@ -64,6 +64,7 @@ class TransformerConfig:
     """
 
     kind: ClassVar[str] = "transformer"
+    supports_packing: ClassVar[bool] = True  # attention keeps the segments of a row apart
 
     model_dim: int = 128
     num_heads: int = 4
@@ -367,8 +368,6 @@ class Transformer(nnx.Module):
         Vaswani et al. 2017. Differences: positions are laid out sine half | cosine half (see `nn/positions.py`),
         projections have biases (see `nn/attention.py`), and the vocabulary is padded to a multiple.
     """
-
-    supports_packing = True
 
     def __init__(
         self,

@@ -1,0 +1,100 @@
+"""Batches with one pair a row, in few fixed shapes.
+
+Every shape is one compiled program, so there are few; every padded token costs as much as a real one, so they are
+chosen from the lengths that the corpus has.
+"""
+
+import numpy as np
+
+from flax_transformer.data.batching import (
+    LENGTH_MULTIPLE,
+    BatchShape,
+    PlannedBatch,
+    rows_within,
+)
+from flax_transformer.errors import InputError
+
+
+def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int) -> list[BatchShape]:
+    """Returns at most `most` shapes, shortest first, with the least padding that so many shapes allow.
+
+    Pairs are ordered by their longer side; a shape holds a range of that order and is as long, on each side, as the
+    longest pair in it. Of all cuts into ranges, dynamic programming finds the one with the fewest padded tokens.
+
+    Args:
+        lengths: [number of pairs, 2].
+        most: number of shapes.
+        tokens_per_batch: padded tokens at most, on the longer side.
+
+    Raises:
+        ConfigError: the budget does not hold `ROW_MULTIPLE` of the longest pairs.
+    """
+    longer = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE  # one group for each rounded length
+    groups = np.unique(longer)
+    counts = np.array([(longer == g).sum() for g in groups])
+    longest = np.array([lengths[longer == g].max(axis=0) for g in groups])  # [groups, 2]
+    rounded = (longest + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
+
+    num_groups = len(groups)
+    num_shapes = min(most, num_groups)
+    # least[k][j]: fewest padded tokens for the first j groups in k shapes; cut[k][j]: where the last shape begins.
+    least = np.full((num_shapes + 1, num_groups + 1), np.inf)
+    cut = np.zeros((num_shapes + 1, num_groups + 1), np.int64)
+    least[0, 0] = 0
+    for j in range(1, num_groups + 1):
+        sizes = [rounded[i:j].max(axis=0).sum() * counts[i:j].sum() for i in range(j)]
+        for k in range(1, num_shapes + 1):
+            totals = least[k - 1, :j] + np.array(sizes)
+            cut[k, j] = int(totals.argmin())
+            least[k, j] = totals[cut[k, j]]
+    shapes: list[BatchShape] = []
+    k, j = int(least[:, num_groups].argmin()), num_groups
+    while j:
+        i = int(cut[k, j])
+        source_length, target_length = (int(n) for n in rounded[i:j].max(axis=0))
+        rows = rows_within(tokens_per_batch, max(source_length, target_length))
+        shapes.append(BatchShape(rows, source_length, target_length))
+        k, j = k - 1, i
+    return shapes[::-1]
+
+
+def assign_shapes(lengths: np.ndarray, shapes: list[BatchShape]) -> np.ndarray:
+    """Returns [number of pairs], the index of the first shape that holds each pair.
+
+    Raises:
+        InputError: a pair that no shape holds.
+    """
+    fits = np.stack([(lengths[:, 0] <= s.source_length) & (lengths[:, 1] <= s.target_length) for s in shapes])
+    if not fits.any(axis=0).all():
+        raise InputError(
+            f"pair {int(np.flatnonzero(~fits.any(axis=0))[0])} is longer than the largest batch shape {shapes[-1]}."
+        )
+    return fits.argmax(axis=0)
+
+
+class BucketedPlan:
+    """Batches with one pair a row, each pair in the smallest shape that holds it; satisfies `Plan`.
+
+    Args:
+        lengths: [number of pairs, 2].
+        shapes: as `choose_shapes` gives them.
+        seed: of the shuffle; None leaves the pairs in order of length (for evaluation).
+    """
+
+    def __init__(self, lengths: np.ndarray, shapes: list[BatchShape], seed: int | None):
+        self.shapes = shapes
+        self.seed = seed
+        self._shape_of_pair = assign_shapes(lengths, shapes)
+
+    def epoch(self, epoch: int) -> list[PlannedBatch]:
+        """Returns the batches of an epoch; the last of each shape may be part full."""
+        rng = None if self.seed is None else np.random.default_rng((self.seed, epoch))
+        num_pairs = len(self._shape_of_pair)
+        order = np.arange(num_pairs) if rng is None else rng.permutation(num_pairs)
+        batches = []
+        for index, shape in enumerate(self.shapes):
+            members = order[self._shape_of_pair[order] == index]
+            for start in range(0, len(members), shape.rows):
+                pairs = members[start : start + shape.rows]
+                batches.append(PlannedBatch(shape, pairs, np.arange(len(pairs))))
+        return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]

@@ -1,0 +1,106 @@
+"""Batches with several pairs a row, told apart by their segments: one shape, hardly any padding.
+
+References:
+    Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (segments and restarting positions).
+"""
+
+import numpy as np
+
+from flax_transformer.data.batching import (
+    LENGTH_MULTIPLE,
+    BatchingConfig,
+    BatchShape,
+    PlannedBatch,
+    round_up,
+    rows_within,
+)
+from flax_transformer.errors import ConfigError
+
+# Rows that are filled side by side. More would leave less padding and draw pairs of one row from farther apart.
+OPEN_ROWS = 32
+
+
+def packed_shape(lengths: np.ndarray, config: BatchingConfig) -> BatchShape:
+    """Returns the one shape of packed batches: rows are as long as asked on the longer side, and on the other side as
+    much shorter as that side is in the whole corpus.
+
+    Args:
+        lengths: [number of pairs, 2].
+        config: budget and length of a row.
+
+    Raises:
+        ConfigError: a pair is longer than a row, or the budget does not hold `ROW_MULTIPLE` rows.
+    """
+    longest = lengths.max(axis=0)
+    if longest.max() > config.row_length:
+        raise ConfigError(
+            f"batching.row_length ({config.row_length}) is shorter than the longest pair ({longest.max()} tokens on "
+            "one side). Raise it, or lower model.max_source_length and model.max_target_length to drop such pairs."
+        )
+    share = lengths.sum(axis=0) / lengths.sum(axis=0).max()
+    sides = [
+        max(round_up(int(config.row_length * s), LENGTH_MULTIPLE), int(n)) for s, n in zip(share, longest, strict=True)
+    ]
+    return BatchShape(rows_within(config.tokens_per_batch, max(sides)), *sides)
+
+
+def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:
+    """Returns [number of pairs], the row of each pair, rows counted from 0 in the order in which they are closed.
+
+    Pairs are taken in order. Each goes into the fullest of `OPEN_ROWS` open rows that has room on both sides; if none
+    has, the fullest is closed and a new one is opened (best fit).
+
+    Args:
+        lengths: [number of pairs, 2].
+        shape: of a batch; a row holds `source_length` and `target_length` tokens.
+    """
+    empty = np.array([shape.source_length, shape.target_length])
+    room = np.tile(empty, (OPEN_ROWS, 1))
+    members: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
+    row_of_pair = np.empty(len(lengths), np.int64)
+    closed = 0
+    for pair, length in enumerate(lengths):
+        left = np.where((room >= length).all(axis=1), room.sum(axis=1), np.iinfo(np.int64).max)
+        chosen = int(left.argmin())
+        if left[chosen] == np.iinfo(np.int64).max:
+            chosen = int(room.sum(axis=1).argmin())
+            row_of_pair[members[chosen]] = closed
+            closed += 1
+            members[chosen] = []
+            room[chosen] = empty
+        members[chosen].append(pair)
+        room[chosen] -= length
+    for last in filter(None, members):
+        row_of_pair[last] = closed
+        closed += 1
+    return row_of_pair
+
+
+class PackedPlan:
+    """Batches of packed rows; satisfies `Plan`.
+
+    Args:
+        lengths: [number of pairs, 2].
+        shape: as `packed_shape` gives it.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, lengths: np.ndarray, shape: BatchShape, seed: int):
+        self.lengths = lengths
+        self.shapes = [shape]
+        self.seed = seed
+
+    def epoch(self, epoch: int) -> list[PlannedBatch]:
+        """Returns the batches of an epoch, of which the last may be part full."""
+        (shape,) = self.shapes
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.lengths))
+        rows = pack(self.lengths[order], shape)
+        by_row = np.argsort(rows, kind="stable")
+        order, rows = order[by_row], rows[by_row]
+        cuts = np.searchsorted(rows, np.arange(0, rows[-1] + 1, shape.rows))
+        batches = [
+            PlannedBatch(shape, pairs, of_pairs - of_pairs[0])
+            for pairs, of_pairs in zip(np.split(order, cuts[1:]), np.split(rows, cuts[1:]), strict=True)
+        ]
+        return [batches[i] for i in rng.permutation(len(batches))]

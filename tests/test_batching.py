@@ -1,0 +1,216 @@
+"""Batches: bucketed and packed, and the position in them."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_transformer.config import Config, from_dict
+from flax_transformer.data.batching import (
+    BatchingConfig,
+    BatchShape,
+    Position,
+    TokenizedPairs,
+    make_batch,
+    round_up,
+)
+from flax_transformer.data.bucketing import BucketedPlan, assign_shapes, choose_shapes
+from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
+from flax_transformer.data.packing import PackedPlan, packed_shape
+from flax_transformer.data.tokenizer import END_ID, TokenizedText
+from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.training.step import batch_loss
+from tests import tiny
+
+
+def random_text(rng: np.random.Generator, lengths: np.ndarray, vocab: int = 100) -> TokenizedText:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(4, vocab, int(offsets[-1])).astype(np.int32)
+    ids[offsets[1:] - 1] = END_ID
+    return TokenizedText(ids, offsets)
+
+
+def random_pairs(seed: int, num: int, longest: int = 40) -> TokenizedPairs:
+    rng = np.random.default_rng(seed)
+    return TokenizedPairs(
+        random_text(rng, rng.integers(2, longest + 1, num)), random_text(rng, rng.integers(2, longest + 1, num)), 64, 64
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 6), st.integers(350, 2000))
+def test_an_epoch_holds_every_pair_once_in_shapes_within_the_budget(seed, num, num_shapes, budget):
+    pairs = random_pairs(seed, num)
+    shapes = choose_shapes(pairs.lengths, num_shapes, budget)
+    assert len(shapes) <= num_shapes
+    for shape in shapes:
+        assert shape.rows % 8 == 0 and shape.rows * max(shape.source_length, shape.target_length) <= budget
+    epoch = BucketedPlan(pairs.lengths, shapes, seed=seed).epoch(3)
+    np.testing.assert_array_equal(np.sort(np.concatenate([b.pairs for b in epoch])), np.arange(num))
+    for planned in epoch:
+        shape, indices = planned.shape, planned.pairs
+        batch = make_batch(pairs, planned)
+        assert batch.source_tokens.shape == (shape.rows, shape.source_length)
+        for row, pair in enumerate(indices):
+            for text, tokens, positions, segments in (
+                (pairs.source, *batch[:3]),
+                (pairs.target, *batch[3:]),
+            ):
+                sentence = text.ids[text.offsets[pair] : text.offsets[pair + 1]]
+                n = len(sentence)
+                np.testing.assert_array_equal(tokens[row, :n], sentence)
+                np.testing.assert_array_equal(positions[row, :n], np.arange(n))
+                assert segments[row].sum() == n and segments[row, :n].all()
+        assert not batch.target_segments[len(indices) :].any()
+
+
+def test_shapes_have_the_least_padding_of_all_cuts():
+    from itertools import combinations
+
+    lengths = random_pairs(5, 400, longest=30).lengths
+    shapes = choose_shapes(lengths, 3, 4096)
+
+    def padded(of: list[BatchShape]) -> int:
+        chosen = assign_shapes(lengths, of)
+        return sum(of[i].source_length + of[i].target_length for i in chosen)
+
+    longer = lengths.max(axis=1)
+
+    def cut(bounds) -> list[BatchShape]:
+        result, low = [], 0
+        for high in bounds:
+            members = lengths[(longer > low) & (longer <= high)]
+            if len(members):
+                source, target = (-(-members.max(axis=0) // 4) * 4).tolist()
+                result.append(BatchShape(8, source, target))
+            low = high
+        return result
+
+    best = min(padded(cut([*inner, 32])) for inner in combinations(range(4, 32, 4), 2))
+    assert padded(shapes) <= best
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BatchingConfig(tokens_per_batch=640, num_shapes=3), BatchingConfig("packed", tokens_per_batch=640, row_length=72)],
+)
+def test_epochs_differ_and_any_position_can_be_gone_on_from(config):
+    pairs = random_pairs(0, 200)
+    plan = training_plan(pairs.lengths, config, seed=1)
+    per_epoch = len(plan.epoch(0))
+    stream = training_batches(pairs, plan, Position(0, 0))
+    seen = [next(stream) for _ in range(per_epoch + len(plan.epoch(1)) + 3)]
+    assert seen[per_epoch - 1][1] == Position(1, 0)
+    first = np.concatenate([b.pairs for b in plan.epoch(0)])
+    assert not np.array_equal(first, np.concatenate([b.pairs for b in plan.epoch(1)]))
+    for start in (1, per_epoch - 1, per_epoch, per_epoch + 2):
+        resumed = training_batches(pairs, plan, seen[start - 1][1])
+        for batch, position in seen[start : start + 3]:
+            again, position_again = next(resumed)
+            assert position_again == position
+            for a, b in zip(batch, again, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_evaluation_sees_every_pair_once():
+    pairs = random_pairs(0, 100)
+    plan = evaluation_plan(pairs.lengths, BatchingConfig(tokens_per_batch=640))
+    assert len(plan.shapes) == 1
+    tokens = sum(int(b.target_segments.sum()) for b in evaluation_batches(pairs, plan))
+    assert tokens == pairs.lengths[:, 1].sum()
+
+
+def test_the_last_shape_need_not_hold_every_pair_but_one_shape_does():
+    """Long on one side and long on the other: each shape is as long as its own pairs, side by side."""
+    lengths = np.array([[8, 20]] * 50 + [[40, 4]] * 20)
+    several = choose_shapes(lengths, 2, 640)
+    assert several[-1].target_length < 20
+    assert len(BucketedPlan(lengths, several, None).epoch(0)) == 2 + 2
+    (single,) = choose_shapes(lengths, 1, 640)
+    assert (single.source_length, single.target_length) == (40, 20)
+
+
+def test_pairs_that_do_not_fit_are_counted_and_nothing_left_is_explained():
+    rng = np.random.default_rng(0)
+    source, target = random_text(rng, np.array([1, 5, 30, 4])), random_text(rng, np.array([5, 1, 5, 9]))
+    pairs = TokenizedPairs(source, target, 20, 20)
+    assert (pairs.num_empty, pairs.num_too_long, pairs.kept.tolist()) == (2, 1, [3])
+    with pytest.raises(InputError, match=r"of 4 pairs 2 have an empty side and 2 are longer than model.max_source_len"):
+        TokenizedPairs(source, target, 3, 3)
+
+
+def test_a_budget_smaller_than_the_longest_pairs_is_explained():
+    with pytest.raises(ConfigError, match=r"tokens_per_batch \(100\) is too small: .* a row has 40 tokens.*320"):
+        choose_shapes(np.array([[40, 3], [4, 4]]), 2, 100)
+
+
+# --- packed batches
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 200), st.integers(40, 120))
+def test_packed_rows_hold_every_pair_once_whole_and_apart(seed, num, row_length):
+    pairs = random_pairs(seed, num)
+    config = BatchingConfig("packed", tokens_per_batch=16 * 120, row_length=row_length)
+    plan = training_plan(pairs.lengths, config, seed)
+    (shape,) = plan.shapes
+    assert shape.rows % 8 == 0 and max(shape.source_length, shape.target_length) <= round_up(row_length, 4)
+    seen = []
+    for planned in plan.epoch(2):
+        batch = make_batch(pairs, planned)
+        sides = (pairs.source, *batch[:3]), (pairs.target, *batch[3:])
+        for row in range(shape.rows):
+            members = planned.pairs[planned.rows == row]
+            for text, tokens, positions, segments in sides:
+                sentences = [text.ids[text.offsets[p] : text.offsets[p + 1]] for p in members]
+                filled = int((segments[row] > 0).sum())
+                np.testing.assert_array_equal(tokens[row, :filled], np.concatenate([[], *sentences]))
+                np.testing.assert_array_equal(
+                    positions[row, :filled], np.concatenate([[], *(np.arange(len(s)) for s in sentences)])
+                )
+                expected = [np.full(len(s), k) for k, s in enumerate(sentences, start=1)]
+                np.testing.assert_array_equal(segments[row, :filled], np.concatenate([[], *expected]))
+            seen += members.tolist()
+    assert sorted(seen) == list(range(num))
+
+
+def test_packing_leaves_less_padding_than_buckets():
+    pairs = random_pairs(3, 3000, longest=24)
+
+    def padding(config: BatchingConfig) -> float:
+        batches = training_plan(pairs.lengths, config, 0).epoch(0)
+        padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
+        return 1 - pairs.lengths.sum() / padded
+
+    packed = padding(BatchingConfig("packed", tokens_per_batch=2048, row_length=128))
+    assert packed < 0.1 < padding(BatchingConfig(tokens_per_batch=2048, num_shapes=6))
+
+
+def test_packed_bucketed_and_single_pairs_have_the_same_loss():
+    model = tiny.transformer()
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 12, (2, 40))
+    pairs = TokenizedPairs(random_text(rng, lengths[0], 19), random_text(rng, lengths[1], 19), 32, 24)
+    step = jax.jit(lambda m, b: batch_loss(m, b, 0.1, None))
+
+    def losses(plan) -> list[float]:
+        sums = [step(model, make_batch(pairs, planned)) for planned in plan.epoch(0)]
+        return [float(sum(values)) for values in zip(*sums, strict=True)]
+
+    bucketed = losses(BucketedPlan(pairs.lengths, choose_shapes(pairs.lengths, 2, 160), 0))
+    packed = losses(PackedPlan(pairs.lengths, packed_shape(pairs.lengths, BatchingConfig("packed", 256, 4, 24)), 0))
+    single = losses(BucketedPlan(pairs.lengths, [BatchShape(1, 12, 12)], 0))
+    assert bucketed[3] == packed[3] == single[3] == pairs.lengths[:, 1].sum()
+    np.testing.assert_allclose(packed, single, rtol=1e-5)
+    np.testing.assert_allclose(bucketed, single, rtol=1e-5)
+
+
+def test_a_pair_longer_than_a_packed_row_is_explained():
+    with pytest.raises(ConfigError, match=r"batching.row_length \(32\) is shorter than the longest pair \(40 tokens"):
+        training_plan(np.array([[40, 3], [4, 4]]), BatchingConfig("packed", row_length=32), 0)
+
+
+def test_packing_for_a_model_that_cannot_is_explained():
+    with pytest.raises(ConfigError, match=r"batching.form: packed .* model.kind rnn .* Set batching.form: bucketed"):
+        from_dict(Config, {"model": {"kind": "rnn"}, "batching": {"form": "packed"}})
