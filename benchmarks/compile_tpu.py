@@ -216,7 +216,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
         replicated_sharding,
     )
     from flax_transformer.training.loop import compile_steps
-    from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, noam_schedule
+    from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
     from flax_transformer.training.state import abstract_model, make_layout
     from flax_transformer.training.step import jit_train_step
 
@@ -240,7 +240,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     vocabulary = VocabularyInfo(VOCABULARY, VOCABULARY, START_ID)
 
     # --- the train step, by the function that the training itself calls
-    schedule = noam_schedule(OptimizerConfig(), model.model_dim)
+    schedule = make_schedule(OptimizerConfig(), model.model_dim)
     layout = make_layout(model, vocabulary, make_optimizer(OptimizerConfig(), schedule), mesh)
     step = jit_train_step(layout, schedule, 0.1, 0, mesh)
     shape = BatchShape(options.rows, options.length, options.length)

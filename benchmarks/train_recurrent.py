@@ -79,7 +79,7 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
     from flax_transformer.models.rnn import RecurrentConfig
     from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, make_mesh
     from flax_transformer.training.loop import compile_steps
-    from flax_transformer.training.optimizer import make_optimizer, noam_schedule
+    from flax_transformer.training.optimizer import make_optimizer, make_schedule
     from flax_transformer.training.state import init_state, make_layout
     from flax_transformer.training.step import jit_train_step
 
@@ -98,7 +98,7 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
     batches = [b for b, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), options.batches)]
 
     mesh = make_mesh(MeshConfig())
-    schedule = noam_schedule(config.optimizer, model.model_dim)
+    schedule = make_schedule(config.optimizer, model.model_dim)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(model, vocabulary, make_optimizer(config.optimizer, schedule), mesh)
     step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)

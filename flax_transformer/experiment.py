@@ -28,7 +28,7 @@ from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.loop import compile_steps, train_loop
 from flax_transformer.training.metrics import LossSummary
-from flax_transformer.training.optimizer import make_optimizer, noam_schedule
+from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
 from flax_transformer.training.state import StateLayout, init_state, make_layout
 from flax_transformer.training.step import jit_evaluation_step, jit_train_step
@@ -77,7 +77,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     for shape in (*plan.shapes, *validation_plan.shapes):
         check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
 
-    schedule = noam_schedule(config.optimizer, config.model.model_dim)
+    schedule = make_schedule(config.optimizer, config.model.model_dim)
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh)

@@ -1,14 +1,26 @@
-"""The schedule by hand, and one update of clipped Adam in NumPy."""
+"""Schedules by hand, clipped Adam in NumPy, and what the other optimisers promise."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from flax_transformer.errors import ConfigError
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, noam_schedule
+from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.training.optimizer import (
+    OptimizerConfig,
+    decays,
+    make_optimizer,
+    make_schedule,
+    muon_dimensions,
+)
+from flax_transformer.training.state import abstract_model, make_layout
+from tests import tiny
 
 
 def test_defaults_are_the_papers():
@@ -17,7 +29,7 @@ def test_defaults_are_the_papers():
 
 
 def test_the_schedule_rises_linearly_and_falls_with_the_root():
-    rate = noam_schedule(OptimizerConfig(learning_rate_scale=2.0, warmup_steps=100), model_dim=64)
+    rate = make_schedule(OptimizerConfig(learning_rate_scale=2.0, warmup_steps=100), model_dim=64)
     peak = 2.0 * 64**-0.5 * 100**-0.5
     found = [np.asarray(rate(count)) for count in (0, 49, 99, 399)]  # 0 updates made: this is step 1
     np.testing.assert_allclose(found, [peak / 100, peak / 2, peak, peak / 2], rtol=1e-6)
@@ -26,7 +38,7 @@ def test_the_schedule_rises_linearly_and_falls_with_the_root():
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_two_updates_equal_adam_by_hand(clip):
     config = OptimizerConfig(clip_norm=clip, warmup_steps=10)
-    schedule = noam_schedule(config, model_dim=16)
+    schedule = make_schedule(config, model_dim=16)
     optimizer = make_optimizer(config, schedule)
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=4)}
@@ -49,9 +61,125 @@ def test_two_updates_equal_adam_by_hand(clip):
 
 
 @pytest.mark.parametrize(
+    "schedule, more, expected",
+    [
+        ("inverse_sqrt", {}, [0.02, 1.0, 2.0, 1.0]),
+        ("constant", {}, [0.02, 1.0, 2.0, 2.0]),
+        ("linear", {"decay_steps": 700, "final_fraction": 0.1}, [0.02, 1.0, 2.0, 1.1]),
+        ("cosine", {"decay_steps": 700, "final_fraction": 0.1}, [0.02, 1.0, 2.0, 1.1]),
+    ],
+)
+def test_schedules_rise_to_the_rate_and_go_their_way(schedule, more, expected):
+    """At steps 1, 50, 100 (the end of the warm-up) and 400, half-way from there to the end."""
+    config = OptimizerConfig(schedule=schedule, learning_rate=2.0, warmup_steps=100, **more)
+    rate = make_schedule(config, model_dim=64)
+    np.testing.assert_allclose([np.asarray(rate(step - 1)) for step in (1, 50, 100, 400)], expected, rtol=1e-5)
+    if more:
+        np.testing.assert_allclose([np.asarray(rate(step - 1)) for step in (700, 900)], [0.2, 0.2], rtol=1e-5)
+
+
+NAMES = ["adam", "adamw", "adafactor", "lion", "muon"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_goes_downhill_and_fits_a_mesh(name):
+    config = OptimizerConfig(
+        name, "constant", learning_rate=0.02, warmup_steps=1, weight_decay=0.0 if name == "adam" else 0.01
+    )
+    optimizer = make_optimizer(config, make_schedule(config, 16))
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout = make_layout(tiny.config(), tiny.VOCABULARY, optimizer, mesh)  # raises where a sharding does not fit
+    sizes = [leaf.size for leaf in jax.tree.leaves(layout.shapes.optimizer)]
+    states = {"adam": 2, "adamw": 2, "lion": 1}.get(name)
+    if states:
+        assert sum(sizes) >= states * layout.num_parameters
+    for leaf, sharding in zip(
+        jax.tree.leaves(layout.shapes.optimizer), jax.tree.leaves(layout.shardings.optimizer), strict=True
+    ):
+        sharding.shard_shape(leaf.shape)
+
+    rng = np.random.default_rng(0)
+    goal = {"up": {"kernel": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)}}
+    goal = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), goal)
+    params = jax.tree.map(jnp.zeros_like, goal)
+
+    def loss(params):
+        return sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(goal), strict=True))
+
+    @jax.jit
+    def step(params, state):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+    state, first = optimizer.init(params), float(loss(params))
+    for _ in range(60):
+        params, state = step(params, state)
+    assert float(loss(params)) < 0.5 * first
+
+
+def test_weight_decay_takes_from_kernels_alone():
+    config = OptimizerConfig("adamw", "constant", learning_rate=0.5, warmup_steps=1, weight_decay=0.1)
+    optimizer = make_optimizer(config, make_schedule(config, 16))
+    params = {"up": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    with jax.numpy_dtype_promotion("standard"):
+        changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates: dict[str, Any] = jax.device_get(changes)
+    np.testing.assert_allclose(updates["up"]["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["up"]["bias"], 0.0)
+
+
+@pytest.mark.parametrize("model", [tiny.config(positions="learned"), RecurrentConfig(attention="additive")])
+def test_every_parameter_of_every_model_decays_or_does_not(model):
+    _, params = abstract_model(model, tiny.VOCABULARY)
+    found = decays(OptimizerConfig(), nnx.to_pure_dict(params))
+    paths = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): d for p, d in jax.tree_util.tree_leaves_with_path(found)
+    }
+    assert {path for path, d in paths.items() if d} == {path for path in paths if "kernel" in path}
+
+
+def test_a_parameter_that_no_rule_or_both_match_is_named():
+    params = {"up": {"kernel": 0, "bias": 0}, "gate": 0}
+    with pytest.raises(ConfigError, match=r"of 1 they do not: gate \(neither\)"):
+        decays(OptimizerConfig(), params)
+    with pytest.raises(ConfigError, match=r"of 2 they do not: gate \(neither\), up/bias \(both\)"):
+        decays(OptimizerConfig(decaying="up"), params)
+
+
+def test_muon_takes_kernels_as_matrices_and_leaves_the_rest_to_adam():
+    _, params = abstract_model(tiny.config(), tiny.VOCABULARY)
+    found = muon_dimensions(nnx.to_pure_dict(params))
+    attention = found["encoder"]["layers"]["self_attention"]
+    assert attention["query"]["kernel"] == ((1,), (2, 3))  # layer, model dim -> heads and their channels
+    assert attention["output"]["kernel"] == ((1, 2), (3,))
+    assert found["decoder"]["layers"]["feed_forward"]["up"]["kernel"] == ((1,), (2,))
+    assert attention["query"]["bias"] is None and found["target_embedding"]["table"] is None
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"schedule": "cosine", "learning_rate": 1.0}, "needs optimizer.decay_steps"),
+        ({"schedule": "linear", "learning_rate": 1.0, "decay_steps": 4000}, r"beyond warmup_steps \(4000\); got 4000"),
+        ({"schedule": "constant"}, "constant needs optimizer.learning_rate"),
+        ({"schedule": "constant", "learning_rate": 1.0, "decay_steps": 9000}, "has no end; leave out"),
+        ({"learning_rate": 1.0}, "learning_rate is not used by the schedule noam"),
+        ({"weight_decay": 0.1}, "adam has no weight decay. Set optimizer.name: adamw"),
+        ({"decaying": "("}, "optimizer.decaying is not a regular expression"),
+    ],
+)
+def test_options_that_contradict_are_explained(values, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimizerConfig(**values)
+
+
+@pytest.mark.parametrize(
     "field, value",
     [("learning_rate_scale", float("nan")), ("learning_rate_scale", float("inf")), ("epsilon", 0.0),
-     ("clip_norm", float("nan")), ("clip_norm", -1.0), ("beta2", 1.0), ("warmup_steps", 0)],
+     ("clip_norm", float("nan")), ("clip_norm", -1.0), ("beta2", 1.0), ("warmup_steps", 0),
+     ("weight_decay", -0.1), ("final_fraction", 1.5)],
 )  # fmt: skip
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(ConfigError, match=f"optimizer.{field} must"):

@@ -14,7 +14,7 @@ from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_rows, make_mesh
 from flax_transformer.shapes import Batch
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, noam_schedule
+from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
 from flax_transformer.training.step import jit_train_step
 
@@ -39,7 +39,7 @@ def random_batch(seed: int) -> Batch:
 
 def prepared(mesh: Mesh, model: TransformerConfig = MODEL, seed: int = 0):
     optimizer_config = OptimizerConfig(warmup_steps=10)
-    schedule = noam_schedule(optimizer_config, model.model_dim)
+    schedule = make_schedule(optimizer_config, model.model_dim)
     layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh)
     return layout, jit_train_step(layout, schedule, 0.1, seed, mesh)
 

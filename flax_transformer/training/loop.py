@@ -53,7 +53,7 @@ class Window:
                 raise DivergenceError(
                     f"training diverged at step {number}: loss {float(metrics.sums.loss)}, gradient norm "
                     f"{float(metrics.gradient_norm)}. The last checkpoint is whole. Try a lower "
-                    "optimizer.learning_rate_scale, more optimizer.warmup_steps, or model.norm_order: pre."
+                    "learning rate (section optimizer), more optimizer.warmup_steps, or model.norm_order: pre."
                 )
             self.fetched.append(metrics)
         self.pending = []

@@ -1,64 +1,204 @@
-"""The optimiser and its learning-rate schedule."""
+"""The optimiser, its learning-rate schedule, and which parameters decay: names for what optax has."""
 
+import re
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from flax_transformer.errors import ConfigError, check_finite
+
+DECAYS_TO_AN_END = ("linear", "cosine")
+# The root mean square of Adam's updates as Liu et al. 2025 ("Muon is Scalable for LLM Training", section 2.2) found it:
+# scaled to it, Muon takes the learning rates and the weight decay that AdamW takes.
+MUON_UPDATE_RMS = 0.2
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with the warm-up schedule of the Transformer paper.
+    """How parameters change; the defaults are the Transformer paper's.
 
     Attributes:
-        learning_rate_scale: factor on the schedule.
+        name: "adam", "adamw" (Adam with weight decay), "adafactor", "lion", or "muon" (kernels by Muon, the rest by
+            Adam).
+        schedule: "noam" (the paper's: linear warm-up, then the inverse square root, its height given by model_dim), or
+            linear warm-up to `learning_rate` and then "inverse_sqrt", "cosine", "linear" or "constant".
+        learning_rate: highest rate, of every schedule but noam, which needs none.
+        learning_rate_scale: factor on the noam schedule.
         warmup_steps: steps of linear warm-up.
-        beta1, beta2, epsilon: of Adam; the defaults are the paper's.
+        decay_steps: step at which "cosine" and "linear" reach their end; they need it, so that a run that is trained
+            longer than planned keeps its schedule.
+        final_fraction: rate at that end, as a fraction of the highest.
+        beta1, beta2, epsilon: of Adam, Lion (the betas) and Adam's part in Muon; Adafactor has its own.
         clip_norm: gradients are scaled down to this global norm when they exceed it; 0 turns clipping off.
+        weight_decay: decoupled: times the learning rate, it is taken off the decaying parameters in each update.
+        decaying, constant: regular expressions, searched in a parameter's path (encoder/layers/feed_forward/up/kernel).
+            Every parameter must match one of the two and not both, when there is weight decay.
     """
 
+    name: Literal["adam", "adamw", "adafactor", "lion", "muon"] = "adam"
+    schedule: Literal["noam", "inverse_sqrt", "cosine", "linear", "constant"] = "noam"
+    learning_rate: float | None = None
     learning_rate_scale: float = 1.0
     warmup_steps: int = 4_000
+    decay_steps: int | None = None
+    final_fraction: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-9
     clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    decaying: str = "kernel$"
+    constant: str = "(bias|scale|table|vector)$"
 
     def __post_init__(self):
         check_finite("optimizer", self)
-        if self.epsilon <= 0:
-            raise ConfigError(f"optimizer.epsilon must be positive, got {self.epsilon}.")
+        for name in ("epsilon", "learning_rate_scale", "learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer.{name} must be positive, got {getattr(self, name)}.")
         if self.warmup_steps < 1:
             raise ConfigError(f"optimizer.warmup_steps must be at least 1, got {self.warmup_steps}.")
-        if self.learning_rate_scale <= 0:
-            raise ConfigError(f"optimizer.learning_rate_scale must be positive, got {self.learning_rate_scale}.")
-        if self.clip_norm < 0:
-            raise ConfigError(f"optimizer.clip_norm must not be negative (0 turns it off), got {self.clip_norm}.")
+        for name in ("clip_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} must not be negative (0 turns it off), got {getattr(self, name)}.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.final_fraction <= 1:
+            raise ConfigError(f"optimizer.final_fraction must lie in [0, 1], got {self.final_fraction}.")
+        if self.schedule == "noam" and self.learning_rate is not None:
+            raise ConfigError(
+                "optimizer.learning_rate is not used by the schedule noam, whose height follows from model_dim and "
+                "warmup_steps. Set optimizer.learning_rate_scale, or another optimizer.schedule."
+            )
+        if self.schedule != "noam" and (self.learning_rate is None or self.learning_rate_scale != 1.0):
+            raise ConfigError(
+                f"optimizer.schedule: {self.schedule} needs optimizer.learning_rate, the highest rate; "
+                "learning_rate_scale belongs to noam alone."
+            )
+        ends = self.schedule in DECAYS_TO_AN_END
+        if ends and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+            raise ConfigError(
+                f"optimizer.schedule: {self.schedule} needs optimizer.decay_steps, the step at which it ends, beyond "
+                f"warmup_steps ({self.warmup_steps}); got {self.decay_steps}. Often it is training.steps."
+            )
+        if not ends and self.decay_steps is not None:
+            raise ConfigError(f"optimizer.schedule: {self.schedule} has no end; leave out optimizer.decay_steps.")
+        if self.name == "adam" and self.weight_decay:
+            raise ConfigError(
+                "optimizer.name: adam has no weight decay. Set optimizer.name: adamw, or weight_decay: 0."
+            )
+        for name in ("decaying", "constant"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ConfigError(f"optimizer.{name} is not a regular expression: {error}.") from error
 
 
-def noam_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates already made (0 for the first).
 
-        rate(n) = scale * D^-0.5 * min(step^-0.5, step * warmup^-1.5),    step = n + 1
+    With step = n + 1, so that the first update already moves, noam is
+
+        rate(n) = scale * D^-0.5 * min(step^-0.5, step * warmup^-1.5)
+
+    and all others rise linearly to `learning_rate` at step = warmup and then go their way.
 
     References:
         Vaswani et al. 2017, section 5.3, equation 3.
     """
+    warmup = config.warmup_steps
+    if config.schedule == "noam":
+        peak = config.learning_rate_scale * model_dim**-0.5 * warmup**-0.5
+    else:
+        assert config.learning_rate is not None, "checked by the configuration"
+        peak = config.learning_rate
+    span = (config.decay_steps or 0) - warmup
+    after = {  # functions of the steps since the end of the warm-up
+        "noam": lambda step: peak * (warmup / (warmup + step)) ** 0.5,
+        "inverse_sqrt": lambda step: peak * (warmup / (warmup + step)) ** 0.5,
+        "constant": optax.constant_schedule(peak),
+        "linear": lambda step: optax.linear_schedule(peak, config.final_fraction * peak, span)(step),
+        "cosine": lambda step: optax.cosine_decay_schedule(peak, span, config.final_fraction)(step),
+    }[config.schedule]
 
     def rate(count):
         step = jnp.asarray(count, jnp.float32) + 1.0
-        return config.learning_rate_scale * model_dim**-0.5 * jnp.minimum(step**-0.5, step * config.warmup_steps**-1.5)
+        return jnp.where(step < warmup, peak * step / warmup, after(jnp.maximum(step - warmup, 0.0)))
 
     return rate
 
 
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decays(config: OptimizerConfig, params: Any) -> Any:
+    """Returns a tree of bools, True for the parameters that weight decay pulls to zero.
+
+    Raises:
+        ConfigError: parameters that match neither or both of the two expressions; all are named.
+    """
+
+    def match(rule: str, path: Any) -> bool:
+        return re.search(rule, _path(path)) is not None
+
+    found = {path: (match(config.decaying, path), match(config.constant, path)) for path, _ in
+             jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    wrong = [f"{_path(path)} ({'both' if yes else 'neither'})" for path, (yes, no) in found.items() if yes == no]
+    if wrong:
+        raise ConfigError(
+            f"optimizer.decaying ({config.decaying!r}) and optimizer.constant ({config.constant!r}) must say of every "
+            f"parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong[:8])}."
+        )
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Returns, for each parameter, which axes Muon takes for rows and columns of a matrix, or None for Adam.
+
+    Kernels are matrices once their input and output dimensions are flattened, one for each layer of a stack.
+    """
+
+    def dimensions(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        *parents, module, name = _path(path).split("/")
+        if not name.endswith("kernel"):
+            return None
+        stacked = 1 if "layers" in parents else 0
+        axes = tuple(range(stacked, leaf.ndim))
+        inputs = 2 if module == "output" and len(axes) == 3 else 1  # heads and their channels to the model dim
+        return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping, then Adam, then the schedule."""
+    """Returns clipping, then the optimiser, then weight decay, then the schedule."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-    return optax.chain(clip, adam, optax.scale_by_learning_rate(schedule))
+
+    def mask(params: Any) -> Any:
+        return decays(config, params)
+
+    if config.name == "muon":
+        muon = contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=mask if config.weight_decay else None,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.epsilon,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=MUON_UPDATE_RMS,
+        )
+        return optax.chain(clip, muon)
+    scale = {
+        "adam": lambda: optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        "adamw": lambda: optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "lion": lambda: optax.scale_by_lion(b1=config.beta1, b2=config.beta2),
+    }[config.name]()
+    decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
+    return optax.chain(clip, scale, decay, optax.scale_by_learning_rate(schedule))

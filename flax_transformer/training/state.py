@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from flax_transformer.models.build import ModelConfig, VocabularyInfo, build_model
 from flax_transformer.parallel.mesh import replicated_sharding
@@ -76,14 +76,27 @@ def make_layout(
     """Returns the layout of a training state on `mesh`.
 
     Raises:
-        ConfigError: a dimension that a mesh axis shards but does not divide.
+        ConfigError: a dimension that a mesh axis shards but does not divide, or a parameter of which the optimiser's
+            expressions do not say whether it decays.
     """
     graphdef, abstract_params = abstract_model(model, vocabulary)
     shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, key), jax.random.key(0))
     replicated = replicated_sharding(mesh)
     params = parameter_shardings(abstract_params, mesh)
+
+    def like_parameter(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # a parameter that another part of the optimiser changes
+            return leaf
+        return sharding if leaf.shape == param.shape else replicated  # Adafactor keeps sums of rows and of columns
+
     optimizer_shardings = optax.tree.map_params(
-        optimizer.init, lambda _, s: s, shapes.optimizer, params, transform_non_params=lambda _: replicated
+        optimizer.init,
+        like_parameter,
+        shapes.optimizer,
+        shapes.params,
+        params,
+        transform_non_params=lambda _: replicated,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     return StateLayout(graphdef, shapes, TrainState(replicated, params, optimizer_shardings), optimizer)
 
