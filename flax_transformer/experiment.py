@@ -74,7 +74,9 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
     plan = training_plan(train.lengths, config.batching, config.training.seed)
     validation_plan = evaluation_plan(validation.lengths, config.batching)
-    for shape in (*plan.shapes, *validation_plan.shapes):
+    for shape in plan.shapes:
+        check_rows(shape.rows // config.batching.micro_batches, mesh, ("data", "fsdp"), "a batch")
+    for shape in validation_plan.shapes:
         check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
@@ -105,7 +107,14 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             log.say(_description(config, corpus, train, plan, layout, mesh))
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
-            step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
+            step = jit_train_step(
+                layout,
+                schedule,
+                config.training.label_smoothing,
+                config.training.seed,
+                mesh,
+                config.batching.micro_batches,
+            )
             compiled = {}
             if first_step < config.training.steps:
                 clock = time.monotonic()

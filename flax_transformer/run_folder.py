@@ -4,6 +4,7 @@ config.yaml      the complete configuration, itself a valid --config
 run_card.json    what was run, on what, and what came out
 metrics.jsonl    one JSON object for each progress line and evaluation
 train.log        what was printed
+bad_batch.npz    the batch at which a training gave up, if it did
 tokenizer/       SentencePiece models
 checkpoints/     STEP/{params,optimizer,meta}
 samples/         the test part: sources, references, translations
@@ -46,6 +47,11 @@ class RunFolder:
     def log_file(self) -> Path:
         """What was printed."""
         return self.path / "train.log"
+
+    @property
+    def bad_batch(self) -> Path:
+        """The batch at which a training gave up."""
+        return self.path / "bad_batch.npz"
 
     @property
     def tensorboard(self) -> Path:

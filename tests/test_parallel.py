@@ -4,7 +4,9 @@ import dataclasses
 import math
 import re
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -37,15 +39,14 @@ def random_batch(seed: int) -> Batch:
     return Batch(*(a.astype(np.int32) for a in arrays))
 
 
-def prepared(mesh: Mesh, model: TransformerConfig = MODEL, seed: int = 0):
+def prepared(mesh: Mesh, model: TransformerConfig = MODEL, seed: int = 0, micro_batches: int = 1):
     optimizer_config = OptimizerConfig(warmup_steps=10)
     schedule = make_schedule(optimizer_config, model.model_dim)
     layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh)
-    return layout, jit_train_step(layout, schedule, 0.1, seed, mesh)
+    return layout, jit_train_step(layout, schedule, 0.1, seed, mesh, micro_batches)
 
 
-def losses(mesh: Mesh, steps: int = 4) -> tuple[list[float], list[float]]:
-    layout, step = prepared(mesh)
+def losses(mesh: Mesh, layout, step, steps: int = 4) -> tuple[list[float], list[float]]:
     state = init_state(MODEL, VOCABULARY, layout, seed=0)
     found, norms = [], []
     with jax.set_mesh(mesh):
@@ -57,25 +58,63 @@ def losses(mesh: Mesh, steps: int = 4) -> tuple[list[float], list[float]]:
 
 
 @pytest.fixture(scope="module")
-def single(one_device):
-    return losses(one_device)
+def on_one(one_device):
+    """Layout and step, compiled once for all tests on one device."""
+    return prepared(one_device)
+
+
+@pytest.fixture(scope="module")
+def single(one_device, on_one):
+    return losses(one_device, *on_one)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_eight_devices_give_the_losses_of_one(sizes, single):
-    found = losses(make_mesh(MeshConfig(*sizes)))
+    mesh = make_mesh(MeshConfig(*sizes))
+    found = losses(mesh, *prepared(mesh))
     # Sums run in another order on each mesh; four updates of Adam carry the difference on.
     np.testing.assert_allclose(found[0], single[0], rtol=2e-5)
     np.testing.assert_allclose(found[1], single[1], rtol=1e-4)
+
+
+def test_gradients_summed_over_pieces_equal_those_of_the_whole_batch(one_device):
+    """Without dropout, whose keys belong to pieces; sentences differ in length, and so pieces in tokens.
+
+    The second loss comes after an update. Parameters are not compared: key biases have no gradient but rounding, which
+    Adam blows up.
+    """
+    model = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    made = []
+    for mesh, micro_batches in ((one_device, 1), (make_mesh(MeshConfig(2, 2, 2)), 4)):
+        layout, step = prepared(mesh, model, micro_batches=micro_batches)
+        state = init_state(model, VOCABULARY, layout, seed=0)
+        with jax.set_mesh(mesh):
+            for i in range(2):
+                state, metrics = step(state, jax.device_put(random_batch(i), batch_sharding(mesh)))
+                made.append([float(x) for x in (*metrics.sums, metrics.gradient_norm)])
+    np.testing.assert_allclose(made[2:], made[:2], rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(one_device, on_one):
+    layout, step = on_one
+    state = init_state(MODEL, VOCABULARY, layout, seed=0)
+    table = state.params["target_embedding"]["table"]
+    params = state.params | {"target_embedding": {"table": table.at[7].set(jnp.inf)}}
+    state = dataclasses.replace(state, params=params)
+    before = jax.device_get(state)
+    with jax.set_mesh(one_device):
+        state, metrics = step(state, jax.device_put(random_batch(0), batch_sharding(one_device)))
+    assert metrics.skipped and int(state.step) == 1
+    chex.assert_trees_all_equal(jax.device_get((state.params, state.optimizer)), (before.params, before.optimizer))
 
 
 def test_losses_fall(single):
     assert single[0][-1] < single[0][0]
 
 
-def test_the_state_is_donated_and_dropout_differs_between_steps_and_seeds_alone(one_device):
+def test_the_state_is_donated_and_dropout_differs_between_steps_and_seeds_alone(one_device, on_one):
     """The same parameters and batch at another step, and under another seed, give another loss; else the same."""
-    layout, step = prepared(one_device)
+    layout, step = on_one
     _, other_seed = prepared(one_device, seed=1)
     batch = jax.device_put(random_batch(0), batch_sharding(one_device))
 

@@ -31,6 +31,7 @@ from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.translator import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.shapes import Batch
 from flax_transformer.training.checkpoint import Checkpoints, checksums
 from flax_transformer.training.run_log import read_metrics
 
@@ -166,15 +167,22 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path, capsys)
         assert not folder.exists()
 
 
-def test_divergence_is_said_and_leaves_the_last_checkpoint(recipe, tmp_path, capsys):
+def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_path, capsys):
     folder = tmp_path / "diverged"
     arguments = ["--config", str(recipe), "--run", str(folder), "--optimizer.learning-rate-scale", "1e30"]
-    assert command("train", *arguments, "--model.norm-order", "pre", "--training.checkpoint-every-steps", "1") == 1
-    message = capsys.readouterr().err
-    assert "training diverged at step" in message and "The last checkpoint is whole" in message
-    step = int(message.split("diverged at step ")[1].split(":")[0])
+    arguments += ["--training.steps", "40", "--training.evaluate-every-steps", "40", "--model.norm-order", "pre"]
+    assert command("train", *arguments) == 1
+    captured = capsys.readouterr()
+    assert "training diverged: 10 steps in a row were skipped, the last is step" in captured.err
+    assert "The last checkpoint is whole" in captured.err
+    step = int(captured.err.split("the last is step ")[1].split(":")[0])
+    assert f"warning: step {step - 9} was skipped: loss" in captured.out
+    assert f"warning: step {step - 10} was skipped" not in captured.out
+    with np.load(folder / "bad_batch.npz") as batch:
+        assert set(batch) == set(Batch._fields) and batch["target_segments"].any()
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == step - 1
+        latest = checkpoints.latest_step()
+    assert latest is not None and all(np.isfinite(a).all() for a in jax.tree.leaves(checkpoint_params(folder, latest)))
 
 
 def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):

@@ -30,15 +30,18 @@ class BatchingConfig:
         tokens_per_batch: padded tokens of a batch at most, on the longer side.
         num_shapes: of bucketed batches: shapes to choose, each of which is compiled once.
         row_length: of packed batches: padded tokens of a row on the longer side.
+        micro_batches: gradients of a batch are summed up over so many equal pieces of it, one after the other; the
+            update is that of the whole batch, and the activations of one piece at a time need memory.
     """
 
     form: Literal["bucketed", "packed"] = "bucketed"
     tokens_per_batch: int = 4_096
     num_shapes: int = 4
     row_length: int = 256
+    micro_batches: int = 1
 
     def __post_init__(self):
-        for name in ("tokens_per_batch", "num_shapes", "row_length"):
+        for name in ("tokens_per_batch", "num_shapes", "row_length", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -128,17 +131,18 @@ class Plan(Protocol):
         ...
 
 
-def rows_within(budget: int, length: int) -> int:
-    """Returns how many rows of `length` tokens a budget holds, as a multiple of `ROW_MULTIPLE`.
+def rows_within(budget: int, length: int, pieces: int) -> int:
+    """Returns how many rows of `length` tokens a budget holds, as a multiple of `ROW_MULTIPLE` for each of the pieces.
 
     Raises:
-        ConfigError: not even `ROW_MULTIPLE` rows.
+        ConfigError: not even one such multiple.
     """
-    rows = budget // length // ROW_MULTIPLE * ROW_MULTIPLE
-    if rows < ROW_MULTIPLE:
+    multiple = ROW_MULTIPLE * pieces
+    rows = budget // length // multiple * multiple
+    if rows < multiple:
         raise ConfigError(
-            f"batching.tokens_per_batch ({budget}) is too small: a batch has at least {ROW_MULTIPLE} rows, and a row "
-            f"has {length} tokens on one side. Give at least {ROW_MULTIPLE * length}, or lower the longest row: "
+            f"batching.tokens_per_batch ({budget}) is too small: a batch has at least {multiple} rows, and a row has "
+            f"{length} tokens on one side. Give at least {multiple * length}, or lower the longest row: "
             "model.max_source_length and model.max_target_length (bucketed), batching.row_length (packed)."
         )
     return rows

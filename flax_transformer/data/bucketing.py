@@ -15,7 +15,7 @@ from flax_transformer.data.batching import (
 from flax_transformer.errors import InputError
 
 
-def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int) -> list[BatchShape]:
+def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int, pieces: int = 1) -> list[BatchShape]:
     """Returns at most `most` shapes, shortest first, with the least padding that so many shapes allow.
 
     Pairs are ordered by their longer side; a shape holds a range of that order and is as long, on each side, as the
@@ -25,9 +25,10 @@ def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int) -> list
         lengths: [number of pairs, 2].
         most: number of shapes.
         tokens_per_batch: padded tokens at most, on the longer side.
+        pieces: into which rows will be cut, see `BatchingConfig.micro_batches`.
 
     Raises:
-        ConfigError: the budget does not hold `ROW_MULTIPLE` of the longest pairs.
+        ConfigError: the budget does not hold `ROW_MULTIPLE` of the longest pairs for each piece.
     """
     longer = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE  # one group for each rounded length
     groups = np.unique(longer)
@@ -52,7 +53,7 @@ def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int) -> list
     while j:
         i = int(cut[k, j])
         source_length, target_length = (int(n) for n in rounded[i:j].max(axis=0))
-        rows = rows_within(tokens_per_batch, max(source_length, target_length))
+        rows = rows_within(tokens_per_batch, max(source_length, target_length), pieces)
         shapes.append(BatchShape(rows, source_length, target_length))
         k, j = k - 1, i
     return shapes[::-1]

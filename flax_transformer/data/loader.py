@@ -4,7 +4,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flax_transformer.data.batching import BatchingConfig, Plan, Position, TokenizedPairs, make_batch
+from flax_transformer.data.batching import (
+    LENGTH_MULTIPLE,
+    ROW_MULTIPLE,
+    BatchingConfig,
+    Plan,
+    Position,
+    TokenizedPairs,
+    make_batch,
+)
 from flax_transformer.data.bucketing import BucketedPlan, choose_shapes
 from flax_transformer.data.packing import PackedPlan, packed_shape
 from flax_transformer.shapes import Batch
@@ -23,12 +31,14 @@ def training_plan(lengths: np.ndarray, config: BatchingConfig, seed: int) -> Pla
     """
     if config.form == "packed":
         return PackedPlan(lengths, packed_shape(lengths, config), seed)
-    return BucketedPlan(lengths, choose_shapes(lengths, config.num_shapes, config.tokens_per_batch), seed)
+    shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.micro_batches)
+    return BucketedPlan(lengths, shapes, seed)
 
 
 def evaluation_plan(lengths: np.ndarray, config: BatchingConfig) -> Plan:
-    """Returns batches of one shape in order of the text, whatever the form of training."""
-    return BucketedPlan(lengths, choose_shapes(lengths, 1, config.tokens_per_batch), None)
+    """Returns batches of one shape in order of the text, whatever the form of training, as large as one piece."""
+    budget = max(config.tokens_per_batch // config.micro_batches, ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE))
+    return BucketedPlan(lengths, choose_shapes(lengths, 1, budget), None)
 
 
 def training_batches(pairs: TokenizedPairs, plan: Plan, start: Position) -> Iterator[tuple[Batch, Position]]:

@@ -41,7 +41,7 @@ def packed_shape(lengths: np.ndarray, config: BatchingConfig) -> BatchShape:
     sides = [
         max(round_up(int(config.row_length * s), LENGTH_MULTIPLE), int(n)) for s, n in zip(share, longest, strict=True)
     ]
-    return BatchShape(rows_within(config.tokens_per_batch, max(sides)), *sides)
+    return BatchShape(rows_within(config.tokens_per_batch, max(sides), config.micro_batches), *sides)
 
 
 def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:

@@ -25,49 +25,72 @@ Save = Callable[[TrainState, Position], None]
 Evaluate = Callable[[Any, int], None]
 
 
+# Updates in a row that may be skipped before the training gives up.
+MOST_SKIPPED = 10
+
+
 @dataclass
 class Window:
     """What has happened since the last progress line.
 
     Attributes:
-        pending: metrics that are still on the device, so that the host need not wait for each.
-        fetched: metrics on the host.
-        tokens: counts over all of them.
+        pending: metrics that are still on the device, so that the host need not wait for each, and their batches.
+        fetched: metrics on the host, of the updates that were not skipped.
+        tokens: counts over all updates.
+        learning_rate: of the last update.
+        skipped: updates that were skipped.
+        skipped_in_a_row: of them, those up to now without one between that was not; carried from window to window.
         started: when the window began, moved on by every pause.
     """
 
-    pending: list[StepMetrics] = field(default_factory=list)
+    pending: list[tuple[StepMetrics, Batch]] = field(default_factory=list)
     fetched: list[StepMetrics] = field(default_factory=list)
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    learning_rate: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def fetch(self, step: int) -> None:
+    def fetch(self, step: int, log: RunLog) -> None:
         """Waits for the device and takes over its metrics, the last of which belong to `step`.
 
         Raises:
-            DivergenceError: a loss or a gradient norm is not finite.
+            DivergenceError: `MOST_SKIPPED` updates in a row were skipped; the batch of the last one is kept in a file.
         """
         first = step - len(self.pending) + 1
-        for number, metrics in enumerate(jax.device_get(self.pending), start=first):
-            if not (math.isfinite(metrics.sums.loss) and math.isfinite(metrics.gradient_norm)):
+        batches = [batch for _, batch in self.pending]
+        all_metrics = jax.device_get([metrics for metrics, _ in self.pending])
+        for number, (metrics, batch) in enumerate(zip(all_metrics, batches, strict=True), start=first):
+            self.learning_rate = float(metrics.learning_rate)
+            if not metrics.skipped:
+                self.fetched.append(metrics)
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            what = f"loss {float(metrics.sums.loss)}, gradient norm {float(metrics.gradient_norm)}"
+            log.say(f"warning: step {number} was skipped: {what}")
+            if self.skipped_in_a_row == MOST_SKIPPED:
+                kept = log.keep_batch(batch)
                 raise DivergenceError(
-                    f"training diverged at step {number}: loss {float(metrics.sums.loss)}, gradient norm "
-                    f"{float(metrics.gradient_norm)}. The last checkpoint is whole. Try a lower "
-                    "learning rate (section optimizer), more optimizer.warmup_steps, or model.norm_order: pre."
+                    f"training diverged: {MOST_SKIPPED} steps in a row were skipped, the last is step {number}: "
+                    f"{what}. Its batch is kept in {kept}. The last checkpoint is whole. Try a lower learning rate "
+                    "(section optimizer), more optimizer.warmup_steps, or model.norm_order: pre."
                 )
-            self.fetched.append(metrics)
         self.pending = []
 
     def report(self, step: int, steps: int, seconds_left: float) -> ProgressReport:
         """Returns the figures of a progress line."""
         sums = [float(sum(values)) for values in zip(*(m.sums for m in self.fetched), strict=True)]
+        norms = [float(m.gradient_norm) for m in self.fetched]
         return ProgressReport(
             step=step,
             steps=steps,
-            loss=LossSummary.of(*sums),
-            learning_rate=float(self.fetched[-1].learning_rate),
-            gradient_norm=float(sum(m.gradient_norm for m in self.fetched) / len(self.fetched)),
+            loss=LossSummary.of(*sums or [math.nan] * 4),
+            learning_rate=self.learning_rate,
+            gradient_norm=sum(norms) / len(norms) if norms else math.nan,
             tokens=self.tokens,
+            skipped=self.skipped,
             seconds=time.monotonic() - self.started,
             seconds_left=seconds_left,
         )
@@ -151,7 +174,8 @@ def train_loop(
         The state, and the signal that stopped the training early, or None. In both cases the state was saved.
 
     Raises:
-        DivergenceError: a loss or gradient that is not finite; a state that it has touched is never saved.
+        DivergenceError: `MOST_SKIPPED` steps in a row had a loss or gradient that is not finite; none of them changed
+            the parameters.
     """
     sharding = batch_sharding(mesh)
     step = first_step = int(state.step)
@@ -164,7 +188,7 @@ def train_loop(
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
             state, metrics = compiled[_shape_of(batch)](state, jax.device_put(batch, sharding))
-            window.pending.append(metrics)
+            window.pending.append((metrics, batch))
             step += 1
             last = step == config.steps
             to_log = step % config.log_every_steps == 0 or last
@@ -173,11 +197,11 @@ def train_loop(
 
             # --- report
             if to_log or to_save or to_evaluate:
-                window.fetch(step)
+                window.fetch(step, log)
             if to_log:
                 pace = (time.monotonic() - loop_start) / (step - first_step)
                 log.progress(window.report(step, config.steps, pace * (config.steps - step)))
-                window = Window()
+                window = Window(skipped_in_a_row=window.skipped_in_a_row)
 
             # --- save, then evaluate; neither counts as training time
             pause = time.monotonic()
@@ -188,6 +212,6 @@ def train_loop(
             window.started += time.monotonic() - pause
 
         if stop.signal is not None and position is not None:
-            window.fetch(step)
+            window.fetch(step, log)
             save(state, position)
     return state, stop.signal

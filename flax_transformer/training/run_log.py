@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tensorboardX import SummaryWriter
 
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.shapes import Batch
 from flax_transformer.training.metrics import LossSummary, TokenCounts
 
 BAR_WIDTH = 20
@@ -29,6 +31,7 @@ class ProgressReport:
         learning_rate: of the last update.
         gradient_norm: mean over the updates, before clipping.
         tokens: counts over the updates.
+        skipped: updates that were skipped, since loss or gradient was not finite.
         seconds: time of the updates alone: no compilation, evaluation or checkpoint.
         seconds_left: estimate for the rest of the training, evaluations included.
     """
@@ -39,6 +42,7 @@ class ProgressReport:
     learning_rate: float
     gradient_norm: float
     tokens: TokenCounts
+    skipped: int
     seconds: float
     seconds_left: float
 
@@ -52,7 +56,7 @@ class ProgressReport:
             f"{self.step}/{self.steps} loss {self.loss.loss:.3f} ppl {self.loss.perplexity:.2f} "
             f"acc {100 * self.loss.accuracy:.1f}% lr {self.learning_rate:.2e} |g| {self.gradient_norm:.2f} "
             f"src {source_rate:,.0f} tgt {target_rate:,.0f} tok/s pad {100 * self.tokens.padding_share:.0f}% "
-            f"left {minutes}:{seconds:02d}"
+            f"left {minutes}:{seconds:02d}" + (f" skipped {self.skipped}" if self.skipped else "")
         )
 
     @property
@@ -68,6 +72,7 @@ class ProgressReport:
             "source_tokens": self.tokens.source,
             "target_tokens": self.tokens.target,
             "padding_share": self.tokens.padding_share,
+            "skipped": self.skipped,
             "seconds": self.seconds,
         }
 
@@ -83,6 +88,7 @@ class RunLog:
     """
 
     def __init__(self, folder: RunFolder, first_step: int = 0):
+        self._folder = folder
         _keep_records_up_to(folder.metrics_file, first_step)
         self._metrics = folder.metrics_file.open("a", encoding="utf-8")
         self._log = folder.log_file.open("a", encoding="utf-8")
@@ -125,6 +131,11 @@ class RunLog:
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
                 self._events.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def keep_batch(self, batch: Batch) -> Path:
+        """Writes a batch's arrays for a person to look at, and returns the file."""
+        np.savez(self._folder.bad_batch, **batch._asdict())
+        return self._folder.bad_batch
 
     def stop_progress(self) -> None:
         """Leaves the last progress line standing."""
