@@ -38,8 +38,11 @@ class TrainingConfig:
         log_every_steps: distance of progress lines.
         evaluate_every_steps: distance of evaluations (loss and beam search) on validation text.
         evaluate_sentences: validation sentences translated at each, at most.
-        checkpoint_every_steps: distance of checkpoints; the last step always has one.
-        keep_checkpoints: the newest so many are kept.
+        best_by: what makes one evaluation better than another: "bleu", "chrf", or "loss" (the lower).
+        patience: evaluations in a row without a new best after which the training ends; 0 never ends it.
+        checkpoint_every_steps: distance of checkpoints; every evaluation and the last step have one, too.
+        keep_newest: so many of the newest checkpoints are kept.
+        keep_best: so many of the best are kept beside them.
     """
 
     steps: int = 2_000
@@ -48,14 +51,19 @@ class TrainingConfig:
     log_every_steps: int = 50
     evaluate_every_steps: int = 500
     evaluate_sentences: int = 512
+    best_by: Literal["bleu", "chrf", "loss"] = "bleu"
+    patience: int = 0
     checkpoint_every_steps: int = 500
-    keep_checkpoints: int = 2
+    keep_newest: int = 2
+    keep_best: int = 1
 
     def __post_init__(self):
         for name in ("steps", "log_every_steps", "evaluate_every_steps", "evaluate_sentences",
-                     "checkpoint_every_steps", "keep_checkpoints"):  # fmt: skip
+                     "checkpoint_every_steps", "keep_newest", "keep_best"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.patience < 0:
+            raise ConfigError(f"training.patience must not be negative (0 turns it off), got {self.patience}.")
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
@@ -114,6 +122,7 @@ class Config:
 
     Attributes:
         run: the run folder; all that the run writes lies in it.
+        init_from: run folder whose best parameters and whose tokenizer the training starts from; None starts anew.
         data: which corpus.
         tokenizer: how its text becomes ids.
         model: which model.
@@ -126,6 +135,7 @@ class Config:
     """
 
     run: str = "runs/number_words"
+    init_from: str | None = None
     data: DataConfig = field(default_factory=NumberWordsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=TransformerConfig)

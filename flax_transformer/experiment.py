@@ -1,5 +1,6 @@
 """A whole run: corpus, tokenizer, training, evaluation, pictures."""
 
+import dataclasses
 import platform
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from flax_transformer.errors import RunFolderError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.parallel.memory import needed_bytes
 from flax_transformer.parallel.mesh import batch_sharding, check_rows, make_mesh
 from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
@@ -70,7 +72,13 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         folder.check_unused()
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data)
-    tokenizers = folder.tokenizers() if resume else TokenizerPair.train(*corpus.train, config.tokenizer)
+    parent = None if config.init_from is None or resume else _parent(config)
+    if resume:
+        tokenizers = folder.tokenizers()
+    elif parent is not None:
+        tokenizers = parent.tokenizers()
+    else:
+        tokenizers = TokenizerPair.train(*corpus.train, config.tokenizer)
     train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
     plan = training_plan(train.lengths, config.batching, config.training.seed)
     validation_plan = evaluation_plan(validation.lengths, config.batching)
@@ -83,13 +91,15 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh)
+    start = None if parent is None else _best_params(parent, layout)
     # Everything that the user can get wrong has been looked at: now there is a run.
     if resume:
         folder.update_config(config)
     else:
         folder.create(config, tokenizers)
 
-    with Checkpoints(folder.checkpoints, config.training.keep_checkpoints) as checkpoints:
+    keep = config.training.keep_newest, config.training.keep_best
+    with Checkpoints(folder.checkpoints, keep) as checkpoints:
         if resume and checkpoints.latest_step() is not None:
             restored = checkpoints.restore(layout)
             state, position = restored.state, restored.position
@@ -99,7 +109,10 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                     "'data' have changed, so its position in them means nothing. Put them back, or start a new run."
                 )
         else:
+            if resume and config.init_from is not None:  # stopped before its first checkpoint
+                start = _best_params(_parent(config), layout)
             state = init_state(config.model, vocabulary, layout, config.training.seed)
+            state = state if start is None else dataclasses.replace(state, params=start)
             position = Position(0, 0)
         first_step = int(state.step)
 
@@ -119,7 +132,11 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             if first_step < config.training.steps:
                 clock = time.monotonic()
                 compiled = compile_steps(step, layout, plan.shapes, mesh)
-                log.say(f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s")
+                largest = max(needed_bytes(program) for program in compiled.values())
+                log.say(
+                    f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s; a step needs at most "
+                    f"{largest / 2**20:,.0f} MiB on each device"
+                )
 
             translator = Translator(config.model, tokenizers, state.params, config.decoding, mesh)
             watch = Validation(config, corpus.validation, validation, validation_plan, translator, layout, log)
@@ -131,8 +148,9 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 config.training,
                 mesh,
                 log,
-                save=lambda state, position: checkpoints.save(state, position, train.fingerprint),
+                save=lambda state, position, quality: checkpoints.save(state, position, train.fingerprint, quality),
                 evaluate=watch,
+                history=watch.history(folder),
             )
             training_seconds = time.monotonic() - clock
             log.stop_progress()
@@ -140,9 +158,13 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 log.say(f"stopped by signal {signal} at step {int(state.step)}; saved. Go on with --resume.")
                 return Outcome(folder, None, signal)
 
+            best = checkpoints.choose("best")
+            if best != int(state.step):
+                log.say(f"\nthe best evaluation was at step {best}: its parameters are tested")
+                state = dataclasses.replace(state, params=checkpoints.restore_params(best, layout.abstract.params))
             translator = translator.with_params(state.params)
             scores, samples = _score(config, corpus, translator, folder, log)
-            card = _run_card(config, tokenizers, layout, mesh, int(state.step), scores, training_seconds)
+            card = _run_card(config, tokenizers, layout, mesh, (int(state.step), best), scores, training_seconds)
             folder.write_card(card)
             _draw(config, corpus, translator, folder, samples)
             log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
@@ -169,10 +191,19 @@ class Validation:
         self.step = jit_evaluation_step(layout, config.training.label_smoothing, translator.mesh)
         self.translator = translator
         self.bleu_tokenizer = config.evaluation.bleu_tokenizer
+        self.best_by = config.training.best_by
         self.log = log
 
-    def __call__(self, params: Any, step: int) -> None:
-        """Logs loss and scores of `params`."""
+    def quality(self, record: dict[str, Any]) -> float:
+        """Returns what `training.best_by` makes of an evaluation's figures, the higher the better."""
+        return -record["loss"] if self.best_by == "loss" else record[self.best_by]
+
+    def history(self, folder: RunFolder) -> list[float]:
+        """Returns the qualities of the evaluations that a run has had so far."""
+        return [self.quality(r) for r in read_metrics(folder.metrics_file) if r["kind"] == "validation"]
+
+    def __call__(self, params: Any, step: int) -> float:
+        """Logs loss and scores of `params`, and returns their quality."""
         clock = time.monotonic()
         with jax.set_mesh(self.translator.mesh):
             sums = [
@@ -182,23 +213,22 @@ class Validation:
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*jax.device_get(sums), strict=True)))
         hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
         scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
-        self.log.record(
-            "validation",
-            {
-                "step": step,
-                "loss": loss.loss,
-                "perplexity": loss.perplexity,
-                "accuracy": loss.accuracy,
-                "bleu": scores.bleu,
-                "chrf": scores.chrf,
-                "exact_match": scores.exact_match,
-            },
-        )
+        record = {
+            "step": step,
+            "loss": loss.loss,
+            "perplexity": loss.perplexity,
+            "accuracy": loss.accuracy,
+            "bleu": scores.bleu,
+            "chrf": scores.chrf,
+            "exact_match": scores.exact_match,
+        }
+        self.log.record("validation", record)
         self.log.say(
             f"validation at step {step}: loss {loss.loss:.3f} ppl {loss.perplexity:.2f} acc {100 * loss.accuracy:.1f}% "
             f"BLEU {scores.bleu:.2f} chrF {scores.chrf:.2f} exact {scores.exact_match:.1f}% "
             f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
         )
+        return self.quality(record)
 
 
 def _tokenize(text: ParallelText, tokenizers: TokenizerPair, config: Config) -> TokenizedPairs:
@@ -210,13 +240,36 @@ def _tokenize(text: ParallelText, tokenizers: TokenizerPair, config: Config) -> 
     )
 
 
+def _parent(config: Config) -> RunFolder:
+    """Returns the run that this one starts from.
+
+    Raises:
+        RunFolderError: it is none, or its tokenizer was made by other settings.
+    """
+    assert config.init_from is not None, "asked for only when it is set"
+    parent = RunFolder.open(config.init_from)
+    if parent.read_config().tokenizer != config.tokenizer:
+        raise RunFolderError(
+            f"--init-from {config.init_from}: its tokenizer was learnt with other settings than section 'tokenizer' "
+            "asks for. Its parameters mean something only with its own tokenizer, which the new run takes over: "
+            f"copy section 'tokenizer' from {parent.config_file}."
+        )
+    return parent
+
+
+def _best_params(parent: RunFolder, layout: StateLayout) -> Any:
+    """Returns the parameters of a run's best checkpoint, in the shardings of `layout`."""
+    with Checkpoints(parent.checkpoints) as checkpoints:
+        return checkpoints.restore_params(checkpoints.choose("best"), layout.abstract.params)
+
+
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
     before = RunFolder.open(folder.path).read_config()
-    for section in ("data", "tokenizer", "model", "batching", "optimizer"):
+    for section in ("init_from", "data", "tokenizer", "model", "batching", "optimizer"):
         if getattr(before, section) != getattr(config, section):
             raise RunFolderError(
-                f"{folder.path} was made with other settings in section '{section}'; a resumed run must keep them. Use "
+                f"{folder.path} was made with other settings in '{section}'; a resumed run must keep them. Use "
                 f"--config {folder.config_file} --resume, or start a new run by --run FOLDER."
             )
     if (before.training.seed, before.training.label_smoothing) != (
@@ -295,7 +348,7 @@ def _run_card(
     tokenizers: TokenizerPair,
     layout: StateLayout,
     mesh: Mesh,
-    step: int,
+    steps: tuple[int, int],
     scores: Scores,
     training_seconds: float,
 ) -> dict[str, Any]:
@@ -308,7 +361,8 @@ def _run_card(
         "versions": {name: version(name) for name in packages},
         "parameters": layout.num_parameters,
         "tokenizers": {"source": tokenizers.source.fingerprint, "target": tokenizers.target.fingerprint},
-        "steps": step,
+        "steps": steps[0],
+        "tested_step": steps[1],
         "seed": config.training.seed,
         "training_seconds": training_seconds,
         "decoding": {"beam_size": config.decoding.beam_size, "length_penalty": config.decoding.length_penalty},

@@ -4,6 +4,8 @@ import dataclasses
 import gzip
 import io
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,10 +31,13 @@ from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import Validation, run_experiment
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.translator import length_bucket
+from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
+from flax_transformer.training import loop
 from flax_transformer.training.checkpoint import Checkpoints, checksums
+from flax_transformer.training.loop import Patience
 from flax_transformer.training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +149,7 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
 
 
 def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(Validation, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Validation, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM) or 0.0)
     folder = tmp_path / "killed"
     arguments = ["--config", str(recipe), "--run", str(folder), "--training.evaluate-every-steps", "6"]
     assert command("train", *arguments) == 3
@@ -183,6 +188,37 @@ def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_
     with Checkpoints(folder / "checkpoints") as checkpoints:
         latest = checkpoints.latest_step()
     assert latest is not None and all(np.isfinite(a).all() for a in jax.tree.leaves(checkpoint_params(folder, latest)))
+
+
+def test_a_step_that_does_not_fit_the_memory_is_explained_before_the_first(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "available_bytes", lambda mesh: 1000)
+    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "large")) == 2
+    message = capsys.readouterr().err
+    assert re.search(r"on batches of 8 rows x 28/44 tokens needs 0.0 GiB on each device, and there are 0.0", message)
+    assert "Raise batching.micro_batches, lower batching.tokens_per_batch" in message
+
+
+def test_memory_is_counted(one_device):
+    program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
+    assert 2 * 64 * 64 * 4 <= needed_bytes(program) < 10 * 64 * 64 * 4
+    available = available_bytes(one_device)
+    assert available is not None and available > 2**28
+    assert available_bytes(make_mesh(MeshConfig(data=8))) == available // 8
+
+
+def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
+    """In processes of their own, since the setting belongs to the process."""
+    code = (
+        "import jax; from flax_transformer.cli.main import use_compilation_cache; use_compilation_cache(); "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    for more, expected in (
+        ({"XDG_CACHE_HOME": str(tmp_path)}, str(tmp_path / "flax_transformer" / "compiled")),
+        ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None"),
+    ):
+        found = subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, text=True)
+        assert found.stdout.strip() == expected, found.stderr
 
 
 def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
@@ -234,7 +270,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(run, recipe, capsys):
 
 def test_a_resumed_run_must_keep_its_recipe(run, recipe, capsys):
     assert command("train", "--config", str(recipe), "--run", str(run), "--resume", "--model.num-heads", "4") == 2
-    assert "made with other settings in section 'model'" in capsys.readouterr().err
+    assert "made with other settings in 'model'" in capsys.readouterr().err
 
 
 def test_folders_without_a_run_or_a_checkpoint_are_explained(run, tmp_path, capsys):
@@ -277,7 +313,7 @@ def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
         checkpointer.save(item, params)
     message = r"is damaged: params decoder/layers/feed_forward/up/kernel \(1 in all\).* Delete that folder to go on"
     with pytest.raises(RunFolderError, match=message):
-        Translator.load(copy, one_device)
+        Translator.load(copy, one_device, checkpoint="last")
 
 
 def test_checksums_do_not_depend_on_sharding_and_see_every_bit_and_place():
@@ -448,3 +484,78 @@ def test_an_experiment_on_eight_devices_equals_one(run, recipe, tmp_path, one_de
     # Saved on eight devices, read on one: the checksums are of the values, wherever they lie.
     translator = Translator.load(tmp_path / "mesh", one_device)
     assert len(translator.translate(["six"])) == 1
+
+
+# --- best checkpoints, averages, starting from another run
+
+
+def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path, monkeypatch, capsys):
+    """Made-up qualities, best at step 4; patience ends the training two evaluations later."""
+    qualities = {2: 1.0, 4: 3.0, 6: 2.0, 8: 3.0, 10: 2.5}
+    monkeypatch.setattr(Validation, "quality", lambda self, record: qualities[record["step"]])
+    folder = tmp_path / "best"
+    arguments = ["--config", str(recipe), "--run", str(folder), "--training.evaluate-every-steps", "2"]
+    arguments += ["--training.patience", "2", "--training.keep-newest", "1", "--training.steps", "12"]
+    assert command("train", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "no better evaluation for 2 in a row: the training ends at step 8" in printed
+    assert "the best evaluation was at step 8" not in printed  # an equal one does not end the search, but is later
+    card = json.loads((folder / "run_card.json").read_text())
+    assert (card["steps"], card["tested_step"]) == (8, 8)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.best_steps()[0] == 8
+
+    monkeypatch.setitem(qualities, 8, 2.0)
+    folder = tmp_path / "earlier"
+    assert command("train", *(str(folder) if a == str(tmp_path / "best") else a for a in arguments)) == 0
+    assert "the best evaluation was at step 4: its parameters are tested" in capsys.readouterr().out
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert (checkpoints.newest_steps(), checkpoints.choose("best"), checkpoints.choose("last")) == ([8, 4], 4, 8)
+    best, last = (Translator.load(folder, checkpoint=which).params for which in ("best", "last"))
+    chex.assert_trees_all_equal(jax.device_get(best), checkpoint_params(folder, 4))
+    chex.assert_trees_all_equal(jax.device_get(last), checkpoint_params(folder, 8))
+    # Going on does not begin to count anew.
+    assert command("train", "--run", str(folder), "--resume") == 0
+    assert json.loads((folder / "run_card.json").read_text())["steps"] == 8
+
+
+def test_patience_counts_evaluations_since_the_best():
+    patience = Patience(2, [1.0, 3.0])
+    assert not patience.exhausted
+    for quality, exhausted in ((2.0, False), (4.0, False), (4.0, False), (3.0, True)):
+        patience.note(quality)
+        assert patience.exhausted == exhausted
+    never = Patience(0, [5.0, 4.0, 3.0, 2.0])
+    assert not never.exhausted
+
+
+def test_an_average_translates_but_is_not_resumed(run, tmp_path, capsys):
+    output = tmp_path / "mean"
+    assert command("average", "--run", str(run), "--output", str(output), "--num", "2") == 0
+    assert "the mean of steps 6, 8 lies in" in capsys.readouterr().out
+    sixth, eighth = checkpoint_params(run, 6), checkpoint_params(run, 8)
+    mean = jax.device_get(Translator.load(output).params)
+    chex.assert_trees_all_close(mean, jax.tree.map(lambda a, b: (a + b) / 2, sixth, eighth), rtol=1e-6, atol=1e-8)
+    assert command("train", "--run", str(output), "--resume", "--training.steps", "10") == 2
+    assert "holds parameters without the state of an optimiser" in capsys.readouterr().err
+    assert command("average", "--run", str(run), "--output", str(tmp_path / "more"), "--num", "7") == 2
+    assert "to choose the 7 newest from. Ask for fewer by --num" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+    assert command("average", "--run", str(run), "--output", str(output), "--num", "1") == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_another_with_its_tokenizer(run, recipe, tmp_path, capsys):
+    folder = tmp_path / "tuned"
+    arguments = ["--config", str(recipe), "--run", str(folder), "--init-from", str(run)]
+    assert command("train", *arguments, "--data.num-train", "200", "--optimizer.warmup-steps", "1000000") == 0
+    assert RunFolder(folder).tokenizers().source.model == RunFolder(run).tokenizers().source.model
+    best = jax.device_get(Translator.load(run).params)
+    # So slow a warm-up moves nothing by more than this, so what is left is where it started.
+    chex.assert_trees_all_close(checkpoint_params(folder, 8), best, atol=1e-5)
+    assert command("train", *arguments, "--run", str(tmp_path / "no"), "--tokenizer.vocab-size", "50") == 2
+    message = capsys.readouterr().err
+    assert "its tokenizer was learnt with other settings" in message and "copy section 'tokenizer' from" in message
+    assert command("train", *arguments, "--run", str(tmp_path / "no"), "--model.feed-forward-dim", "48") == 2
+    assert "does not fit the model" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -11,6 +11,7 @@ from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Choice
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class EvaluateOptions:
         run: run folder of the model.
         source: text to translate, plain or .gz, one sentence a line.
         reference: its translation, line by line.
+        checkpoint: the one that was best on validation text, or the last.
         beam_size: hypotheses kept at each step; the run's own setting when left out.
         length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
         output: where to write the translations; nowhere when left out.
@@ -29,6 +31,7 @@ class EvaluateOptions:
     run: Path
     source: Path
     reference: Path
+    checkpoint: Choice = "best"
     beam_size: int | None = None
     length_penalty: str | None = None
     output: Path | None = None
@@ -44,7 +47,7 @@ def main(arguments: list[str], program: str) -> int:
     text = read_parallel_text(options.source, options.reference)
     if options.output is not None and not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
-    translator = Translator.load(options.run)
+    translator = Translator.load(options.run, checkpoint=options.checkpoint)
     translations = translator.translate(text.source, beam_size=options.beam_size, length_penalty=options.length_penalty)
     hypotheses = [t.text for t in translations]
     bleu_tokenizer = RunFolder.open(options.run).read_config().evaluation.bleu_tokenizer

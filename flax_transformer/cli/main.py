@@ -5,24 +5,39 @@ were shortened.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from flax_transformer.cli import compare, evaluate, train, translate
+import jax
+
+from flax_transformer.cli import average, compare, evaluate, train, translate
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
 
 VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     "train": (train.main, "train as a configuration says, then evaluate"),
     "translate": (translate.main, "translate standard input to standard output, line by line"),
     "evaluate": (evaluate.main, "translate a file and score it against a reference"),
+    "average": (average.main, "the mean of several checkpoints as a run folder of its own"),
     "compare": (compare.main, "finished runs to one table and two pictures"),
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless the user has named another or turned it off."""
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "flax_transformer" / "compiled"))
+
+
 def run_verb(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
     """Returns the exit code of a verb; a user's mistake is printed without a traceback."""
+    use_compilation_cache()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its ordinary workings as warnings
     try:
         return verb(arguments, program)

@@ -10,6 +10,7 @@ import tyro
 
 from flax_transformer.errors import InputError
 from flax_transformer.inference.translator import Translator
+from flax_transformer.training.checkpoint import Choice
 
 # Lines read, translated and written together: enough to fill batches of like length, few enough to hold in memory.
 LINES_AT_ONCE = 2_048
@@ -21,11 +22,13 @@ class TranslateOptions:
 
     Attributes:
         run: run folder of the model.
+        checkpoint: the one that was best on validation text, or the last.
         beam_size: hypotheses kept at each step; the run's own setting when left out.
         length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
     """
 
     run: Path
+    checkpoint: Choice = "best"
     beam_size: int | None = None
     length_penalty: str | None = None
 
@@ -53,7 +56,7 @@ def main(arguments: list[str], program: str) -> int:
         InputError: a bad run folder, setting or line.
     """
     options = tyro.cli(TranslateOptions, args=arguments, prog=program)
-    translator = Translator.load(options.run)
+    translator = Translator.load(options.run, checkpoint=options.checkpoint)
     at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE
     done, shortened = 0, 0
     lines = read_lines(sys.stdin.buffer)

@@ -28,7 +28,7 @@ from flax_transformer.parallel.mesh import (
     replicated_sharding,
 )
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.checkpoint import Checkpoints, Choice
 from flax_transformer.training.state import abstract_model
 
 ALL_AXES = ("data", "fsdp", "tensor")
@@ -155,8 +155,13 @@ class Translator:
         self._searches: dict[BeamSearchConfig, Any] = {}
 
     @classmethod
-    def load(cls, run: Path | str, mesh: Mesh | None = None) -> "Translator":
-        """Returns the translator of a run folder, with its newest checkpoint.
+    def load(cls, run: Path | str, mesh: Mesh | None = None, checkpoint: Choice = "best") -> "Translator":
+        """Returns the translator of a run folder.
+
+        Args:
+            run: the folder.
+            mesh: devices; all that there are when None.
+            checkpoint: the one that was best on validation text, or the last.
 
         Raises:
             RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one.
@@ -171,7 +176,7 @@ class Translator:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), nnx.to_pure_dict(abstract_params)
         )
         with Checkpoints(folder.checkpoints) as checkpoints:
-            params = checkpoints.restore_params(target)
+            params = checkpoints.restore_params(checkpoints.choose(checkpoint), target)
         return cls(config.model, tokenizers, params, config.decoding, mesh)
 
     def with_params(self, params: Any) -> "Translator":

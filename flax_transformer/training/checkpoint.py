@@ -7,7 +7,7 @@ kept beside it. The checksum is computed where the array lies and does not depen
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from orbax.checkpoint import checkpoint_managers
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
 from flax_transformer.training.state import StateLayout, TrainState
+
+Choice = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,34 @@ def checksums(tree: Any) -> dict[str, str]:
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}
 
 
+def _quality(metrics: dict[str, float]) -> float:
+    return metrics["quality"]
+
+
 class Checkpoints:
     """The checkpoints of a run.
 
     Args:
         folder: where they lie, one sub-folder a step.
-        keep: the newest so many are kept when others are saved; None only reads, and leaves alone what a training that
-            goes on beside it is writing.
+        keep: how many are kept when others are saved, (newest, best); None only reads, and leaves alone what a training
+            that goes on beside it is writing.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
+    def __init__(self, folder: Path, keep: tuple[int, int] | None = None):
         self.folder = folder
+        best = {"best_fn": _quality, "best_mode": "max"}
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0, **best)
         else:
+            newest, of_quality = keep
+            policies = [
+                checkpoint_managers.LatestN(newest),
+                checkpoint_managers.BestN(get_metric_fn=_quality, n=of_quality, keep_checkpoints_without_metrics=False),
+            ]
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                **best,
             )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
@@ -97,6 +111,15 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, or None when there is none."""
         return self._manager.latest_step()
 
+    def best_steps(self) -> list[int]:
+        """Returns the steps whose quality is known, best first; of equals the later comes first."""
+        known = [(step, self._manager.metrics(step)) for step in self._manager.all_steps()]
+        return [s for _, s in sorted(((m["quality"], s) for s, m in known if m is not None), reverse=True)]
+
+    def newest_steps(self) -> list[int]:
+        """Returns all steps, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def _newest(self) -> int:
         step = self.latest_step()
         if step is None:
@@ -106,8 +129,15 @@ class Checkpoints:
             )
         return step
 
-    def save(self, state: TrainState, position: Position, data: str) -> None:
-        """Saves `state` under its step; returns before it is written, and the state may be donated at once."""
+    def save(self, state: TrainState, position: Position, data: str, quality: float | None = None) -> None:
+        """Saves `state` under its step; returns before it is written, and the state may be donated at once.
+
+        Args:
+            state: to save.
+            position: the next batch to take.
+            data: fingerprint of the text.
+            quality: on validation text, the higher the better; None when it was not evaluated.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -125,17 +155,32 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave(state.optimizer),
                 meta=ocp.args.JsonSave(meta),
             ),
+            metrics=None if quality is None else {"quality": quality},
         )
+
+    def save_params(self, step: int, params: Any) -> None:
+        """Saves parameters alone, which is enough to translate and to start another run from; waits for the disk."""
+        meta = {"step": step, "checksums": {"params": checksums(params)}}
+        self._manager.save(
+            step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+        )
+        self._manager.wait_until_finished()
 
     def restore(self, layout: StateLayout) -> Restored:
         """Returns the newest checkpoint in the shardings of `layout`.
 
         Raises:
-            RunFolderError: there is no checkpoint, its shapes are not those of `layout`, or it is damaged.
+            RunFolderError: there is no checkpoint, it holds parameters alone, its shapes are not those of `layout`, or
+                it is damaged.
         """
         step = self._newest()
         abstract = layout.abstract
         self._check_shapes(step, abstract.params)
+        if not (self.folder / str(step) / "optimizer").is_dir():
+            raise RunFolderError(
+                f"{self.folder / str(step)} holds parameters without the state of an optimiser, so there is no "
+                "training to go on with. Start a new run from it by --init-from."
+            )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -150,13 +195,23 @@ class Checkpoints:
         state = TrainState(count, restored["params"], restored["optimizer"])
         return Restored(state, Position(meta["epoch"], meta["batch"]), meta["data"])
 
-    def restore_params(self, abstract_params: Any) -> Any:
-        """Returns the parameters of the newest checkpoint alone, in the shardings of `abstract_params`.
+    def choose(self, which: Choice) -> int:
+        """Returns the step of the best checkpoint (the newest, when the quality of none is known) or of the newest.
 
         Raises:
-            RunFolderError: as `restore`.
+            RunFolderError: there is none.
         """
-        step = self._newest()
+        newest = self._newest()
+        best = self.best_steps()
+        return best[0] if which == "best" and best else newest
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """Returns the parameters of a checkpoint alone, in the shardings of `abstract_params`.
+
+        Raises:
+            RunFolderError: their shapes are not those of `abstract_params`, or they are damaged.
+        """
+        self._manager.wait_until_finished()
         self._check_shapes(step, abstract_params)
         restored = self._manager.restore(
             step,

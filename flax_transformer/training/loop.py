@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from flax_transformer.config import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
-from flax_transformer.errors import DivergenceError
+from flax_transformer.errors import ConfigError, DivergenceError
+from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.shapes import Batch
 from flax_transformer.training.metrics import LossSummary, TokenCounts
@@ -21,8 +22,8 @@ from flax_transformer.training.run_log import ProgressReport, RunLog
 from flax_transformer.training.state import StateLayout, TrainState
 from flax_transformer.training.step import StepMetrics
 
-Save = Callable[[TrainState, Position], None]
-Evaluate = Callable[[Any, int], None]
+Save = Callable[[TrainState, Position, float | None], None]
+Evaluate = Callable[[Any, int], float]
 
 
 # Updates in a row that may be skipped before the training gives up.
@@ -96,6 +97,33 @@ class Window:
         )
 
 
+class Patience:
+    """Says when evaluations have not become better for too long.
+
+    Args:
+        limit: evaluations in a row without a new best; 0 is for ever.
+        history: qualities of earlier evaluations, when a run goes on.
+    """
+
+    def __init__(self, limit: int, history: list[float]):
+        self.limit = limit
+        self.best = -math.inf
+        self.since_best = 0
+        for quality in history:
+            self.note(quality)
+
+    def note(self, quality: float) -> None:
+        """Takes over one more evaluation; the higher the better."""
+        better = quality > self.best
+        self.since_best = 0 if better else self.since_best + 1
+        self.best = max(self.best, quality)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is time to stop."""
+        return 0 < self.limit <= self.since_best
+
+
 class StopRequest:
     """Turns SIGTERM and SIGINT into a flag while it is entered; a second signal acts as usual.
 
@@ -132,6 +160,9 @@ def compile_steps(
     """Returns the compiled form of a jitted step for each batch shape, by (rows, source length, target length).
 
     Nothing is compiled once training has begun: a batch of any other shape is an error, not a pause.
+
+    Raises:
+        ConfigError: a step needs more memory than a device has.
     """
     sharding = batch_sharding(mesh)
     compiled = {}
@@ -140,7 +171,15 @@ def compile_steps(
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
         with jax.set_mesh(mesh):
-            compiled[tuple(shape)] = step.lower(layout.abstract, batch).compile()
+            program = compiled[tuple(shape)] = step.lower(layout.abstract, batch).compile()
+        needed, available = needed_bytes(program), available_bytes(mesh)
+        if available is not None and needed > available:
+            raise ConfigError(
+                f"a training step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens "
+                f"needs {needed / 2**30:.1f} GiB on each device, and there are {available / 2**30:.1f} GiB. Raise "
+                "batching.micro_batches, lower batching.tokens_per_batch, or split the parameters over more devices by "
+                "mesh.fsdp."
+            )
     return compiled
 
 
@@ -157,8 +196,9 @@ def train_loop(
     log: RunLog,
     save: Save,
     evaluate: Evaluate,
+    history: list[float],
 ) -> tuple[TrainState, int | None]:
-    """Trains until `config.steps`, and returns the last state.
+    """Trains until `config.steps`, or until patience is exhausted, and returns the last state.
 
     Args:
         state: to go on from; it is donated.
@@ -167,8 +207,11 @@ def train_loop(
         config: how long, and what on the way.
         mesh: devices.
         log: where progress goes.
-        save: called with (state, position) at intervals, after the last step and when a signal stops the training.
-        evaluate: called with (parameters, step) at intervals and after the last step.
+        save: called with (state, position, quality or None) at intervals, after each evaluation and when a signal stops
+            the training.
+        evaluate: called with (parameters, step) at intervals and after the last step; returns the quality, the higher
+            the better.
+        history: qualities of the evaluations before, when a run goes on.
 
     Returns:
         The state, and the signal that stopped the training early, or None. In both cases the state was saved.
@@ -181,9 +224,10 @@ def train_loop(
     step = first_step = int(state.step)
     position = None
     window, loop_start = Window(), time.monotonic()
+    patience = Patience(config.patience, history)
 
     with StopRequest() as stop:
-        while step < config.steps and stop.signal is None:
+        while step < config.steps and stop.signal is None and not patience.exhausted:
             # --- one update; the host runs ahead and makes the next batch while the device computes
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
@@ -192,8 +236,8 @@ def train_loop(
             step += 1
             last = step == config.steps
             to_log = step % config.log_every_steps == 0 or last
-            to_save = step % config.checkpoint_every_steps == 0 or last
             to_evaluate = step % config.evaluate_every_steps == 0 or last
+            to_save = step % config.checkpoint_every_steps == 0 or to_evaluate
 
             # --- report
             if to_log or to_save or to_evaluate:
@@ -203,15 +247,18 @@ def train_loop(
                 log.progress(window.report(step, config.steps, pace * (config.steps - step)))
                 window = Window(skipped_in_a_row=window.skipped_in_a_row)
 
-            # --- save, then evaluate; neither counts as training time
-            pause = time.monotonic()
-            if to_save:
-                save(state, position)
+            # --- evaluate, then save with what came out; neither counts as training time
+            pause, quality = time.monotonic(), None
             if to_evaluate:
-                evaluate(state.params, step)
+                quality = evaluate(state.params, step)
+                patience.note(quality)
+            if to_save:
+                save(state, position, quality)
             window.started += time.monotonic() - pause
 
+        if patience.exhausted:
+            log.say(f"no better evaluation for {patience.since_best} in a row: the training ends at step {step}")
         if stop.signal is not None and position is not None:
             window.fetch(step, log)
-            save(state, position)
+            save(state, position, None)
     return state, stop.signal
