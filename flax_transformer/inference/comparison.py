@@ -14,7 +14,7 @@ from flax_transformer.inference.evaluate import Scores
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.run_log import read_metrics
 
-NUM_LENGTH_GROUPS = 6
+MOST_LENGTH_GROUPS = 8
 NUM_RESAMPLES = 300  # of the bootstrap behind the intervals of BLEU by length
 
 
@@ -144,12 +144,15 @@ def common_quality(runs: Sequence[RunSummary]) -> float:
 
 
 def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
-    """Returns BLEU over groups of about equally many test sentences, from short to long sources, counted in words.
+    """Returns BLEU over groups of test sentences, from short to long sources, counted in words.
 
-    Sentences of one length are never parted, so there may be fewer groups than `NUM_LENGTH_GROUPS`.
+    Each length is a group where that makes no more than `MOST_LENGTH_GROUPS`; else groups have about equally many
+    sentences, and sentences of one length are not parted.
     """
     lengths = np.array([len(source.split()) for source in run.sources])
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, NUM_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
+    edges = np.unique(lengths)
+    if len(edges) > MOST_LENGTH_GROUPS:
+        edges = np.unique(np.quantile(lengths, np.linspace(0, 1, MOST_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
     bleu = BLEU(tokenize=run.bleu_tokenizer)
     groups, shorter = [], -1
     for edge in edges:
