@@ -85,6 +85,9 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
 
     config = read_config(options.config)
     assert isinstance(config.model, RecurrentConfig), "this benchmark needs the recipe of a recurrent model"
+    optimizer = config.optimizer
+    same = (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adam", 0.9, 0.98, 1e-9)
+    assert same and optimizer.clip_norm > 0, "the peer has Adam (0.9, 0.98, 1e-9) with clipping"
     model = dataclasses.replace(config.model, **changes)
     text = load_corpus(config.data).train
     tokenizers = TokenizerPair.train(*text, config.tokenizer)
@@ -251,6 +254,7 @@ def measure(options: Options, cell: str, variant: str) -> str:
         pipe, end = context.Pipe()
         argument = changes if system == "ours" else peer
         context.Process(target=worker, args=(system, options, argument, end), daemon=True).start()
+        end.close()  # so that a worker that dies ends the wait
         parameters[system], made = pipe.recv()
         pipes[system], peer = pipe, peer or made
     seconds: dict[str, list[float]] = {system: [] for system in pipes}

@@ -58,8 +58,8 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
 
     Args:
         config: the recipe; `config.run` names the folder.
-        resume: go on from the newest checkpoint of that folder. Everything but the number of steps and the intervals
-            must be as it was.
+        resume: go on from the newest checkpoint of that folder. Everything but the number of steps, the intervals,
+            patience and the mesh must be as it was.
 
     Raises:
         InputError: bad files, a bad configuration, or a run folder in the wrong state.
@@ -81,21 +81,34 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         tokenizers = TokenizerPair.train(*corpus.train, config.tokenizer)
     train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
     plan = training_plan(train.lengths, config.batching, config.training.seed)
-    validation_plan = evaluation_plan(validation.lengths, config.batching)
+    validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
     for shape in plan.shapes:
-        check_rows(shape.rows // config.batching.micro_batches, mesh, ("data", "fsdp"), "a batch")
-    for shape in validation_plan.shapes:
-        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
+        check_rows(
+            shape.rows // config.batching.micro_batches,
+            mesh,
+            ("data", "fsdp"),
+            "a batch, or a piece of it if it is cut",
+        )
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh)
     start = None if parent is None else _best_params(parent, layout)
-    # Everything that the user can get wrong has been looked at: now there is a run.
-    if resume:
-        folder.update_config(config)
-    else:
+    step = jit_train_step(
+        layout,
+        schedule,
+        config.training.label_smoothing,
+        config.training.seed,
+        mesh,
+        config.batching.micro_batches,
+    )
+    compiled, compile_seconds = {}, 0.0
+    if not resume:
+        clock = time.monotonic()
+        compiled = compile_steps(step, layout, plan.shapes, mesh)
+        compile_seconds = time.monotonic() - clock
+        # Everything that the user can get wrong has been looked at: now there is a run.
         folder.create(config, tokenizers)
 
     keep = config.training.keep_newest, config.training.keep_best
@@ -115,26 +128,22 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             state = state if start is None else dataclasses.replace(state, params=start)
             position = Position(0, 0)
         first_step = int(state.step)
+        if resume:
+            if first_step < config.training.steps:
+                clock = time.monotonic()
+                compiled = compile_steps(step, layout, plan.shapes, mesh)
+                compile_seconds = time.monotonic() - clock
+                folder.card_file.unlink(missing_ok=True)  # it tells of a training that was shorter
+            folder.update_config(config)
 
         with RunLog(folder, first_step) as log:
             log.say(_description(config, corpus, train, plan, layout, mesh))
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
-            step = jit_train_step(
-                layout,
-                schedule,
-                config.training.label_smoothing,
-                config.training.seed,
-                mesh,
-                config.batching.micro_batches,
-            )
-            compiled = {}
-            if first_step < config.training.steps:
-                clock = time.monotonic()
-                compiled = compile_steps(step, layout, plan.shapes, mesh)
+            if compiled:
                 largest = max(needed_bytes(program) for program in compiled.values())
                 log.say(
-                    f"compiled {len(compiled)} shapes in {time.monotonic() - clock:.1f} s; a step needs at most "
+                    f"compiled {len(compiled)} shapes in {compile_seconds:.1f} s; a step needs at most "
                     f"{largest / 2**20:,.0f} MiB on each device"
                 )
 
@@ -266,19 +275,17 @@ def _best_params(parent: RunFolder, layout: StateLayout) -> Any:
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
     before = RunFolder.open(folder.path).read_config()
-    for section in ("init_from", "data", "tokenizer", "model", "batching", "optimizer"):
-        if getattr(before, section) != getattr(config, section):
-            raise RunFolderError(
-                f"{folder.path} was made with other settings in '{section}'; a resumed run must keep them. Use "
-                f"--config {folder.config_file} --resume, or start a new run by --run FOLDER."
-            )
-    if (before.training.seed, before.training.label_smoothing) != (
-        config.training.seed,
-        config.training.label_smoothing,
-    ):
+    for section in ("init_from", "data", "tokenizer", "model", "batching", "optimizer", "decoding", "evaluation"):
+        _check_same(folder, section, getattr(before, section), getattr(config, section))
+    for name in ("seed", "label_smoothing", "best_by", "evaluate_sentences"):
+        _check_same(folder, f"training.{name}", getattr(before.training, name), getattr(config.training, name))
+
+
+def _check_same(folder: RunFolder, name: str, before: Any, now: Any) -> None:
+    if before != now:
         raise RunFolderError(
-            f"{folder.path} was made with another training.seed or training.label_smoothing; a resumed run must keep "
-            f"them. Use --config {folder.config_file} --resume, or start a new run by --run FOLDER."
+            f"{folder.path} was made with other settings in '{name}'; a resumed run must keep them. Use --config "
+            f"{folder.config_file} --resume, or start a new run by --run FOLDER."
         )
 
 

@@ -105,7 +105,7 @@ def test_runs_that_cannot_be_compared_are_explained(runs, tmp_path):
     with pytest.raises(InputError, match="were tested on different sentences"):
         read_runs(runs)
     RunFolder(runs[0]).card_file.unlink()
-    with pytest.raises(InputError, match=r"has no run_card.json: .* Go on with it by --run .*recurrent --resume"):
+    with pytest.raises(InputError, match=r"has no run_card.json: .*go on with it by --run .*recurrent --resume"):
         read_runs(runs)
 
 

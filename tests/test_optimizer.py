@@ -148,6 +148,13 @@ def test_a_parameter_that_no_rule_or_both_match_is_named():
         decays(OptimizerConfig(decaying="up"), params)
 
 
+def test_muon_refuses_to_let_anything_but_kernels_decay():
+    config = OptimizerConfig("muon", weight_decay=0.1, decaying="(kernel|table)$", constant="(bias|scale)$")
+    optimizer = make_optimizer(config, make_schedule(config, 16))
+    with pytest.raises(ConfigError, match=r"muon lets weight decay act on kernels alone, .* matches target/table"):
+        optimizer.init({"target": {"table": jnp.ones((4, 2))}, "up": {"kernel": jnp.ones((2, 2))}})
+
+
 def test_muon_takes_kernels_as_matrices_and_leaves_the_rest_to_adam():
     _, params = abstract_model(tiny.config(), tiny.VOCABULARY)
     found = muon_dimensions(nnx.to_pure_dict(params))

@@ -271,6 +271,10 @@ def test_a_folder_that_holds_a_run_is_left_alone(run, recipe, capsys):
 def test_a_resumed_run_must_keep_its_recipe(run, recipe, capsys):
     assert command("train", "--config", str(recipe), "--run", str(run), "--resume", "--model.num-heads", "4") == 2
     assert "made with other settings in 'model'" in capsys.readouterr().err
+    before = (run / "config.yaml").read_bytes()
+    assert command("train", "--run", str(run), "--resume", "--training.best-by", "loss") == 2
+    assert "made with other settings in 'training.best_by'" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
 
 
 def test_folders_without_a_run_or_a_checkpoint_are_explained(run, tmp_path, capsys):
@@ -536,7 +540,9 @@ def test_an_average_translates_but_is_not_resumed(run, tmp_path, capsys):
     sixth, eighth = checkpoint_params(run, 6), checkpoint_params(run, 8)
     mean = jax.device_get(Translator.load(output).params)
     chex.assert_trees_all_close(mean, jax.tree.map(lambda a, b: (a + b) / 2, sixth, eighth), rtol=1e-6, atol=1e-8)
+    before = (output / "config.yaml").read_bytes()
     assert command("train", "--run", str(output), "--resume", "--training.steps", "10") == 2
+    assert (output / "config.yaml").read_bytes() == before
     assert "holds parameters without the state of an optimiser" in capsys.readouterr().err
     assert command("average", "--run", str(run), "--output", str(tmp_path / "more"), "--num", "7") == 2
     assert "to choose the 7 newest from. Ask for fewer by --num" in capsys.readouterr().err
@@ -556,6 +562,7 @@ def test_a_run_starts_from_another_with_its_tokenizer(run, recipe, tmp_path, cap
     assert command("train", *arguments, "--run", str(tmp_path / "no"), "--tokenizer.vocab-size", "50") == 2
     message = capsys.readouterr().err
     assert "its tokenizer was learnt with other settings" in message and "copy section 'tokenizer' from" in message
-    assert command("train", *arguments, "--run", str(tmp_path / "no"), "--model.feed-forward-dim", "48") == 2
-    assert "does not fit the model" in capsys.readouterr().err
+    for setting, value in (("--model.feed-forward-dim", "48"), ("--model.param-dtype", "bfloat16")):
+        assert command("train", *arguments, "--run", str(tmp_path / "no"), setting, value) == 2
+        assert "does not fit the model" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

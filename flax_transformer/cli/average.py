@@ -19,7 +19,7 @@ class AverageOptions:
         run: run folder.
         output: the folder to make.
         num: how many checkpoints.
-        of: the newest, or those that were best on validation text.
+        of: the newest that the run has kept, or those that were best on validation text.
     """
 
     run: Path

@@ -79,7 +79,7 @@ class BucketedPlan:
     Args:
         lengths: [number of pairs, 2].
         shapes: as `choose_shapes` gives them.
-        seed: of the shuffle; None leaves the pairs in order of length (for evaluation).
+        seed: of the shuffle; None leaves the pairs of each shape in order of the text (for evaluation).
     """
 
     def __init__(self, lengths: np.ndarray, shapes: list[BatchShape], seed: int | None):

@@ -12,6 +12,7 @@ from flax_transformer.data.batching import (
     Position,
     TokenizedPairs,
     make_batch,
+    round_up,
 )
 from flax_transformer.data.bucketing import BucketedPlan, choose_shapes
 from flax_transformer.data.packing import PackedPlan, packed_shape
@@ -35,10 +36,14 @@ def training_plan(lengths: np.ndarray, config: BatchingConfig, seed: int) -> Pla
     return BucketedPlan(lengths, shapes, seed)
 
 
-def evaluation_plan(lengths: np.ndarray, config: BatchingConfig) -> Plan:
-    """Returns batches of one shape in order of the text, whatever the form of training, as large as one piece."""
+def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: int = 1) -> Plan:
+    """Returns batches of one shape in order of the text, whatever the form of training, about as large as one piece.
+
+    Rows are a multiple of `row_multiple`, the number of parts that they are split into.
+    """
     budget = max(config.tokens_per_batch // config.micro_batches, ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE))
-    return BucketedPlan(lengths, choose_shapes(lengths, 1, budget), None)
+    (shape,) = choose_shapes(lengths, 1, budget)
+    return BucketedPlan(lengths, [shape._replace(rows=round_up(shape.rows, row_multiple))], None)
 
 
 def training_batches(pairs: TokenizedPairs, plan: Plan, start: Position) -> Iterator[tuple[Batch, Position]]:

@@ -59,8 +59,8 @@ class RunSummary:
         config = folder.read_config()
         if not folder.card_file.is_file():
             raise RunFolderError(
-                f"{path} has no {folder.card_file.name}: its training or its last evaluation has not ended. Go on with "
-                f"it by --run {path} --resume, then compare."
+                f"{path} has no {folder.card_file.name}: its training or its last evaluation has not ended (go on with "
+                f"it by --run {path} --resume, then compare), or it is an average of another run's checkpoints."
             )
         card = json.loads(folder.card_file.read_text(encoding="utf-8"))
         records = read_metrics(folder.metrics_file)

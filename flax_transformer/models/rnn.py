@@ -169,7 +169,7 @@ class Bridge(nnx.Module):
         self.num_layers = config.num_decoder_layers
         maps = {}
         if config.encoder_bidirectional:
-            units, axes = (config.hidden_dim,), ("recurrent", "mlp")
+            units, axes = (config.hidden_dim,), ("recurrent", "recurrent")
             for layer in range(config.num_decoder_layers):
                 for state in range(CELLS[config.cell].num_states):
                     maps[f"{layer:02d}_{state}"] = Linear(units, units, axes, **config.dtypes, rngs=rngs)

@@ -153,9 +153,9 @@ class GRUCell(RecurrentCell):
         r, z = sigmoid(W x + U h + b);   n = tanh(W x + b + r * (U h + b_n))
         h' = (1 - z) * n + z * h
 
-    Gates are stored in the order r, z, n, as PyTorch stores them. Two differences from the paper (equations 5 to 8):
-    there the reset gate multiplies h before the product with U, which needs a second product after the gates; and there
-    z multiplies the old state, as here, but the names of z and 1 - z differ between papers.
+    Gates are stored in the order r, z, n, as PyTorch stores them. One difference from the paper (equations 5 to 8):
+    there the reset gate multiplies h before the product with U, which needs a second product after the gates. As there,
+    z multiplies the old state; other papers have z and 1 - z the other way round.
 
     References:
         Cho et al. 2014, section 2.3; the form with the reset after the product is that of cuDNN and PyTorch.
@@ -166,7 +166,7 @@ class GRUCell(RecurrentCell):
 
     def __init__(self, in_dim: int, units: int, context_dim: int = 0, *, param_dtype: jnp.dtype, **others: Any):
         super().__init__(in_dim, units, context_dim, param_dtype=param_dtype, **others)
-        self.candidate_bias = nnx.Param(jnp.zeros((units,), param_dtype), logical_axes=("mlp",))
+        self.candidate_bias = nnx.Param(jnp.zeros((units,), param_dtype), logical_axes=("recurrent",))
 
     def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns (hidden,) after one more token."""

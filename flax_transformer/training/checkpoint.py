@@ -221,11 +221,14 @@ class Checkpoints:
         return restored["params"]
 
     def _check_shapes(self, step: int, abstract_params: Any) -> None:
-        """Compares the saved parameters' shapes with what the model wants: merging a model does not."""
+        """Compares the saved parameters' shapes and types with what the model wants: merging a model does not."""
 
         def shapes(tree):
             leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(leaf.shape) for p, leaf in leaves}
+            return {
+                jax.tree_util.keystr(p, simple=True, separator="/"): f"{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}"
+                for p, leaf in leaves
+            }
 
         saved = shapes(self._manager.item_metadata(step)["params"].tree)
         wanted = shapes(abstract_params)
@@ -236,9 +239,9 @@ class Checkpoints:
             ]
             more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
             raise RunFolderError(
-                f"the checkpoint {self.folder / str(step)} does not fit the model that config.yaml describes:\n"
+                f"the checkpoint {self.folder / str(step)} does not fit the model that the configuration describes:\n"
                 + "\n".join(lines)
-                + f"{more}\nWas config.yaml or the tokenizer changed after training?"
+                + f"{more}\nUse the settings and the tokenizer that it was trained with; {self.folder.parent} has them."
             )
 
     def _check_sums(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:

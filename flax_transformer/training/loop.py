@@ -214,7 +214,8 @@ def train_loop(
         history: qualities of the evaluations before, when a run goes on.
 
     Returns:
-        The state, and the signal that stopped the training early, or None. In both cases the state was saved.
+        The state, and the signal that stopped the training early, or None. In both cases the state was saved, if there
+        was a step.
 
     Raises:
         DivergenceError: `MOST_SKIPPED` steps in a row had a loss or gradient that is not finite; none of them changed
@@ -235,14 +236,13 @@ def train_loop(
             window.pending.append((metrics, batch))
             step += 1
             last = step == config.steps
-            to_log = step % config.log_every_steps == 0 or last
             to_evaluate = step % config.evaluate_every_steps == 0 or last
             to_save = step % config.checkpoint_every_steps == 0 or to_evaluate
+            to_log = step % config.log_every_steps == 0 or to_save  # a run that goes on from here has counted all
 
             # --- report
-            if to_log or to_save or to_evaluate:
-                window.fetch(step, log)
             if to_log:
+                window.fetch(step, log)
                 pace = (time.monotonic() - loop_start) / (step - first_step)
                 log.progress(window.report(step, config.steps, pace * (config.steps - step)))
                 window = Window(skipped_in_a_row=window.skipped_in_a_row)
@@ -259,6 +259,8 @@ def train_loop(
         if patience.exhausted:
             log.say(f"no better evaluation for {patience.since_best} in a row: the training ends at step {step}")
         if stop.signal is not None and position is not None:
-            window.fetch(step, log)
+            if window.pending:
+                window.fetch(step, log)
+                log.progress(window.report(step, config.steps, 0.0))
             save(state, position, None)
     return state, stop.signal

@@ -23,7 +23,7 @@ class OptimizerConfig:
 
     Attributes:
         name: "adam", "adamw" (Adam with weight decay), "adafactor", "lion", or "muon" (kernels by Muon, the rest by
-            Adam).
+            Adam with Nesterov momentum; only kernels can decay).
         schedule: "noam" (the paper's: linear warm-up, then the inverse square root, its height given by model_dim), or
             linear warm-up to `learning_rate` and then "inverse_sqrt", "cosine", "linear" or "constant".
         learning_rate: highest rate, of every schedule but noam, which needs none.
@@ -182,6 +182,22 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     def mask(params: Any) -> Any:
         return decays(config, params)
 
+    def dimensions(params: Any) -> Any:
+        found = muon_dimensions(params)
+        if config.weight_decay:
+            pairs = zip(
+                jax.tree_util.tree_leaves_with_path(mask(params)),
+                jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)),
+                strict=True,
+            )
+            wrong = [_path(path) for (path, decay), axes in pairs if decay and axes is None]
+            if wrong:
+                raise ConfigError(
+                    "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.decaying "
+                    f"({config.decaying!r}) matches {', '.join(wrong[:4])}."
+                )
+        return found
+
     if config.name == "muon":
         muon = contrib.muon(
             schedule,
@@ -190,7 +206,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             eps=config.epsilon,
-            muon_weight_dimension_numbers=muon_dimensions,
+            muon_weight_dimension_numbers=dimensions,
             consistent_rms=MUON_UPDATE_RMS,
         )
         return optax.chain(clip, muon)

@@ -69,9 +69,12 @@ def _gradient_in_pieces(
     def body(total: Any, at_piece: Any) -> tuple[Any, None]:
         piece, number = at_piece
         made = _gradient(graphdef, params, piece, label_smoothing, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, total, made), None
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, made), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+    zeros = (
+        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+        LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields)),
+    )
     return jax.lax.scan(body, zeros, (jax.tree.map(cut, batch), jnp.arange(pieces)))[0]
 
 
@@ -89,7 +92,7 @@ def train_step(
 
     The gradient is that of the sum over the global batch, divided once by the global number of target tokens. Dropout
     keys are folded from (seed, step), so a resumed run needs no generator state. A loss or gradient that is not finite
-    changes nothing but the step.
+    changes nothing but the step and the optimiser's own count of steps, by which its schedule goes.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -97,14 +100,17 @@ def train_step(
         gradients, sums = _gradient(graphdef, state.params, batch, label_smoothing, key)
     else:
         gradients, sums = _gradient_in_pieces(graphdef, state.params, batch, label_smoothing, key, micro_batches)
-    gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1.0).astype(g.dtype), gradients)
+    count = jnp.maximum(sums.count, 1.0)
+    gradients = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), gradients, state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with float32
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
     params, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
+        lambda new, old: new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old),
+        (params, optimizer_state),
+        (state.params, state.optimizer),
     )
     metrics = StepMetrics(sums, norm, jnp.asarray(schedule(state.step)), ~finite)
     return TrainState(state.step + 1, params, optimizer_state), metrics
