@@ -4,8 +4,7 @@
     python benchmarks/train_recurrent.py [--config FILE] [--rounds 5] [--batches 20] [--threads 2]
 
 Both systems get the same token ids in the same padded batches, the same sizes, tied embeddings, dropout at the same
-sites, label smoothing, clipping and Adam, float32. Each lives in a process of its own and they take turns on the same
-batches, so that whatever slows the machine slows both. What counts is the ratio.
+sites, label smoothing, clipping and Adam, float32, and take turns (`paired.py`).
 
 PyTorch is given what is best for it: its fused layers wherever the model allows (the whole encoder; the whole decoder
 too unless the context joins its input), sentences packed or padded as measures better, logits only at tokens that are
@@ -14,19 +13,14 @@ not padding, and the fused Adam.
 
 import dataclasses
 import itertools
-import multiprocessing
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from paired import Built, Systems, machine, our_trainer
 
 # jax and torch each start threads when they are imported, so each is imported in its own process alone.
 
@@ -56,32 +50,13 @@ class Options:
     threads: int = 2
 
 
-def set_threads(count: int) -> None:
-    """Keeps this process, and what it starts, on the first `count` CPUs that it may use."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:count]))
-    os.environ["OMP_NUM_THREADS"] = str(count)
-
-
 # --- this project
 
 
-def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None], int, Any]:
-    """Returns a function that trains on every batch once, the number of parameters, and what the peer must know."""
-    import jax
-
+def ours(options: Options, changes: dict[str, Any]) -> Built:
+    """Returns this project's training of a recurrent model."""
     from flax_transformer.config import read_config
-    from flax_transformer.data.batching import Position, TokenizedPairs
-    from flax_transformer.data.corpus import load_corpus
-    from flax_transformer.data.loader import training_batches, training_plan
-    from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
-    from flax_transformer.inference.translator import vocabulary_info
     from flax_transformer.models.rnn import RecurrentConfig
-    from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-    from flax_transformer.training.loop import compile_steps
-    from flax_transformer.training.optimizer import make_optimizer, make_schedule
-    from flax_transformer.training.state import init_state, make_layout
-    from flax_transformer.training.step import jit_train_step
 
     config = read_config(options.config)
     assert isinstance(config.model, RecurrentConfig), "this benchmark needs the recipe of a recurrent model"
@@ -89,53 +64,25 @@ def ours(options: Options, changes: dict[str, Any]) -> tuple[Callable[[], None],
     same = (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adam", 0.9, 0.98, 1e-9)
     assert same and optimizer.clip_norm > 0, "the peer has Adam (0.9, 0.98, 1e-9) with clipping"
     model = dataclasses.replace(config.model, **changes)
-    text = load_corpus(config.data).train
-    tokenizers = TokenizerPair.train(*text, config.tokenizer)
-    pairs = TokenizedPairs(
-        TokenizedText.from_lines(text.source, tokenizers.source),
-        TokenizedText.from_lines(text.target, tokenizers.target),
-        model.max_source_length,
-        model.max_target_length,
-    )
-    plan = training_plan(pairs.lengths, config.batching, config.training.seed)
-    batches = [b for b, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), options.batches)]
-
-    mesh = make_mesh(MeshConfig())
-    schedule = make_schedule(config.optimizer, model.model_dim)
-    vocabulary = vocabulary_info(tokenizers)
-    layout = make_layout(model, vocabulary, make_optimizer(config.optimizer, schedule), mesh)
-    step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
-    compiled = compile_steps(step, layout, plan.shapes, mesh)
-    state = init_state(model, vocabulary, layout, config.training.seed)
-
-    def train() -> None:
-        nonlocal state
-        for batch in batches:
-            shape = (*batch.source_tokens.shape, batch.target_tokens.shape[1])
-            state, _ = compiled[shape](state, jax.device_put(batch, batch_sharding(mesh)))
-        jax.block_until_ready(state)
-
-    peer = {
+    built = our_trainer(dataclasses.replace(config, model=model), options.batches)
+    more = {
         "model": dataclasses.asdict(model) | {"join": model.join},
-        "batches": [(b.source_tokens, b.source_segments, b.target_tokens, b.target_segments) for b in batches],
-        "vocab_size": vocabulary.target_size,
-        "start_token": vocabulary.start_token,
         "label_smoothing": config.training.label_smoothing,
         "clip": config.optimizer.clip_norm,
-        "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
     }
-    return train, layout.num_parameters, peer
+    return Built(built.train, built.facts | more)
 
 
 # --- PyTorch
 
 
-def torch_peer(peer: dict[str, Any], packed: bool) -> tuple[Callable[[], None], int]:
-    """Returns a function that trains on every batch once, and the number of parameters."""
+def torch_peer(options: Options, peer: dict[str, Any], packed: bool) -> Built:
+    """Returns the training of the same model by PyTorch."""
     import torch
     from torch.nn import functional
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+    torch.set_num_threads(options.threads)
     config = peer["model"]
     dim, units, join = config["model_dim"], config["hidden_dim"], config["join"]
     is_lstm = config["cell"] == "lstm"
@@ -220,57 +167,22 @@ def torch_peer(peer: dict[str, Any], packed: bool) -> tuple[Callable[[], None], 
             torch.nn.utils.clip_grad_norm_(model.parameters(), peer["clip"])
             optimizer.step()
 
-    return train, sum(p.numel() for p in model.parameters())
-
-
-# --- taking turns
-
-
-def worker(system: str, options: Options, argument: Any, pipe: Any) -> None:
-    """Builds a system, then trains once for every message and answers with the seconds it took."""
-    set_threads(options.threads)
-    if system == "ours":
-        train, parameters, peer = ours(options, argument)
-    else:
-        import torch
-
-        torch.set_num_threads(options.threads)
-        train, parameters = torch_peer(argument, packed=system == "torch packed")
-        peer = None
-    train()
-    pipe.send((parameters, peer))
-    while pipe.recv():
-        started = time.perf_counter()
-        train()
-        pipe.send(time.perf_counter() - started)
+    return Built(train, {"parameters": sum(p.numel() for p in model.parameters())})
 
 
 def measure(options: Options, cell: str, variant: str) -> str:
     """Returns a row of the table for one model."""
     changes = {"cell": cell, "context_join": None, "input_feeding": False} | VARIANTS[variant]
-    context = multiprocessing.get_context("spawn")
-    pipes, parameters, peer = {}, {}, None
-    for system in ("ours", "torch padded", "torch packed"):
-        pipe, end = context.Pipe()
-        argument = changes if system == "ours" else peer
-        context.Process(target=worker, args=(system, options, argument, end), daemon=True).start()
-        end.close()  # so that a worker that dies ends the wait
-        parameters[system], made = pipe.recv()
-        pipes[system], peer = pipe, peer or made
-    seconds: dict[str, list[float]] = {system: [] for system in pipes}
-    for _ in range(options.rounds):
-        for system, pipe in pipes.items():
-            pipe.send(True)
-            seconds[system].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
-    assert peer is not None
-    tokens = sum(int(np.sum(np.asarray(batch[3]) > 0)) for batch in peer["batches"])
+    systems = Systems(options.threads)
+    peer = systems.start("ours", ours, options, changes)
+    theirs = systems.start("torch padded", torch_peer, options, peer, False)
+    systems.start("torch packed", torch_peer, options, peer, True)
+    seconds = systems.take_turns(options.rounds)
     best = min(("torch padded", "torch packed"), key=lambda system: statistics.median(seconds[system]))
-    ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds[best], strict=True)]
-    rates = {system: tokens / statistics.median(seconds[system]) for system in seconds}
+    ratios = [their / our for our, their in zip(seconds["ours"], seconds[best], strict=True)]
+    rates = {system: peer["target_tokens"] / statistics.median(seconds[system]) for system in seconds}
     return (
-        f"| {cell}, {variant} | {parameters['ours']:,} / {parameters[best]:,} | "
+        f"| {cell}, {variant} | {peer['parameters']:,} / {theirs['parameters']:,} | "
         f"{rates['ours']:,.0f} | {rates['torch padded']:,.0f} | {rates['torch packed']:,.0f} | "
         f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
     )
@@ -279,9 +191,8 @@ def measure(options: Options, cell: str, variant: str) -> str:
 def main() -> None:
     """Measures every model and prints the table."""
     options = tyro.cli(Options)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch"))
     print(f"{options.config}, {options.batches} batches, {options.rounds} rounds, {options.threads} threads each")
-    print(f"{platform.machine()}, Python {platform.python_version()}, {versions}\n")
+    print(machine("jax", "flax", "torch") + "\n")
     print("| model | parameters, ours / theirs | target tokens/s | PyTorch padded | packed | ratio to the better |")
     print("|---|---|---|---|---|---|")
     for cell, variant in itertools.product(options.cells, VARIANTS):

@@ -14,10 +14,12 @@ from flax_transformer.parallel.rules import constrain
 from flax_transformer.shapes import MASKED
 
 
+@jax.custom_vjp
 def masked_softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
     """Returns the float32 softmax over the last axis of the entries where `mask` holds; others are exactly 0.
 
-    A row in which no entry may be attended to is all zeros, not uniform and not NaN, in value and in gradient.
+    A row in which no entry may be attended to is all zeros, not uniform and not NaN, in value and in gradient. The
+    gradient needs nothing but the result: weights * (cotangent - sum(cotangent * weights)).
 
     Args:
         scores: [..., S].
@@ -25,10 +27,24 @@ def masked_softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> Flo
     """
     mask = jnp.broadcast_to(mask, scores.shape)
     scores = jnp.where(mask, scores.astype(jnp.float32), MASKED)
-    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    highest = jnp.max(scores, axis=-1, keepdims=True)
     exponentials = jnp.where(mask, jnp.exp(scores - highest), 0.0)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     return exponentials / jnp.where(total == 0.0, 1.0, total)
+
+
+def _masked_softmax_forward(scores, mask):
+    weights = masked_softmax(scores, mask)
+    return weights, (weights, jnp.zeros((), scores.dtype))
+
+
+def _masked_softmax_backward(kept, cotangent):
+    weights, like_scores = kept
+    inner = jnp.sum(cotangent * weights, axis=-1, keepdims=True)
+    return (weights * (cotangent - inner)).astype(like_scores.dtype), None
+
+
+masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
 
 
 def dot_product_attention(

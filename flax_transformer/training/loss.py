@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.nn.embedding import OutputProjection
 from flax_transformer.parallel.rules import constrain, num_shards
+from flax_transformer.shapes import MASKED
 
 # Logits held at one time, in elements; 4 bytes each.
 CHUNK_ELEMENTS = 1 << 21
@@ -63,10 +64,10 @@ def cross_entropy(
         Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4.
     """
     bias = projection.bias
-    bias = jnp.zeros((projection.kernel.shape[0],), jnp.float32) if bias is None else bias
     kernel = constrain(projection.kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
     static = (projection.num_real_rows, label_smoothing)
-    return _fused_sums(static, hidden, kernel, bias.astype(jnp.float32), targets, mask)
+    bias = None if bias is None else bias.astype(jnp.float32)
+    return _fused_sums(static, hidden, kernel, bias, targets, mask)
 
 
 def _num_chunks(batch: int, length: int, vocab: int) -> int:
@@ -84,16 +85,33 @@ def _time_chunks(x: jax.Array, chunks: int) -> jax.Array:
 
 
 def _chunk_terms(static, mean_row, hidden, kernel, bias, targets, mask):
-    """Returns the sums of one chunk, its logits [B, t, V] and its log normalisers [B, t]."""
+    """Returns the sums of one chunk; exp(logits - highest) [B, t, V], and its sum over V [B, t, 1].
+
+    Args:
+        static: number of real rows, label smoothing.
+        mean_row: [D], mean of the real rows of the kernel.
+        hidden: [B, t, D].
+        kernel: [D, V], its padding columns included.
+        bias: [V], or None.
+        targets, mask: [B, t].
+    """
     num_real_rows, smoothing = static
-    logits = OutputProjection(kernel, bias, num_real_rows).logits(hidden)  # [B, t, V]
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + jnp.broadcast_to(bias, logits.shape)
+    if num_real_rows < kernel.shape[1]:
+        logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) < num_real_rows, logits, MASKED)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_normaliser = (jnp.log(total) + highest)[..., 0]
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_normaliser - target_logit
     # The mean of the real logits is linear in hidden: one product with the mean row in place of a pass over V.
-    mean_logit = jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), mean_row) + jnp.mean(bias[:num_real_rows])
+    mean_logit = jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), mean_row)
+    mean_logit = mean_logit if bias is None else mean_logit + jnp.mean(bias[:num_real_rows])
     loss = (1.0 - smoothing) * nll + smoothing * (log_normaliser - mean_logit)
-    correct = target_logit >= jnp.max(logits, axis=-1)
+    correct = target_logit >= highest[..., 0]
     weight = mask.astype(jnp.float32)
     sums = LossSums(
         jnp.sum(loss * weight),
@@ -101,52 +119,59 @@ def _chunk_terms(static, mean_row, hidden, kernel, bias, targets, mask):
         jnp.sum(correct.astype(jnp.float32) * weight),
         jnp.sum(weight),
     )
-    return sums, logits, log_normaliser
+    return sums, exponentials, total
 
 
 def _zero_sums() -> LossSums:
     return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
+def _chunked(static, hidden, kernel, targets, mask):
+    """Returns what a scan over chunks needs: mean row, kernel [D, V], and the chunks."""
     mean_row = jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0)
     chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
+    # Both products with logits are made with V as the last axis, or XLA copies [B, t, V] transposed for each.
+    return mean_row, constrain(kernel.T, None, "vocab"), [_time_chunks(x, chunks) for x in (hidden, targets, mask)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
+    mean_row, columns, chunks = _chunked(static, hidden, kernel, targets, mask)
 
     def body(total, chunk):
-        sums, _, _ = _chunk_terms(static, mean_row, chunk[0], kernel, bias, *chunk[1:])
+        sums, _, _ = _chunk_terms(static, mean_row, chunk[0], columns, bias, *chunk[1:])
         return jax.tree.map(jnp.add, total, sums), None
 
-    return jax.lax.scan(body, _zero_sums(), [_time_chunks(x, chunks) for x in (hidden, targets, mask)])[0]
+    return jax.lax.scan(body, _zero_sums(), chunks)[0]
 
 
 def _forward(static, hidden, kernel, bias, targets, mask):
     """Returns the sums, and the gradient of `loss` by hidden, kernel and bias."""
     num_real_rows, smoothing = static
-    mean_row = jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0)
-    chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
+    mean_row, columns, chunks = _chunked(static, hidden, kernel, targets, mask)
 
     def body(carry, chunk):
-        total, kernel_gradient, bias_gradient = carry
+        total, column_gradient, bias_gradient = carry
         h, t, m = chunk
-        sums, logits, log_normaliser = _chunk_terms(static, mean_row, h, kernel, bias, t, m)
-        probabilities = jnp.exp(logits - log_normaliser[..., None])
-        row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        sums, exponentials, normaliser = _chunk_terms(static, mean_row, h, columns, bias, t, m)
+        weight = m.astype(jnp.float32)[..., None]
+        row = jax.lax.broadcasted_iota(jnp.int32, exponentials.shape, 2)
         wanted = jnp.where(row == t[..., None], 1.0 - smoothing, 0.0)
         wanted = wanted + jnp.where(row < num_real_rows, smoothing / num_real_rows, 0.0)
-        by_logits = jnp.where(m[..., None], probabilities - wanted, 0.0)
-        bias_gradient = bias_gradient + jnp.sum(by_logits, axis=(0, 1))
+        by_logits = exponentials * (weight / normaliser) - wanted * weight
+        if bias_gradient is not None:
+            bias_gradient = bias_gradient + jnp.sum(by_logits, axis=(0, 1))
         by_logits = by_logits.astype(h.dtype)  # products run in the compute type, their sums in float32
         by_hidden = jnp.einsum("btv,vd->btd", by_logits, kernel)
-        by_kernel = jnp.einsum("btv,btd->vd", by_logits, h, preferred_element_type=jnp.float32)
-        kernel_gradient = constrain(kernel_gradient + by_kernel, "vocab", None)
-        return (jax.tree.map(jnp.add, total, sums), kernel_gradient, bias_gradient), by_hidden
+        by_columns = jnp.einsum("btd,btv->dv", h, by_logits, preferred_element_type=jnp.float32)
+        column_gradient = constrain(column_gradient + by_columns, None, "vocab")
+        return (jax.tree.map(jnp.add, total, sums), column_gradient, bias_gradient), by_hidden
 
-    start = (_zero_sums(), jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
-    xs = [_time_chunks(x, chunks) for x in (hidden, targets, mask)]
-    (total, kernel_gradient, bias_gradient), by_hidden = jax.lax.scan(body, start, xs)
+    no_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    start = (_zero_sums(), jnp.zeros(columns.shape, jnp.float32), no_bias)
+    (total, column_gradient, bias_gradient), by_hidden = jax.lax.scan(body, start, chunks)
     by_hidden = jnp.moveaxis(by_hidden, 0, 1).reshape(hidden.shape)
-    return total, (by_hidden, kernel_gradient.astype(kernel.dtype), bias_gradient)
+    return total, (by_hidden, column_gradient.T.astype(kernel.dtype), bias_gradient)
 
 
 def _backward(static, gradients, cotangents: LossSums):
@@ -155,7 +180,7 @@ def _backward(static, gradients, cotangents: LossSums):
     return (
         by_hidden * scale.astype(by_hidden.dtype),
         by_kernel * scale.astype(by_kernel.dtype),
-        by_bias * scale,
+        None if by_bias is None else by_bias * scale,
         None,
         None,
     )

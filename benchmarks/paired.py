@@ -1,0 +1,145 @@
+"""Two or more systems that train on the same batches and take turns, so that whatever slows the machine slows all.
+
+Each system lives in a process of its own: jax and torch both start threads when they are imported, so neither is
+imported here at the top. What counts is the ratio of two turns that follow each other.
+"""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+Train = Callable[[], None]  # trains on every batch once, and returns when all is done
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A system that is ready to train.
+
+    Attributes:
+        train: trains on every batch once.
+        facts: what the other side must or may know; picklable.
+    """
+
+    train: Train
+    facts: dict[str, Any]
+
+
+def set_threads(count: int) -> None:
+    """Keeps this process, and what it starts, on the first `count` CPUs that it may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:count]))
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def our_trainer(config: Any, num_batches: int) -> Built:
+    """Returns this project's training by a configuration, on the first batches of the first epoch.
+
+    Facts: parameters, batches (tokens and segments of both sides), shapes, vocab_size, start_token, learning_rate,
+    flops (of all batches together, as XLA counts them) and target_tokens.
+    """
+    import jax
+
+    from flax_transformer.data.batching import Position, TokenizedPairs
+    from flax_transformer.data.corpus import load_corpus
+    from flax_transformer.data.loader import training_batches, training_plan
+    from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
+    from flax_transformer.inference.translator import vocabulary_info
+    from flax_transformer.parallel.mesh import batch_sharding, make_mesh
+    from flax_transformer.training.loop import compile_steps
+    from flax_transformer.training.optimizer import make_optimizer, make_schedule
+    from flax_transformer.training.state import init_state, make_layout
+    from flax_transformer.training.step import jit_train_step
+
+    text = load_corpus(config.data).train
+    tokenizers = TokenizerPair.train(*text, config.tokenizer)
+    pairs = TokenizedPairs(
+        TokenizedText.from_lines(text.source, tokenizers.source),
+        TokenizedText.from_lines(text.target, tokenizers.target),
+        config.model.max_source_length,
+        config.model.max_target_length,
+    )
+    plan = training_plan(pairs.lengths, config.batching, config.training.seed)
+    batches = [b for b, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), num_batches)]
+
+    mesh = make_mesh(config.mesh)
+    schedule = make_schedule(config.optimizer, config.model.model_dim)
+    vocabulary = vocabulary_info(tokenizers)
+    layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), mesh)
+    step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
+    shapes = [(*b.source_tokens.shape, b.target_tokens.shape[1]) for b in batches]
+    compiled = compile_steps(step, layout, plan.shapes, mesh)
+    state = init_state(config.model, vocabulary, layout, config.training.seed)
+
+    def train() -> None:
+        nonlocal state
+        for batch, shape in zip(batches, shapes, strict=True):
+            state, _ = compiled[shape](state, jax.device_put(batch, batch_sharding(mesh)))
+        jax.block_until_ready(state)
+
+    facts = {
+        "parameters": layout.num_parameters,
+        "batches": [(b.source_tokens, b.source_segments, b.target_tokens, b.target_segments) for b in batches],
+        "shapes": sorted(set(shapes)),
+        "vocab_size": vocabulary.target_size,
+        "start_token": vocabulary.start_token,
+        "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
+        "target_tokens": sum(int((b.target_segments > 0).sum()) for b in batches),
+    }
+    return Built(train, facts)
+
+
+def _worker(build: Callable[..., Built], arguments: tuple, threads: int, pipe: Any) -> None:
+    """Builds a system, trains once to warm up, then once for every message, answering with the seconds it took."""
+    set_threads(threads)
+    built = build(*arguments)
+    built.train()
+    pipe.send(built.facts)
+    while pipe.recv():
+        started = time.perf_counter()
+        built.train()
+        pipe.send(time.perf_counter() - started)
+
+
+class Systems:
+    """Systems in processes of their own.
+
+    Args:
+        threads: of each.
+    """
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.pipes: dict[str, Any] = {}
+
+    def start(self, name: str, build: Callable[..., Built], *arguments: Any) -> dict[str, Any]:
+        """Builds a system by `build(*arguments)`, a module's function, and returns its facts."""
+        context = multiprocessing.get_context("spawn")
+        self.pipes[name], end = context.Pipe()
+        context.Process(target=_worker, args=(build, arguments, self.threads, end), daemon=True).start()
+        end.close()  # so that a worker that dies ends the wait
+        return self.pipes[name].recv()
+
+    def take_turns(self, rounds: int) -> dict[str, list[float]]:
+        """Returns the seconds of each system's turns, and ends all."""
+        seconds: dict[str, list[float]] = {name: [] for name in self.pipes}
+        for _ in range(rounds):
+            for name, pipe in self.pipes.items():
+                pipe.send(True)
+                seconds[name].append(pipe.recv())
+        for pipe in self.pipes.values():
+            pipe.send(False)
+        return seconds
+
+
+def machine(*packages: str) -> str:
+    """Returns processor type and versions in one line."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{platform.machine()}, Python {platform.python_version()}, {versions}"
