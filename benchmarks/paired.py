@@ -47,10 +47,10 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     """
     import jax
 
-    from flax_transformer.data.batching import Position, TokenizedPairs
+    from flax_transformer.data.batching import Position
     from flax_transformer.data.corpus import load_corpus
     from flax_transformer.data.loader import training_batches, training_plan
-    from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
+    from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
     from flax_transformer.inference.translator import vocabulary_info
     from flax_transformer.parallel.mesh import batch_sharding, make_mesh
     from flax_transformer.training.loop import compile_steps
@@ -58,15 +58,11 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.training.state import init_state, make_layout
     from flax_transformer.training.step import jit_train_step
 
-    text = load_corpus(config.data).train
-    tokenizers = TokenizerPair.train(*text, config.tokenizer)
-    pairs = TokenizedPairs(
-        TokenizedText.from_lines(text.source, tokenizers.source),
-        TokenizedText.from_lines(text.target, tokenizers.target),
-        config.model.max_source_length,
-        config.model.max_target_length,
-    )
-    plan = training_plan(pairs.lengths, config.batching, config.training.seed)
+    parts = load_corpus(config.data).train
+    tokenizers = prepare_tokenizers(parts, config.tokenizer)
+    limits = config.model.max_source_length, config.model.max_target_length
+    pairs = prepare_training_pairs(parts, tokenizers, config.filters, *limits)
+    plan = training_plan(pairs.lengths, config.batching, config.training.seed, pairs.mixture)
     batches = [b for b, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), num_batches)]
 
     mesh = make_mesh(config.mesh)

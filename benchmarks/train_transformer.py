@@ -23,12 +23,8 @@ from paired import Built, Systems, machine, our_trainer
 
 # jax and torch each start threads when they are imported, so each is imported in its own process alone.
 
-SIZES = {
-    "tiny": {"model_dim": 128, "num_heads": 4, "feed_forward_dim": 256, "depth": 4},
-    "small": {"model_dim": 256, "num_heads": 4, "feed_forward_dim": 1024, "depth": 3},
-    "base": {"model_dim": 512, "num_heads": 8, "feed_forward_dim": 2048, "depth": 6},
-    "big": {"model_dim": 1024, "num_heads": 16, "feed_forward_dim": 4096, "depth": 6},
-}
+# Model dim, heads, feed-forward dim, layers of encoder and of decoder.
+SIZES = {"tiny": (128, 4, 256, 4), "small": (256, 4, 1024, 3), "base": (512, 8, 2048, 6), "big": (1024, 16, 4096, 6)}
 
 # Dense products in bfloat16 with float32 sums, FLOP/s, from the makers' data sheets.
 PEAKS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
@@ -68,11 +64,12 @@ def ours(options: Options, size: str) -> Built:
 
     config = read_config(options.config)
     assert isinstance(config.model, TransformerConfig), "this benchmark needs the recipe of a Transformer"
-    sizes = dict(SIZES[size])
-    depth = sizes.pop("depth")
+    dim, heads, hidden, depth = SIZES[size]
     model = dataclasses.replace(
         config.model,
-        **sizes,
+        model_dim=dim,
+        num_heads=heads,
+        feed_forward_dim=hidden,
         num_encoder_layers=depth,
         num_decoder_layers=depth,
         norm_order="post",
@@ -152,13 +149,22 @@ def torch_peer(options: Options, peer: dict[str, Any]) -> Built:
     autocast = torch.autocast(device, torch.bfloat16, enabled=options.compute_dtype == "bfloat16")
 
     def prepared(batch):
-        source, source_segments, target, target_segments = (torch.tensor(np.asarray(a)).long().to(device) for a in batch)
+        source, source_segments, target, target_segments = (
+            torch.tensor(np.asarray(a)).long().to(device) for a in batch
+        )
         # A row that fills up the batch must keep one key, or its softmax has nothing to sum over.
         source_padding, target_padding = source_segments == 0, target_segments == 0
         source_padding[:, 0] = False
         target_padding[:, 0] = False
         first = torch.full_like(target[:, :1], peer["start_token"])
-        return source, source_padding, torch.cat([first, target[:, :-1]], dim=1), target_padding, target, target_segments > 0
+        return (
+            source,
+            source_padding,
+            torch.cat([first, target[:, :-1]], dim=1),
+            target_padding,
+            target,
+            target_segments > 0,
+        )
 
     batches = [prepared(batch) for batch in peer["batches"]]
 

@@ -15,6 +15,7 @@ import yaml
 
 from flax_transformer.data.batching import BatchingConfig
 from flax_transformer.data.corpus import DataConfig
+from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
@@ -35,6 +36,8 @@ class TrainingConfig:
         steps: updates in all.
         seed: of the parameters, the order of the data and dropout.
         label_smoothing: share of the target distribution that is uniform over the vocabulary, in [0, 1).
+        ema_decay: of an exponential moving average of the parameters, which is what is evaluated, kept as the best, and
+            translated with; in [0, 1), 0 keeps none.
         log_every_steps: distance of progress lines.
         evaluate_every_steps: distance of evaluations (loss and beam search) on validation text.
         evaluate_sentences: validation sentences translated at each, at most.
@@ -48,6 +51,7 @@ class TrainingConfig:
     steps: int = 2_000
     seed: int = 0
     label_smoothing: float = 0.1
+    ema_decay: float = 0.0
     log_every_steps: int = 50
     evaluate_every_steps: int = 500
     evaluate_sentences: int = 512
@@ -62,6 +66,8 @@ class TrainingConfig:
                      "checkpoint_every_steps", "keep_newest", "keep_best"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}.")
         if self.patience < 0:
             raise ConfigError(f"training.patience must not be negative (0 turns it off), got {self.patience}.")
         check_seed("training.seed", self.seed)
@@ -124,6 +130,7 @@ class Config:
         run: the run folder; all that the run writes lies in it.
         init_from: run folder whose best parameters and whose tokenizer the training starts from; None starts anew.
         data: which corpus.
+        filters: which training pairs are left out.
         tokenizer: how its text becomes ids.
         model: which model.
         batching: how pairs become batches.
@@ -137,6 +144,7 @@ class Config:
     run: str = "runs/number_words"
     init_from: str | None = None
     data: DataConfig = field(default_factory=NumberWordsConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=TransformerConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
@@ -216,6 +224,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path)
+    if get_origin(hint) is tuple:  # of any length, all of one type; a single value stands for a tuple of one
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(get_args(hint)[0], each, path) for each in values)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)
@@ -272,6 +283,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     values = {"kind": config.kind} if hasattr(config, "kind") else {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        value = list(value) if isinstance(value, tuple) else value
         values[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
     return values
 

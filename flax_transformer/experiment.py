@@ -1,6 +1,5 @@
 """A whole run: corpus, tokenizer, training, evaluation, pictures."""
 
-import dataclasses
 import platform
 import time
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from flax_transformer.data.batching import Plan, Position, TokenizedPairs
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
 from flax_transformer.data.parallel_text import Corpus, ParallelText
-from flax_transformer.data.tokenizer import TokenizedText, TokenizerPair
+from flax_transformer.data.preparation import held_out_pairs, prepare_tokenizers, prepare_training_pairs
+from flax_transformer.data.tokenizer import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
@@ -36,6 +36,11 @@ from flax_transformer.training.state import StateLayout, init_state, make_layout
 from flax_transformer.training.step import jit_evaluation_step, jit_train_step
 
 NUM_SAMPLES = 10
+
+# What a resumed run must have as it was; of section training some fields, see `_check_same_recipe`.
+SECTIONS_KEPT = (
+    "init_from", "data", "filters", "tokenizer", "model", "batching", "optimizer", "decoding", "evaluation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,11 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     elif parent is not None:
         tokenizers = parent.tokenizers()
     else:
-        tokenizers = TokenizerPair.train(*corpus.train, config.tokenizer)
-    train, validation = (_tokenize(part, tokenizers, config) for part in (corpus.train, corpus.validation))
-    plan = training_plan(train.lengths, config.batching, config.training.seed)
+        tokenizers = prepare_tokenizers(corpus.train, config.tokenizer)
+    limits = config.model.max_source_length, config.model.max_target_length
+    train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits)
+    validation = held_out_pairs(corpus.validation, tokenizers, *limits)
+    plan = training_plan(train.lengths, config.batching, config.training.seed, train.mixture)
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
     for shape in plan.shapes:
         check_rows(
@@ -93,7 +100,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
-    layout = make_layout(config.model, vocabulary, optimizer, mesh)
+    layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     start = None if parent is None else _best_params(parent, layout)
     step = jit_train_step(
         layout,
@@ -125,7 +132,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             if resume and config.init_from is not None:  # stopped before its first checkpoint
                 start = _best_params(_parent(config), layout)
             state = init_state(config.model, vocabulary, layout, config.training.seed)
-            state = state if start is None else dataclasses.replace(state, params=start)
+            state = state if start is None else state.starting_from(start)
             position = Position(0, 0)
         first_step = int(state.step)
         if resume:
@@ -147,7 +154,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                     f"{largest / 2**20:,.0f} MiB on each device"
                 )
 
-            translator = Translator(config.model, tokenizers, state.params, config.decoding, mesh)
+            translator = Translator(config.model, tokenizers, state.usable, config.decoding, mesh)
             watch = Validation(config, corpus.validation, validation, validation_plan, translator, layout, log)
             clock = time.monotonic()
             state, signal = train_loop(
@@ -168,10 +175,11 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 return Outcome(folder, None, signal)
 
             best = checkpoints.choose("best")
+            tested = state.usable
             if best != int(state.step):
                 log.say(f"\nthe best evaluation was at step {best}: its parameters are tested")
-                state = dataclasses.replace(state, params=checkpoints.restore_params(best, layout.abstract.params))
-            translator = translator.with_params(state.params)
+                tested = checkpoints.restore_params(best, layout.abstract.params)
+            translator = translator.with_params(tested)
             scores, samples = _score(config, corpus, translator, folder, log)
             card = _run_card(config, tokenizers, layout, mesh, (int(state.step), best), scores, training_seconds)
             folder.write_card(card)
@@ -240,15 +248,6 @@ class Validation:
         return self.quality(record)
 
 
-def _tokenize(text: ParallelText, tokenizers: TokenizerPair, config: Config) -> TokenizedPairs:
-    return TokenizedPairs(
-        TokenizedText.from_lines(text.source, tokenizers.source),
-        TokenizedText.from_lines(text.target, tokenizers.target),
-        config.model.max_source_length,
-        config.model.max_target_length,
-    )
-
-
 def _parent(config: Config) -> RunFolder:
     """Returns the run that this one starts from.
 
@@ -275,9 +274,9 @@ def _best_params(parent: RunFolder, layout: StateLayout) -> Any:
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
     before = RunFolder.open(folder.path).read_config()
-    for section in ("init_from", "data", "tokenizer", "model", "batching", "optimizer", "decoding", "evaluation"):
+    for section in SECTIONS_KEPT:
         _check_same(folder, section, getattr(before, section), getattr(config, section))
-    for name in ("seed", "label_smoothing", "best_by", "evaluate_sentences"):
+    for name in ("seed", "label_smoothing", "ema_decay", "best_by", "evaluate_sentences"):
         _check_same(folder, f"training.{name}", getattr(before.training, name), getattr(config.training, name))
 
 
@@ -289,24 +288,34 @@ def _check_same(folder: RunFolder, name: str, before: Any, now: Any) -> None:
         )
 
 
+def describe_pairs(pairs: TokenizedPairs) -> str:
+    """Returns how many training pairs there are, and how many were left out for which reason."""
+    left_out = ", ".join(f"{count:,} {name}" for name, count in pairs.dropped.items() if count)
+    return f"{len(pairs):,} training pairs" + (f" ({left_out} left out)" if left_out else "")
+
+
+def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
+    """Returns the shapes of the batches, how many make an epoch, and the share of padding in them."""
+    batches = plan.epoch(0)
+    padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
+    lengths = pairs.lengths.sum(axis=1)
+    padding = 1 - sum(int(lengths[b.pairs].sum()) for b in batches) / padded
+    shapes = ", ".join(f"{s.rows}x{s.source_length}/{s.target_length}" for s in plan.shapes)
+    return (
+        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {len(batches)} "
+        f"batches an epoch, padding {100 * padding:.0f} %"
+    )
+
+
 def _description(
     config: Config, corpus: Corpus, train: TokenizedPairs, plan: Plan, layout: StateLayout, mesh: Mesh
 ) -> str:
-    dropped = ""
-    if train.num_empty or train.num_too_long:
-        dropped = f" ({train.num_empty} empty, {train.num_too_long} too long left out)"
-    batches = plan.epoch(0)
-    padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
-    padding = 1 - train.lengths.sum() / padded
-    shapes = ", ".join(f"{s.rows}x{s.source_length}/{s.target_length}" for s in plan.shapes)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
-        f"run {config.run}: {len(train):,} training pairs{dropped}, {len(corpus.validation.source):,} validation, "
+        f"run {config.run}: {describe_pairs(train)}, {len(corpus.validation.source):,} validation, "
         f"{len(corpus.test.source):,} test\n"
         f"model {config.model.description}: {layout.num_parameters:,} parameters; mesh {axes} on "
-        f"{jax.devices()[0].device_kind}\n"
-        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {len(batches)} "
-        f"batches an epoch, padding {100 * padding:.0f} %"
+        f"{jax.devices()[0].device_kind}\n" + describe_batches(train, plan)
     )
 
 

@@ -1,5 +1,6 @@
 """Strict settings for all tests: 8 fake devices, no silent promotion, warnings are errors (pyproject.toml)."""
 
+import os
 import tempfile
 
 import jax
@@ -12,9 +13,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same small program is compiled by many tests; this folder is theirs alone and goes with the session.
-_compiled = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# The same small program is compiled, the same text is tokenised by many tests; this folder is theirs alone and goes
+# with the session.
+_cache = tempfile.TemporaryDirectory(prefix="flax_transformer_tests_", ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", f"{_cache.name}/compiled")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

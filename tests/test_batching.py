@@ -135,8 +135,10 @@ def test_pairs_that_do_not_fit_are_counted_and_nothing_left_is_explained():
     rng = np.random.default_rng(0)
     source, target = random_text(rng, np.array([1, 5, 30, 4])), random_text(rng, np.array([5, 1, 5, 9]))
     pairs = TokenizedPairs(source, target, 20, 20)
-    assert (pairs.num_empty, pairs.num_too_long, pairs.kept.tolist()) == (2, 1, [3])
-    with pytest.raises(InputError, match=r"of 4 pairs 2 have an empty side and 2 are longer than model.max_source_len"):
+    assert (pairs.dropped, pairs.kept.tolist()) == ({"empty": 2, "too long": 1}, [3])
+    with pytest.raises(
+        InputError, match=r"of 4 pairs in all, left out were 2 empty, 2 too long. .*model.max_source_length \(3\)"
+    ):
         TokenizedPairs(source, target, 3, 3)
 
 

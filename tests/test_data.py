@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_transformer.data.parallel_text import ParallelTextConfig, iterate_lines, read_corpus, read_parallel_text
+from flax_transformer.data.parallel_text import (
+    ParallelText,
+    ParallelTextConfig,
+    iterate_lines,
+    read_corpus,
+    read_parallel_text,
+)
 from flax_transformer.data.synthetic import (
     NumberWordsConfig,
     english_number_words,
@@ -58,12 +64,15 @@ def test_number_words_are_a_bijection_on_a_sample():
 def test_parts_have_no_number_in_common_and_short_numbers_occur():
     config = NumberWordsConfig(num_train=1_000, num_validation=60, num_test=400)
     corpus = number_words_corpus(config)
-    parts = [set(part.source) for part in corpus]
+    (train,) = corpus.train
+    assert isinstance(train, ParallelText)
+    texts = (train, corpus.validation, corpus.test)
+    parts = [set(part.source) for part in texts]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
-    assert [len(p.source) for p in corpus] == [1_000, 60, 400]
+    assert [len(p.source) for p in texts] == [1_000, 60, 400]
     assert len(parts[1]) == 60 and len(parts[2]) == 400  # distinct
     assert "zero" in parts[0]
-    for part in corpus:
+    for part in texts:
         assert sum("thousand" not in source for source in part.source) >= 0.04 * len(part.source)
     again = number_words_corpus(config)
     assert again == corpus
@@ -94,7 +103,7 @@ def test_bad_files_are_explained(tmp_path: Path):
         read_parallel_text(good, tmp_path / "missing")
     with pytest.raises(InputError, match=r"good has 3 and .*short has 2"):
         read_parallel_text(good, short)
-    with pytest.raises(InputError, match="are empty: at least one sentence pair is needed"):
+    with pytest.raises(InputError, match="no line; at least one sentence pair is needed"):
         read_parallel_text(empty, empty)
     with pytest.raises(InputError, match=r"latin, line 2: not valid UTF-8"):
         list(iterate_lines(tmp_path / "latin"))

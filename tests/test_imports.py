@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "flax_transformer"
 
 # Lowest first; a module may import modules of lower layers, and of its own where that makes no circle.
 LAYERS = [
-    ["errors", "shapes"],
+    ["errors", "shapes", "user_cache"],
     ["parallel"],
     ["nn", "data", "decoding"],
     ["models"],

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +40,10 @@ def random_batch(seed: int) -> Batch:
     return Batch(*(a.astype(np.int32) for a in arrays))
 
 
-def prepared(mesh: Mesh, model: ModelConfig = MODEL, seed: int = 0, micro_batches: int = 1):
+def prepared(mesh: Mesh, model: ModelConfig = MODEL, seed: int = 0, micro_batches: int = 1, ema_decay: float = 0.0):
     optimizer_config = OptimizerConfig(warmup_steps=10)
     schedule = make_schedule(optimizer_config, model.model_dim)
-    layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh)
+    layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh, ema_decay)
     return layout, jit_train_step(layout, schedule, 0.1, seed, mesh, micro_batches)
 
 
@@ -125,6 +126,28 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(one_device, on
     ):
         counts = jnp.issubdtype(old.dtype, jnp.integer)
         np.testing.assert_array_equal(new, old + 1 if counts else old)
+
+
+@pytest.mark.parametrize("decay", [0.05, 0.9])
+def test_the_average_follows_the_parameters(decay):
+    """Against the sum written out, on a mesh that splits both; the training itself is not changed by it."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    layout, step = prepared(mesh, ema_decay=decay)
+    plain_layout, plain_step = prepared(mesh)
+    state, plain = init_state(MODEL, VOCABULARY, layout, seed=0), init_state(MODEL, VOCABULARY, plain_layout, seed=0)
+    assert plain.usable is plain.params and state.usable is state.average
+    expected = jax.device_get(state.params)
+    with jax.set_mesh(mesh):
+        for i in range(4):
+            batch = jax.device_put(random_batch(i), batch_sharding(mesh))
+            state, _ = step(state, batch)
+            plain, _ = plain_step(plain, batch)
+            share = 1 - min(decay, (1 + i) / (10 + i))
+            params = jax.device_get(state.params)
+            expected = jax.tree.map(lambda a, p, share=share: (1 - share) * a + share * p, expected, params)
+    chex.assert_trees_all_close(jax.device_get(state.average), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(plain.params))
+    assert jax.tree.map(lambda a: a.sharding, state.average) == jax.tree.map(lambda a: a.sharding, state.params)
 
 
 def test_losses_fall(single):

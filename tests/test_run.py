@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding
 from flax_transformer import Translator
 from flax_transformer.cli import main as cli
 from flax_transformer.config import read_config
+from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.tokenizer import END_ID, START_ID
 from flax_transformer.errors import ConfigError, RunFolderError
@@ -224,7 +225,10 @@ def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_pa
 def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
     """The other kind of corpus, plain and compressed, with three embedding tables; and what may be wrong with it."""
     corpus = number_words_corpus(NumberWordsConfig(200, 20, 20))
-    for name, part in zip(("train", "validation", "test"), corpus, strict=True):
+    (train,) = corpus.train
+    assert isinstance(train, ParallelText)
+    texts = (train, corpus.validation, corpus.test)
+    for name, part in zip(("train", "validation", "test"), texts, strict=True):
         (tmp_path / f"{name}.source").write_bytes("".join(f"{line}\n" for line in part.source).encode())
         packed = gzip.compress("".join(f"{line}\n" for line in part.target).encode())
         (tmp_path / f"{name}.target.gz").write_bytes(packed)

@@ -8,16 +8,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from flax_transformer.cli import average, compare, evaluate, train, translate
+from flax_transformer.cli import average, compare, evaluate, prepare, train, translate
 from flax_transformer.data.batching import ROW_MULTIPLE
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
+from flax_transformer.user_cache import user_cache
 
 VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
+    "prepare": (prepare.main, "learn the tokenizers and tokenise the text of a configuration, ahead of its training"),
     "train": (train.main, "train as a configuration says, then evaluate"),
     "translate": (translate.main, "translate standard input to standard output, line by line"),
     "evaluate": (evaluate.main, "translate a file and score it against a reference"),
@@ -32,8 +33,7 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless the user has named another or turned it off."""
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "flax_transformer" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("compiled")))
 
 
 def use_every_core() -> None:

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from flax_transformer.config import override, read_config
+from flax_transformer.config import Config, override, read_config
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import run_experiment
 from flax_transformer.run_folder import RunFolder
 
 
-def main(arguments: list[str], program: str = "train.py", default_config: Path | None = None) -> int:
-    """Returns the exit code of a training run.
+def read_recipe(arguments: list[str], program: str, default_config: Path | None = None) -> tuple[Config, bool]:
+    """Returns the configuration that a command line describes, and whether it asks to go on with a run.
 
     Args:
         arguments: `[--config FILE] [--section.field value ...]`, or `--run FOLDER --resume [--section.field ...]`.
@@ -17,7 +17,7 @@ def main(arguments: list[str], program: str = "train.py", default_config: Path |
         default_config: recipe used without --config; when None there is none.
 
     Raises:
-        InputError: bad files, a bad configuration, or a run folder in the wrong state.
+        ConfigError: a bad configuration, or none.
     """
     path, run, resume, rest = None, None, False, []
     position = 0
@@ -45,6 +45,15 @@ def main(arguments: list[str], program: str = "train.py", default_config: Path |
         path = default_config
     if path is None:
         raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
-    config = override(read_config(path), rest, program)
+    return override(read_config(path), rest, program), resume
+
+
+def main(arguments: list[str], program: str = "train.py", default_config: Path | None = None) -> int:
+    """Returns the exit code of a training run; arguments as `read_recipe`.
+
+    Raises:
+        InputError: bad files, a bad configuration, or a run folder in the wrong state.
+    """
+    config, resume = read_recipe(arguments, program, default_config)
     outcome = run_experiment(config, resume)
     return 0 if outcome.signal is None else 3

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
 from flax_transformer.data.tokenizer import TokenizedText
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.shapes import Batch
@@ -61,30 +62,78 @@ class Position(NamedTuple):
     batch: int
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Several corpora that stand one after the other, and how often an epoch holds the pairs of each.
+
+    Attributes:
+        ends: index of the pair after the last of each corpus.
+        weights: see `TextPart.weight`.
+    """
+
+    ends: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Returns the pairs of an epoch in random order."""
+        chosen, start = [], 0
+        for end, weight in zip(self.ends, self.weights, strict=True):
+            whole, size = int(weight), end - start
+            chosen.append(np.tile(np.arange(start, end), whole))
+            if weight != whole:
+                chosen.append(start + rng.permutation(size)[: round((weight - whole) * size)])
+            start = end
+        return rng.permutation(np.concatenate(chosen))
+
+
 class TokenizedPairs:
     """Tokenized sentence pairs that fit a model, in an order that never changes.
 
     Attributes:
         source, target: the two sides.
         kept: [number of pairs kept] indices into the original lines.
-        num_empty: pairs dropped because a side is empty.
-        num_too_long: pairs dropped because a side is beyond the model's maximum length.
+        dropped: how many pairs were left out for which reason.
+        mixture: of the corpora that they come from.
+
+    Args:
+        source, target: the two sides.
+        max_source_length, max_target_length: of the model.
+        filters: what to leave out beside empty and too long pairs.
+        marks: what filters must know of the text.
+        mixture: of the corpora, over the original lines; one of weight 1 when left out.
+
+    Raises:
+        InputError: no pair is left, of one of the corpora.
     """
 
-    def __init__(self, source: TokenizedText, target: TokenizedText, max_source_length: int, max_target_length: int):
+    def __init__(
+        self,
+        source: TokenizedText,
+        target: TokenizedText,
+        max_source_length: int,
+        max_target_length: int,
+        filters: FilterConfig | None = None,
+        marks: PairMarks | None = None,
+        mixture: Mixture | None = None,
+    ):
         self.source = source
         self.target = target
-        empty = (source.lengths == 1) | (target.lengths == 1)
-        too_long = ~empty & ((source.lengths > max_source_length) | (target.lengths > max_target_length))
-        self.num_empty = int(empty.sum())
-        self.num_too_long = int(too_long.sum())
-        self.kept = np.flatnonzero(~empty & ~too_long)
-        if not len(self.kept):
-            raise InputError(
-                f"no sentence pair is left: of {len(empty)} pairs {self.num_empty} have an empty side and "
-                f"{self.num_too_long} are longer than model.max_source_length ({max_source_length}) or "
-                f"model.max_target_length ({max_target_length}) tokens. Check the files, or raise the limits."
-            )
+        lengths = np.stack([source.lengths, target.lengths], axis=1)
+        self.kept, self.dropped = filter_pairs(
+            lengths, marks, max_source_length, max_target_length, filters or FilterConfig()
+        )
+        ends, weights = ((len(lengths),), (1.0,)) if mixture is None else (mixture.ends, mixture.weights)
+        self.mixture = Mixture(tuple(np.searchsorted(self.kept, ends).tolist()), weights)
+        for number, size in enumerate(np.diff((0, *self.mixture.ends)), start=1):
+            if size == 0:
+                reasons = ", ".join(f"{count} {name}" for name, count in self.dropped.items())
+                which = "" if len(ends) == 1 else f" of corpus {number} of {len(ends)}"
+                raise InputError(
+                    f"no sentence pair{which} is left: of {len(lengths)} pairs in all, left out were {reasons}. Pairs "
+                    f"are empty when a side is, and too long beyond model.max_source_length ({max_source_length}) or "
+                    f"model.max_target_length ({max_target_length}) tokens. Check the files, raise the limits, or "
+                    "loosen section 'filters'."
+                )
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -92,9 +141,9 @@ class TokenizedPairs:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all ids and lengths: positions in the data mean the same only while it is the same."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.mixture).encode())
         for array in (self.source.ids, self.source.offsets, self.target.ids, self.target.offsets, self.kept):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     @property
@@ -127,7 +176,7 @@ class Plan(Protocol):
         ...
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
-        """Returns the batches of an epoch, the same at every call; every pair occurs once."""
+        """Returns the batches of an epoch, the same at every call; every pair occurs as often as its corpus weighs."""
         ...
 
 
@@ -155,7 +204,7 @@ def round_up(value: int, multiple: int) -> int:
 
 def _side(text: TokenizedText, lines: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
     """Returns tokens, positions and segments [rows, length] of sentences, each after the one before it in its row."""
-    lengths = text.lengths[lines]
+    lengths = text.offsets[lines + 1] - text.offsets[lines]
     first_of_row = np.searchsorted(rows, rows)  # index of the first sentence in the row of each
     starts = np.cumsum(lengths) - lengths
     columns = starts - starts[first_of_row]

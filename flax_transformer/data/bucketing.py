@@ -9,6 +9,7 @@ import numpy as np
 from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
     BatchShape,
+    Mixture,
     PlannedBatch,
     rows_within,
 )
@@ -80,18 +81,19 @@ class BucketedPlan:
         lengths: [number of pairs, 2].
         shapes: as `choose_shapes` gives them.
         seed: of the shuffle; None leaves the pairs of each shape in order of the text (for evaluation).
+        mixture: of the corpora that the pairs come from; a shuffled plan has one.
     """
 
-    def __init__(self, lengths: np.ndarray, shapes: list[BatchShape], seed: int | None):
+    def __init__(self, lengths: np.ndarray, shapes: list[BatchShape], seed: int | None, mixture: Mixture | None = None):
         self.shapes = shapes
         self.seed = seed
+        self.mixture = mixture or Mixture((len(lengths),), (1.0,))
         self._shape_of_pair = assign_shapes(lengths, shapes)
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
         """Returns the batches of an epoch; the last of each shape may be part full."""
         rng = None if self.seed is None else np.random.default_rng((self.seed, epoch))
-        num_pairs = len(self._shape_of_pair)
-        order = np.arange(num_pairs) if rng is None else rng.permutation(num_pairs)
+        order = np.arange(len(self._shape_of_pair)) if rng is None else self.mixture.shuffled(rng)
         batches = []
         for index, shape in enumerate(self.shapes):
             members = order[self._shape_of_pair[order] == index]

@@ -8,6 +8,7 @@ from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
     ROW_MULTIPLE,
     BatchingConfig,
+    Mixture,
     Plan,
     Position,
     TokenizedPairs,
@@ -19,21 +20,22 @@ from flax_transformer.data.packing import PackedPlan, packed_shape
 from flax_transformer.shapes import Batch
 
 
-def training_plan(lengths: np.ndarray, config: BatchingConfig, seed: int) -> Plan:
+def training_plan(lengths: np.ndarray, config: BatchingConfig, seed: int, mixture: Mixture | None = None) -> Plan:
     """Returns shuffled batches in the form that the configuration names.
 
     Args:
         lengths: [number of pairs, 2].
         config: form and budget.
         seed: of the shuffle.
+        mixture: of the corpora that the pairs come from; one of weight 1 when left out.
 
     Raises:
         ConfigError: the budget is too small for the longest pairs.
     """
     if config.form == "packed":
-        return PackedPlan(lengths, packed_shape(lengths, config), seed)
+        return PackedPlan(lengths, packed_shape(lengths, config), seed, mixture)
     shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.micro_batches)
-    return BucketedPlan(lengths, shapes, seed)
+    return BucketedPlan(lengths, shapes, seed, mixture)
 
 
 def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: int = 1) -> Plan:

@@ -10,6 +10,7 @@ from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
     BatchingConfig,
     BatchShape,
+    Mixture,
     PlannedBatch,
     round_up,
     rows_within,
@@ -83,10 +84,12 @@ class PackedPlan:
         lengths: [number of pairs, 2].
         shape: as `packed_shape` gives it.
         seed: of the shuffle.
+        mixture: of the corpora that the pairs come from.
     """
 
-    def __init__(self, lengths: np.ndarray, shape: BatchShape, seed: int):
+    def __init__(self, lengths: np.ndarray, shape: BatchShape, seed: int, mixture: Mixture | None = None):
         self.lengths = lengths
+        self.mixture = mixture or Mixture((len(lengths),), (1.0,))
         self.shapes = [shape]
         self.seed = seed
 
@@ -94,7 +97,7 @@ class PackedPlan:
         """Returns the batches of an epoch, of which the last may be part full."""
         (shape,) = self.shapes
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.lengths))
+        order = self.mixture.shuffled(rng)
         rows = pack(self.lengths[order], shape)
         by_row = np.argsort(rows, kind="stable")
         order, rows = order[by_row], rows[by_row]

@@ -1,50 +1,120 @@
-"""Parallel plain text: line n of one file translates line n of the other."""
+"""Parallel text: sentence n of one side translates sentence n of the other."""
 
 import gzip
+import hashlib
+import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from flax_transformer.errors import InputError
+from flax_transformer.errors import ConfigError, InputError
+
+
+@runtime_checkable
+class TextPart(Protocol):
+    """One of the corpora that make up the training text; it can be read again and again, and need not fit in memory."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """How many times an epoch holds its pairs; the fraction is another share of them in every epoch."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content."""
+        ...
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yields its sentence pairs in order."""
+        ...
 
 
 class ParallelText(NamedTuple):
-    """Sentences and their translations, equally many."""
+    """Sentences and their translations in memory, equally many; satisfies `TextPart`."""
 
     source: list[str]
     target: list[str]
+    name: str = "text"
+    weight: float = 1.0
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content."""
+        digest = hashlib.sha256()
+        for pair in self.pairs():
+            digest.update("\n".join((*pair, "")).encode())
+        return digest.hexdigest()
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yields the sentence pairs in order."""
+        return zip(self.source, self.target, strict=True)
 
 
 class Corpus(NamedTuple):
     """The three parts of a corpus; only `train` is ever learnt from, tokenizers included."""
 
-    train: ParallelText
+    train: tuple[TextPart, ...]
     validation: ParallelText
     test: ParallelText
 
 
 @dataclass(frozen=True)
 class ParallelTextConfig:
-    """Where the text lies: UTF-8, one sentence a line, plain or compressed with gzip (a name ending in .gz).
+    """Where the text lies: UTF-8, by the name of a file (each may be compressed by gzip and then ends in .gz, too):
+
+        *.tsv      a pair a line, its sides in columns with a tab between them
+        *.jsonl    a JSON object a line, its sides under two keys; line breaks in them are read as spaces
+        others     a sentence a line, the other side in a file of its own
+
+    A .tsv or .jsonl file is named on both sides.
 
     Attributes:
         folder: where the files lie that are not given with an absolute path; relative to the working directory.
-        train_source, train_target: training text.
+        train_source, train_target: training text, one file or several.
+        train_weights: one for each of several training files: 2 has every pair twice in an epoch, 0.25 another quarter
+            of them in each; all 1 when left out.
         validation_source, validation_target: text for choosing and watching.
         test_source, test_target: text for the final figures.
+        source_column, target_column: of .tsv files, from 1.
+        source_key, target_key: of .jsonl files.
     """
 
     kind: ClassVar[str] = "parallel_text"
 
     folder: str = "."
-    train_source: str = "train.source"
-    train_target: str = "train.target"
+    train_source: tuple[str, ...] = ("train.source",)
+    train_target: tuple[str, ...] = ("train.target",)
+    train_weights: tuple[float, ...] = ()
     validation_source: str = "validation.source"
     validation_target: str = "validation.target"
     test_source: str = "test.source"
     test_target: str = "test.target"
+    source_column: int = 1
+    target_column: int = 2
+    source_key: str = "source"
+    target_key: str = "target"
+
+    def __post_init__(self):
+        num = len(self.train_source)
+        if not num or len(self.train_target) != num or len(self.train_weights) not in (0, num):
+            raise ConfigError(
+                "data.train_source and data.train_target must name equally many files, at least one, and "
+                f"data.train_weights one weight for each or none; got {num}, {len(self.train_target)} and "
+                f"{len(self.train_weights)}."
+            )
+        for weight in self.train_weights:
+            if not 0 < weight <= 1000:
+                raise ConfigError(f"data.train_weights must be above 0 and at most 1000, got {weight}.")
+        for name in ("source_column", "target_column"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def iterate_lines(path: Path) -> Iterator[str]:
@@ -72,32 +142,129 @@ def iterate_lines(path: Path) -> Iterator[str]:
         ) from error
 
 
-def read_parallel_text(source: Path, target: Path) -> ParallelText:
-    """Returns the sentence pairs of two files.
+def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
+    """Yields the sentences of one side of a file, which is read as its name says, see `ParallelTextConfig`.
 
     Raises:
-        InputError: the files have different numbers of lines, or none; or as `iterate_lines`.
+        InputError: a line without that column or key; or as `iterate_lines`.
     """
-    text = ParallelText(list(iterate_lines(source)), list(iterate_lines(target)))
-    if len(text.source) != len(text.target):
-        raise InputError(
-            f"parallel files must have the same number of lines, but {source} has {len(text.source)} and {target} has "
-            f"{len(text.target)}. Line n of one must translate line n of the other."
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    lines = iterate_lines(path)
+    if suffix == ".tsv":
+        for number, line in enumerate(lines, start=1):
+            columns = line.split("\t")
+            if len(columns) < column:
+                raise InputError(
+                    f"{path}, line {number}: expected at least {column} columns with tabs between them, found "
+                    f"{len(columns)}. Mend the line, or set data.source_column and data.target_column."
+                )
+            yield columns[column - 1]
+    elif suffix == ".jsonl":
+        for number, line in enumerate(lines, start=1):
+            try:
+                sentence = json.loads(line)[key]
+            except (ValueError, KeyError, TypeError):
+                sentence = None
+            if not isinstance(sentence, str):
+                raise InputError(
+                    f"{path}, line {number}: expected a JSON object with a text under the key {key!r}. Mend the line, "
+                    "or set data.source_key and data.target_key."
+                )
+            yield " ".join(sentence.splitlines())
+    else:
+        yield from lines
+
+
+@dataclass(frozen=True)
+class ParallelFiles:
+    """Sentence pairs in two files, or in one; satisfies `TextPart`.
+
+    Attributes:
+        source, target: files.
+        config: what says how they are read.
+        weight: see `TextPart`.
+    """
+
+    source: Path
+    target: Path
+    config: ParallelTextConfig
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.source) if self.source == self.target else f"{self.source} and {self.target}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files, and of what says how to read them."""
+        config = self.config
+        how = (config.source_column, config.target_column, config.source_key, config.target_key)
+        digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())
+        for path in (self.source, self.target):
+            if not path.is_file():
+                next(iterate_lines(path))  # says what is wrong
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yields the sentence pairs in order.
+
+        Raises:
+            InputError: the sides have different numbers of sentences, or none; or as `iterate_sentences`.
+        """
+        config = self.config
+        sides = (
+            iterate_sentences(self.source, config.source_column, config.source_key),
+            iterate_sentences(self.target, config.target_column, config.target_key),
         )
-    if not text.source:
-        raise InputError(f"{source} and {target} are empty: at least one sentence pair is needed.")
-    return text
+        number = 0
+        while True:
+            pair = [next(side, None) for side in sides]
+            if pair[0] is None or pair[1] is None:
+                break
+            number += 1
+            yield pair[0], pair[1]
+        counts = [
+            number + (sentence is not None) + sum(1 for _ in side) for side, sentence in zip(sides, pair, strict=True)
+        ]
+        if counts[0] != counts[1]:
+            raise InputError(
+                f"parallel files must have the same number of lines, but {self.source} has {counts[0]} and "
+                f"{self.target} has {counts[1]}. Line n of one must translate line n of the other."
+            )
+        if not number:
+            raise InputError(f"{self.name}: no line; at least one sentence pair is needed.")
+
+    def read(self) -> ParallelText:
+        """Returns all pairs; errors as `pairs`."""
+        pairs = list(self.pairs())
+        return ParallelText([source for source, _ in pairs], [target for _, target in pairs], self.name)
+
+
+def read_parallel_text(source: Path, target: Path) -> ParallelText:
+    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file given twice; errors as `ParallelFiles`."""
+    return ParallelFiles(source, target, ParallelTextConfig()).read()
 
 
 def read_corpus(config: ParallelTextConfig) -> Corpus:
-    """Returns the training, validation and test text that `config` names.
+    """Returns the training text that `config` names, unread, and the validation and test text.
 
     Raises:
-        InputError: as `read_parallel_text`.
+        InputError: as `ParallelFiles`; a training file that is not there.
     """
     folder = Path(config.folder)
+
+    def part(source: str, target: str, weight: float = 1.0) -> ParallelFiles:
+        return ParallelFiles(folder / source, folder / target, config, weight)
+
+    weights = config.train_weights or (1.0,) * len(config.train_source)
+    train = tuple(part(*each) for each in zip(config.train_source, config.train_target, weights, strict=True))
+    for path in (path for files in train for path in (files.source, files.target) if not path.is_file()):
+        next(iterate_lines(path))  # says what is wrong
     return Corpus(
-        train=read_parallel_text(folder / config.train_source, folder / config.train_target),
-        validation=read_parallel_text(folder / config.validation_source, folder / config.validation_target),
-        test=read_parallel_text(folder / config.test_source, folder / config.test_target),
+        train=train,
+        validation=part(config.validation_source, config.validation_target).read(),
+        test=part(config.test_source, config.test_target).read(),
     )

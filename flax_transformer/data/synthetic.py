@@ -123,4 +123,4 @@ def number_words_corpus(config: NumberWordsConfig) -> Corpus:
             [english_number_words(int(n)) for n in numbers], [german_number_words(int(n)) for n in numbers]
         )
 
-    return Corpus(train=pairs(train), validation=pairs(validation), test=pairs(test))
+    return Corpus(train=(pairs(train),), validation=pairs(validation), test=pairs(test))

@@ -24,18 +24,26 @@ class TokenizerConfig:
     """How to learn the subwords.
 
     Attributes:
-        algorithm: "unigram" or "bpe".
-        vocab_size: pieces to learn, the four special ones included.
+        algorithm: "unigram", "bpe", "word" (what stands between spaces; rare words are unknown) or "char".
+        vocab_size: pieces to learn, the four special ones included; "word" and "char" learn fewer where the text
+            has no more.
         joint: one vocabulary for both languages; needed by `model.share_embeddings: all`.
         character_coverage: share of the training text's characters that get a piece; the rest become unknown.
+        normalization: of the text, before it is cut: "nmt_nfkc" (SentencePiece's default: Unicode NFKC with changes for
+            translation) or "identity" (none, for text that has been tokenised already).
+        training_pairs: sentence pairs to learn from at most, spread evenly over the training text.
     """
 
-    algorithm: Literal["unigram", "bpe"] = "unigram"
+    algorithm: Literal["unigram", "bpe", "word", "char"] = "unigram"
     vocab_size: int = 8_000
     joint: bool = True
     character_coverage: float = 1.0
+    normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
+    training_pairs: int = 2_000_000
 
     def __post_init__(self):
+        if self.training_pairs < 1:
+            raise ConfigError(f"tokenizer.training_pairs must be at least 1, got {self.training_pairs}.")
         if self.vocab_size <= NUM_SPECIAL:
             raise ConfigError(f"tokenizer.vocab_size must be above {NUM_SPECIAL}, got {self.vocab_size}.")
         if not 0.98 <= self.character_coverage <= 1.0:
@@ -72,7 +80,9 @@ class Tokenizer:
                 model_writer=buffer,
                 model_type=config.algorithm,
                 vocab_size=config.vocab_size,
+                hard_vocab_limit=config.algorithm in ("unigram", "bpe"),
                 character_coverage=config.character_coverage,
+                normalization_rule_name=config.normalization,
                 pad_id=PAD_ID,
                 bos_id=START_ID,
                 eos_id=END_ID,

@@ -94,8 +94,10 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 **best,
             )
+        # Where an average is kept it is the parameters, for whoever reads them, and those in training lie beside them.
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
+            "trained": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
@@ -141,20 +143,20 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        trees = {"params": state.usable, "optimizer": state.optimizer}
+        if state.average is not None:
+            trees["trained"] = state.params
         meta = {
             "step": step,
             "data": data,
             "epoch": position.epoch,
             "batch": position.batch,
-            "checksums": {"params": checksums(state.params), "optimizer": checksums(state.optimizer)},
+            "checksums": {name: checksums(tree) for name, tree in trees.items()},
         }
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-                meta=ocp.args.JsonSave(meta),
-            ),
+            args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
             metrics=None if quality is None else {"quality": quality},
         )
 
@@ -181,18 +183,17 @@ class Checkpoints:
                 f"{self.folder / str(step)} holds parameters without the state of an optimiser, so there is no "
                 "training to go on with. Start a new run from it by --init-from."
             )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(abstract.optimizer),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
+        trees = {"params": abstract.params, "optimizer": abstract.optimizer}
+        if abstract.average is not None:
+            trees["trained"] = abstract.params
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
         meta = restored["meta"]
-        self._check_sums(step, {name: restored[name] for name in ("params", "optimizer")}, meta)
+        self._check_sums(step, {name: restored[name] for name in trees}, meta)
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
-        state = TrainState(count, restored["params"], restored["optimizer"])
+        average = None if abstract.average is None else restored["params"]
+        params = restored["params"] if abstract.average is None else restored["trained"]
+        state = TrainState(count, params, restored["optimizer"], average)
         return Restored(state, Position(meta["epoch"], meta["batch"]), meta["data"])
 
     def choose(self, which: Choice) -> int:

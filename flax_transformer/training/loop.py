@@ -250,7 +250,7 @@ def train_loop(
             # --- evaluate, then save with what came out; neither counts as training time
             pause, quality = time.monotonic(), None
             if to_evaluate:
-                quality = evaluate(state.params, step)
+                quality = evaluate(state.usable, step)
                 patience.note(quality)
             if to_save:
                 save(state, position, quality)

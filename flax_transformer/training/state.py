@@ -24,11 +24,23 @@ class TrainState:
         step: int32 scalar, updates made.
         params: nested dict of parameters.
         optimizer: optax state.
+        average: exponential moving average of the parameters, or None when none is kept.
     """
 
     step: Any
     params: Any
     optimizer: Any
+    average: Any = None
+
+    @property
+    def usable(self) -> Any:
+        """The parameters to evaluate, and to translate with: the average where there is one."""
+        return self.params if self.average is None else self.average
+
+    def starting_from(self, params: Any) -> "TrainState":
+        """Returns this state with other parameters, of which the average, if any, is a copy."""
+        average = None if self.average is None else jax.tree.map(jnp.copy, params)
+        return dataclasses.replace(self, params=params, average=average)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +52,14 @@ class StateLayout:
         shapes: `TrainState` of shapes and dtypes.
         shardings: `TrainState` of shardings.
         optimizer: the transformation that the optimiser state belongs to.
+        ema_decay: of the parameters' average; 0 keeps none.
     """
 
     graphdef: Any
     shapes: TrainState
     shardings: TrainState
     optimizer: optax.GradientTransformation
+    ema_decay: float
 
     @property
     def abstract(self) -> TrainState:
@@ -65,22 +79,29 @@ def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any,
     return nnx.split(nnx.eval_shape(lambda: build_model(model, vocabulary, rngs=nnx.Rngs(params=0))))
 
 
-def _init(model: ModelConfig, vocabulary: VocabularyInfo, optimizer: optax.GradientTransformation, key) -> TrainState:
+def _init(
+    model: ModelConfig, vocabulary: VocabularyInfo, optimizer: optax.GradientTransformation, ema_decay: float, key
+) -> TrainState:
     params = nnx.to_pure_dict(nnx.state(build_model(model, vocabulary, rngs=nnx.Rngs(params=key))))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, params) if ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def make_layout(
-    model: ModelConfig, vocabulary: VocabularyInfo, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: ModelConfig,
+    vocabulary: VocabularyInfo,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    ema_decay: float = 0.0,
 ) -> StateLayout:
-    """Returns the layout of a training state on `mesh`.
+    """Returns the layout of a training state on `mesh`; `ema_decay` above 0 keeps an average of the parameters.
 
     Raises:
         ConfigError: a dimension that a mesh axis shards but does not divide, or a parameter of which the optimiser's
             expressions do not say whether it decays.
     """
     graphdef, abstract_params = abstract_model(model, vocabulary)
-    shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, ema_decay, key), jax.random.key(0))
     replicated = replicated_sharding(mesh)
     params = parameter_shardings(abstract_params, mesh)
 
@@ -98,10 +119,14 @@ def make_layout(
         transform_non_params=lambda _: replicated,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
-    return StateLayout(graphdef, shapes, TrainState(replicated, params, optimizer_shardings), optimizer)
+    shardings = TrainState(replicated, params, optimizer_shardings, params if ema_decay else None)
+    return StateLayout(graphdef, shapes, shardings, optimizer, ema_decay)
 
 
 def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayout, seed: int) -> TrainState:
     """Returns a new state; every array is created in its sharding, none is ever whole on one device first."""
-    create = jax.jit(lambda key: _init(model, vocabulary, layout.optimizer, key), out_shardings=layout.shardings)
-    return create(jax.random.key(seed))
+
+    def create(key: jax.Array) -> TrainState:
+        return _init(model, vocabulary, layout.optimizer, layout.ema_decay, key)
+
+    return jax.jit(create, out_shardings=layout.shardings)(jax.random.key(seed))

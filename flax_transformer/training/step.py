@@ -78,9 +78,24 @@ def _gradient_in_pieces(
     return jax.lax.scan(body, zeros, (jax.tree.map(cut, batch), jnp.arange(pieces)))[0]
 
 
+def _moved_average(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Returns the exponential moving average one update on; early on its memory is short, as the start is no news.
+
+    References:
+        Polyak and Juditsky 1992 for averaging; the growing memory, min(decay, (1 + step) / (10 + step)), is that of
+        TensorFlow's `ExponentialMovingAverage`.
+    """
+    past = step.astype(jnp.float32)
+    share = 1.0 - jnp.minimum(decay, (1.0 + past) / (10.0 + past))
+    return jax.tree.map(
+        lambda a, p: (a.astype(jnp.float32) + share * (p.astype(jnp.float32) - a.astype(jnp.float32))).astype(a.dtype),
+        average,
+        params,
+    )
+
+
 def train_step(
-    graphdef: Any,
-    optimizer: optax.GradientTransformation,
+    layout: StateLayout,
     schedule: optax.Schedule,
     label_smoothing: float,
     seed: int,
@@ -95,6 +110,7 @@ def train_step(
     changes nothing but the step and the optimiser's own count of steps, by which its schedule goes.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    graphdef, optimizer = layout.graphdef, layout.optimizer
 
     if micro_batches == 1:
         gradients, sums = _gradient(graphdef, state.params, batch, label_smoothing, key)
@@ -113,7 +129,10 @@ def train_step(
         (state.params, state.optimizer),
     )
     metrics = StepMetrics(sums, norm, jnp.asarray(schedule(state.step)), ~finite)
-    return TrainState(state.step + 1, params, optimizer_state), metrics
+    average = state.average
+    if average is not None:
+        average = _moved_average(average, params, state.step, layout.ema_decay)
+    return TrainState(state.step + 1, params, optimizer_state, average), metrics
 
 
 def jit_train_step(
@@ -130,9 +149,7 @@ def jit_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(
-            layout.graphdef, layout.optimizer, schedule, label_smoothing, seed, micro_batches, state, batch
-        )
+        return train_step(layout, schedule, label_smoothing, seed, micro_batches, state, batch)
 
     return jax.jit(
         step,

@@ -1,0 +1,34 @@
+"""prepare: learn the tokenizers and tokenise the training text of a recipe, ahead of the training."""
+
+from flax_transformer.cli.train import read_recipe
+from flax_transformer.data.corpus import load_corpus
+from flax_transformer.data.loader import training_plan
+from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
+from flax_transformer.experiment import describe_batches, describe_pairs
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Returns the exit code.
+
+    Args:
+        arguments: `--config FILE [--section.field value ...]`, as for training.
+        program: name in the help.
+
+    Raises:
+        InputError: bad files or a bad configuration.
+    """
+    config, _ = read_recipe(arguments, program)
+    parts = load_corpus(config.data).train
+    tokenizers = prepare_tokenizers(parts, config.tokenizer)
+    lengths = config.model.max_source_length, config.model.max_target_length
+    pairs = prepare_training_pairs(parts, tokenizers, config.filters, *lengths)
+    plan = training_plan(pairs.lengths, config.batching, config.training.seed, pairs.mixture)
+    sizes = f"{tokenizers.source.vocab_size:,}"
+    if not tokenizers.joint:
+        sizes += f" and {tokenizers.target.vocab_size:,}"
+    source, target = pairs.lengths.sum(axis=0)
+    print(
+        f"{describe_pairs(pairs)}\n{source:,} source and {target:,} target tokens, vocabulary {sizes}\n"
+        f"{describe_batches(pairs, plan)}"
+    )
+    return 0

@@ -1,0 +1,93 @@
+"""From training text to what batches are made of: tokenizers learnt, text tokenised, pairs filtered."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from flax_transformer.data.batching import Mixture, TokenizedPairs
+from flax_transformer.data.filters import FilterConfig
+from flax_transformer.data.parallel_text import ParallelText, TextPart
+from flax_transformer.data.token_cache import tokenized_parts
+from flax_transformer.data.tokenizer import TokenizedText, TokenizerConfig, TokenizerPair
+from flax_transformer.user_cache import user_cache
+
+
+def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> TokenizerPair:
+    """Returns tokenizers learnt from the training text, or those that were learnt from it before in the same way.
+
+    Raises:
+        InputError: bad text, or as `Tokenizer.train`.
+    """
+    content = [[part.fingerprint for part in parts], dataclasses.asdict(config), sentencepiece.__version__]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    folder = user_cache("tokenizers")
+    if (folder / key).is_dir():
+        return TokenizerPair.load(folder / key)
+    tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
+    try:
+        tokenizers.save(partial)
+        partial.rename(folder / key)
+    except OSError:
+        if not (folder / key).is_dir():  # else another process was quicker, and made the same
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return tokenizers
+
+
+def _sample(parts: Sequence[TextPart], most: int) -> tuple[list[str], list[str]]:
+    """Returns the two sides of at most `most` pairs, spread evenly; at most twice as many are ever in memory."""
+    chosen, stride, number = [], 1, 0
+    for part in parts:
+        for pair in part.pairs():
+            if number % stride == 0:
+                chosen.append(pair)
+                if len(chosen) == 2 * most:
+                    chosen, stride = chosen[::2], 2 * stride
+            number += 1
+    if len(chosen) > most:
+        chosen = chosen[::2]
+    return [source for source, _ in chosen], [target for _, target in chosen]
+
+
+def prepare_training_pairs(
+    parts: Sequence[TextPart],
+    tokenizers: TokenizerPair,
+    filters: FilterConfig,
+    max_source_length: int,
+    max_target_length: int,
+) -> TokenizedPairs:
+    """Returns the training pairs, from the user's cache, where they are put if need be.
+
+    Raises:
+        InputError: bad text, a damaged cache, or no pair that is left.
+    """
+    tokens = tokenized_parts(parts, tokenizers, user_cache("tokens"))
+    mixture = Mixture(tokens.ends, tuple(float(part.weight) for part in parts))
+    return TokenizedPairs(
+        tokens.source, tokens.target, max_source_length, max_target_length, filters, tokens.marks, mixture
+    )
+
+
+def held_out_pairs(
+    text: ParallelText, tokenizers: TokenizerPair, max_source_length: int, max_target_length: int
+) -> TokenizedPairs:
+    """Returns pairs of validation or test text; of its loss alone, empty and too long ones are no part.
+
+    Raises:
+        InputError: no pair that is left.
+    """
+    return TokenizedPairs(
+        TokenizedText.from_lines(text.source, tokenizers.source),
+        TokenizedText.from_lines(text.target, tokenizers.target),
+        max_source_length,
+        max_target_length,
+    )

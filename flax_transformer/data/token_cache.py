@@ -1,0 +1,197 @@
+"""Tokenised training text on disk, memory-mapped: made once, whole or not at all.
+
+A cache is a folder named by a hash of the text's content and of the tokenizers. It is written under another name and
+renamed when it is whole, so that what bears the final name is never a part of it, whenever the writing was killed.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rich.console
+import rich.progress
+
+from flax_transformer.data.filters import PairMarks
+from flax_transformer.data.parallel_text import TextPart
+from flax_transformer.data.tokenizer import TokenizedText, Tokenizer, TokenizerPair
+from flax_transformer.errors import InputError
+
+# Of the files in a cache; another number makes all older caches be made anew.
+FORMAT = 1
+
+# Pairs that are tokenised together, by as many threads as there are cores.
+PAIRS_AT_ONCE = 16_384
+
+# What was left by a writer that was killed is removed when it has not been written to for so long.
+ABANDONED_SECONDS = 3_600
+
+DTYPES = {
+    "source_ids": np.int32,
+    "source_offsets": np.int64,
+    "target_ids": np.int32,
+    "target_offsets": np.int64,
+    "identical": np.bool_,
+    "digests": np.uint64,
+}
+
+
+@dataclass(frozen=True)
+class TokenizedParts:
+    """The tokenised training text, its parts one after the other.
+
+    Attributes:
+        source, target: the two sides.
+        marks: what filters must know of the text.
+        ends: index of the pair after the last of each part.
+        folder: where it lies.
+    """
+
+    source: TokenizedText
+    target: TokenizedText
+    marks: PairMarks
+    ends: tuple[int, ...]
+    folder: Path
+
+
+def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair) -> str:
+    """Returns a hash of the content of text and tokenizers."""
+    content = [
+        FORMAT,
+        [part.fingerprint for part in parts],
+        tokenizers.source.fingerprint,
+        tokenizers.target.fingerprint,
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def tokenized_parts(parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path) -> TokenizedParts:
+    """Returns the tokenised text from its cache in `folder`, which is made when it is not there.
+
+    Raises:
+        InputError: bad text, or a cache that has been damaged.
+    """
+    made = folder / cache_key(parts, tokenizers)
+    if not made.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        partial = Path(tempfile.mkdtemp(prefix=f"{made.name}.partial-", dir=folder))
+        try:
+            _write(parts, tokenizers, partial)
+            try:
+                partial.rename(made)
+            except OSError:
+                if not made.is_dir():  # else another process was quicker, and made the same
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return _open(made)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for partial in folder.glob("*.partial-*"):
+        newest = max((f.stat().st_mtime for f in (partial, *partial.glob("*"))), default=0.0)
+        if time.time() - newest > ABANDONED_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path) -> None:
+    """Writes the arrays as flat files, and last `meta.json`, which says how long they are."""
+    counts = dict.fromkeys(DTYPES, 0)
+    ends, pairs_done = [], 0
+    files = {name: (folder / name).open("wb") for name in DTYPES}
+
+    def write(name: str, values: np.ndarray) -> None:
+        array = np.ascontiguousarray(values, DTYPES[name])
+        files[name].write(array.data)
+        counts[name] += len(array)
+
+    try:
+        with _progress() as progress:
+            task = progress.add_task("tokenising", total=None)
+            starts = {"source": 0, "target": 0}
+            for side in starts:
+                write(f"{side}_offsets", np.zeros(1))
+            for part in parts:
+                for chunk in _chunks(part.pairs()):
+                    for side, tokenizer, lines in (
+                        ("source", tokenizers.source, [source for source, _ in chunk]),
+                        ("target", tokenizers.target, [target for _, target in chunk]),
+                    ):
+                        ids, lengths = _encode(tokenizer, lines)
+                        write(f"{side}_ids", ids)
+                        write(f"{side}_offsets", starts[side] + np.cumsum(lengths))
+                        starts[side] += len(ids)
+                    write("identical", np.array([source == target for source, target in chunk]))
+                    write("digests", np.array([_digest(pair) for pair in chunk], np.uint64))
+                    pairs_done += len(chunk)
+                    progress.update(task, completed=pairs_done)
+                ends.append(pairs_done)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files.values():
+            file.close()
+    (folder / "meta.json").write_text(json.dumps({"counts": counts, "ends": ends}), encoding="utf-8")
+
+
+def _progress() -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.completed:,} pairs"),
+        rich.progress.TimeElapsedColumn(),
+        console=rich.console.Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    while chunk := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
+        yield chunk
+
+
+def _encode(tokenizer: Tokenizer, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of all lines one after the other, each closed by the end token, and their lengths."""
+    text = TokenizedText.from_lines(lines, tokenizer)
+    return text.ids, text.lengths
+
+
+def _digest(pair: tuple[str, str]) -> int:
+    return int.from_bytes(hashlib.blake2b("\n".join(pair).encode(), digest_size=8).digest(), "little")
+
+
+def _open(folder: Path) -> TokenizedParts:
+    """Maps the arrays of a cache.
+
+    Raises:
+        InputError: a file is missing or not as long as it was written.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        arrays = {}
+        for name, dtype in DTYPES.items():
+            if (folder / name).stat().st_size != meta["counts"][name] * np.dtype(dtype).itemsize:
+                raise ValueError(f"{name} has another length than it was written with")
+            arrays[name] = np.memmap(folder / name, dtype, mode="r")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the cache of tokenised text in {folder} is damaged: {error}. Delete that folder; it will be made again."
+        ) from error
+    return TokenizedParts(
+        TokenizedText(arrays["source_ids"], arrays["source_offsets"]),
+        TokenizedText(arrays["target_ids"], arrays["target_offsets"]),
+        PairMarks(arrays["identical"], arrays["digests"]),
+        tuple(meta["ends"]),
+        folder,
+    )

@@ -1,0 +1,311 @@
+"""From files to training pairs: formats, filters, mixtures, and the caches of tokenizers and of tokenised text."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flax_transformer.cli import main as cli
+from flax_transformer.data import preparation, token_cache
+from flax_transformer.data.batching import Mixture, TokenizedPairs
+from flax_transformer.data.bucketing import BatchShape, BucketedPlan
+from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
+from flax_transformer.data.packing import PackedPlan
+from flax_transformer.data.parallel_text import (
+    ParallelFiles,
+    ParallelText,
+    ParallelTextConfig,
+    read_corpus,
+    read_parallel_text,
+)
+from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
+from flax_transformer.data.synthetic import NumberWordsConfig, english_number_words, number_words_corpus
+from flax_transformer.data.token_cache import tokenized_parts
+from flax_transformer.data.tokenizer import TokenizedText, TokenizerConfig, TokenizerPair
+from flax_transformer.errors import ConfigError, InputError
+
+SOURCE = [english_number_words(n) for n in range(400)]
+TARGET = SOURCE[::-1]
+TEXT = ParallelText(SOURCE, TARGET)
+TOKENIZERS = TokenizerPair.train(SOURCE, TARGET, TokenizerConfig(vocab_size=40))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# --- formats
+
+
+def test_tsv_and_json_lines_read_like_plain_text(tmp_path):
+    pairs = [("a b", "c"), ("d", "e\u2028f"), ("", "g")]
+    (tmp_path / "text.tsv").write_text("".join(f"{t}\t1.0\t{s}\n" for s, t in pairs), encoding="utf-8")
+    objects = "".join(json.dumps({"de": t, "en": s}) + "\n" for s, t in pairs)
+    (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress(objects.encode()))
+    config = ParallelTextConfig(
+        folder=str(tmp_path),
+        train_source=("text.tsv", "text.jsonl.gz"),
+        train_target=("text.tsv", "text.jsonl.gz"),
+        validation_source="text.tsv",
+        validation_target="text.tsv",
+        test_source="text.jsonl.gz",
+        test_target="text.jsonl.gz",
+        source_column=3,
+        target_column=1,
+        source_key="en",
+        target_key="de",
+    )
+    corpus = read_corpus(config)
+    as_json = [(s, " ".join(t.splitlines())) for s, t in pairs]
+    assert list(corpus.validation.pairs()) == pairs
+    assert list(corpus.test.pairs()) == as_json
+    assert [list(part.pairs()) for part in corpus.train] == [pairs, as_json]
+
+
+def test_bad_lines_are_named(tmp_path):
+    (tmp_path / "bad.tsv").write_text("a\tb\nonly one\n")
+    with pytest.raises(InputError, match=r"bad.tsv, line 2: expected at least 2 columns with tabs .*, found 1"):
+        read_parallel_text(tmp_path / "bad.tsv", tmp_path / "bad.tsv")
+    for line in ('{"source": 3, "target": "b"}', '{"target": "b"}', "no json", "[1]"):
+        (tmp_path / "bad.jsonl").write_text('{"source": "a", "target": "b"}\n' + line + "\n")
+        with pytest.raises(InputError, match=r"bad.jsonl, line 2: expected a JSON object with a text under the key"):
+            read_parallel_text(tmp_path / "bad.jsonl", tmp_path / "bad.jsonl")
+    (tmp_path / "a").write_text("1\n2\n3\n")
+    (tmp_path / "b").write_text("1\n")
+    for one, other in (("a", "b"), ("b", "a")):
+        with pytest.raises(InputError, match=rf"{one} has \d and .*{other} has \d"):
+            read_parallel_text(tmp_path / one, tmp_path / other)
+    with pytest.raises(ConfigError, match="equally many files, at least one, and data.train_weights .*got 2, 1 and 0"):
+        ParallelTextConfig(train_source=("a", "b"))
+    with pytest.raises(ConfigError, match=r"train_weights must be above 0 and at most 1000, got 0.0"):
+        ParallelTextConfig(train_weights=(0.0,))
+    with pytest.raises(InputError, match="no text file at"):  # before anything is learnt
+        read_corpus(ParallelTextConfig(folder=str(tmp_path), train_source=("a",), train_target=("missing",)))
+
+
+# --- filters
+
+
+def test_every_filter_counts_what_it_leaves_out():
+    lengths = np.array([[1, 4], [9, 3], [2, 8], [4, 4], [4, 4], [5, 5], [5, 5], [3, 9]])
+    identical = np.array([0, 0, 0, 1, 0, 0, 0, 0], bool)
+    digests = np.array([1, 2, 3, 4, 5, 6, 6, 1], np.uint64)
+    marks = PairMarks(identical, digests)
+    kept, dropped = filter_pairs(lengths, None, 8, 8, FilterConfig())
+    assert kept.tolist() == [2, 3, 4, 5, 6] and dropped == {"empty": 1, "too long": 2}
+    kept, dropped = filter_pairs(lengths, marks, 8, 8, FilterConfig(3.0, drop_identical=True, drop_duplicates=True))
+    assert kept.tolist() == [4, 5]
+    assert dropped == {"empty": 1, "too long": 2, "of unequal length": 1, "identical": 1, "duplicate": 1}
+    for ratio in (0.5, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="filters.max_length_ratio must be at least 1"):
+            FilterConfig(max_length_ratio=ratio)
+
+
+def test_a_corpus_of_which_nothing_is_left_is_named():
+    empty = ParallelText(["", ""], ["a", "b"])
+    with pytest.raises(InputError, match=r"no sentence pair of corpus 2 of 2 is left: .* left out were 2 empty"):
+        prepare_training_pairs((TEXT, empty), TOKENIZERS, FilterConfig(), 64, 64)
+
+
+# --- mixtures
+
+
+def test_an_epoch_holds_each_corpus_as_often_as_it_weighs():
+    mixture = Mixture((10, 30, 70), (1.0, 2.5, 0.25))
+    rng = np.random.default_rng(0)
+    epochs = [np.bincount(mixture.shuffled(rng), minlength=70) for _ in range(40)]
+    for counts in epochs:
+        assert (counts[:10] == 1).all()
+        assert set(counts[10:30]) == {2, 3} and counts[10:30].sum() == 50
+        assert set(counts[30:]) == {0, 1} and counts[30:].sum() == 10
+    assert (np.sum(epochs, axis=0)[30:] > 0).all()  # each epoch takes another quarter
+    np.testing.assert_array_equal(
+        Mixture((50,), (1.0,)).shuffled(np.random.default_rng(3)), np.random.default_rng(3).permutation(50)
+    )
+
+
+@pytest.mark.parametrize("form", ["bucketed", "packed"])
+def test_plans_follow_the_mixture(form):
+    lengths = np.random.default_rng(0).integers(2, 9, (90, 2))
+    mixture = Mixture((30, 90), (3.0, 0.5))
+    shape = BatchShape(8, 16, 16)
+    plan = BucketedPlan(lengths, [shape], 1, mixture) if form == "bucketed" else PackedPlan(lengths, shape, 1, mixture)
+    counts = np.bincount(np.concatenate([batch.pairs for batch in plan.epoch(0)]), minlength=90)
+    assert (counts[:30] == 3).all() and counts[30:].sum() == 30
+    again = np.concatenate([batch.pairs for batch in plan.epoch(0)])
+    np.testing.assert_array_equal(again, np.concatenate([batch.pairs for batch in plan.epoch(0)]))
+
+
+def test_weights_and_files_reach_the_pairs(tmp_path):
+    for name, lines in (("a", SOURCE[:30]), ("b", SOURCE[30:90])):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        for part in ("validation", "test"):
+            for side in ("source", "target"):
+                (tmp_path / f"{part}.{side}").write_text("one\n")
+    config = ParallelTextConfig(
+        folder=str(tmp_path), train_source=("a", "b"), train_target=("a", "b"), train_weights=(3.0, 0.5)
+    )
+    pairs = prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(), 64, 64)
+    assert pairs.mixture == Mixture((30, 90), (3.0, 0.5))
+    with pytest.raises(InputError, match="90 identical"):
+        prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(drop_identical=True), 64, 64)
+
+
+# --- tokenizers
+
+
+def test_tokenizers_are_learnt_once(monkeypatch):
+    config = TokenizerConfig(vocab_size=40)
+    first = prepare_tokenizers((TEXT,), config)
+    assert first.source.fingerprint == TOKENIZERS.source.fingerprint
+    monkeypatch.setattr(preparation.TokenizerPair, "train", None)  # would fail
+    assert prepare_tokenizers((ParallelText(SOURCE, TARGET),), config).source.fingerprint == first.source.fingerprint
+    for text, other in ((TEXT, TokenizerConfig(vocab_size=41)), (ParallelText(SOURCE, SOURCE), config)):
+        with pytest.raises(TypeError):
+            prepare_tokenizers((text,), other)
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 399, 400, 1000])
+def test_tokenizers_learn_from_a_spread_out_sample(most):
+    source, target = preparation._sample((TEXT, TEXT), most)
+    assert most / 2 <= len(source) == len(target) <= min(most, 800) or len(source) == 800
+    assert all(pair in set(TEXT.pairs()) for pair in zip(source, target, strict=True))
+    if most >= 7:
+        places = [SOURCE.index(s) for s in source]
+        assert min(places) < 60 and max(places) > 340
+
+
+@pytest.mark.parametrize("algorithm", ["word", "char"])
+def test_words_and_characters(algorithm):
+    lines = ["ein Hund , und &quot; zwei", "zwei Hunde", "ein  Hund ."]
+    config = TokenizerConfig(algorithm, vocab_size=60, normalization="identity")
+    tokenizer = TokenizerPair.train(lines, lines, config).source
+    assert tokenizer.vocab_size < 60  # as many as the text has
+    for line in lines:
+        (ids,) = tokenizer.encode([line])
+        words = line.split()
+        assert len(ids) == (len(words) if algorithm == "word" else len(" ".join(words)) + 1)
+        assert tokenizer.decode(ids) == " ".join(words)
+
+
+def test_text_that_is_tokenised_already_passes_through_unchanged():
+    lines = ["ﬁn ½ &apos;s «a»", "x² … ①"] * 3
+    kept = TokenizerPair.train(lines, lines, TokenizerConfig(vocab_size=40, algorithm="char", normalization="identity"))
+    assert [kept.source.decode(ids) for ids in kept.source.encode(lines)] == lines
+    changed = TokenizerPair.train(lines, lines, TokenizerConfig(vocab_size=40, algorithm="char"))
+    assert changed.source.decode(changed.source.encode(lines)[0]) == "fin 1⁄2 &apos;s «a»"
+
+
+# --- the cache of tokenised text
+
+
+def test_cached_pairs_are_the_pairs(monkeypatch, tmp_path):
+    monkeypatch.setattr(token_cache, "PAIRS_AT_ONCE", 37)  # several pieces, the last of them short
+    pairs = prepare_training_pairs((TEXT, ParallelText(TARGET, SOURCE)), TOKENIZERS, FilterConfig(), 64, 64)
+    direct = TokenizedPairs(
+        TokenizedText.from_lines(SOURCE + TARGET, TOKENIZERS.source),
+        TokenizedText.from_lines(TARGET + SOURCE, TOKENIZERS.target),
+        64,
+        64,
+        mixture=Mixture((400, 800), (1.0, 1.0)),
+    )
+    assert isinstance(pairs.source.ids, np.memmap)
+    assert pairs.fingerprint == direct.fingerprint
+    monkeypatch.setattr(token_cache, "_write", None)  # would fail
+    again = prepare_training_pairs((TEXT, ParallelText(TARGET, SOURCE)), TOKENIZERS, FilterConfig(), 64, 64)
+    assert again.fingerprint == direct.fingerprint
+    other = TokenizerPair.train(SOURCE, TARGET, TokenizerConfig(vocab_size=41))
+    for text, tokenizers in ((ParallelText(SOURCE, SOURCE), TOKENIZERS), (TEXT, other)):
+        with pytest.raises(TypeError):
+            prepare_training_pairs((text,), tokenizers, FilterConfig(), 64, 64)
+
+
+def test_marks_know_identical_pairs_and_duplicates(tmp_path):
+    text = ParallelText(["a", "b", "a", "a", "c"], ["b", "b", "b", "a", "d"])
+    marks = tokenized_parts((text,), TOKENIZERS, tmp_path).marks
+    assert marks.identical.tolist() == [False, True, False, True, False]
+    assert len(set(marks.digests.tolist())) == 4 and marks.digests[0] == marks.digests[2]
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_whole(tmp_path):
+    """In a process of its own, which is killed while it writes the last of three pieces."""
+    code = """
+import os, sys
+from pathlib import Path
+from flax_transformer.data import token_cache
+from tests.test_preparation import TEXT, TOKENIZERS
+encode, calls = token_cache._encode, []
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), 9)
+    return encode(*arguments)
+token_cache._encode, token_cache.PAIRS_AT_ONCE = killed, 150
+token_cache.tokenized_parts((TEXT,), TOKENIZERS, Path(sys.argv[1]))
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    (partial,) = tmp_path.iterdir()
+    assert ".partial-" in partial.name
+    whole = tokenized_parts((TEXT,), TOKENIZERS, tmp_path)
+    assert whole.ends == (400,) and whole.folder.is_dir() and partial.is_dir()  # its writer might live yet
+    long_ago = time.time() - 2 * token_cache.ABANDONED_SECONDS
+    for path in (*partial.iterdir(), partial):
+        os.utime(path, (long_ago, long_ago))
+    tokenized_parts((ParallelText(SOURCE, SOURCE),), TOKENIZERS, tmp_path)
+    assert not partial.is_dir()
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "long").write_text("a\nb\n")
+    (tmp_path / "short").write_text("a\n")
+    bad = ParallelFiles(tmp_path / "long", tmp_path / "short", ParallelTextConfig())
+    with pytest.raises(InputError, match="long has 2 and"):
+        tokenized_parts((bad,), TOKENIZERS, tmp_path / "tokens")
+    assert not list((tmp_path / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "meta"])
+def test_a_damaged_cache_is_explained(tmp_path, damage):
+    folder = tokenized_parts((TEXT,), TOKENIZERS, tmp_path).folder
+    if damage == "cut":
+        (folder / "target_ids").write_bytes((folder / "target_ids").read_bytes()[:-4])
+    elif damage == "missing":
+        (folder / "digests").unlink()
+    else:
+        (folder / "meta.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"text in {re.escape(str(folder))} is damaged: .*Delete that folder"):
+        tokenized_parts((TEXT,), TOKENIZERS, tmp_path)
+
+
+# --- the verb
+
+
+def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {kind: number_words, num_train: 300, num_validation: 20, num_test: 24}\n"
+        "tokenizer: {vocab_size: 60}\nmodel: {max_source_length: 20, max_target_length: 20}\n"
+        "batching: {tokens_per_batch: 640, num_shapes: 2}\nfilters: {drop_duplicates: true}\n"
+    )
+    assert cli.run_verb(cli.VERBS["prepare"][0], ["--config", str(recipe)], "flax-transformer prepare") == 0
+    said = capsys.readouterr().out
+    parts = number_words_corpus(NumberWordsConfig(300, 20, 24)).train
+    unique = len(set(parts[0].pairs()))
+    assert re.search(r"^([\d,]+) training pairs \((\d+) too long, \d+ duplicate left out\)$", said, re.MULTILINE)
+    kept, long = map(int, re.findall(r"(\d+) training pairs \((\d+) too long", said)[0])
+    assert kept <= unique and kept + long >= unique
+    assert re.search(r"2 compiled shapes, \d+ batches an epoch, padding \d+ %", said)
+    monkeypatch.setattr(token_cache, "_write", None)
+    monkeypatch.setattr(preparation.TokenizerPair, "train", None)
+    assert cli.run_verb(cli.VERBS["prepare"][0], ["--config", str(recipe)], "flax-transformer prepare") == 0
+    assert capsys.readouterr().out == said
