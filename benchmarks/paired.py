@@ -47,6 +47,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     """
     import jax
 
+    from flax_transformer.cli.main import use_every_core
     from flax_transformer.data.batching import Position
     from flax_transformer.data.corpus import load_corpus
     from flax_transformer.data.loader import training_batches, training_plan
@@ -58,6 +59,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.training.state import init_state, make_layout
     from flax_transformer.training.step import jit_train_step
 
+    use_every_core()  # as the command does
     parts = load_corpus(config.data).train
     tokenizers = prepare_tokenizers(parts, config.tokenizer)
     limits = config.model.max_source_length, config.model.max_target_length

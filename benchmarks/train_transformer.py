@@ -46,7 +46,7 @@ class Options:
         threads: of each system.
     """
 
-    config: Path = Path("configs/multi30k_en_de.yaml")
+    config: Path = Path("configs/multi30k_en_de_tiny.yaml")
     sizes: tuple[str, ...] = ("tiny", "small")
     dropout: float = 0.1
     tokens_per_batch: int | None = None

@@ -29,6 +29,12 @@ VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())
 
 
+PATIENT_COLLECTIVES = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
+)
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless the user has named another or turned it off."""
     settings: Any = jax.config
@@ -42,10 +48,16 @@ def use_every_core() -> None:
     A batch then has its rows split over the cores, which beats splitting each operation: every core works on arrays
     half as large, in its own cache, and none waits for the other after each operation. Their number is a power of two,
     at most `ROW_MULTIPLE`, since the rows of every batch divide by that.
+
+    Where devices wait for each other XLA gives up after 40 seconds and aborts the process; but a core may be kept busy
+    by others for longer, and a laptop may sleep, so that is put off to a day.
     """
     settings: Any = jax.config
-    if settings.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if settings.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in flags:
         return
+    if "xla_cpu_collective_call" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {PATIENT_COLLECTIVES}".strip()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", min(1 << (cores.bit_length() - 1), ROW_MULTIPLE))
 

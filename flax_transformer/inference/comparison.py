@@ -153,7 +153,7 @@ def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
     edges = np.unique(lengths)
     if len(edges) > MOST_LENGTH_GROUPS:
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, MOST_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
-    bleu = BLEU(tokenize=run.bleu_tokenizer)
+    bleu = BLEU(tokenize=run.bleu_tokenizer, force=run.bleu_tokenizer == "none")
     groups, shorter = [], -1
     for edge in edges:
         members = np.flatnonzero((lengths > shorter) & (lengths <= edge))

@@ -61,7 +61,8 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenize
         )
     if not references:
         raise InputError("there is nothing to evaluate: at least one sentence is needed.")
-    bleu, chrf = BLEU(tokenize=bleu_tokenizer), CHRF()
+    # Text that is tokenised already is compared as it is on purpose, so sacreBLEU need not warn of it.
+    bleu, chrf = BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"), CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
     matches = sum(h == r for h, r in zip(hypotheses, references, strict=True))
