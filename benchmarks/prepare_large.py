@@ -8,7 +8,6 @@ not backed by a file, so not the mapped cache) is read every tenth of a second. 
 lines, too: what it needs there is the model, the programs and the libraries, not the text.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -122,11 +121,7 @@ def main() -> None:
             for verb in ("prepare", "train"):
                 seconds, most, said = measured(verb, config, folder / "cache")
                 results[name, verb] = most
-                print(
-                    json.dumps(
-                        {"lines": lines, "verb": verb, "seconds": round(seconds, 1), "RssAnon_MB": most // 10**6}
-                    )
-                )
+                print(f"{verb} of {lines:,} lines: {seconds:.0f} s, RssAnon at most {most // 10**6:,} MB", flush=True)
                 print("  " + said.strip().splitlines()[0], flush=True)
         more = (results["large", "train"] - results["small", "train"]) / 1e9
         print(f"training on the large text takes {more:.2f} GB more anonymous memory than on the small")

@@ -1,7 +1,7 @@
 """The recipes of published set-ups, whole: each builds, compiles and takes ten steps on text that is generated.
 
-The text is shaped like the real one (words by Zipf's law, lengths about those of the corpus), and batches have fewer rows
-than the recipe's, since a CPU takes minutes for a whole one.
+The text is shaped like the real one (words by Zipf's law, lengths about those of the corpus), and batches have fewer
+rows than the recipe's, since a CPU takes minutes for a whole one.
 """
 
 import dataclasses
