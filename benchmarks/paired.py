@@ -42,8 +42,8 @@ def set_threads(count: int) -> None:
 def our_trainer(config: Any, num_batches: int) -> Built:
     """Returns this project's training by a configuration, on the first batches of the first epoch.
 
-    Facts: parameters, batches (tokens and segments of both sides), shapes, vocab_size, start_token, learning_rate,
-    flops (of all batches together, as XLA counts them) and target_tokens.
+    Facts: parameters, batches (tokens and segments of both sides), shapes, vocab_size, start_token, learning_rate and
+    target_tokens. No average of the parameters is kept, and gradients are not made in pieces, whatever the recipe says.
     """
     import jax
 

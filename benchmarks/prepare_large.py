@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_large.py [--lines 10000000] [--steps 200] [--folder FOLDER]
 
-The text is generated: numbers from 0 to 999,999 in words, several to a line, so that hardly a line occurs twice. The
+The text is generated: three numbers below a thousand in words to a line, so that hardly a line occurs twice. The
 commands run as a user runs them, in processes of their own, whose anonymous resident memory (RssAnon of Linux: what is
 not backed by a file, so not the mapped cache) is read every tenth of a second. `train` is run on a thousandth of the
 lines, too: what it needs there is the model, the programs and the libraries, not the text.
@@ -119,7 +119,7 @@ def main() -> None:
             generate(folder, name, lines, seed=2)
             config = recipe(folder, name, options.steps)
             for verb in ("prepare", "train"):
-                seconds, most, said = measured(verb, config, folder / "cache")
+                seconds, most, said = measured(verb, config, folder / f"cache_{name}")
                 results[name, verb] = most
                 print(f"{verb} of {lines:,} lines: {seconds:.0f} s, RssAnon at most {most // 10**6:,} MB", flush=True)
                 print("  " + said.strip().splitlines()[0], flush=True)

@@ -160,6 +160,11 @@ class Config:
                 f"batching.form: packed puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
                 "them apart. Set batching.form: bucketed."
             )
+        if self.training.ema_decay and self.model.param_dtype != "float32":
+            raise ConfigError(
+                f"training.ema_decay: an average in {self.model.param_dtype} would never move, since each of "
+                "its steps is below its rounding. Set model.param_dtype: float32, or training.ema_decay: 0."
+            )
         if self.model.share_embeddings == "all" and not self.tokenizer.joint:
             raise ConfigError(
                 "model.share_embeddings: all needs one vocabulary for both languages, but tokenizer.joint is false. "

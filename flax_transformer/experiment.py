@@ -78,14 +78,10 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data)
     parent = None if config.init_from is None or resume else _parent(config)
-    if resume:
-        tokenizers = folder.tokenizers()
-    elif parent is not None:
-        tokenizers = parent.tokenizers()
-    else:
-        tokenizers = prepare_tokenizers(corpus.train, config.tokenizer)
+    tokenizers = folder.tokenizers() if resume else tokenizers_of_new_run(config, corpus)
     limits = config.model.max_source_length, config.model.max_target_length
     train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits)
+    fingerprint = train.fingerprint
     validation = held_out_pairs(corpus.validation, tokenizers, *limits)
     plan = training_plan(train.lengths, config.batching, config.training.seed, train.mixture)
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -123,7 +119,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         if resume and checkpoints.latest_step() is not None:
             restored = checkpoints.restore(layout)
             state, position = restored.state, restored.position
-            if restored.data != train.fingerprint:
+            if restored.data != fingerprint:
                 raise RunFolderError(
                     f"{folder.path} was trained on other text than its configuration now finds: the files of section "
                     "'data' have changed, so its position in them means nothing. Put them back, or start a new run."
@@ -164,7 +160,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 config.training,
                 mesh,
                 log,
-                save=lambda state, position, quality: checkpoints.save(state, position, train.fingerprint, quality),
+                save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
                 evaluate=watch,
                 history=watch.history(folder),
             )
@@ -246,6 +242,17 @@ class Validation:
             f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
         )
         return self.quality(record)
+
+
+def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:
+    """Returns the tokenizers of the run that a new one starts from, or those of the training text.
+
+    Raises:
+        InputError: bad text, or a run that cannot be started from.
+    """
+    if config.init_from is not None:
+        return _parent(config).tokenizers()
+    return prepare_tokenizers(corpus.train, config.tokenizer)
 
 
 def _parent(config: Config) -> RunFolder:

@@ -6,7 +6,7 @@ metrics.jsonl    one JSON object for each progress line and evaluation
 train.log        what was printed
 bad_batch.npz    the batch at which a training gave up, if it did
 tokenizer/       SentencePiece models
-checkpoints/     STEP/{params,optimizer,meta}
+checkpoints/     STEP/{params,optimizer,meta}; with training.ema_decay params is the average, and trained lies beside
 samples/         the test part: sources, references, translations
 tensorboard/  plots/
 """

@@ -41,6 +41,11 @@ def test_recipes_are_read_and_survive_writing(path, tmp_path):
         ({"data": {"seed": -1}}, r"data.seed must lie between 0 and"),
         ({"data": 3}, r"section 'data' must be a mapping"),
         ({"tokenizer": {"joint": False}}, r"share_embeddings: all needs one vocabulary"),
+        ({"training": {"ema_decay": 1.0}}, r"training.ema_decay must lie in \[0, 1\), got 1.0"),
+        (
+            {"training": {"ema_decay": 0.9}, "model": {"param_dtype": "bfloat16"}},
+            r"average in bfloat16 would never move",
+        ),
         ({"training": {"steps": 0}}, r"training.steps must be at least 1, got 0"),
         ({"decoding": {"length_penalty": "gmnt:1"}}, r"unknown length penalty 'gmnt:1'"),
     ],

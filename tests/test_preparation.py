@@ -74,7 +74,13 @@ def test_bad_lines_are_named(tmp_path):
     (tmp_path / "bad.tsv").write_text("a\tb\nonly one\n")
     with pytest.raises(InputError, match=r"bad.tsv, line 2: expected at least 2 columns with tabs .*, found 1"):
         read_parallel_text(tmp_path / "bad.tsv", tmp_path / "bad.tsv")
-    for line in ('{"source": 3, "target": "b"}', '{"target": "b"}', "no json", "[1]"):
+    for line in (
+        '{"source": 3, "target": "b"}',
+        '{"source": "\\ud800", "target": "b"}',
+        '{"target": "b"}',
+        "no json",
+        "[1]",
+    ):
         (tmp_path / "bad.jsonl").write_text('{"source": "a", "target": "b"}\n' + line + "\n")
         with pytest.raises(InputError, match=r"bad.jsonl, line 2: expected a JSON object with a text under the key"):
             read_parallel_text(tmp_path / "bad.jsonl", tmp_path / "bad.jsonl")
@@ -113,6 +119,12 @@ def test_a_corpus_of_which_nothing_is_left_is_named():
     empty = ParallelText(["", ""], ["a", "b"])
     with pytest.raises(InputError, match=r"no sentence pair of corpus 2 of 2 is left: .* left out were 2 empty"):
         prepare_training_pairs((TEXT, empty), TOKENIZERS, FilterConfig(), 64, 64)
+
+
+def test_a_weight_too_small_for_one_pair_is_explained():
+    text = ParallelText(SOURCE[:100], TARGET[:100], weight=0.001)
+    with pytest.raises(InputError, match=r"data.train_weights: 0.001 of the 100 pairs of corpus 2 is less than one"):
+        prepare_training_pairs((TEXT, text), TOKENIZERS, FilterConfig(), 64, 64)
 
 
 # --- mixtures
@@ -202,6 +214,15 @@ def test_text_that_is_tokenised_already_passes_through_unchanged():
     assert [kept.source.decode(ids) for ids in kept.source.encode(lines)] == lines
     changed = TokenizerPair.train(lines, lines, TokenizerConfig(vocab_size=40, algorithm="char"))
     assert changed.source.decode(changed.source.encode(lines)[0]) == "fin 1⁄2 &apos;s «a»"
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut"])
+def test_damaged_tokenizers_are_learnt_again(tmp_path, damage):
+    config = TokenizerConfig(vocab_size=40)
+    first = prepare_tokenizers((TEXT,), config)
+    (kept,) = (tmp_path / "cache").rglob("joint.model")
+    kept.write_bytes(damage)
+    assert prepare_tokenizers((TEXT,), config).source.fingerprint == first.source.fingerprint
 
 
 # --- the cache of tokenised text

@@ -185,3 +185,17 @@ def test_a_seed_gives_the_same_model_and_layers_differ():
 def test_sizes_that_do_not_fit_are_explained(changes, message):
     with pytest.raises(ConfigError, match=message):
         TransformerConfig(**changes)
+
+
+def test_embeddings_have_a_dropout_of_their_own():
+    batch = tiny.batch([9, 5], [8, 3])
+
+    def varies(**changes) -> bool:
+        rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0} | changes
+        model = build_model(tiny.config(**rates), tiny.VOCABULARY, rngs=nnx.Rngs(params=0))
+        one, other = (model(batch, jax.random.key(seed)) for seed in (1, 2))
+        return not np.array_equal(one, other)
+
+    assert not varies()
+    assert varies(embedding_dropout=0.5)
+    assert varies(dropout=0.5, embedding_dropout=0.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from flax_transformer.data.parallel_text import read_parallel_text
+from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
 from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translator import Translator
@@ -20,7 +20,7 @@ class EvaluateOptions:
 
     Attributes:
         run: run folder of the model.
-        source: text to translate, plain or .gz, one sentence a line.
+        source: text to translate, plain or .gz, one sentence a line; or .tsv or .jsonl, in the run's columns or keys.
         reference: its translation, line by line.
         checkpoint: the one that was best on validation text, or the last.
         beam_size: hypotheses kept at each step; the run's own setting when left out.
@@ -44,14 +44,15 @@ def main(arguments: list[str], program: str) -> int:
         InputError: a bad run folder, setting or file.
     """
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
-    text = read_parallel_text(options.source, options.reference)
+    config = RunFolder.open(options.run).read_config()
+    columns = config.data if isinstance(config.data, ParallelTextConfig) else None
+    text = read_parallel_text(options.source, options.reference, columns)
     if options.output is not None and not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
     translator = Translator.load(options.run, checkpoint=options.checkpoint)
     translations = translator.translate(text.source, beam_size=options.beam_size, length_penalty=options.length_penalty)
     hypotheses = [t.text for t in translations]
-    bleu_tokenizer = RunFolder.open(options.run).read_config().evaluation.bleu_tokenizer
-    print(evaluate(hypotheses, text.target, bleu_tokenizer).text)
+    print(evaluate(hypotheses, text.target, config.evaluation.bleu_tokenizer).text)
     if options.output is not None:
         options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
     shortened = [number for number, t in enumerate(translations, start=1) if t.truncated]

@@ -3,8 +3,9 @@
 from flax_transformer.cli.train import read_recipe
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import training_plan
-from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
-from flax_transformer.experiment import describe_batches, describe_pairs
+from flax_transformer.data.preparation import prepare_training_pairs
+from flax_transformer.errors import ConfigError
+from flax_transformer.experiment import describe_batches, describe_pairs, tokenizers_of_new_run
 
 
 def main(arguments: list[str], program: str) -> int:
@@ -17,11 +18,13 @@ def main(arguments: list[str], program: str) -> int:
     Raises:
         InputError: bad files or a bad configuration.
     """
-    config, _ = read_recipe(arguments, program)
-    parts = load_corpus(config.data).train
-    tokenizers = prepare_tokenizers(parts, config.tokenizer)
+    config, resume = read_recipe(arguments, program)
+    if resume:
+        raise ConfigError("prepare is for runs to come; a run that is resumed has been prepared.")
+    corpus = load_corpus(config.data)
+    tokenizers = tokenizers_of_new_run(config, corpus)
     lengths = config.model.max_source_length, config.model.max_target_length
-    pairs = prepare_training_pairs(parts, tokenizers, config.filters, *lengths)
+    pairs = prepare_training_pairs(corpus.train, tokenizers, config.filters, *lengths)
     plan = training_plan(pairs.lengths, config.batching, config.training.seed, pairs.mixture)
     sizes = f"{tokenizers.source.vocab_size:,}"
     if not tokenizers.joint:

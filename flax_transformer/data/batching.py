@@ -125,6 +125,11 @@ class TokenizedPairs:
         ends, weights = ((len(lengths),), (1.0,)) if mixture is None else (mixture.ends, mixture.weights)
         self.mixture = Mixture(tuple(np.searchsorted(self.kept, ends).tolist()), weights)
         for number, size in enumerate(np.diff((0, *self.mixture.ends)), start=1):
+            if 0 < size and round(weights[number - 1] * size) == 0:
+                raise InputError(
+                    f"data.train_weights: {weights[number - 1]} of the {size} pairs of corpus {number} is less than "
+                    "one pair an epoch. Give it a larger weight, or leave it out."
+                )
             if size == 0:
                 reasons = ", ".join(f"{count} {name}" for name, count in self.dropped.items())
                 which = "" if len(ends) == 1 else f" of corpus {number} of {len(ends)}"
@@ -141,7 +146,9 @@ class TokenizedPairs:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all ids and lengths: positions in the data mean the same only while it is the same."""
-        digest = hashlib.sha256(repr(self.mixture).encode())
+        digest = hashlib.sha256()
+        if self.mixture != Mixture((len(self),), (1.0,)):
+            digest.update(repr(self.mixture).encode())
         for array in (self.source.ids, self.source.offsets, self.target.ids, self.target.offsets, self.kept):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()

@@ -163,7 +163,8 @@ def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
             try:
                 sentence = json.loads(line)[key]
-            except (ValueError, KeyError, TypeError):
+                sentence.encode()  # JSON may hold halves of characters, which are no text
+            except (ValueError, KeyError, TypeError, AttributeError):
                 sentence = None
             if not isinstance(sentence, str):
                 raise InputError(
@@ -243,9 +244,14 @@ class ParallelFiles:
         return ParallelText([source for source, _ in pairs], [target for _, target in pairs], self.name)
 
 
-def read_parallel_text(source: Path, target: Path) -> ParallelText:
-    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file given twice; errors as `ParallelFiles`."""
-    return ParallelFiles(source, target, ParallelTextConfig()).read()
+def read_parallel_text(source: Path, target: Path, config: ParallelTextConfig | None = None) -> ParallelText:
+    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file given twice; errors as `ParallelFiles`.
+
+    Args:
+        source, target: files.
+        config: what says which columns and keys hold the sides; the defaults when left out.
+    """
+    return ParallelFiles(source, target, config or ParallelTextConfig()).read()
 
 
 def read_corpus(config: ParallelTextConfig) -> Corpus:

@@ -1,5 +1,6 @@
 """From training text to what batches are made of: tokenizers learnt, text tokenised, pairs filtered."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.parallel_text import ParallelText, TextPart
 from flax_transformer.data.token_cache import tokenized_parts
 from flax_transformer.data.tokenizer import TokenizedText, TokenizerConfig, TokenizerPair
+from flax_transformer.errors import RunFolderError
 from flax_transformer.user_cache import user_cache
 
 
@@ -28,7 +30,11 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = user_cache("tokenizers")
     if (folder / key).is_dir():
-        return TokenizerPair.load(folder / key)
+        with contextlib.suppress(RunFolderError):  # damaged: it is learnt again
+            kept = TokenizerPair.load(folder / key)
+            if kept.source.vocab_size and kept.target.vocab_size:
+                return kept
+        shutil.rmtree(folder / key, ignore_errors=True)
     tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config)
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))

@@ -98,7 +98,10 @@ def tokenized_parts(parts: Sequence[TextPart], tokenizers: TokenizerPair, folder
 
 def _remove_abandoned(folder: Path) -> None:
     for partial in folder.glob("*.partial-*"):
-        newest = max((f.stat().st_mtime for f in (partial, *partial.glob("*"))), default=0.0)
+        try:
+            newest = max(f.stat().st_mtime for f in (partial, *partial.glob("*")))
+        except OSError:  # its writer has just finished
+            continue
         if time.time() - newest > ABANDONED_SECONDS:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -184,7 +187,7 @@ def _open(folder: Path) -> TokenizedParts:
             if (folder / name).stat().st_size != meta["counts"][name] * np.dtype(dtype).itemsize:
                 raise ValueError(f"{name} has another length than it was written with")
             arrays[name] = np.memmap(folder / name, dtype, mode="r")
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise InputError(
             f"the cache of tokenised text in {folder} is damaged: {error}. Delete that folder; it will be made again."
         ) from error

@@ -55,7 +55,8 @@ class TransformerConfig:
         activation: of the position-wise network.
         share_embeddings: "all" (source, target and output use one table; needs a joint vocabulary), "target_output"
             (source has its own), or "none" (three tables).
-        dropout: on embeddings and on each sub-layer's output.
+        dropout: on each sub-layer's output.
+        embedding_dropout: on the sum of embeddings and positions; as `dropout` when None.
         attention_dropout: on attention weights.
         activation_dropout: after the activation of the position-wise network.
         vocab_multiple: the vocabulary is padded to a multiple of this many rows.
@@ -79,6 +80,7 @@ class TransformerConfig:
     activation: Activation = "relu"
     share_embeddings: ShareKind = "all"
     dropout: float = 0.1
+    embedding_dropout: float | None = None
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
     vocab_multiple: int = 8
@@ -106,8 +108,9 @@ class TransformerConfig:
                 f"model.model_dim ({self.model_dim}) must be even: half of the channels of a position are sines, half "
                 "are cosines."
             )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            check_dropout_rate(f"model.{name}", getattr(self, name))
+        for name in ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout"):
+            if getattr(self, name) is not None:
+                check_dropout_rate(f"model.{name}", getattr(self, name))
 
     @property
     def description(self) -> str:
@@ -118,6 +121,17 @@ class TransformerConfig:
 
 def _dtypes(config: TransformerConfig) -> dict[str, jnp.dtype]:
     return {"param_dtype": jnp.dtype(config.param_dtype), "compute_dtype": jnp.dtype(config.compute_dtype)}
+
+
+def _input(config: TransformerConfig, max_length: int, rngs: nnx.Rngs) -> InputEmbedding:
+    return InputEmbedding(
+        config.positions,
+        max_length,
+        config.model_dim,
+        dropout_rate=config.dropout if config.embedding_dropout is None else config.embedding_dropout,
+        **_dtypes(config),
+        rngs=rngs,
+    )
 
 
 def _attention(config: TransformerConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
@@ -253,14 +267,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.num_layers = config.num_encoder_layers
-        self.input = InputEmbedding(
-            config.positions,
-            config.max_source_length,
-            config.model_dim,
-            dropout_rate=config.dropout,
-            **_dtypes(config),
-            rngs=rngs,
-        )
+        self.input = _input(config, config.max_source_length, rngs)
         self.layers = _stack(lambda r: EncoderLayer(config, rngs=r), config.num_encoder_layers, rngs)
         self.norm = _final_norm(config)
 
@@ -288,14 +295,7 @@ class Decoder(nnx.Module):
         self.num_layers = config.num_decoder_layers
         self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.input = InputEmbedding(
-            config.positions,
-            config.max_target_length,
-            config.model_dim,
-            dropout_rate=config.dropout,
-            **_dtypes(config),
-            rngs=rngs,
-        )
+        self.input = _input(config, config.max_target_length, rngs)
         self.layers = _stack(lambda r: DecoderLayer(config, rngs=r), config.num_decoder_layers, rngs)
         self.norm = _final_norm(config)
 

@@ -131,7 +131,8 @@ def train_step(
     metrics = StepMetrics(sums, norm, jnp.asarray(schedule(state.step)), ~finite)
     average = state.average
     if average is not None:
-        average = _moved_average(average, params, state.step, layout.ema_decay)
+        moved = _moved_average(average, params, state.step, layout.ema_decay)
+        average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
     return TrainState(state.step + 1, params, optimizer_state, average), metrics
 
 
