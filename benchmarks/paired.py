@@ -42,8 +42,9 @@ def set_threads(count: int) -> None:
 def our_trainer(config: Any, num_batches: int) -> Built:
     """Returns this project's training by a configuration, on the first batches of the first epoch.
 
-    Facts: parameters, batches (tokens and segments of both sides), shapes, vocab_size, start_token, learning_rate and
-    target_tokens. No average of the parameters is kept, and gradients are not made in pieces, whatever the recipe says.
+    Facts: parameters, batches (tokens and segments of both sides), shapes, vocab_size, start_token, learning_rate,
+    device and target_tokens. No average of the parameters is kept, and gradients are not made in pieces, whatever the
+    recipe says.
     """
     import jax
 
@@ -89,6 +90,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
         "vocab_size": vocabulary.target_size,
         "start_token": vocabulary.start_token,
         "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
+        "device": mesh.devices.flat[0].device_kind,
         "target_tokens": sum(int((b.target_segments > 0).sum()) for b in batches),
     }
     return Built(train, facts)

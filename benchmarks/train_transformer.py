@@ -26,8 +26,8 @@ from paired import Built, Systems, machine, our_trainer
 # Model dim, heads, feed-forward dim, layers of encoder and of decoder.
 SIZES = {"tiny": (128, 4, 256, 4), "small": (256, 4, 1024, 3), "base": (512, 8, 2048, 6), "big": (1024, 16, 4096, 6)}
 
-# Dense products in bfloat16 with float32 sums, FLOP/s, from the makers' data sheets.
-PEAKS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
+# Dense products in bfloat16 with float32 sums, FLOP/s, from the maker's data sheets, by JAX's name of the device.
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,16 @@ def measure(options: Options, size: str) -> str:
     seconds = systems.take_turns(options.rounds)
     ratios = [their / our for our, their in zip(seconds["ours"], seconds["PyTorch"], strict=True)]
     medians = {system: statistics.median(seconds[system]) for system in seconds}
-    rates = {system: model_flops(peer) / medians[system] for system in seconds}
+    peak = PEAKS.get(peer["device"]) if options.compute_dtype == "bfloat16" else None
+
+    def speed(system: str) -> str:
+        rate = model_flops(peer) / medians[system]
+        share = f", {100 * rate / peak:.0f} % of the peak" if peak else ""
+        return f"{peer['target_tokens'] / medians[system]:,.0f} ({rate / 1e12:.3g} TFLOP/s{share})"
+
     return (
         f"| {size} | {peer['parameters']:,} / {theirs['parameters']:,} | "
-        + " | ".join(f"{peer['target_tokens'] / medians[s]:,.0f} ({rates[s] / 1e12:.3g} TFLOP/s)" for s in medians)
+        + " | ".join(speed(system) for system in medians)
         + f" | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
     )
 

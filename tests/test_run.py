@@ -149,6 +149,19 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"] == [2, 4, 6, 8]
 
 
+def test_resuming_with_an_average_equals_not_stopping_bit_for_bit(recipe, tmp_path):
+    """Translation uses the average, so that a resumed run must have the parameters that are trained, too."""
+    arguments = ["--config", str(recipe), "--training.ema-decay", "0.9"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command("train", *arguments, "--run", str(whole)) == 0
+    assert command("train", *arguments, "--run", str(stopped), "--training.steps", "4") == 0
+    assert command("train", "--run", str(stopped), "--resume", "--training.steps", "8") == 0
+    chex.assert_trees_all_equal(checkpoint_params(stopped, 8), checkpoint_params(whole, 8))
+    losses = [[r["loss"] for r in read_metrics(f / "metrics.jsonl") if r["kind"] == "train"] for f in (whole, stopped)]
+    assert losses[0] == losses[1]
+    assert command("train", "--run", str(stopped), "--resume", "--training.ema-decay", "0.5") == 2
+
+
 def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch, run):
     monkeypatch.setattr(Validation, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM) or 0.0)
     folder = tmp_path / "killed"
@@ -220,6 +233,28 @@ def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_pa
     ):
         found = subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, text=True)
         assert found.stdout.strip() == expected, found.stderr
+
+
+def test_each_core_is_a_device_unless_the_user_says_otherwise():
+    """In processes of their own, since devices are made once."""
+    code = (
+        "import os; from flax_transformer.cli.main import use_every_core; use_every_core(); "
+        "import jax; print(len(jax.devices()), len(os.sched_getaffinity(0)), os.environ.get('XLA_FLAGS'))"
+    )
+    for more, expected in (
+        ({}, None),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ):
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | more
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        devices, cores, flags = done.stdout.split(maxsplit=2)
+        if expected is None:
+            assert int(devices) <= min(int(cores), 8) < 2 * int(devices) or int(devices) == 8
+            assert "terminate_timeout_seconds=86400" in flags
+        else:
+            assert int(devices) == expected and "terminate_timeout" not in flags
 
 
 def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):

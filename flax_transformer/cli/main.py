@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())
 
 
+# XLA's devices warn after an hour that they wait for each other, and give up after a day.
 PATIENT_COLLECTIVES = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
@@ -49,8 +50,8 @@ def use_every_core() -> None:
     half as large, in its own cache, and none waits for the other after each operation. Their number is a power of two,
     at most `ROW_MULTIPLE`, since the rows of every batch divide by that.
 
-    Where devices wait for each other XLA gives up after 40 seconds and aborts the process; but a core may be kept busy
-    by others for longer, and a laptop may sleep, so that is put off to a day.
+    Where devices wait for each other XLA gives up after about a minute and aborts the process; but a core may be kept
+    busy by others for longer, so that is put off to a day.
     """
     settings: Any = jax.config
     flags = os.environ.get("XLA_FLAGS", "")

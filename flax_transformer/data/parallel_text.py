@@ -1,5 +1,6 @@
 """Parallel text: sentence n of one side translates sentence n of the other."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -196,9 +197,9 @@ class ParallelFiles:
         """What messages call it."""
         return str(self.source) if self.source == self.target else f"{self.source} and {self.target}"
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files, and of what says how to read them."""
+        """SHA-256 of the files, and of what says how to read them; the files are read for it once."""
         config = self.config
         how = (config.source_column, config.target_column, config.source_key, config.target_key)
         digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())

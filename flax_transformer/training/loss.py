@@ -167,8 +167,8 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         column_gradient = constrain(column_gradient + by_columns, None, "vocab")
         return (jax.tree.map(jnp.add, total, sums), column_gradient, bias_gradient), by_hidden
 
-    no_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    start = (_zero_sums(), jnp.zeros(columns.shape, jnp.float32), no_bias)
+    bias_start = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    start = (_zero_sums(), jnp.zeros(columns.shape, jnp.float32), bias_start)
     (total, column_gradient, bias_gradient), by_hidden = jax.lax.scan(body, start, chunks)
     by_hidden = jnp.moveaxis(by_hidden, 0, 1).reshape(hidden.shape)
     return total, (by_hidden, column_gradient.T.astype(kernel.dtype), bias_gradient)
