@@ -43,8 +43,8 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     """Returns this project's training by a configuration, on the first batches of the first epoch.
 
     Facts: parameters, batches (tokens and segments of both sides), shapes, vocab_size, start_token, learning_rate,
-    device and target_tokens. No average of the parameters is kept, and gradients are not made in pieces, whatever the
-    recipe says.
+    flops and target_tokens of a turn, and peak (FLOP/s, or None). No average of the parameters is kept, and gradients
+    are not made in pieces, whatever the recipe says.
     """
     import jax
 
@@ -56,9 +56,11 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.inference.translator import vocabulary_info
     from flax_transformer.parallel.mesh import batch_sharding, make_mesh
     from flax_transformer.training.loop import compile_steps
+    from flax_transformer.training.metrics import TokenCounts
     from flax_transformer.training.optimizer import make_optimizer, make_schedule
     from flax_transformer.training.state import init_state, make_layout
     from flax_transformer.training.step import jit_train_step
+    from flax_transformer.training.throughput import ProductCost, peak_flops
 
     use_every_core()  # as the command does
     parts = load_corpus(config.data).train
@@ -83,6 +85,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
             state, _ = compiled[shape](state, jax.device_put(batch, batch_sharding(mesh)))
         jax.block_until_ready(state)
 
+    tokens = sum((TokenCounts.of(batch) for batch in batches), TokenCounts())
     facts = {
         "parameters": layout.num_parameters,
         "batches": [(b.source_tokens, b.source_segments, b.target_tokens, b.target_segments) for b in batches],
@@ -90,8 +93,9 @@ def our_trainer(config: Any, num_batches: int) -> Built:
         "vocab_size": vocabulary.target_size,
         "start_token": vocabulary.start_token,
         "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
-        "device": mesh.devices.flat[0].device_kind,
-        "target_tokens": sum(int((b.target_segments > 0).sum()) for b in batches),
+        "flops": ProductCost.of(layout.shapes.params).total(tokens),
+        "peak": peak_flops(mesh, config.model.compute_dtype),
+        "target_tokens": tokens.target,
     }
     return Built(train, facts)
 

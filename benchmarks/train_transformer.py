@@ -26,9 +26,6 @@ from paired import Built, Systems, machine, our_trainer
 # Model dim, heads, feed-forward dim, layers of encoder and of decoder.
 SIZES = {"tiny": (128, 4, 256, 4), "small": (256, 4, 1024, 3), "base": (512, 8, 2048, 6), "big": (1024, 16, 4096, 6)}
 
-# Dense products in bfloat16 with float32 sums, FLOP/s, from the maker's data sheets, by JAX's name of the device.
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -183,20 +180,6 @@ def torch_peer(options: Options, peer: dict[str, Any]) -> Built:
     return Built(train, {"parameters": sum(p.numel() for p in model.parameters()), "device": device})
 
 
-def model_flops(peer: dict[str, Any]) -> float:
-    """Returns the multiplications and additions that a turn needs at its tokens that are not padding.
-
-    Six for each parameter of a product and token (two forward, four backward); the two products of attention come to
-    less than a twentieth at these lengths and are left out.
-    """
-    config = peer["model"]
-    dim, hidden, depth = config["model_dim"], config["feed_forward_dim"], config["num_encoder_layers"]
-    encoder, decoder = depth * (4 * dim**2 + 2 * dim * hidden), depth * (6 * dim**2 + 2 * dim * hidden)
-    by_source, by_target = encoder + depth * 2 * dim**2, decoder + peer["vocab_size"] * dim
-    source = sum(int((batch[1] > 0).sum()) for batch in peer["batches"])
-    return 6.0 * (by_source * source + by_target * peer["target_tokens"])
-
-
 def measure(options: Options, size: str) -> str:
     """Returns a row of the table for one size."""
     systems = Systems(options.threads)
@@ -205,11 +188,10 @@ def measure(options: Options, size: str) -> str:
     seconds = systems.take_turns(options.rounds)
     ratios = [their / our for our, their in zip(seconds["ours"], seconds["PyTorch"], strict=True)]
     medians = {system: statistics.median(seconds[system]) for system in seconds}
-    peak = PEAKS.get(peer["device"]) if options.compute_dtype == "bfloat16" else None
 
     def speed(system: str) -> str:
-        rate = model_flops(peer) / medians[system]
-        share = f", {100 * rate / peak:.0f} % of the peak" if peak else ""
+        rate = peer["flops"] / medians[system]
+        share = f", {100 * rate / peer['peak']:.0f} % of the peak" if peer["peak"] else ""
         return f"{peer['target_tokens'] / medians[system]:,.0f} ({rate / 1e12:.3g} TFLOP/s{share})"
 
     return (

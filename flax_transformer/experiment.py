@@ -34,6 +34,7 @@ from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
 from flax_transformer.training.state import StateLayout, init_state, make_layout
 from flax_transformer.training.step import jit_evaluation_step, jit_train_step
+from flax_transformer.training.throughput import ProductCost, peak_flops
 
 NUM_SAMPLES = 10
 
@@ -163,6 +164,8 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
                 evaluate=watch,
                 history=watch.history(folder),
+                cost=ProductCost.of(layout.shapes.params),
+                peak=peak_flops(mesh, config.model.compute_dtype),
             )
             training_seconds = time.monotonic() - clock
             log.stop_progress()

@@ -27,7 +27,14 @@ def make_run(path: Path, model: Any, bleus: list[float], hypotheses: list[str], 
     write_config(Config(model=model, **changes), folder.config_file)
     seconds = [60.0, 120.0, 60.0]
     records: list[dict[str, Any]] = [
-        {"kind": "train", "step": 10 * (i + 1), "target_tokens": 6_000, "seconds": s} for i, s in enumerate(seconds)
+        {
+            "kind": "train",
+            "step": 10 * (i + 1),
+            "target_tokens": 6_000,
+            "target_tokens_per_second": 6_000 / s,
+            "seconds": s,
+        }
+        for i, s in enumerate(seconds)
     ]
     records += [{"kind": "validation", "step": 15 * (i + 1), "bleu": b} for i, b in enumerate(bleus)]
     folder.metrics_file.write_text("".join(json.dumps(r) + "\n" for r in records))

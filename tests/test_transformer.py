@@ -13,6 +13,7 @@ from flax_transformer.errors import ConfigError
 from flax_transformer.models.build import build_model
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.parallel.memory import needed_bytes
 from flax_transformer.shapes import Batch
 from tests import tiny
 
@@ -199,3 +200,38 @@ def test_embeddings_have_a_dropout_of_their_own():
     assert not varies()
     assert varies(embedding_dropout=0.5)
     assert varies(dropout=0.5, embedding_dropout=0.0)
+
+
+def loss_and_gradient(batch, **changes):
+    """A jitted function of parameters and the parameters; the mean square of the hidden vectors, with dropout."""
+    graphdef, params = nnx.split(tiny.transformer(**changes))
+
+    def loss(params):
+        return jnp.mean(nnx.merge(graphdef, params)(batch, jax.random.key(3)) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss)), params
+
+
+@pytest.mark.parametrize("scan_layers, rematerialize", [(True, False), (False, True), (True, True)])
+def test_loops_and_rematerialisation_change_no_number(scan_layers, rematerialize):
+    batch = tiny.batch([5, 9], [8, 3])
+    with_dropout = {"dropout": 0.3, "attention_dropout": 0.3, "norm_order": "pre"}
+    plain, params = loss_and_gradient(batch, **with_dropout)
+    changed, _ = loss_and_gradient(batch, scan_layers=scan_layers, rematerialize=rematerialize, **with_dropout)
+    # The configuration is part of the parameters' structure, so only the leaves are handed over.
+    structure = jax.tree.structure(params)
+    expected = plain(params)
+    found = changed(jax.tree.unflatten(structure, jax.tree.leaves(params)))
+    chex.assert_trees_all_close(jax.tree.leaves(found), jax.tree.leaves(expected), rtol=2e-5, atol=1e-6)
+
+
+def test_rematerialisation_saves_memory():
+    batch = tiny.batch([32] * 32, [24] * 32, source=32, target=24)
+
+    def needed(rematerialize: bool) -> int:
+        compute, params = loss_and_gradient(
+            batch, scan_layers=True, rematerialize=rematerialize, num_encoder_layers=8, num_decoder_layers=8
+        )
+        return needed_bytes(compute.lower(params).compile())
+
+    assert needed(True) < 0.5 * needed(False)

@@ -77,7 +77,7 @@ class RunSummary:
             model=config.model.description,
             parameters=card["parameters"],
             target_tokens=sum(r["target_tokens"] for r in train),
-            tokens_per_second=statistics.median(r["target_tokens"] / r["seconds"] for r in train),
+            tokens_per_second=statistics.median(r["target_tokens_per_second"] for r in train),
             training_minutes=float(minutes[-1]),
             curve=curve,
             scores=Scores(**card["test"]),

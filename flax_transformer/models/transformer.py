@@ -60,6 +60,10 @@ class TransformerConfig:
         attention_dropout: on attention weights.
         activation_dropout: after the activation of the position-wise network.
         vocab_multiple: the vocabulary is padded to a multiple of this many rows.
+        scan_layers: in training, run the layers of a stack in a loop that is compiled once, rather than one after the
+            other: deep models compile sooner, and run a little slower.
+        rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again: less
+            memory for about a third more arithmetic.
         param_dtype: type in which parameters are kept.
         compute_dtype: type of products and activations; softmax, norm statistics and the loss stay float32.
     """
@@ -84,6 +88,8 @@ class TransformerConfig:
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
     vocab_multiple: int = 8
+    scan_layers: bool = False
+    rematerialize: bool = False
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -187,6 +193,35 @@ def _unstack(stacked: Layer, num_layers: int) -> list[Layer]:
     ]
 
 
+def _run_stack(
+    layers: Layer,
+    config: TransformerConfig,
+    apply: Callable[[Layer, Float[Array, "B T D"], PRNGKeyArray | None], Float[Array, "B T D"]],
+    x: Float[Array, "B T D"],
+    keys: list[PRNGKeyArray | None],
+) -> Float[Array, "B T D"]:
+    """Returns what the last layer makes of what the one before it makes of ... `x`.
+
+    Args:
+        layers: with a leading layer axis.
+        config: says how they are run.
+        apply: of one layer, (layer, x, key).
+        x: input of the first.
+        keys: of dropout, one for each layer.
+    """
+    if config.rematerialize:
+        # A loop keeps its passes apart by itself; elsewhere barriers must keep XLA from joining forward and backward.
+        apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
+    if not config.scan_layers:
+        for layer, key in zip(_unstack(layers, len(keys)), keys, strict=True):
+            x = apply(layer, x, key)
+        return x
+    stacked_keys = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
+    return jax.lax.scan(
+        lambda x, layer_and_key: (apply(layer_and_key[0], x, layer_and_key[1]), None), x, (layers, stacked_keys)
+    )[0]
+
+
 class EncoderLayer(nnx.Module):
     """Self-attention and a position-wise network, each with its residual and norm."""
 
@@ -266,6 +301,7 @@ class Encoder(nnx.Module):
     """Positions, then a stack of encoder layers."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.num_layers = config.num_encoder_layers
         self.input = _input(config, config.max_source_length, rngs)
         self.layers = _stack(lambda r: EncoderLayer(config, rngs=r), config.num_encoder_layers, rngs)
@@ -283,8 +319,7 @@ class Encoder(nnx.Module):
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
         mask = segment_mask(segments, segments)
         x = self.input(embedding, tokens, positions, input_key)
-        for layer, layer_key in zip(_unstack(self.layers, self.num_layers), layer_keys, strict=True):
-            x = layer(x, mask, layer_key)
+        x = _run_stack(self.layers, self.config, lambda layer, x, key: layer(x, mask, key), x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
 
@@ -292,6 +327,7 @@ class Decoder(nnx.Module):
     """Positions, then a stack of decoder layers."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.num_layers = config.num_decoder_layers
         self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
@@ -313,8 +349,11 @@ class Decoder(nnx.Module):
         self_mask = segment_mask(segments, segments) & causal_mask(inputs.shape[1])
         cross_mask = segment_mask(segments, memory.segments)
         x = self.input(embedding, inputs, positions, input_key)
-        for layer, layer_key in zip(_unstack(self.layers, self.num_layers), layer_keys, strict=True):
-            x = layer(x, memory.states, self_mask, cross_mask, layer_key)
+
+        def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
+            return layer(x, memory.states, self_mask, cross_mask, key)
+
+        x = _run_stack(self.layers, self.config, apply, x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
     def init_caches(

@@ -21,6 +21,7 @@ from flax_transformer.training.metrics import LossSummary, TokenCounts
 from flax_transformer.training.run_log import ProgressReport, RunLog
 from flax_transformer.training.state import StateLayout, TrainState
 from flax_transformer.training.step import StepMetrics
+from flax_transformer.training.throughput import ProductCost, Throughput
 
 Save = Callable[[TrainState, Position, float | None], None]
 Evaluate = Callable[[Any, int], float]
@@ -28,6 +29,9 @@ Evaluate = Callable[[Any, int], float]
 
 # Updates in a row that may be skipped before the training gives up.
 MOST_SKIPPED = 10
+
+# Updates after a start that are not counted in the throughput.
+WARM_UP_STEPS = 5
 
 
 @dataclass
@@ -38,19 +42,27 @@ class Window:
         pending: metrics that are still on the device, so that the host need not wait for each, and their batches.
         fetched: metrics on the host, of the updates that were not skipped.
         tokens: counts over all updates.
+        warm_up: of them, those of the warm-up.
         learning_rate: of the last update.
         skipped: updates that were skipped.
         skipped_in_a_row: of them, those up to now without one between that was not; carried from window to window.
         started: when the window began, moved on by every pause.
+        warm_up_seconds: how long the warm-up took.
     """
 
     pending: list[tuple[StepMetrics, Batch]] = field(default_factory=list)
     fetched: list[StepMetrics] = field(default_factory=list)
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    warm_up: TokenCounts = field(default_factory=TokenCounts)
     learning_rate: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
     started: float = field(default_factory=time.monotonic)
+    warm_up_seconds: float = 0.0
+
+    def end_warm_up(self) -> None:
+        """Leaves what has happened so far out of the throughput."""
+        self.warm_up, self.warm_up_seconds = self.tokens, time.monotonic() - self.started
 
     def fetch(self, step: int, log: RunLog) -> None:
         """Waits for the device and takes over its metrics, the last of which belong to `step`.
@@ -80,8 +92,14 @@ class Window:
                 )
         self.pending = []
 
-    def report(self, step: int, steps: int, seconds_left: float) -> ProgressReport:
-        """Returns the figures of a progress line."""
+    def report(
+        self, step: int, steps: int, seconds_left: float, cost: ProductCost, peak: float | None
+    ) -> ProgressReport:
+        """Returns the figures of a progress line; `cost` and `peak` as for `Throughput.of`."""
+        seconds = time.monotonic() - self.started
+        timed, timed_seconds = self.tokens - self.warm_up, seconds - self.warm_up_seconds
+        if not timed.padded:  # all of it was warm-up
+            timed, timed_seconds = self.tokens, seconds
         sums = [float(sum(values)) for values in zip(*(m.sums for m in self.fetched), strict=True)]
         norms = [float(m.gradient_norm) for m in self.fetched]
         return ProgressReport(
@@ -92,7 +110,8 @@ class Window:
             gradient_norm=sum(norms) / len(norms) if norms else math.nan,
             tokens=self.tokens,
             skipped=self.skipped,
-            seconds=time.monotonic() - self.started,
+            throughput=Throughput.of(timed, timed_seconds, cost, peak),
+            seconds=seconds,
             seconds_left=seconds_left,
         )
 
@@ -197,6 +216,8 @@ def train_loop(
     save: Save,
     evaluate: Evaluate,
     history: list[float],
+    cost: ProductCost,
+    peak: float | None,
 ) -> tuple[TrainState, int | None]:
     """Trains until `config.steps`, or until patience is exhausted, and returns the last state.
 
@@ -212,6 +233,8 @@ def train_loop(
         evaluate: called with (parameters, step) at intervals and after the last step; returns the quality, the higher
             the better.
         history: qualities of the evaluations before, when a run goes on.
+        cost: of the model's products.
+        peak: FLOP/s that all devices together can do at most, or None.
 
     Returns:
         The state, and the signal that stopped the training early, or None. In both cases the state was saved, if there
@@ -241,10 +264,13 @@ def train_loop(
             to_log = step % config.log_every_steps == 0 or to_save  # a run that goes on from here has counted all
 
             # --- report
+            if step == first_step + WARM_UP_STEPS and not to_log:
+                window.fetch(step, log)
+                window.end_warm_up()
             if to_log:
                 window.fetch(step, log)
                 pace = (time.monotonic() - loop_start) / (step - first_step)
-                log.progress(window.report(step, config.steps, pace * (config.steps - step)))
+                log.progress(window.report(step, config.steps, pace * (config.steps - step), cost, peak))
                 window = Window(skipped_in_a_row=window.skipped_in_a_row)
 
             # --- evaluate, then save with what came out; neither counts as training time
@@ -261,6 +287,6 @@ def train_loop(
         if stop.signal is not None and position is not None:
             if window.pending:
                 window.fetch(step, log)
-                log.progress(window.report(step, config.steps, 0.0))
+                log.progress(window.report(step, config.steps, 0.0, cost, peak))
             save(state, position, None)
     return state, stop.signal

@@ -30,6 +30,9 @@ class TokenCounts:
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         return TokenCounts(self.source + other.source, self.target + other.target, self.padded + other.padded)
 
+    def __sub__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(self.source - other.source, self.target - other.target, self.padded - other.padded)
+
     @property
     def padding_share(self) -> float:
         """Share of positions that are padding, in [0, 1]."""

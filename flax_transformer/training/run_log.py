@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.metrics import LossSummary, TokenCounts
+from flax_transformer.training.throughput import Throughput
 
 BAR_WIDTH = 20
 
@@ -32,6 +33,7 @@ class ProgressReport:
         gradient_norm: mean over the updates, before clipping.
         tokens: counts over the updates.
         skipped: updates that were skipped, since loss or gradient was not finite.
+        throughput: of the updates, but for the first ones after a start.
         seconds: time of the updates alone: no compilation, evaluation or checkpoint.
         seconds_left: estimate for the rest of the training, evaluations included.
     """
@@ -43,19 +45,18 @@ class ProgressReport:
     gradient_norm: float
     tokens: TokenCounts
     skipped: int
+    throughput: Throughput
     seconds: float
     seconds_left: float
 
     @property
     def text(self) -> str:
         """The line without its bar."""
-        source_rate = self.tokens.source / max(self.seconds, 1e-9)
-        target_rate = self.tokens.target / max(self.seconds, 1e-9)
         minutes, seconds = divmod(round(self.seconds_left), 60)
         return (
             f"{self.step}/{self.steps} loss {self.loss.loss:.3f} ppl {self.loss.perplexity:.2f} "
             f"acc {100 * self.loss.accuracy:.1f}% lr {self.learning_rate:.2e} |g| {self.gradient_norm:.2f} "
-            f"src {source_rate:,.0f} tgt {target_rate:,.0f} tok/s pad {100 * self.tokens.padding_share:.0f}% "
+            f"{self.throughput.text} pad {100 * self.tokens.padding_share:.0f}% "
             f"left {minutes}:{seconds:02d}" + (f" skipped {self.skipped}" if self.skipped else "")
         )
 
@@ -73,6 +74,10 @@ class ProgressReport:
             "target_tokens": self.tokens.target,
             "padding_share": self.tokens.padding_share,
             "skipped": self.skipped,
+            "source_tokens_per_second": self.throughput.source_tokens,
+            "target_tokens_per_second": self.throughput.target_tokens,
+            "flops_per_second": self.throughput.flops,
+            "peak_share": self.throughput.peak_share,
             "seconds": self.seconds,
         }
 

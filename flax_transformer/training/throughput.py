@@ -1,0 +1,101 @@
+"""How fast a training is: tokens a second, and the share of what its devices can do at most.
+
+The cost of a model's products is counted from its parameters. A kernel costs six operations for each of its values and
+each token that it is applied to: a multiplication and an addition in the forward pass, twice that in the backward pass.
+Only tokens that are not padding count, and nothing that is computed twice (Chowdhery et al. 2022, PaLM, appendix B).
+The two products of attention without parameters are left out: a few percent at a sentence's length.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from flax_transformer.training.metrics import TokenCounts
+
+# Dense products of bfloat16 with float32 sums, FLOP/s of one device, from the makers' data sheets; names as JAX's
+# `device_kind` gives them.
+BFLOAT16_PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+# Kernels of the decoder that are applied to the encoder's output.
+READ_MEMORY = (("cross_attention", "key"), ("cross_attention", "value"), ("alignment", "key"))
+
+
+@dataclass(frozen=True)
+class ProductCost:
+    """Operations of one training step's products.
+
+    Attributes:
+        source: for each source token, forward and backward.
+        target: for each target token.
+    """
+
+    source: int
+    target: int
+
+    @classmethod
+    def of(cls, params: Any) -> "ProductCost":
+        """Returns the cost for a model's parameters, given as a nested dict of arrays or of their shapes."""
+        source = target = 0
+        for path, leaf in jax.tree.leaves_with_path(params):
+            names = [str(getattr(key, "key", key)) for key in path]
+            if not names[-1].endswith("kernel") or names[0] == "bridge":  # the bridge is applied once a sentence
+                continue
+            if names[0] == "encoder" or any(pair in zip(names, names[1:], strict=False) for pair in READ_MEMORY):
+                source += leaf.size
+            else:
+                target += leaf.size
+        output = params.get("output_embedding") or params["target_embedding"]
+        return cls(6 * source, 6 * (target + output["table"].size))
+
+    def total(self, tokens: TokenCounts) -> float:
+        """Returns the operations for so many tokens."""
+        return float(self.source * tokens.source + self.target * tokens.target)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a stretch of training comes to in a second.
+
+    Attributes:
+        source_tokens, target_tokens: that are not padding.
+        flops: operations of the model's products, of all devices together.
+        peak_share: of what the devices can do at most, in [0, 1]; None where that is not known.
+    """
+
+    source_tokens: float
+    target_tokens: float
+    flops: float
+    peak_share: float | None
+
+    @classmethod
+    def of(cls, tokens: TokenCounts, seconds: float, cost: ProductCost, peak: float | None) -> "Throughput":
+        """Returns the throughput of so many tokens in so many seconds; `peak` is FLOP/s of all devices together."""
+        seconds = max(seconds, 1e-9)
+        flops = cost.total(tokens) / seconds
+        return cls(tokens.source / seconds, tokens.target / seconds, flops, None if peak is None else flops / peak)
+
+    @property
+    def text(self) -> str:
+        """The figures for a progress line."""
+        share = "" if self.peak_share is None else f" ({100 * self.peak_share:.0f}% of peak)"
+        return (
+            f"src {self.source_tokens:,.0f} tgt {self.target_tokens:,.0f} tok/s {self.flops / 1e12:.3g} TFLOP/s{share}"
+        )
+
+
+def peak_flops(mesh: Mesh, compute_dtype: str) -> float | None:
+    """Returns the most FLOP/s that a mesh's devices do together in products of a type, or None if that is not known."""
+    peak = BFLOAT16_PEAKS.get(mesh.devices.flat[0].device_kind) if compute_dtype == "bfloat16" else None
+    return None if peak is None else peak * mesh.size

@@ -1,0 +1,69 @@
+"""Throughput: what a step's products cost, by the compiler's own count, and what is reported of them."""
+
+from typing import Any
+
+import jax
+import pytest
+from flax import nnx
+
+from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.training.loop import Window
+from flax_transformer.training.metrics import TokenCounts
+from flax_transformer.training.state import abstract_model
+from flax_transformer.training.throughput import ProductCost, Throughput, peak_flops
+from tests import tiny
+
+
+def cost(model_config) -> ProductCost:
+    return ProductCost.of(nnx.to_pure_dict(abstract_model(model_config, tiny.VOCABULARY)[1]))
+
+
+@pytest.mark.parametrize("share", ["all", "target_output", "none"])
+def test_the_cost_of_products_is_what_the_compiler_counts(share):
+    sizes = {"model_dim": 256, "feed_forward_dim": 512, "share_embeddings": share, "max_source_length": 8}
+    model_config = tiny.config(**sizes, max_target_length=8)
+    graphdef, params = abstract_model(model_config, tiny.VOCABULARY)
+    batch = tiny.batch([8] * 16, [4] * 16, source=8, target=4)
+
+    def logits(params):
+        model = nnx.merge(graphdef, params)
+        return model.output_projection().logits(model(batch))
+
+    analysis: Any = jax.jit(logits).lower(params).cost_analysis()
+    counted = analysis["flops"]
+    ours = cost(model_config).total(TokenCounts(16 * 8, 16 * 4)) / 3  # forward alone
+    assert ours < counted < 1.05 * ours  # the rest: norms, softmax, and attention's products without parameters
+
+
+def test_the_cost_of_a_recurrent_model_is_its_kernels():
+    # One-layer LSTM of 8 units: encoder 2 directions of 4 units, no attention.
+    small = RecurrentConfig(model_dim=6, hidden_dim=8, attention="none", share_embeddings="target_output")
+    encoder = 2 * 4 * (6 * 4 + 4 * 4)
+    decoder = 4 * (6 * 8 + 8 * 8) + 8 * 6
+    rows = 24  # 19 ids, padded to a multiple of 8
+    assert cost(small) == ProductCost(6 * encoder, 6 * (decoder + rows * 6))
+
+
+def test_a_progress_line_gives_the_share_of_the_peak_where_it_is_known(one_device):
+    speed = Throughput.of(TokenCounts(100, 50, 200), 0.5, ProductCost(6, 12), 9600.0)
+    assert speed.text == "src 200 tgt 100 tok/s 2.4e-09 TFLOP/s (25% of peak)"
+    assert peak_flops(one_device, "bfloat16") is None  # of a CPU
+    assert "peak" not in Throughput.of(TokenCounts(100, 50, 200), 0.5, ProductCost(6, 12), None).text
+
+
+def test_the_first_steps_are_not_counted(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("flax_transformer.training.loop.time.monotonic", lambda: now)
+    window = Window(started=now)
+    window.tokens += TokenCounts(10, 10, 20)
+    now = 100.0  # a slow start
+    window.end_warm_up()
+    window.tokens += TokenCounts(40, 20, 80)
+    now = 102.0
+    report = window.report(8, 10, 0.0, ProductCost(1, 1), None)
+    assert (report.throughput.source_tokens, report.throughput.target_tokens) == (20.0, 10.0)
+    assert report.seconds == 102.0
+    assert report.tokens == TokenCounts(50, 30, 100)
+    only_warm_up = Window(tokens=TokenCounts(10, 10, 20), started=100.0)
+    only_warm_up.end_warm_up()
+    assert only_warm_up.report(5, 10, 0.0, ProductCost(1, 1), None).throughput.source_tokens == 5.0
