@@ -66,8 +66,8 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     parts = load_corpus(config.data).train
     tokenizers = prepare_tokenizers(parts, config.tokenizer)
     limits = config.model.max_source_length, config.model.max_target_length
-    pairs = prepare_training_pairs(parts, tokenizers, config.filters, *limits)
-    plan = training_plan(pairs.lengths, config.batching, config.training.seed, pairs.mixture)
+    pairs = prepare_training_pairs(parts, tokenizers, config.filters, *limits, config.subword_sampling)
+    plan = training_plan(pairs, config.batching, config.training.seed)
     batches = [b for b, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), num_batches)]
 
     mesh = make_mesh(config.mesh)

@@ -17,7 +17,7 @@ from flax_transformer.data.batching import BatchingConfig
 from flax_transformer.data.corpus import DataConfig
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
-from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
 from flax_transformer.models.build import ModelConfig
@@ -132,6 +132,7 @@ class Config:
         data: which corpus.
         filters: which training pairs are left out.
         tokenizer: how its text becomes ids.
+        subword_sampling: whether training text is cut into subwords at random.
         model: which model.
         batching: how pairs become batches.
         optimizer: how parameters change.
@@ -146,6 +147,7 @@ class Config:
     data: DataConfig = field(default_factory=NumberWordsConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    subword_sampling: SubwordSamplingConfig = field(default_factory=SubwordSamplingConfig)
     model: ModelConfig = field(default_factory=TransformerConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -155,6 +157,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        self.subword_sampling.check_algorithm(self.tokenizer.algorithm)
         if self.batching.form == "packed" and not self.model.supports_packing:
             raise ConfigError(
                 f"batching.form: packed puts several pairs into a row, and model.kind {self.model.kind} cannot tell "

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_transformer.config import Config
-from flax_transformer.data.batching import Plan, Position, TokenizedPairs
+from flax_transformer.data.batching import Plan, Position, TokenizedPairs, data_fingerprint
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
 from flax_transformer.data.parallel_text import Corpus, ParallelText
@@ -40,7 +40,8 @@ NUM_SAMPLES = 10
 
 # What a resumed run must have as it was; of section training some fields, see `_check_same_recipe`.
 SECTIONS_KEPT = (
-    "init_from", "data", "filters", "tokenizer", "model", "batching", "optimizer", "decoding", "evaluation",
+    "init_from", "data", "filters", "tokenizer", "subword_sampling", "model", "batching", "optimizer", "decoding",
+    "evaluation",
 )  # fmt: skip
 
 
@@ -81,10 +82,10 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     parent = None if config.init_from is None or resume else _parent(config)
     tokenizers = folder.tokenizers() if resume else tokenizers_of_new_run(config, corpus)
     limits = config.model.max_source_length, config.model.max_target_length
-    train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits)
-    fingerprint = train.fingerprint
+    train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits, config.subword_sampling)
+    fingerprint = data_fingerprint(train)
     validation = held_out_pairs(corpus.validation, tokenizers, *limits)
-    plan = training_plan(train.lengths, config.batching, config.training.seed, train.mixture)
+    plan = training_plan(train, config.batching, config.training.seed)
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
     for shape in plan.shapes:
         check_rows(
@@ -141,7 +142,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             folder.update_config(config)
 
         with RunLog(folder, first_step) as log:
-            log.say(_description(config, corpus, train, plan, layout, mesh))
+            log.say(_description(config, corpus, train[0], plan, layout, mesh))
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
             if compiled:

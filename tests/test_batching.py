@@ -97,15 +97,15 @@ def test_shapes_have_the_least_padding_of_all_cuts():
 )
 def test_epochs_differ_and_any_position_can_be_gone_on_from(config):
     pairs = random_pairs(0, 200)
-    plan = training_plan(pairs.lengths, config, seed=1)
+    plan = training_plan([pairs], config, seed=1)
     per_epoch = len(plan.epoch(0))
-    stream = training_batches(pairs, plan, Position(0, 0))
+    stream = training_batches([pairs], plan, Position(0, 0))
     seen = [next(stream) for _ in range(per_epoch + len(plan.epoch(1)) + 3)]
     assert seen[per_epoch - 1][1] == Position(1, 0)
     first = np.concatenate([b.pairs for b in plan.epoch(0)])
     assert not np.array_equal(first, np.concatenate([b.pairs for b in plan.epoch(1)]))
     for start in (1, per_epoch - 1, per_epoch, per_epoch + 2):
-        resumed = training_batches(pairs, plan, seen[start - 1][1])
+        resumed = training_batches([pairs], plan, seen[start - 1][1])
         for batch, position in seen[start : start + 3]:
             again, position_again = next(resumed)
             assert position_again == position
@@ -155,7 +155,7 @@ def test_a_budget_smaller_than_the_longest_pairs_is_explained():
 def test_packed_rows_hold_every_pair_once_whole_and_apart(seed, num, row_length):
     pairs = random_pairs(seed, num)
     config = BatchingConfig("packed", tokens_per_batch=16 * 120, row_length=row_length)
-    plan = training_plan(pairs.lengths, config, seed)
+    plan = training_plan([pairs], config, seed)
     (shape,) = plan.shapes
     assert shape.rows % 8 == 0 and max(shape.source_length, shape.target_length) <= round_up(row_length, 4)
     seen = []
@@ -181,7 +181,7 @@ def test_packing_leaves_less_padding_than_buckets():
     pairs = random_pairs(3, 3000, longest=24)
 
     def padding(config: BatchingConfig) -> float:
-        batches = training_plan(pairs.lengths, config, 0).epoch(0)
+        batches = training_plan([pairs], config, 0).epoch(0)
         padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
         return 1 - pairs.lengths.sum() / padded
 
@@ -210,7 +210,7 @@ def test_packed_bucketed_and_single_pairs_have_the_same_loss():
 
 def test_a_pair_longer_than_a_packed_row_is_explained():
     with pytest.raises(ConfigError, match=r"batching.row_length \(32\) is shorter than the longest pair \(40 tokens"):
-        training_plan(np.array([[40, 3], [4, 4]]), BatchingConfig("packed", row_length=32), 0)
+        packed_shape(np.array([[40, 3], [4, 4]]), BatchingConfig("packed", row_length=32))
 
 
 def test_packing_for_a_model_that_cannot_is_explained():

@@ -1,6 +1,7 @@
 """From files to training pairs: formats, filters, mixtures, and the caches of tokenizers and of tokenised text."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 
 from flax_transformer.cli import main as cli
+from flax_transformer.config import Config
 from flax_transformer.data import preparation, token_cache
-from flax_transformer.data.batching import Mixture, TokenizedPairs
+from flax_transformer.data.batching import BatchingConfig, Mixture, Position, TokenizedPairs
 from flax_transformer.data.bucketing import BatchShape, BucketedPlan
 from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
+from flax_transformer.data.loader import training_batches, training_plan
 from flax_transformer.data.packing import PackedPlan
 from flax_transformer.data.parallel_text import (
     ParallelFiles,
@@ -28,8 +31,15 @@ from flax_transformer.data.parallel_text import (
 from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
 from flax_transformer.data.synthetic import NumberWordsConfig, english_number_words, number_words_corpus
 from flax_transformer.data.token_cache import tokenized_parts
-from flax_transformer.data.tokenizer import TokenizedText, TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import (
+    SubwordSample,
+    SubwordSamplingConfig,
+    TokenizedText,
+    TokenizerConfig,
+    TokenizerPair,
+)
 from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.models.rnn import RecurrentConfig
 
 SOURCE = [english_number_words(n) for n in range(400)]
 TARGET = SOURCE[::-1]
@@ -165,7 +175,7 @@ def test_weights_and_files_reach_the_pairs(tmp_path):
     config = ParallelTextConfig(
         folder=str(tmp_path), train_source=("a", "b"), train_target=("a", "b"), train_weights=(3.0, 0.5)
     )
-    pairs = prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(), 64, 64)
+    (pairs,) = prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(), 64, 64)
     assert pairs.mixture == Mixture((30, 90), (3.0, 0.5))
     with pytest.raises(InputError, match="90 identical"):
         prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(drop_identical=True), 64, 64)
@@ -230,7 +240,7 @@ def test_damaged_tokenizers_are_learnt_again(tmp_path, damage):
 
 def test_cached_pairs_are_the_pairs(monkeypatch, tmp_path):
     monkeypatch.setattr(token_cache, "PAIRS_AT_ONCE", 37)  # several pieces, the last of them short
-    pairs = prepare_training_pairs((TEXT, ParallelText(TARGET, SOURCE)), TOKENIZERS, FilterConfig(), 64, 64)
+    (pairs,) = prepare_training_pairs((TEXT, ParallelText(TARGET, SOURCE)), TOKENIZERS, FilterConfig(), 64, 64)
     direct = TokenizedPairs(
         TokenizedText.from_lines(SOURCE + TARGET, TOKENIZERS.source),
         TokenizedText.from_lines(TARGET + SOURCE, TOKENIZERS.target),
@@ -241,12 +251,53 @@ def test_cached_pairs_are_the_pairs(monkeypatch, tmp_path):
     assert isinstance(pairs.source.ids, np.memmap)
     assert pairs.fingerprint == direct.fingerprint
     monkeypatch.setattr(token_cache, "_write", None)  # would fail
-    again = prepare_training_pairs((TEXT, ParallelText(TARGET, SOURCE)), TOKENIZERS, FilterConfig(), 64, 64)
+    (again,) = prepare_training_pairs((TEXT, ParallelText(TARGET, SOURCE)), TOKENIZERS, FilterConfig(), 64, 64)
     assert again.fingerprint == direct.fingerprint
     other = TokenizerPair.train(SOURCE, TARGET, TokenizerConfig(vocab_size=41))
     for text, tokenizers in ((ParallelText(SOURCE, SOURCE), TOKENIZERS), (TEXT, other)):
         with pytest.raises(TypeError):
             prepare_training_pairs((text,), tokenizers, FilterConfig(), 64, 64)
+
+
+def test_sampled_segmentations_differ_and_come_back():
+    sampling = SubwordSamplingConfig(alpha=0.3, variants=3)
+    variants = prepare_training_pairs((TEXT,), TOKENIZERS, FilterConfig(), 64, 64, sampling)
+    (best,) = prepare_training_pairs((TEXT,), TOKENIZERS, FilterConfig(), 64, 64)
+    assert len({pairs.fingerprint for pairs in (*variants, best)}) == 4
+    direct = TokenizedText.from_lines(TEXT.target, TOKENIZERS.target, SubwordSample(0.3, 2).at(1, 0))
+    np.testing.assert_array_equal(variants[2].target.ids, direct.ids)
+    for pairs in variants:
+        text, offsets = pairs.target, pairs.target.offsets
+        lines = [text.ids[a : b - 1].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        assert [TOKENIZERS.target.decode(line) for line in lines] == list(TEXT.target)
+        assert pairs.lengths.sum() > best.lengths.sum()
+    # The epochs take turns, in the same shapes, and a position says which variant it stands in.
+    plan = training_plan(variants, BatchingConfig(tokens_per_batch=640, num_shapes=2), 0)
+    per_epoch = [len(plan.epoch(e)) for e in range(4)]
+    stream = training_batches(variants, plan, Position(0, 0))
+    seen = list(itertools.islice(stream, sum(per_epoch)))
+    tokens = [int((batch.target_segments > 0).sum()) for batch, _ in seen]
+    starts = np.cumsum([0, *per_epoch])
+    sums = [sum(tokens[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    assert sums == [int(variants[e % 3].lengths[:, 1].sum()) for e in range(4)]
+    position = seen[per_epoch[0] + 1][1]
+    again, _ = next(training_batches(variants, plan, position))
+    np.testing.assert_array_equal(again.target_tokens, seen[per_epoch[0] + 2][0].target_tokens)
+
+
+def test_sampling_that_cannot_be_is_explained():
+    with pytest.raises(ConfigError, match="needs tokenizer.algorithm unigram or bpe: 'word' cuts a text in one way"):
+        Config(
+            subword_sampling=SubwordSamplingConfig(alpha=0.1),
+            tokenizer=TokenizerConfig("word"),
+            model=RecurrentConfig(),
+        )
+    with pytest.raises(ConfigError, match="subword_sampling.alpha must be below 1 for bpe"):
+        Config(subword_sampling=SubwordSamplingConfig(alpha=1.0), tokenizer=TokenizerConfig("bpe"))
+    with pytest.raises(ConfigError, match="must not be negative"):
+        SubwordSamplingConfig(alpha=-0.1)
+    with pytest.raises(ConfigError, match="variants must be at least 1"):
+        SubwordSamplingConfig(variants=0)
 
 
 def test_marks_know_identical_pairs_and_duplicates(tmp_path):

@@ -63,7 +63,7 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     tokenizers = TokenizerPair.train(text.source, text.target, TokenizerConfig("bpe", vocab_size=8_000))
     pairs = prepare_training_pairs((text,), tokenizers, FilterConfig(), 64, 64)
     batching = dataclasses.replace(config.batching, tokens_per_batch=8 * 64, num_shapes=2)
-    plan = training_plan(pairs.lengths, batching, 0, pairs.mixture)
+    plan = training_plan(pairs, batching, 0)
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     size = config.tokenizer.vocab_size

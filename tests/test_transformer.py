@@ -208,7 +208,9 @@ def test_loops_and_rematerialisation_change_no_number_and_save_memory():
     def compiled(**changes):
         """A function from parameters to loss and gradient, and the parameters' leaves."""
         depths = {"num_encoder_layers": 3, "num_decoder_layers": 1}
-        graphdef, params = nnx.split(tiny.transformer(dropout=0.3, attention_dropout=0.0, activation_dropout=0.0, **depths, **changes))
+        graphdef, params = nnx.split(
+            tiny.transformer(dropout=0.3, attention_dropout=0.0, activation_dropout=0.0, **depths, **changes)
+        )
 
         def loss(params):
             return jnp.mean(nnx.merge(graphdef, params)(batch, jax.random.key(3)) ** 2)

@@ -24,8 +24,9 @@ def main(arguments: list[str], program: str) -> int:
     corpus = load_corpus(config.data)
     tokenizers = tokenizers_of_new_run(config, corpus)
     lengths = config.model.max_source_length, config.model.max_target_length
-    pairs = prepare_training_pairs(corpus.train, tokenizers, config.filters, *lengths)
-    plan = training_plan(pairs.lengths, config.batching, config.training.seed, pairs.mixture)
+    variants = prepare_training_pairs(corpus.train, tokenizers, config.filters, *lengths, config.subword_sampling)
+    plan = training_plan(variants, config.batching, config.training.seed)
+    pairs = variants[0]
     sizes = f"{tokenizers.source.vocab_size:,}"
     if not tokenizers.joint:
         sizes += f" and {tokenizers.target.vocab_size:,}"

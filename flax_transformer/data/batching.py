@@ -5,6 +5,7 @@ position in the data is then two integers, exact, and independent of the number 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -157,6 +158,13 @@ class TokenizedPairs:
     def lengths(self) -> np.ndarray:
         """[number of pairs, 2], source and target lengths with the end token."""
         return np.stack([self.source.lengths[self.kept], self.target.lengths[self.kept]], axis=1)
+
+
+def data_fingerprint(variants: Sequence[TokenizedPairs]) -> str:
+    """Returns the fingerprint of pairs in one segmentation or in several."""
+    if len(variants) == 1:
+        return variants[0].fingerprint
+    return hashlib.sha256("".join(pairs.fingerprint for pairs in variants).encode()).hexdigest()
 
 
 class PlannedBatch(NamedTuple):

@@ -1,6 +1,6 @@
 """Batches in order, from any position on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -8,8 +8,9 @@ from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
     ROW_MULTIPLE,
     BatchingConfig,
-    Mixture,
+    BatchShape,
     Plan,
+    PlannedBatch,
     Position,
     TokenizedPairs,
     make_batch,
@@ -20,22 +21,39 @@ from flax_transformer.data.packing import PackedPlan, packed_shape
 from flax_transformer.shapes import Batch
 
 
-def training_plan(lengths: np.ndarray, config: BatchingConfig, seed: int, mixture: Mixture | None = None) -> Plan:
+class AlternatingPlan:
+    """Several plans with the same shapes, one for each variant of the pairs; the epochs take turns through them."""
+
+    def __init__(self, plans: Sequence[Plan]):
+        self._plans = plans
+
+    @property
+    def shapes(self) -> list[BatchShape]:
+        """Every shape that a batch may have."""
+        return self._plans[0].shapes
+
+    def epoch(self, epoch: int) -> list[PlannedBatch]:
+        """Returns the batches of an epoch, as its variant plans them."""
+        return self._plans[epoch % len(self._plans)].epoch(epoch)
+
+
+def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, seed: int) -> Plan:
     """Returns shuffled batches in the form that the configuration names.
 
     Args:
-        lengths: [number of pairs, 2].
+        variants: the training pairs, once or in several segmentations.
         config: form and budget.
         seed: of the shuffle.
-        mixture: of the corpora that the pairs come from; one of weight 1 when left out.
 
     Raises:
         ConfigError: the budget is too small for the longest pairs.
     """
+    lengths = np.concatenate([pairs.lengths for pairs in variants])
     if config.form == "packed":
-        return PackedPlan(lengths, packed_shape(lengths, config), seed, mixture)
+        row = packed_shape(lengths, config)
+        return AlternatingPlan([PackedPlan(pairs.lengths, row, seed, pairs.mixture) for pairs in variants])
     shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.micro_batches)
-    return BucketedPlan(lengths, shapes, seed, mixture)
+    return AlternatingPlan([BucketedPlan(pairs.lengths, shapes, seed, pairs.mixture) for pairs in variants])
 
 
 def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: int = 1) -> Plan:
@@ -48,11 +66,13 @@ def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: i
     return BucketedPlan(lengths, [shape._replace(rows=round_up(shape.rows, row_multiple))], None)
 
 
-def training_batches(pairs: TokenizedPairs, plan: Plan, start: Position) -> Iterator[tuple[Batch, Position]]:
+def training_batches(
+    variants: Sequence[TokenizedPairs], plan: Plan, start: Position
+) -> Iterator[tuple[Batch, Position]]:
     """Yields batches for ever, from `start` on, each with the position after it (what a checkpoint keeps)."""
     epoch, first = start
     while True:
-        batches = plan.epoch(epoch)
+        batches, pairs = plan.epoch(epoch), variants[epoch % len(variants)]
         for index in range(first, len(batches)):
             last = index + 1 == len(batches)
             yield make_batch(pairs, batches[index]), Position(epoch + 1, 0) if last else Position(epoch, index + 1)

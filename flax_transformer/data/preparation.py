@@ -15,7 +15,13 @@ from flax_transformer.data.batching import Mixture, TokenizedPairs
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.parallel_text import ParallelText, TextPart
 from flax_transformer.data.token_cache import tokenized_parts
-from flax_transformer.data.tokenizer import TokenizedText, TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import (
+    SubwordSample,
+    SubwordSamplingConfig,
+    TokenizedText,
+    TokenizerConfig,
+    TokenizerPair,
+)
 from flax_transformer.errors import RunFolderError
 from flax_transformer.user_cache import user_cache
 
@@ -70,17 +76,36 @@ def prepare_training_pairs(
     filters: FilterConfig,
     max_source_length: int,
     max_target_length: int,
-) -> TokenizedPairs:
+    sampling: SubwordSamplingConfig | None = None,
+) -> list[TokenizedPairs]:
     """Returns the training pairs, from the user's cache, where they are put if need be.
+
+    Args:
+        parts: the text.
+        tokenizers: of the two sides.
+        filters: which pairs are left out.
+        max_source_length, max_target_length: of the model.
+        sampling: of subwords; none when left out.
+
+    Returns:
+        As many times as there are variants of the segmentation; once when subwords are not sampled.
 
     Raises:
         InputError: bad text, a damaged cache, or no pair that is left.
     """
-    tokens = tokenized_parts(parts, tokenizers, user_cache("tokens"))
-    mixture = Mixture(tokens.ends, tuple(float(part.weight) for part in parts))
-    return TokenizedPairs(
-        tokens.source, tokens.target, max_source_length, max_target_length, filters, tokens.marks, mixture
-    )
+    samples: list[SubwordSample | None] = [None]
+    if sampling is not None and sampling.alpha:
+        samples = [SubwordSample(sampling.alpha, number) for number in range(sampling.variants)]
+    variants = []
+    for sample in samples:
+        tokens = tokenized_parts(parts, tokenizers, user_cache("tokens"), sample)
+        mixture = Mixture(tokens.ends, tuple(float(part.weight) for part in parts))
+        variants.append(
+            TokenizedPairs(
+                tokens.source, tokens.target, max_source_length, max_target_length, filters, tokens.marks, mixture
+            )
+        )
+    return variants
 
 
 def held_out_pairs(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -22,7 +23,7 @@ import rich.progress
 
 from flax_transformer.data.filters import PairMarks
 from flax_transformer.data.parallel_text import TextPart
-from flax_transformer.data.tokenizer import TokenizedText, Tokenizer, TokenizerPair
+from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokenizer, TokenizerPair
 from flax_transformer.errors import InputError
 
 # Of the files in a cache; another number makes all older caches be made anew.
@@ -62,30 +63,40 @@ class TokenizedParts:
     folder: Path
 
 
-def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair) -> str:
-    """Returns a hash of the content of text and tokenizers."""
-    content = [
+def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: SubwordSample | None) -> str:
+    """Returns a hash of the content of text and tokenizers, and of how the text is cut."""
+    content: list[Any] = [
         FORMAT,
         [part.fingerprint for part in parts],
         tokenizers.source.fingerprint,
         tokenizers.target.fingerprint,
     ]
+    if sample is not None:
+        content.append([sample.alpha, sample.seed])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def tokenized_parts(parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path) -> TokenizedParts:
+def tokenized_parts(
+    parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path, sample: SubwordSample | None = None
+) -> TokenizedParts:
     """Returns the tokenised text from its cache in `folder`, which is made when it is not there.
+
+    Args:
+        parts: the text.
+        tokenizers: of the two sides.
+        folder: of all caches.
+        sample: how to cut the text at random; in the best way when None.
 
     Raises:
         InputError: bad text, or a cache that has been damaged.
     """
-    made = folder / cache_key(parts, tokenizers)
+    made = folder / cache_key(parts, tokenizers, sample)
     if not made.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
         partial = Path(tempfile.mkdtemp(prefix=f"{made.name}.partial-", dir=folder))
         try:
-            _write(parts, tokenizers, partial)
+            _write(parts, tokenizers, sample, partial)
             try:
                 partial.rename(made)
             except OSError:
@@ -106,7 +117,7 @@ def _remove_abandoned(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path) -> None:
+def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: SubwordSample | None, folder: Path) -> None:
     """Writes the arrays as flat files, and last `meta.json`, which says how long they are."""
     counts = dict.fromkeys(DTYPES, 0)
     ends, pairs_done = [], 0
@@ -125,11 +136,14 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path) -
                 write(f"{side}_offsets", np.zeros(1))
             for part in parts:
                 for chunk in _chunks(part.pairs()):
-                    for side, tokenizer, lines in (
-                        ("source", tokenizers.source, [source for source, _ in chunk]),
-                        ("target", tokenizers.target, [target for _, target in chunk]),
+                    for number, (side, tokenizer, lines) in enumerate(
+                        (
+                            ("source", tokenizers.source, [source for source, _ in chunk]),
+                            ("target", tokenizers.target, [target for _, target in chunk]),
+                        )
                     ):
-                        ids, lengths = _encode(tokenizer, lines)
+                        here = None if sample is None else sample.at(number, pairs_done)
+                        ids, lengths = _encode(tokenizer, lines, here)
                         write(f"{side}_ids", ids)
                         write(f"{side}_offsets", starts[side] + np.cumsum(lengths))
                         starts[side] += len(ids)
@@ -164,9 +178,9 @@ def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]
         yield chunk
 
 
-def _encode(tokenizer: Tokenizer, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _encode(tokenizer: Tokenizer, lines: list[str], sample: SubwordSample | None) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids of all lines one after the other, each closed by the end token, and their lengths."""
-    text = TokenizedText.from_lines(lines, tokenizer)
+    text = TokenizedText.from_lines(lines, tokenizer, sample)
     return text.ids, text.lengths
 
 

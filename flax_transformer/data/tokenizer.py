@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import sentencepiece
 
-from flax_transformer.errors import ConfigError, InputError, RunFolderError
+from flax_transformer.errors import ConfigError, InputError, RunFolderError, check_finite
 
 PAD_ID, START_ID, END_ID, UNKNOWN_ID = 0, 1, 2, 3
 NUM_SPECIAL = 4
@@ -48,6 +48,60 @@ class TokenizerConfig:
             raise ConfigError(f"tokenizer.vocab_size must be above {NUM_SPECIAL}, got {self.vocab_size}.")
         if not 0.98 <= self.character_coverage <= 1.0:
             raise ConfigError(f"tokenizer.character_coverage must lie in [0.98, 1], got {self.character_coverage}.")
+
+
+@dataclass(frozen=True)
+class SubwordSamplingConfig:
+    """Training text cut into subwords at random, so that a model meets many segmentations of a word.
+
+    Attributes:
+        alpha: 0 turns it off. For "bpe" the share of merges that are left out, below 1 (0.1 in the paper); for
+            "unigram" the exponent on the probabilities that segmentations are drawn by (0.1 to 0.5 in the paper; the
+            larger, the closer to the best one).
+        variants: segmentations of the whole training text, each kept on disk; the epochs take turns through them.
+
+    References:
+        Kudo 2018, "Subword Regularization"; Provilkov, Emelianenko and Voita 2020, "BPE-Dropout".
+    """
+
+    alpha: float = 0.0
+    variants: int = 10
+
+    def __post_init__(self):
+        check_finite("subword_sampling", self)
+        if self.alpha < 0:
+            raise ConfigError(f"subword_sampling.alpha must not be negative (0 turns it off), got {self.alpha}.")
+        if self.variants < 1:
+            raise ConfigError(f"subword_sampling.variants must be at least 1, got {self.variants}.")
+
+    def check_algorithm(self, algorithm: str) -> None:
+        """Raises a `ConfigError` unless text can be cut at random by a tokenizer's algorithm."""
+        if self.alpha and algorithm not in ("unigram", "bpe"):
+            raise ConfigError(
+                f"subword_sampling.alpha ({self.alpha}) needs tokenizer.algorithm unigram or bpe: {algorithm!r} cuts a "
+                "text in one way alone."
+            )
+        if algorithm == "bpe" and self.alpha >= 1:
+            raise ConfigError(
+                f"subword_sampling.alpha must be below 1 for bpe, whose merges it leaves out, got {self.alpha}."
+            )
+
+
+@dataclass(frozen=True)
+class SubwordSample:
+    """One random segmentation: the same text and the same sample give the same ids.
+
+    Attributes:
+        alpha: see `SubwordSamplingConfig`.
+        seed: not negative.
+    """
+
+    alpha: float
+    seed: int
+
+    def at(self, *place: int) -> "SubwordSample":
+        """Returns a sample with a seed of its own for a part of the text."""
+        return SubwordSample(self.alpha, int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
 
 
 class Tokenizer:
@@ -109,9 +163,14 @@ class Tokenizer:
         """SHA-256 of the model file; equal fingerprints mean equal ids for equal text."""
         return hashlib.sha256(self.model).hexdigest()
 
-    def encode(self, lines: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each line, without start and end token."""
-        return self._processor.encode(list(lines), out_type=int)
+    def encode(self, lines: Sequence[str], sample: SubwordSample | None = None) -> list[list[int]]:
+        """Returns the ids of each line, without start and end token: the best segmentation, or a random one."""
+        if sample is None:
+            return self._processor.encode(list(lines), out_type=int)
+        sentencepiece.set_random_generator_seed(sample.seed)
+        return self._processor.encode(  # one thread, since each has a generator of its own
+            list(lines), out_type=int, enable_sampling=True, nbest_size=-1, alpha=sample.alpha, num_threads=1
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special ids other than unknown give nothing."""
@@ -181,9 +240,11 @@ class TokenizedText:
     offsets: np.ndarray
 
     @classmethod
-    def from_lines(cls, lines: Sequence[str], tokenizer: Tokenizer) -> "TokenizedText":
-        """Returns the ids of `lines`."""
-        sentences = tokenizer.encode(lines)
+    def from_lines(
+        cls, lines: Sequence[str], tokenizer: Tokenizer, sample: SubwordSample | None = None
+    ) -> "TokenizedText":
+        """Returns the ids of `lines`; `sample` as for `Tokenizer.encode`."""
+        sentences = tokenizer.encode(lines, sample)
         lengths = np.fromiter((len(s) + 1 for s in sentences), np.int64, len(sentences))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         ids = np.full(int(offsets[-1]), END_ID, np.int32)
