@@ -2,10 +2,10 @@
 
     python benchmarks/growth.py [--rounds 5] [--picture FILE]
 
-One of the four grows at a time, from the same base. Theory says: straight in tokens and in depth; straight in the length
-at the same number of tokens, since a token's attention looks at the whole sentence; and in the width a part that is
-straight (norms, dropout, softmax) and one that grows as its square (products). Beside each time stands what a line, or
-for the width a parabola, through all the others of its row says.
+One of the four grows at a time, from the same base. Theory says: straight in tokens and in depth; straight in the
+length at the same number of tokens, since a token's attention looks at the whole sentence; and in the width a part that
+is straight (norms, dropout, softmax) and one that grows as its square (products). Beside each time stands what a line,
+or for the width a parabola, through all the others of its row says.
 """
 
 import dataclasses
