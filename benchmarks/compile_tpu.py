@@ -205,7 +205,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from flax_transformer.data.tokenizer import END_ID, START_ID
     from flax_transformer.decoding.beam_search import BeamSearchConfig
     from flax_transformer.decoding.length_penalty import LengthPenalty
-    from flax_transformer.inference.translator import jit_search
+    from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+    from flax_transformer.inference.translator import SENTENCES_A_ROW
     from flax_transformer.models.build import VocabularyInfo
     from flax_transformer.models.transformer import TransformerConfig
     from flax_transformer.parallel.mesh import (
@@ -247,16 +248,25 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     train = compile_logged("train step", log_folder, lambda: compile_steps(step, layout, [shape], mesh)[tuple(shape)])
 
     # --- the search
-    config = BeamSearchConfig(BEAM_SIZE, output_length, START_ID, END_ID, LengthPenalty.parse("gnmt:0.6"))
+    slots = options.rows // mesh.size
+    beam = BeamSearchConfig(BEAM_SIZE, slots, output_length, START_ID, END_ID, LengthPenalty.parse("gnmt:0.6"))
     graphdef, abstract_params = abstract_model(model, vocabulary)
     params = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated_sharding(mesh)),
         nnx.to_pure_dict(abstract_params),
     )
-    tokens = jax.ShapeDtypeStruct((options.rows, options.length), "int32", sharding=all_devices_sharding(mesh))
-    limits = jax.ShapeDtypeStruct((options.rows,), "int32", sharding=all_devices_sharding(mesh))
-    search = jit_search(graphdef, config, mesh)
-    found = compile_logged("beam search", log_folder, lambda: search.lower(params, tokens, tokens, limits).compile())
+
+    def per_row(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((sentences, *shape), "int32", sharding=all_devices_sharding(mesh))
+
+    sentences = SENTENCES_A_ROW * options.rows
+    nothing = jax.ShapeDtypeStruct((0,), "int32", sharding=all_devices_sharding(mesh))
+    banned = jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(mesh))
+    inputs = SearchInputs(
+        per_row(options.length), per_row(options.length), per_row(), nothing, per_row(0), per_row(), banned
+    )
+    search = jit_search(graphdef, SearchSpec(beam), mesh)
+    found = compile_logged("beam search", log_folder, lambda: search.lower(params, inputs).compile())
     return train, found
 
 

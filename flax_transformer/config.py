@@ -19,6 +19,7 @@ from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.decoding.sampling import SamplingConfig
 from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
@@ -80,25 +81,61 @@ class DecodingConfig:
     """How to translate.
 
     Attributes:
+        method: "beam" (the best outputs that a beam search finds) or "sampling" (outputs drawn at random).
         beam_size: hypotheses kept at each step; 1 is greedy search.
         length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
+        coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
+        patience: a beam search waits for so many times `beam_size` finished hypotheses.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch.
+        min_length: fewest tokens of an output, end token not counted.
+        no_repeat_ngram: no sequence of so many tokens occurs twice in an output; 0 allows all.
+        repetition_penalty: factor on the log-probabilities of tokens that have occurred, at least 1; part of the score.
+        ban_unknown: whether outputs may not hold the unknown token.
+        banned_phrases: texts whose tokens never occur one after the other in an output.
+        temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
+        seed: of sampling; with a sentence's text it decides what is drawn for it.
         batch_rows: sentences decoded together; a part-full batch is filled up with padding.
     """
 
+    method: Literal["beam", "sampling"] = "beam"
     beam_size: int = 5
     length_penalty: str = "gnmt:0.6"
+    coverage_penalty: float = 0.0
+    patience: float = 1.0
     max_length_factor: float = 2.0
     max_length_offset: int = 10
+    min_length: int = 0
+    no_repeat_ngram: int = 0
+    repetition_penalty: float = 1.0
+    ban_unknown: bool = False
+    banned_phrases: tuple[str, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
     batch_rows: int = 32
 
     def __post_init__(self):
         check_finite("decoding", self)
+        check_seed("decoding.seed", self.seed)
         LengthPenalty.parse(self.length_penalty)
         for name in ("beam_size", "batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoding.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("coverage_penalty", "min_length", "no_repeat_ngram"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
+        if self.patience <= 0:
+            raise ConfigError(f"decoding.patience must be positive, got {self.patience}.")
+        if self.repetition_penalty < 1:
+            raise ConfigError(
+                f"decoding.repetition_penalty must be at least 1, got {self.repetition_penalty}: a smaller one would "
+                "make what has occurred more probable."
+            )
+        if not all(phrase.strip() for phrase in self.banned_phrases):
+            raise ConfigError("decoding.banned_phrases: an empty text cannot be banned.")
         if (
             self.max_length_factor < 0
             or self.max_length_offset < 0
@@ -108,6 +145,29 @@ class DecodingConfig:
                 "decoding.max_length_factor and max_length_offset must not be negative and must leave room for one "
                 f"token, got {self.max_length_factor} and {self.max_length_offset}."
             )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Raises a `ConfigError` if a field is set that the method does not look at."""
+        SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
+        others = {
+            "beam": ("temperature", "top_k", "top_p", "min_p"),
+            "sampling": ("coverage_penalty", "patience"),
+        }[self.method]
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in others:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"decoding.{name} ({getattr(self, name)}) and decoding.method: {self.method} contradict each "
+                    f"other: that method does not use it. Leave {name} out, or choose the other method."
+                )
+
+    @property
+    def sampling(self) -> SamplingConfig | None:
+        """How to draw, or None for a beam search."""
+        if self.method == "beam":
+            return None
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)

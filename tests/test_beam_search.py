@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search, best_candidates
 from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.decoding.rules import Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED
 
@@ -32,24 +33,32 @@ def log_probabilities(table: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def compiled_search(config: BeamSearchConfig):
-    """The search over a batch of chains, compiled once for each configuration and shape."""
+    """The search over N chains, compiled once for a configuration and shape; the state is which chain a slot holds."""
 
     @jax.jit
     def run(chains, limits):
-        def step(tokens, state):
-            rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains, tokens)
-            return rows, state
+        def step(tokens, slots):
+            rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains[slots], tokens)
+            return rows, None, slots
 
-        return beam_search(step, lambda state, parents: state, jnp.zeros((chains.shape[0],)), limits, config)
+        def refill(slots, fresh, sentences):
+            return jnp.where(fresh, sentences, slots)
+
+        start = jnp.zeros((config.num_slots,), jnp.int32)
+        return beam_search(step, lambda state, parents: state, refill, start, limits, config)
 
     return run
 
 
-def search(logits: np.ndarray, beam_size: int, max_length: int, penalty: str = "none", max_lengths=None):
-    """Searches a chain given as logits [V, V] (or [B, V, V], one chain a sentence)."""
+def search(
+    logits: np.ndarray, beam_size: int, max_length: int, penalty: str = "none", max_lengths=None, slots=None, **changes
+):
+    """Searches a chain given as logits [V, V] (or [N, V, V], one chain a sentence)."""
     chains = jnp.asarray(logits if logits.ndim == 3 else logits[None], jnp.float32)
     limits = jnp.full((chains.shape[0],), max_length) if max_lengths is None else jnp.asarray(max_lengths)
-    config = BeamSearchConfig(beam_size, max_length, START, END, LengthPenalty.parse(penalty))
+    config = BeamSearchConfig(
+        beam_size, slots or len(chains), max_length, START, END, LengthPenalty.parse(penalty), **changes
+    )
     return jax.device_get(compiled_search(config)(chains, limits))
 
 
@@ -150,15 +159,16 @@ def test_a_later_better_output_is_waited_for():
 
 def test_the_search_stops_as_soon_as_nothing_can_change():
     """The state counts the steps: two are enough here, of a limit of 50."""
-    config = BeamSearchConfig(2, 50, START, END, LengthPenalty.parse("none"))
+    config = BeamSearchConfig(2, 1, 50, START, END, LengthPenalty.parse("none"))
     chain = jnp.asarray(log_probabilities(np.array([[0, 0.01, 0.99], [0, 1, 0], [0, 0.999, 0.001]])), jnp.float32)
     steps_taken = []
 
     def step(tokens, count):
         jax.debug.callback(steps_taken.append, count)
-        return chain[tokens], count + 1
+        return chain[tokens], None, count + 1
 
-    jax.block_until_ready(beam_search(step, lambda s, _: s, jnp.zeros((), jnp.int32), jnp.array([50]), config))
+    start = jnp.zeros((), jnp.int32)
+    jax.block_until_ready(beam_search(step, lambda s, _: s, lambda s, *_: s, start, jnp.array([50]), config))
     jax.effects_barrier()
     # "END" (0.01) finishes in step 1, "a END" (0.989) in step 2, and all that is left has less than 0.001.
     assert len(steps_taken) == 2
@@ -252,29 +262,88 @@ def test_sentences_do_not_influence_one_another():
         assert outputs(together, sentence) == outputs(shuffled, place)
 
 
+@pytest.mark.parametrize("slots, refill_at", [(1, 1), (2, 1), (3, 2), (4, 4)])
+def test_sentences_that_share_slots_are_as_alone(slots, refill_at):
+    """More sentences than slots: each is put in when another is done, and what it finds is the same to the bit."""
+    rng = np.random.default_rng(1)
+    chains = rng.normal(size=(11, 5, 5)).astype(np.float32)
+    limits = [3, 7, 5, 7, 2, 6, 1, 4, 7, 0, 0]
+    alone = search(chains, 3, 7, "gnmt:0.6", limits)
+    shared = search(chains, 3, 7, "gnmt:0.6", limits, slots=slots, refill_at=refill_at)
+    for sentence in range(len(chains)):
+        assert outputs(shared, sentence) == outputs(alone, sentence)
+    assert outputs(shared, 9) == []
+
+
+def test_a_slot_costs_nothing_once_its_sentence_is_done():
+    """Of nine sentences eight end at once and one goes on for 40 steps: three slots need hardly more than 40."""
+    short = log_probabilities(np.array([[0, 1.0, 0.0], [0, 1, 0], [0, 1, 0]]))
+    long = log_probabilities(np.array([[0, 0.0, 1.0], [0, 1, 0], [0, 0.001, 0.999]]))
+    chains = jnp.asarray(np.stack([long] + [short] * 8), jnp.float32)
+    config = BeamSearchConfig(1, 3, 40, START, END, LengthPenalty.parse("none"))
+    steps_taken = []
+
+    def step(tokens, slots):
+        jax.debug.callback(lambda _: steps_taken.append(1), tokens)
+        return jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains[slots], tokens), None, slots
+
+    def refill(slots, fresh, sentences):
+        return jnp.where(fresh, sentences, slots)
+
+    start = jnp.zeros((3,), jnp.int32)
+    found = beam_search(step, lambda s, _: s, refill, start, jnp.full((9,), 40), config)
+    jax.effects_barrier()
+    assert len(steps_taken) <= 42
+    assert [len(outputs(jax.device_get(found), n)[0][0]) for n in range(9)] == [40] + [1] * 8
+
+
+def test_patience_waits_for_more_finished_hypotheses():
+    rng = np.random.default_rng(5)
+    chains = rng.normal(size=(30, 6, 6)).astype(np.float32)
+    usual, patient = (search(chains, 2, 8, "average:1.0", patience=p) for p in (1.0, 3.0))
+    for n in range(30):
+        (first, second), (patient_first, patient_second) = outputs(usual, n), outputs(patient, n)
+        assert patient_first[1] >= first[1] and patient_second[1] >= second[1]
+    assert search(chains, 2, 8, patience=0.5).lengths.shape == (30, 2)
+
+
+def test_token_scores_add_up_to_the_score():
+    rng = np.random.default_rng(2)
+    found = search(rng.normal(size=(8, 5, 5)).astype(np.float32), 3, 6, "average:1.0")
+    for sentence in range(8):
+        for beam, (tokens, score, _) in enumerate(outputs(found, sentence)):
+            total = found.log_probs[sentence, beam, : len(tokens)].sum()
+            assert score == pytest.approx(total / len(tokens), rel=1e-5)
+
+
 def test_beams_carry_their_own_state():
     """The chain looks two tokens back, through the state: a state that is not reordered gives other scores."""
     rng = np.random.default_rng(3)
     vocab, limit, beams = 4, 5, 4
     table = jnp.asarray(rng.normal(size=(vocab, vocab, vocab)), jnp.float32)  # [before last, last, next]
-    config = BeamSearchConfig(beams, limit, START, END, LengthPenalty.parse("none"))
+    config = BeamSearchConfig(beams, 1, limit, START, END, LengthPenalty.parse("none"))
 
     def step(tokens, before):
-        return table[before, tokens], tokens
+        return table[before, tokens], {"token": tokens}, tokens
 
     def reorder(before, parents):
         return jnp.take_along_axis(before, parents, axis=1)
 
-    found = jax.device_get(beam_search(step, reorder, jnp.zeros((1, beams), jnp.int32), jnp.array([limit]), config))
+    start = jnp.zeros((1, beams), jnp.int32)
+    found = jax.device_get(beam_search(step, reorder, lambda s, *_: s, start, jnp.array([limit]), config))
     log_p = np.asarray(jax.nn.log_softmax(table), np.float64)
     for tokens, score, _ in outputs(found):
         padded = (START, START, *tokens)
         total = sum(log_p[padded[i], padded[i + 1], padded[i + 2]] for i in range(len(tokens)))
         assert score == pytest.approx(total, rel=1e-4)
+    # What the step gives beside each token follows its hypothesis: here, the token that was read.
+    for beam, (tokens, _, _) in enumerate(outputs(found)):
+        assert found.extras["token"][0, beam, : len(tokens)].tolist() == [START, *tokens[:-1]]
 
 
 def test_ties_go_to_the_lower_beam_and_token():
-    scores, parents, tokens = best_candidates(jnp.zeros((1, 2)), jnp.zeros((1, 2, 3)), 4)
+    progress = Progress(jnp.zeros((1, 2, 1), jnp.int32), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))
+    scores, parents, tokens, _ = best_candidates(jnp.zeros((1, 2)), jnp.zeros((1, 2, 3)), 4, progress, ())
     np.testing.assert_allclose(scores, np.full((1, 4), np.log(1 / 3)), rtol=1e-6)
     np.testing.assert_array_equal(parents, [[0, 0, 0, 1]])
     np.testing.assert_array_equal(tokens, [[0, 1, 2, 0]])
@@ -300,4 +369,6 @@ def test_bad_length_penalties_are_explained(text, message):
 
 def test_bad_sizes_are_explained():
     with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
-        BeamSearchConfig(0, 5, START, END, LengthPenalty.parse("none"))
+        BeamSearchConfig(0, 1, 5, START, END, LengthPenalty.parse("none"))
+    with pytest.raises(ConfigError, match="patience must be positive, got 0"):
+        BeamSearchConfig(2, 1, 5, START, END, LengthPenalty.parse("none"), patience=0.0)

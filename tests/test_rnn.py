@@ -211,14 +211,14 @@ def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
     expected = sorted((float(s[: len(o)].sum()), o) for s, o in zip(scores, outputs, strict=True))[::-1]
 
     beams = 80  # every candidate of the last step: 16 unfinished outputs with 5 extensions each
-    search = BeamSearchConfig(beams, limit, start, end, LengthPenalty.parse("none"))
+    search = BeamSearchConfig(beams, 1, limit, start, end, LengthPenalty.parse("none"))
 
     def step(tokens, state):
         output, state = of.decode_step(tokens, state)
-        return output.logits, state
+        return output.logits, None, state
 
     state = of.init_decode_state(memory, beams, limit)
-    found = jax.device_get(beam_search(step, reorder_beams, state, jnp.array([limit]), search))
+    found = jax.device_get(beam_search(step, reorder_beams, lambda s, *_: s, state, jnp.array([limit]), search))
     finished = [i for i in range(beams) if found.finished[0, i]]
     assert len(finished) == len(expected) == 21
     np.testing.assert_allclose(found.scores[0, finished], [s for s, _ in expected], rtol=1e-4)

@@ -1,25 +1,31 @@
-"""Beam search in one `lax.while_loop`, over a decode step that it knows nothing about.
+"""Beam search inside XLA, over a decode step that it knows nothing about.
 
-The search is given two functions: a step from tokens and a state to logits and a new state, and one that reorders a
-state's beams. Tests give it a Markov chain; inference gives it a model. All shapes are fixed; sentences have their own
-maximum lengths and stop on their own, so nothing of a sentence's result depends on the others in the batch.
+The search is given functions: a step from tokens and a state to logits and a new state, one that reorders a state's
+beams, and one that puts sentences into slots of a state. Tests give it a Markov chain; inference gives it a model.
+
+Slots. A program searches N sentences in B slots. A sentence that is done leaves its slot, and the next one is put in
+its place while the others go on, so that a slot costs a step only for a sentence that needs it. All shapes are fixed
+and every slot has its own position and limits: nothing of a sentence's result depends on its slot, on when it came, or
+on the others.
 
 What it promises:
     - A candidate finishes only when it ranks among the best K candidates of its step. A beam of 1 is greedy search: it
       ends with its first finished hypothesis.
-    - A sentence stops as soon as K hypotheses are finished and no unfinished one can still beat the worst of them: a
-      log-probability never rises, and the length penalty's divisor is monotone, so the best score that a live
-      hypothesis can still reach is known.
+    - A sentence stops as soon as enough hypotheses are finished (K, times the patience) and no unfinished one can still
+      beat the worst of them: a log-probability never rises, the bonus is never positive, and the length penalty's
+      divisor is monotone, so the best score that a live hypothesis can still reach is known.
     - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
 
-Legend: B sentences, K beams, V vocabulary, T maximum length.
+Legend: N sentences, B slots, K beams, M candidates, F finished hypotheses kept, V vocabulary, T maximum length.
 
 References:
-    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop.
+    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop;
+    Kasai et al. 2022 for patience.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +35,18 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.decoding.rules import Progress, Rule
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, array_tree
 
-Step = Callable[[Int[Array, "B K"], Any], tuple[Float[Array, "B K V"], Any]]
+# (last tokens [B, K], state) -> logits [B, K, V], extras to keep beside the token (tree of [B, K, ...], or None), state
+Step = Callable[[Int[Array, "B K"], Any], tuple[Float[Array, "B K V"], Any, Any]]
+# (state, parents [B, K]) -> the state whose beam k is beam parents[b, k] of the old one
 Reorder = Callable[[Any, Int[Array, "B K"]], Any]
+# (state, which slots [B], sentences [B]) -> the state with those slots at the start of those sentences
+Refill = Callable[[Any, Bool[Array, "B"], Int[Array, "B"]], Any]
+# (extras of M hypotheses [B, M, T, ...], sentences [B], lengths [B]) -> what is added to their scores, at most 0
+Bonus = Callable[[Any, Int[Array, "B"], Int[Array, "B"]], Float[Array, "B M"]]
 
 
 @dataclass(frozen=True)
@@ -42,185 +55,323 @@ class BeamSearchConfig:
 
     Attributes:
         beam_size: hypotheses kept at each step, K.
+        num_slots: sentences searched at the same time, B.
         max_length: tokens of a hypothesis at most, end token included, T; sentences may have lower limits of their own.
         start_token: what the first step reads.
         end_token: what closes a hypothesis.
         length_penalty: how scores of different lengths are compared.
+        patience: how many finished hypotheses are waited for, as a multiple of the beam.
+        refill_at: slots that stand empty before they are refilled, while there are sentences left.
     """
 
     beam_size: int
+    num_slots: int
     max_length: int
     start_token: int
     end_token: int
     length_penalty: LengthPenalty
+    patience: float = 1.0
+    refill_at: int = 1
 
     def __post_init__(self):
-        for name in ("beam_size", "max_length"):
+        for name in ("beam_size", "num_slots", "max_length", "refill_at"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.patience < math.inf:
+            raise ConfigError(f"patience must be positive, got {self.patience}.")
+
+    @property
+    def num_finished(self) -> int:
+        """Finished hypotheses kept, F."""
+        return max(1, round(self.beam_size * self.patience))
 
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class BeamState:
-    """Everything dynamic about a search. Live hypotheses are unfinished and sorted; scores of empty slots are MASKED.
+    """Everything dynamic about a search. Live hypotheses are unfinished and sorted; scores of empty places are MASKED.
 
     Attributes:
-        step: tokens decoded so far.
-        active: [B], False once nothing can change for a sentence.
-        live_tokens: [B, K, T].
+        next_sentence: the first that has not been in a slot yet.
+        sentences: [B], which one is in each slot; N in an empty one.
+        steps: [B], tokens decoded so far.
+        active: [B], False once nothing can change for a slot.
+        live: [B, K] hypotheses.
         live_scores: [B, K], log-probabilities.
-        finished_tokens: [B, K, T], sorted by score.
-        finished_lengths: [B, K], 0 for an empty slot.
-        finished_scores: [B, K], log-probabilities divided by the length penalty.
+        finished: [B, F] hypotheses, sorted by score.
+        finished_lengths: [B, F], 0 for an empty place.
+        finished_scores: [B, F], as they are ranked.
         decoder: the state of the step function, for the live hypotheses.
+        results: of the sentences that are done, [N + 1, ...]; the last row is never read.
     """
 
-    step: Int[Array, ""]
+    next_sentence: Int[Array, ""]
+    sentences: Int[Array, "B"]
+    steps: Int[Array, "B"]
     active: Bool[Array, "B"]
-    live_tokens: Int[Array, "B K T"]
+    live: "Record"
     live_scores: Float[Array, "B K"]
-    finished_tokens: Int[Array, "B K T"]
-    finished_lengths: Int[Array, "B K"]
-    finished_scores: Float[Array, "B K"]
+    finished: "Record"
+    finished_lengths: Int[Array, "B F"]
+    finished_scores: Float[Array, "B F"]
     decoder: Any
+    results: Hypotheses
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is kept of M hypotheses for each of their tokens.
+
+    Attributes:
+        tokens: [B, M, T].
+        log_probs: [B, M, T].
+        extras: tree of [B, M, T, ...].
+    """
+
+    tokens: Int[Array, "B M T"]
+    log_probs: Float[Array, "B M T"]
+    extras: Any
 
 
 def gather_beams(x: Shaped[Array, "B K *rest"], chosen: Int[Array, "B M"]) -> Shaped[Array, "B M *rest"]:
-    """Returns, for each sentence, the entries `chosen` of the second axis. [[a b c]] with [[2 0]] gives [[c a]]."""
+    """Returns, for each slot, the entries `chosen` of the second axis. [[a b c]] with [[2 0]] gives [[c a]]."""
     index = chosen.reshape(*chosen.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
 
 
-def best_candidates(
-    live_scores: Float[Array, "B K"], logits: Float[Array, "B K V"], num: int
-) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"]]:
-    """Returns the `num` best extensions of all beams: log-probabilities, parent beams, tokens; best first.
+def _gather(record: Record, chosen: Int[Array, "B M"]) -> Record:
+    return jax.tree.map(lambda x: gather_beams(x, chosen), record)
 
-    The best of each beam are taken first, then the best of those: log-probabilities are made for the few that survive,
-    not for the vocabulary. Ties go to the lower beam, then to the lower token.
+
+def _join(first: Record, second: Record) -> Record:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+
+
+def _choose(condition: Bool[Array, "B"], new: Any, old: Any) -> Any:
+    """Returns a tree with the rows of `new` where the condition holds, and those of `old` elsewhere."""
+    return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
+
+
+def best_candidates(
+    live_scores: Float[Array, "B K"], logits: Float[Array, "B K V"], num: int, progress: Progress, rules: Sequence[Rule]
+) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
+    """Returns the `num` best extensions of all beams, best first: scores, parents, tokens, log-probabilities.
+
+    The best of each beam are taken first, then the best of those: without rules, log-probabilities are made for the few
+    that survive, not for the vocabulary. What a rule takes away is not given to the others: log-probabilities are the
+    model's. Ties go to the lower beam, then to the lower token.
     """
     per_beam = min(num, logits.shape[-1])
-    top_logits, top_tokens = jax.lax.top_k(logits, per_beam)  # [B, K, per_beam]
     log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    scores = live_scores[:, :, None] + (top_logits - log_normaliser)
-    scores = jnp.where(top_logits > MASKED / 2, scores, MASKED)  # a banned token is no candidate
+    if rules:
+        ranked = logits - log_normaliser
+        for rule in rules:
+            ranked = rule(ranked, progress)
+        top, top_tokens = jax.lax.top_k(ranked, per_beam)  # [B, K, per_beam]
+        log_probs = top
+    else:
+        top, top_tokens = jax.lax.top_k(logits, per_beam)
+        log_probs = top - log_normaliser
+    scores = live_scores[:, :, None] + log_probs
+    scores = jnp.where(top > MASKED / 2, scores, MASKED)  # a banned token is no candidate
     best, flat = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num)  # [B, K * per_beam] -> [B, num]
-    return best, flat // per_beam, jnp.take_along_axis(top_tokens.reshape(flat.shape[0], -1), flat, axis=1)
+
+    def chosen(x):
+        return jnp.take_along_axis(x.reshape(flat.shape[0], -1), flat, axis=1)
+
+    return best, flat // per_beam, chosen(top_tokens), chosen(log_probs)
 
 
 def best_reachable(
-    live_scores: Float[Array, "B K"], step: Int[Array, ""], max_lengths: Int[Array, "B"], penalty: LengthPenalty
+    live_scores: Float[Array, "B K"], steps: Int[Array, "B"], max_lengths: Int[Array, "B"], penalty: LengthPenalty
 ) -> Float[Array, "B"]:
-    """Returns the best score that any live hypothesis of each sentence can still finish with.
+    """Returns the best score that any live hypothesis of each slot can still finish with.
 
     A log-probability can only fall, and it is not positive, so the bound is the one now, divided by the largest divisor
     among the lengths still possible; a monotone divisor is largest at one end of them.
     """
     best = jnp.max(live_scores, axis=1)
-    divisor = jnp.maximum(penalty.divisor(jnp.broadcast_to(step + 1, max_lengths.shape)), penalty.divisor(max_lengths))
-    return best / divisor
+    return best / jnp.maximum(penalty.divisor(steps + 1), penalty.divisor(max_lengths))
 
 
 def beam_search(
-    step: Step, reorder: Reorder, decoder: Any, max_lengths: Int[Array, "B"], config: BeamSearchConfig
+    step: Step,
+    reorder: Reorder,
+    refill: Refill,
+    decoder: Any,
+    max_lengths: Int[Array, "N"],
+    config: BeamSearchConfig,
+    rules: Sequence[Rule] = (),
+    bonus: Bonus | None = None,
 ) -> Hypotheses:
-    """Returns the K best outputs of each sentence.
+    """Returns the K best outputs of each of N sentences.
 
     Args:
-        step: maps the last tokens [B, K] and a state to logits [B, K, V] for the next ones and the state after them.
-        reorder: maps a state and parents [B, K] to the state whose beam k is beam parents[b, k] of the old one.
-        decoder: the state before the first token, with K beams.
+        step: see `Step`.
+        reorder: see `Reorder`.
+        refill: see `Refill`; called before a slot's first step.
+        decoder: a state with B slots and K beams, whatever is in them.
         max_lengths: most tokens of each sentence's output, end token included, at most `config.max_length`; 0 makes a
-            row of padding, which gives no hypothesis and costs no step.
+            row of padding, which gives no hypothesis, and costs nothing if it stands at the end.
         config: everything static.
+        rules: what may follow what, see `decoding/rules.py`.
+        bonus: see `Bonus`; nothing when None.
     """
-    num_sentences = max_lengths.shape[0]
-    beams, length, penalty = config.beam_size, config.max_length, config.length_penalty
+    num_sentences, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
+    length, penalty, kept_finished = config.max_length, config.length_penalty, config.num_finished
+    limit = jnp.max(jnp.where(max_lengths > 0, jnp.arange(num_sentences) + 1, 0))  # sentences without the padding
+    slot_limits = jnp.append(max_lengths, 0)  # an empty slot has the limit 0
 
     def advance(state: BeamState) -> BeamState:
         # --- 1. score every extension of every live hypothesis
-        previous = jax.lax.dynamic_index_in_dim(
-            state.live_tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False
-        )
-        previous = jnp.where(state.step == 0, config.start_token, previous)
-        logits, decoder = step(previous, state.decoder)
-        scores, parents, tokens = best_candidates(state.live_scores, logits, 2 * beams)
-        sequences = jax.lax.dynamic_update_index_in_dim(
-            gather_beams(state.live_tokens, parents), tokens, state.step, axis=2
-        )  # [B, 2K, T]
+        last = jnp.maximum(state.steps - 1, 0)[:, None, None]
+        previous = jnp.take_along_axis(state.live.tokens, last, axis=2)[:, :, 0]
+        previous = jnp.where(state.steps[:, None] == 0, config.start_token, previous)
+        logits, extras, decoder = step(previous, state.decoder)
+        progress = Progress(state.live.tokens, state.steps, state.sentences)
+        scores, parents, tokens, log_probs = best_candidates(state.live_scores, logits, 2 * beams, progress, rules)
+        candidates = _write(_gather(state.live, parents), state.steps, tokens, log_probs, extras, parents)  # [B, 2K, T]
         ends = tokens == config.end_token
 
         # --- 2. those that end and rank among the best K join the finished ones
         may_finish = ends & (jnp.arange(2 * beams) < beams)[None, :] & (scores > MASKED / 2)
-        new_length = jnp.broadcast_to(state.step + 1, scores.shape)
-        normalised = jnp.where(may_finish, scores / penalty.divisor(new_length), MASKED)
-        all_scores = jnp.concatenate([state.finished_scores, normalised], axis=1)  # [B, 3K], old ones first in a tie
-        finished_scores, kept = jax.lax.top_k(all_scores, beams)
-        all_lengths = jnp.concatenate([state.finished_lengths, jnp.where(may_finish, new_length, 0)], axis=1)
-        finished_lengths = gather_beams(all_lengths, kept)
-        finished_tokens = gather_beams(jnp.concatenate([state.finished_tokens, sequences], axis=1), kept)
+        new_length = state.steps + 1
+        normalised = scores / penalty.divisor(new_length)[:, None]
+        if bonus is not None:
+            normalised = normalised + bonus(candidates.extras, state.sentences, new_length)
+        normalised = jnp.where(may_finish, normalised, MASKED)
+        all_scores = jnp.concatenate([state.finished_scores, normalised], axis=1)  # [B, F + 2K], old ones win a tie
+        finished_scores, kept = jax.lax.top_k(all_scores, kept_finished)
+        new_lengths = jnp.where(may_finish, new_length[:, None], 0)
+        finished_lengths = gather_beams(jnp.concatenate([state.finished_lengths, new_lengths], axis=1), kept)
+        finished = _gather(_join(state.finished, candidates), kept)
 
         # --- 3. the best K that do not end live on
         live_scores, alive = jax.lax.top_k(jnp.where(ends, MASKED, scores), beams)
-        live_tokens = gather_beams(sequences, alive)
+        live = _gather(candidates, alive)
         decoder = reorder(decoder, gather_beams(parents, alive))
 
-        # --- 4. a sentence that is done keeps what it has
-        new = BeamState(
-            state.step + 1, state.active, live_tokens, live_scores, finished_tokens, finished_lengths, finished_scores,
-            decoder,
+        # --- 4. a slot that is done keeps what it has
+        changed = (state.steps + 1, live, live_scores, finished, finished_lengths, finished_scores)
+        before = (
+            state.steps, state.live, state.live_scores, state.finished, state.finished_lengths, state.finished_scores,
         )  # fmt: skip
-        return freeze(state, new)
-
-    def freeze(old: BeamState, new: BeamState) -> BeamState:
-        """Returns `new` with the hypotheses of inactive sentences as they were, and `active` brought up to date."""
-
-        def keep(name):
-            before, after = getattr(old, name), getattr(new, name)
-            return jnp.where(old.active.reshape(-1, *(1,) * (before.ndim - 1)), after, before)
-
-        names = ("live_tokens", "live_scores", "finished_tokens", "finished_lengths", "finished_scores")
-        kept = dataclasses.replace(new, **{name: keep(name) for name in names})
-        bound = best_reachable(kept.live_scores, kept.step, max_lengths, penalty)
-        undecided = bound > jnp.min(kept.finished_scores, axis=1)  # MASKED while a slot is empty
+        steps, live, live_scores, finished, finished_lengths, finished_scores = _choose(state.active, changed, before)
+        limits = slot_limits[state.sentences]
+        undecided = best_reachable(live_scores, steps, limits, penalty) > jnp.min(finished_scores, axis=1)
         if beams == 1:  # greedy: a longer hypothesis might score better after the penalty, but is not looked for
-            undecided = kept.finished_scores[:, 0] < MASKED / 2
-        some_live = jnp.max(kept.live_scores, axis=1) > MASKED / 2
-        return dataclasses.replace(kept, active=old.active & undecided & some_live & (kept.step < max_lengths))
+            undecided = finished_scores[:, 0] < MASKED / 2
+        some_live = jnp.max(live_scores, axis=1) > MASKED / 2
+        active = state.active & undecided & some_live & (steps < limits)
+        return BeamState(
+            state.next_sentence, state.sentences, steps, active, live, live_scores, finished, finished_lengths,
+            finished_scores, decoder, state.results,
+        )  # fmt: skip
 
-    shape = (num_sentences, beams)
-    nothing = jnp.full(shape, MASKED, jnp.float32)
-    padding = jnp.full((*shape, length), config.end_token, jnp.int32)
-    start = BeamState(
-        step=jnp.zeros((), jnp.int32),
-        active=max_lengths > 0,
-        live_tokens=padding,
-        live_scores=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, MASKED), shape),  # one hypothesis, empty
-        finished_tokens=padding,
-        finished_lengths=jnp.zeros(shape, jnp.int32),
-        finished_scores=nothing,
-        decoder=decoder,
+    def store(state: BeamState) -> Hypotheses:
+        """Returns the results with those of the slots that are done."""
+        found = _collect(state, slot_limits[state.sentences], penalty, bonus)
+        rows = jnp.where(state.active, num_sentences, state.sentences)
+        return jax.tree.map(lambda kept, new: kept.at[rows].set(new), state.results, found)
+
+    def exchange(state: BeamState) -> BeamState:
+        """Stores what the slots that are done have found, and puts the next sentences in their place."""
+        empty = ~state.active
+        number = state.next_sentence + jnp.cumsum(empty) - 1
+        sentences = jnp.where(empty, jnp.where(number < limit, number, num_sentences), state.sentences)
+        fresh = empty & (sentences < num_sentences)
+        blank = nothing(state.decoder, state.results)
+        live, live_scores, finished, finished_lengths, finished_scores, steps = _choose(
+            empty,
+            (blank.live, blank.live_scores, blank.finished, blank.finished_lengths, blank.finished_scores, blank.steps),
+            (state.live, state.live_scores, state.finished, state.finished_lengths, state.finished_scores, state.steps),
+        )
+        return BeamState(
+            jnp.minimum(state.next_sentence + jnp.sum(empty), limit), sentences, steps,
+            jnp.where(empty, slot_limits[sentences] > 0, state.active), live, live_scores, finished, finished_lengths,
+            finished_scores, refill(state.decoder, fresh, sentences), store(state),
+        )  # fmt: skip
+
+    def nothing(decoder: Any, results: Hypotheses) -> BeamState:
+        """Returns a state whose slots are empty."""
+        scores = jnp.where(jnp.arange(beams) == 0, 0.0, MASKED)  # one live hypothesis, which is empty
+        zeros = jnp.zeros((slots,), jnp.int32)
+        return BeamState(
+            jnp.zeros((), jnp.int32), zeros + num_sentences, zeros, zeros > 0, record(slots, beams),
+            jnp.broadcast_to(scores, (slots, beams)), record(slots, kept_finished),
+            jnp.zeros((slots, kept_finished), jnp.int32), jnp.full((slots, kept_finished), MASKED, jnp.float32),
+            decoder, results,
+        )  # fmt: skip
+
+    # What the step gives beside the logits: its shapes, without running it.
+    extras = jax.eval_shape(step, jnp.zeros((slots, beams), jnp.int32), decoder)[1]
+
+    def record(rows: int, num: int) -> Record:
+        shape = (rows, num, length)
+        return Record(
+            jnp.full(shape, config.end_token, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+            jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[2:]), x.dtype), extras),
+        )
+
+    blank = record(num_sentences + 1, beams)
+    counts = jnp.zeros((num_sentences + 1, beams), jnp.int32)
+    results = Hypotheses(
+        blank.tokens, counts, jnp.full(counts.shape, MASKED, jnp.float32), counts > 0, blank.log_probs, blank.extras
     )
+
+    def uninterrupted(state: BeamState) -> Bool[Array, ""]:
+        idle = jnp.sum(~state.active)
+        return jnp.where(state.next_sentence < limit, idle < config.refill_at, idle < slots)
+
     # Two steps an iteration: the second writes its caches where the first has read its own, so that no cache is copied.
-    # A step beyond the last one changes nothing, since no sentence is active.
-    final = jax.lax.while_loop(lambda state: jnp.any(state.active), lambda state: advance(advance(state)), start)
-    return collect(final, max_lengths, penalty)
+    # A step beyond the last one changes nothing of a slot that is not active.
+    final = jax.lax.while_loop(
+        lambda state: jnp.any(state.active) | (state.next_sentence < limit),
+        lambda state: jax.lax.while_loop(uninterrupted, lambda s: advance(advance(s)), exchange(state)),
+        nothing(decoder, results),
+    )
+    return jax.tree.map(lambda x: x[:num_sentences], store(final))
 
 
-def collect(state: BeamState, max_lengths: Int[Array, "B"], penalty: LengthPenalty) -> Hypotheses:
-    """Returns the K best: the finished hypotheses, then the live ones that were cut at the maximum length."""
+def _write(
+    candidates: Record,
+    steps: Int[Array, "B"],
+    tokens: Int[Array, "B M"],
+    log_probs: Float[Array, "B M"],
+    extras: Any,
+    parents: Int[Array, "B M"],
+) -> Record:
+    """Returns the candidates with their new token in its place, and what belongs to it."""
+
+    def put(history: Shaped[Array, "B M T *rest"], new: Shaped[Array, "B M *rest"]) -> Shaped[Array, "B M T *rest"]:
+        here = jnp.arange(history.shape[2])[None, :] == steps[:, None]  # [B, T]
+        return jnp.where(here.reshape(here.shape[0], 1, -1, *(1,) * (history.ndim - 3)), new[:, :, None], history)
+
+    gathered = jax.tree.map(lambda x: gather_beams(x, parents), extras)
+    return Record(
+        put(candidates.tokens, tokens), put(candidates.log_probs, log_probs),
+        jax.tree.map(put, candidates.extras, gathered),
+    )  # fmt: skip
+
+
+def _collect(state: BeamState, max_lengths: Int[Array, "B"], penalty: LengthPenalty, bonus: Bonus | None) -> Hypotheses:
+    """Returns the K best of each slot: the finished hypotheses, then the live ones that were cut at their limit."""
     beams = state.live_scores.shape[1]
     lengths = jnp.broadcast_to(max_lengths[:, None], state.live_scores.shape)
-    there = (state.live_scores > MASKED / 2) & (lengths > 0)
-    live_scores = jnp.where(there, state.live_scores / penalty.divisor(jnp.maximum(lengths, 1)), MASKED)
-    scores = jnp.concatenate([state.finished_scores, live_scores], axis=1)  # [B, 2K]
+    there = (state.live_scores > MASKED / 2) & (lengths > 0) & (state.steps >= max_lengths)[:, None]
+    live_scores = state.live_scores / penalty.divisor(jnp.maximum(lengths, 1))
+    if bonus is not None:
+        live_scores = live_scores + bonus(state.live.extras, state.sentences, max_lengths)
+    live_scores = jnp.where(there, live_scores, MASKED)
+    scores = jnp.concatenate([state.finished_scores, live_scores], axis=1)  # [B, F + K]
     finished = jnp.concatenate([state.finished_lengths > 0, jnp.zeros_like(there)], axis=1)
     # Finished before unfinished, by score within each: a stable sort by two keys.
     order = jnp.lexsort((-scores, ~finished), axis=-1)[:, :beams]
     all_lengths = jnp.concatenate([state.finished_lengths, jnp.where(there, lengths, 0)], axis=1)
-    all_tokens = jnp.concatenate([state.finished_tokens, state.live_tokens], axis=1)
+    record = _gather(_join(state.finished, state.live), order)
     return Hypotheses(
-        gather_beams(all_tokens, order), gather_beams(all_lengths, order), gather_beams(scores, order),
-        gather_beams(finished, order),
+        record.tokens, gather_beams(all_lengths, order), gather_beams(scores, order), gather_beams(finished, order),
+        record.log_probs, record.extras,
     )  # fmt: skip

@@ -1,26 +1,28 @@
 """Text to text: tokenise, group by length, search inside XLA, and put everything back in order."""
 
-import functools
+import dataclasses
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from flax_transformer.config import DecodingConfig
-from flax_transformer.data.tokenizer import END_ID, START_ID, TokenizerPair
-from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
+from flax_transformer.data.tokenizer import END_ID, START_ID, UNKNOWN_ID, TokenizerPair
+from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import ConfigError, DivergenceError
+from flax_transformer.decoding.rules import ANY
+from flax_transformer.errors import ConfigError, DivergenceError, InputError, did_you_mean
+from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
-from flax_transformer.models.seq2seq import reorder_beams
+from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import (
     MeshConfig,
     all_devices_sharding,
@@ -31,7 +33,10 @@ from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 from flax_transformer.training.state import abstract_model
 
-ALL_AXES = ("data", "fsdp", "tensor")
+# Sentences that are searched by one call of a program, as a multiple of those that are searched at the same time.
+SENTENCES_A_ROW = 8
+# Empty slots are refilled when they are this share of all: 1 / REFILL_SHARE.
+REFILL_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,17 @@ class Hypothesis:
         tokens: target pieces, without the end token.
         score: log-probability (nats, end token included) divided by the length penalty; at most 0.
         finished: False when it was cut at the maximum length.
+        token_scores: log-probability of each token, and of the end token if it is finished.
+        attention: [number of token scores, source tokens with the end token], the mean over the last layer's heads;
+            None unless it was asked for.
     """
 
     text: str
     tokens: list[str]
     score: float
     finished: bool
+    token_scores: list[float]
+    attention: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,10 +68,12 @@ class Translation:
     Attributes:
         hypotheses: at least one, at most as many as asked for.
         truncated: whether the source was longer than the model takes and was cut.
+        source: source pieces, without the end token.
     """
 
     hypotheses: list[Hypothesis]
     truncated: bool = False
+    source: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -79,7 +91,7 @@ class Translation:
         return self.hypotheses[0].tokens
 
 
-EMPTY = Translation([Hypothesis(text="", tokens=[], score=0.0, finished=True)])
+EMPTY = Translation([Hypothesis(text="", tokens=[], score=0.0, finished=True, token_scores=[])])
 
 
 def length_bucket(length: int, longest: int) -> int:
@@ -99,32 +111,6 @@ def length_bucket(length: int, longest: int) -> int:
 def vocabulary_info(tokenizers: TokenizerPair) -> VocabularyInfo:
     """Returns what a model must know of the tokenizers."""
     return VocabularyInfo(tokenizers.source.vocab_size, tokenizers.target.vocab_size, START_ID)
-
-
-def _search(graphdef: Any, config: BeamSearchConfig, params: Any, tokens, segments, max_lengths) -> Hypotheses:
-    """Encodes the sentences of one device and searches; all of it is one XLA program."""
-    model = nnx.merge(graphdef, params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    state = model.init_decode_state(model.encode(tokens, positions, segments), config.beam_size, config.max_length)
-
-    def step(previous, decoder):
-        output, decoder = model.decode_step(previous, decoder)
-        return output.logits, decoder
-
-    return beam_search(step, reorder_beams, state, max_lengths, config)
-
-
-def jit_search(graphdef: Any, config: BeamSearchConfig, mesh: Mesh):
-    """Returns the compiled search: (params, tokens [B, S], segments [B, S], max_lengths [B]) -> `Hypotheses`.
-
-    Rows are split over all axes of the mesh and parameters are copied, so each device runs a loop of its own and no
-    device ever waits for another.
-    """
-    rows = jax.P(ALL_AXES)
-    search = functools.partial(_search, graphdef, config)
-    return jax.jit(
-        jax.shard_map(search, mesh=mesh, in_specs=(jax.P(), rows, rows, rows), out_specs=rows, check_vma=False)
-    )
 
 
 class Translator:
@@ -150,9 +136,11 @@ class Translator:
         self.mesh = mesh
         self.max_source_length = model.max_source_length
         self.max_target_length = model.max_target_length
+        self.has_attention = not (isinstance(model, RecurrentConfig) and model.attention == "none")
+        self.num_models = 1
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = jax.device_put(params, replicated_sharding(mesh))
-        self._searches: dict[BeamSearchConfig, Any] = {}
+        self._searches: dict[SearchSpec, Any] = {}
 
     @classmethod
     def load(cls, run: Path | str, mesh: Mesh | None = None, checkpoint: Choice = "best") -> "Translator":
@@ -191,31 +179,38 @@ class Translator:
         self,
         sentences: Sequence[str],
         *,
-        beam_size: int | None = None,
         num_hypotheses: int = 1,
-        length_penalty: str | None = None,
+        prefixes: Sequence[str] | None = None,
+        attention: bool = False,
+        **changes: Any,
     ) -> list[Translation]:
         """Returns a translation for each sentence, in order; an empty sentence gives an empty one.
 
         Args:
             sentences: raw text.
-            beam_size: hypotheses kept at each step; the run's own setting when None.
-            num_hypotheses: at most so many outputs for each sentence; at most `beam_size`.
-            length_penalty: such as "gnmt:0.6", "average:1.0" or "none"; the run's own setting when None.
+            num_hypotheses: at most so many outputs for each sentence: the best of the beam, or as many as are drawn.
+            prefixes: what each sentence's outputs begin with.
+            attention: whether hypotheses carry their attention over the source.
+            **changes: fields of `DecodingConfig` in place of the run's own, such as `beam_size=1`.
 
         Raises:
-            ConfigError: a setting out of range, or one string in place of a list.
+            ConfigError: a setting out of range, unknown or contradicted by another, or one string in place of a list.
+            InputError: a prefix that cannot be forced.
             DivergenceError: the model's scores are not finite.
         """
         if isinstance(sentences, str):
             raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
-        beam_size = self.decoding.beam_size if beam_size is None else beam_size
-        if not 1 <= num_hypotheses <= beam_size:
+        decoding = changed(self.decoding, changes)
+        beams = num_hypotheses if decoding.method == "sampling" else decoding.beam_size
+        if not 1 <= num_hypotheses <= beams:
             raise ConfigError(
-                f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beam_size}): a search finds no "
+                f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
                 "more hypotheses than it has beams."
             )
-        penalty = LengthPenalty.parse(self.decoding.length_penalty if length_penalty is None else length_penalty)
+        if attention and not self.has_attention or decoding.coverage_penalty and not self.has_attention:
+            what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
+            raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
+        forced = self._encode_prefixes(sentences, prefixes, decoding)
 
         encoded = self.tokenizers.source.encode(sentences)
         room = self.max_source_length - 1  # for the end token
@@ -226,58 +221,181 @@ class Translator:
                 groups.setdefault(length_bucket(length, self.max_source_length), []).append(index)
 
         results = [EMPTY] * len(sentences)
-        rows = self.rows
+        at_once = self.rows if decoding.method == "sampling" else self.rows * SENTENCES_A_ROW
         for bucket, members in sorted(groups.items()):
-            search = self._search_for(beam_size, penalty, self._max_length(bucket))
+            # The longest first: what is left for the end, when slots fall empty, is short.
+            members = sorted(members, key=lambda index: -len(encoded[index]))
+            program = self._search_for(self._spec(decoding, beams, self._max_length(bucket, decoding), attention))
             pending = []
-            for start in range(0, len(members), rows):
-                chunk = members[start : start + rows]
-                arrays = self._source_arrays([encoded[i][:room] for i in chunk], bucket)
-                pending.append((chunk, search(self.params, *arrays)))  # dispatched; the next batch is made meanwhile
-            for chunk, hypotheses in pending:
-                hypotheses = jax.device_get(hypotheses)
-                for row, index in enumerate(chunk):
-                    found = self._hypotheses(hypotheses, row, num_hypotheses)
-                    results[index] = Translation(found, truncated=len(encoded[index]) > room)
+            for start in range(0, len(members), at_once):
+                chunk = members[start : start + at_once]
+                inputs, places = self._inputs(
+                    [encoded[i][:room] for i in chunk],
+                    [_seed(decoding.seed, sentences[i]) for i in chunk],
+                    [forced[i] for i in chunk],
+                    (at_once, bucket),
+                    decoding,
+                )
+                pending.append((chunk, places, program(self.params, inputs)))  # the next one is made meanwhile
+            for chunk, places, found in pending:
+                found = jax.device_get(found)
+                for place, index in zip(places, chunk, strict=True):
+                    hypotheses = self._hypotheses(found, place, num_hypotheses, len(encoded[index][:room]) + 1)
+                    results[index] = Translation(
+                        hypotheses, truncated=len(encoded[index]) > room, source=self._pieces(encoded[index][:room])
+                    )
         return results
 
-    def _max_length(self, source_length: int) -> int:
+    def _pieces(self, ids: list[int]) -> list[str]:
+        return self.tokenizers.source.pieces(ids)
+
+    def _max_length(self, source_length: int, decoding: DecodingConfig) -> int:
         """Returns the most target tokens for a source of so many tokens, end tokens included."""
-        limit = int(self.decoding.max_length_factor * source_length) + self.decoding.max_length_offset
-        return min(limit, self.max_target_length)
+        limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
+        return min(max(limit, decoding.min_length + 1), self.max_target_length)
 
-    def _search_for(self, beam_size: int, penalty: LengthPenalty, max_length: int):
-        config = BeamSearchConfig(beam_size, max_length, START_ID, END_ID, penalty)
-        if config not in self._searches:
-            self._searches[config] = jit_search(self.graphdef, config, self.mesh)
-        return self._searches[config]
+    def _spec(self, decoding: DecodingConfig, beams: int, max_length: int, attention: bool) -> SearchSpec:
+        penalty = LengthPenalty.parse(decoding.length_penalty)
+        slots = self.rows // self.mesh.size
+        refill_at = max(1, slots // REFILL_SHARE)
+        phrases = self.tokenizers.target.encode(decoding.banned_phrases)
+        return SearchSpec(
+            BeamSearchConfig(beams, slots, max_length, START_ID, END_ID, penalty, decoding.patience, refill_at),
+            decoding.sampling,
+            decoding.no_repeat_ngram,
+            decoding.repetition_penalty,
+            tuple(tuple(phrase) for phrase in phrases),
+            decoding.coverage_penalty,
+            attention,
+            self.num_models,
+        )
 
-    def _source_arrays(self, sentences: list[list[int]], bucket: int) -> list[jax.Array]:
-        """Returns tokens [B, S], segments [B, S] and max_lengths [B], filled up with rows of padding."""
-        rows = self.rows
-        tokens = np.zeros((rows, bucket), np.int32)
-        segments = np.zeros((rows, bucket), np.int32)
-        max_lengths = np.zeros(rows, np.int32)
-        for row, ids in enumerate(sentences):
-            length = len(ids) + 1
-            tokens[row, :length] = [*ids, END_ID]
-            segments[row, :length] = 1
-            max_lengths[row] = self._max_length(length)
-        return [jax.device_put(a, all_devices_sharding(self.mesh)) for a in (tokens, segments, max_lengths)]
+    def _search_for(self, spec: SearchSpec) -> Any:
+        if spec not in self._searches:
+            self._searches[spec] = jit_search(self.graphdef, spec, self.mesh)
+        return self._searches[spec]
 
-    def _hypotheses(self, found: Hypotheses, row: int, num: int) -> list[Hypothesis]:
-        results = []
+    def _encode_prefixes(
+        self, sentences: Sequence[str], prefixes: Sequence[str] | None, decoding: DecodingConfig
+    ) -> list[list[int]]:
+        """Returns the ids of each sentence's prefix.
+
+        Raises:
+            ConfigError: not as many prefixes as sentences, or an output that must be longer than the model makes any.
+            InputError: a prefix with characters that the vocabulary does not hold.
+        """
+        longest = self.max_target_length - 1
+        if decoding.min_length > longest:
+            raise ConfigError(
+                f"decoding.min_length ({decoding.min_length}) is more than the {longest} tokens that the model's "
+                "outputs have at most (model.max_target_length, less the end token)."
+            )
+        if prefixes is None:
+            return [[] for _ in sentences]
+        if isinstance(prefixes, str) or len(prefixes) != len(sentences):
+            raise ConfigError(f"prefixes must be a list with one for each of the {len(sentences)} sentences.")
+        encoded = self.tokenizers.target.encode(prefixes)
+        for number, (text, ids) in enumerate(zip(prefixes, encoded, strict=True), start=1):
+            if UNKNOWN_ID in ids:
+                raise InputError(
+                    f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
+                    "can begin with it."
+                )
+        return encoded
+
+    def _inputs(
+        self,
+        sentences: list[list[int]],
+        seeds: list[int],
+        prefixes: list[list[int]],
+        shape: tuple[int, int],
+        decoding: DecodingConfig,
+    ) -> tuple[SearchInputs, list[int]]:
+        """Returns the inputs of a search, filled up with rows of padding, and the row of each sentence.
+
+        Sentences are dealt out to the devices in turn, so that each has as many and the padding stands at its end.
+        """
+        rows, length = shape
+        devices = self.mesh.size
+        places = [(n % devices) * (rows // devices) + n // devices for n in range(len(sentences))]
+        longest_prefix = max(map(len, prefixes), default=0)
+        prefix_room = 0 if longest_prefix == 0 else min(length_bucket(longest_prefix, 1 << 20), self.max_target_length)
+        tokens, segments = np.zeros((2, rows, length), np.int32)
+        max_lengths, min_lengths = np.zeros((2, rows), np.int32)
+        seeds_of_rows = np.zeros(rows, np.int32)
+        forced = np.full((rows, prefix_room), ANY, np.int32)
+        for place, ids, seed, prefix in zip(places, sentences, seeds, prefixes, strict=True):
+            tokens[place, : len(ids) + 1] = [*ids, END_ID]
+            segments[place, : len(ids) + 1] = 1
+            most = max_lengths[place] = self._max_length(len(ids) + 1, decoding)
+            if len(prefix) >= most:
+                raise InputError(
+                    f"a prefix of {len(prefix)} tokens leaves no room in an output of at most {most} tokens, end token "
+                    f"included, which is what a sentence of {len(ids)} tokens is given (decoding.max_length_factor, "
+                    "decoding.max_length_offset)."
+                )
+            min_lengths[place] = decoding.min_length + 1
+            seeds_of_rows[place] = seed
+            forced[place, : len(prefix)] = prefix
+        banned = np.zeros(self.tokenizers.target.vocab_size if decoding.ban_unknown else 0, bool)
+        banned[UNKNOWN_ID : UNKNOWN_ID + 1] = True
+        sharded = all_devices_sharding(self.mesh)
+        inputs = SearchInputs(
+            tokens=jax.device_put(tokens, sharded),
+            segments=jax.device_put(segments, sharded),
+            max_lengths=jax.device_put(max_lengths, sharded),
+            min_lengths=jax.device_put(min_lengths if decoding.min_length else min_lengths[:0], sharded),
+            prefixes=jax.device_put(forced, sharded),
+            seeds=jax.device_put(seeds_of_rows, sharded),
+            banned=jax.device_put(banned, replicated_sharding(self.mesh)),
+        )
+        return inputs, places
+
+    def _hypotheses(self, found: Hypotheses, row: int, num: int, source_length: int) -> list[Hypothesis]:
+        results, seen = [], set()
         for beam in range(num):
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
             if length == 0:  # fewer hypotheses than beams
                 break
             ids = found.tokens[row, beam, : length - 1 if finished else length].tolist()
+            if (*ids, finished) in seen:  # drawn twice
+                continue
+            seen.add((*ids, finished))
             target = self.tokenizers.target
-            text = target.decode(ids)
-            results.append(Hypothesis(text, target.pieces(ids), float(found.scores[row, beam]), finished))
+            attention = None
+            if found.extras is not None:
+                attention = np.asarray(found.extras["attention"][row, beam, :length, :source_length])
+            results.append(
+                Hypothesis(
+                    target.decode(ids),
+                    target.pieces(ids),
+                    float(found.scores[row, beam]),
+                    finished,
+                    found.log_probs[row, beam, :length].tolist(),
+                    attention,
+                )
+            )
         if not results:
             raise DivergenceError(
-                "the search found no output at all, so the model's scores are not finite: the training has diverged. "
-                "Train again with a lower learning rate."
+                "the search found no output at all: the model's scores are not finite (the training has diverged; "
+                "train again with a lower learning rate), or the rules of section 'decoding' allow none."
             )
         return results
+
+
+def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig:
+    """Returns a configuration with some fields replaced; a value of None leaves a field as it is.
+
+    Raises:
+        ConfigError: an unknown field, or a value out of range.
+    """
+    known = {f.name for f in dataclasses.fields(decoding)}
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"unknown decoding option {name!r}.{did_you_mean(name, known)}")
+    return dataclasses.replace(decoding, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _seed(seed: int, sentence: str) -> int:
+    """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
+    return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF

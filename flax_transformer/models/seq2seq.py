@@ -35,6 +35,8 @@ class Memory:
 class DecodeState:
     """All that a decoder keeps between steps; which leaves follow a beam is declared by where they stand.
 
+    The same tree also holds axes.
+
     Attributes:
         per_sentence: tree of arrays [B, ...], the same for all beams of a sentence and never copied over beams.
         per_beam: tree of arrays [B, K, ...], reordered when beams are.
@@ -44,7 +46,7 @@ class DecodeState:
 
     per_sentence: Any
     per_beam: Any
-    positions: Int[Array, "B"]
+    positions: Any
 
 
 @array_tree

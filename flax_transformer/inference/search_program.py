@@ -1,0 +1,255 @@
+"""The search of a model as one XLA program: encode, then search with slots that are refilled, on every device.
+
+Legend: N sentences, B slots, S source length, K beams, T maximum length, P prefix length, V vocabulary, E models.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_transformer.decoding import rules
+from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
+from flax_transformer.decoding.hypotheses import Hypotheses
+from flax_transformer.decoding.sampling import SamplingConfig, sample
+from flax_transformer.models.seq2seq import DecodeState, Memory, reorder_beams
+from flax_transformer.shapes import array_tree
+
+ALL_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class SearchSpec:
+    """Everything static about a search of a model; one program is compiled for each, and each source length.
+
+    Attributes:
+        beam: sizes, tokens and length penalty; of sampling, too.
+        sampling: how to draw; None searches with a beam.
+        no_repeat_ngram: size of n-grams that occur once at most; 0 allows all.
+        repetition_penalty: on tokens that have occurred, at least 1.
+        banned_phrases: as ids.
+        coverage_penalty: weight of the source tokens that little attention was given to.
+        keep_attention: whether the attention over the source is returned.
+        num_models: of an ensemble, E; their parameters are stacked on a leading axis if there are several.
+    """
+
+    beam: BeamSearchConfig
+    sampling: SamplingConfig | None = None
+    no_repeat_ngram: int = 0
+    repetition_penalty: float = 1.0
+    banned_phrases: tuple[tuple[int, ...], ...] = ()
+    coverage_penalty: float = 0.0
+    keep_attention: bool = False
+    num_models: int = 1
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class SearchInputs:
+    """What a search is asked for; the same tree also holds shapes and shardings.
+
+    Attributes:
+        tokens: [N, S].
+        segments: [N, S], 0 for padding.
+        max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which stand at the end.
+        min_lengths: [N], fewest tokens of an output, end token included.
+        prefixes: [N, P], what outputs begin with, `rules.ANY` after its end; P may be 0.
+        seeds: [N], of sampling.
+        banned: [V], tokens that no output has.
+    """
+
+    tokens: Any
+    segments: Any
+    max_lengths: Any
+    min_lengths: Any
+    prefixes: Any
+    seeds: Any
+    banned: Any
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What a search needs of a model, or of several whose probabilities are averaged."""
+
+    encode: Callable[[jax.Array, jax.Array, jax.Array], Memory]
+    start: Callable[[Memory, int, int], DecodeState]
+    step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
+
+
+def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
+    """Returns the functions of a model, or of an ensemble of models alike whose parameters are stacked.
+
+    The leaves of an ensemble's memory and state lead with [B] or [B, K] as ever, and have the models after that.
+    """
+    if num_models == 1:
+        model = nnx.merge(graphdef, params)
+
+        def one_step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
+            output, state = model.decode_step(tokens, state)
+            return output.logits, output.attention, state
+
+        return Functions(model.encode, model.init_decode_state, one_step)
+
+    axes = DecodeState(per_sentence=1, per_beam=2, positions=None)  # where the models stand
+
+    def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Memory:
+        def of(params: Any) -> Memory:
+            return nnx.merge(graphdef, params).encode(tokens, positions, segments)
+
+        return jax.vmap(of, out_axes=1)(params)
+
+    def start(memory: Memory, num_beams: int, max_length: int) -> DecodeState:
+        def of(params: Any, memory: Memory) -> DecodeState:
+            return nnx.merge(graphdef, params).init_decode_state(memory, num_beams, max_length)
+
+        return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, memory)
+
+    def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
+        def of(params: Any, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
+            output, state = nnx.merge(graphdef, params).decode_step(tokens, state)
+            return jax.nn.log_softmax(output.logits), output.attention, state
+
+        log_probs, attention, state = jax.vmap(of, in_axes=(0, axes), out_axes=(0, 0, axes))(params, state)
+        mean = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(num_models))
+        return mean, jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
+
+    return Functions(encode, start, step)
+
+
+def encode_in_pieces(model: Functions, inputs: SearchInputs, slots: int, num_beams: int) -> DecodeState:
+    """Returns the state of each sentence before its first token, with room for none: what a slot is filled from.
+
+    Sentences are encoded as many at a time as there are slots, whatever their number, so that how many there are does
+    not change a bit of the result; pieces of padding alone are left out.
+    """
+    num_sentences, length = inputs.tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
+
+    def piece(tokens: jax.Array, segments: jax.Array) -> DecodeState:
+        return model.start(model.encode(tokens, positions, segments), num_beams, 0)
+
+    def body(number: jax.Array, pool: DecodeState) -> DecodeState:
+        tokens, segments = (
+            jax.lax.dynamic_slice_in_dim(a, number * slots, slots) for a in (inputs.tokens, inputs.segments)
+        )
+        return jax.tree.map(
+            lambda all_of, new: jax.lax.dynamic_update_slice_in_dim(all_of, new, number * slots, 0),
+            pool,
+            piece(tokens, segments),
+        )
+
+    shapes = jax.eval_shape(piece, inputs.tokens[:slots], inputs.segments[:slots])
+    pool = jax.tree.map(lambda a: jnp.zeros((num_sentences, *a.shape[1:]), a.dtype), shapes)
+    filled = jnp.max(jnp.where(inputs.max_lengths > 0, jnp.arange(num_sentences) + 1, 0))
+    return jax.lax.fori_loop(0, (filled + slots - 1) // slots, body, pool)
+
+
+def refill_slots(
+    pool: DecodeState, state: DecodeState, fresh: Bool[Array, "B"], sentences: Int[Array, "B"]
+) -> DecodeState:
+    """Returns `state` with the fresh slots at the start of their sentences in `pool`.
+
+    A leaf that is empty in the pool is a cache, which is read only as far as it has been written: it stays as it is.
+    """
+
+    def put(old: jax.Array, all_of: jax.Array) -> jax.Array:
+        if all_of.size == 0:
+            return old
+        new = jnp.take(all_of, sentences, axis=0, mode="clip")
+        return jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(put, state, pool)
+
+
+def coverage_bonus(weight: float, segments: Int[Array, "N S"]) -> Callable[..., Float[Array, "B M"]]:
+    """Returns the bonus weight * sum over source tokens of log(min(attention given to the token, 1)).
+
+    References:
+        Wu et al. 2016 (GNMT), equation 14.
+    """
+
+    def bonus(extras: Any, sentences: Int[Array, "B"], lengths: Int[Array, "B"]) -> Float[Array, "B M"]:
+        attention = extras["attention"]  # [B, M, T, S]
+        decoded = jnp.arange(attention.shape[2])[None, :] < lengths[:, None]
+        given = jnp.sum(jnp.where(decoded[:, None, :, None], attention, 0.0), axis=2)  # [B, M, S]
+        real = jnp.take(segments, sentences, axis=0, mode="clip")[:, None, :] > 0
+        missed = jnp.log(jnp.clip(given, jnp.finfo(jnp.float32).tiny, 1.0))
+        return jnp.float32(weight) * jnp.sum(jnp.where(real, missed, 0.0), axis=2)
+
+    return bonus
+
+
+def _rules(spec: SearchSpec, inputs: SearchInputs) -> tuple[rules.Rule, ...]:
+    """Returns the rules that are asked for; none where nothing is, so that a plain search pays for nothing."""
+    asked: list[rules.Rule] = []
+    if spec.repetition_penalty != 1.0:
+        asked.append(rules.repetition_penalty(spec.repetition_penalty))
+    if inputs.banned.shape[0]:
+        asked.append(rules.banned_tokens(inputs.banned))
+    if inputs.min_lengths.shape[0]:
+        asked.append(rules.minimum_lengths(inputs.min_lengths, spec.beam.end_token))
+    if spec.no_repeat_ngram:
+        asked.append(rules.no_repeated_ngrams(spec.no_repeat_ngram))
+    if spec.banned_phrases:
+        asked.append(rules.banned_phrases(spec.banned_phrases))
+    if inputs.prefixes.shape[1]:
+        return (rules.forced_prefixes(inputs.prefixes, asked),)
+    return tuple(asked)
+
+
+def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
+    """Encodes the sentences of one device and searches.
+
+    A rule whose array is empty is not asked: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0.
+    """
+    beam = spec.beam
+    model = model_functions(graphdef, params, spec.num_models)
+    pool = encode_in_pieces(model, inputs, beam.num_slots, beam.beam_size)
+    keep_attention = spec.keep_attention or spec.coverage_penalty > 0
+
+    def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
+        logits, attention, state = model.step(tokens, state)
+        extras = {"attention": jnp.mean(attention[:, :, -1], axis=2)} if keep_attention else None  # last layer's heads
+        return logits, extras, state
+
+    # A state of the right shapes, whatever is in it: the search fills every slot before it is used.
+    length = inputs.tokens.shape[1]
+    shape = jax.ShapeDtypeStruct((beam.num_slots, length), jnp.int32)
+    shapes = jax.eval_shape(lambda t: model.start(model.encode(t, t, t), beam.beam_size, beam.max_length), shape)
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    asked = _rules(spec, inputs)
+    if spec.sampling is not None:
+        slots = jnp.arange(beam.num_slots)
+        return sample(
+            step, refill_slots(pool, empty, slots >= 0, slots), inputs.max_lengths, inputs.seeds, beam.beam_size,
+            beam.max_length, beam.start_token, beam.end_token, beam.length_penalty, spec.sampling, asked,
+        )  # fmt: skip
+    bonus = coverage_bonus(spec.coverage_penalty, inputs.segments) if spec.coverage_penalty else None
+    refill = functools.partial(refill_slots, pool)
+    return beam_search(step, reorder_beams, refill, empty, inputs.max_lengths, beam, asked, bonus)
+
+
+def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh) -> Any:
+    """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
+
+    Sentences are split over all axes of the mesh and parameters are copied, so each device runs a loop of its own with
+    `spec.beam.num_slots` slots, and no device ever waits for another.
+    """
+    rows = jax.P(ALL_AXES)
+    inputs = SearchInputs(rows, rows, rows, rows, rows, rows, jax.P())
+    return jax.jit(
+        jax.shard_map(
+            functools.partial(search, graphdef, spec),
+            mesh=mesh,
+            in_specs=(jax.P(), inputs),
+            out_specs=rows,
+            check_vma=False,
+        )
+    )
