@@ -1,39 +1,70 @@
-"""translate: standard input to standard output, one line out for each line in."""
+"""translate: lines to lines, one out for each one in."""
 
+import contextlib
 import itertools
+import json
+import os
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
-from flax_transformer.errors import InputError
-from flax_transformer.inference.translator import Translator
+from flax_transformer.config import DecodingConfig
+from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.alignment import word_alignment
+from flax_transformer.inference.translator import Hypothesis, Translation, Translator
+from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
 # Lines read, translated and written together: enough to fill batches of like length, few enough to hold in memory.
-LINES_AT_ONCE = 2_048
+LINES_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True)
 class TranslateOptions:
-    """Translates standard input to standard output: one line out for each line in, in order, empty for empty.
+    """Translates line by line: one line out for each line in, in order, empty for empty.
 
     Attributes:
-        run: run folder of the model.
+        run: run folder of the model, or several as an ensemble.
         checkpoint: the one that was best on validation text, or the last.
-        beam_size: hypotheses kept at each step; the run's own setting when left out.
-        length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
+        input: file to translate; standard input when left out.
+        output: file to write; standard output when left out.
+        resume: go on with an --output that was interrupted.
+        scores: put the score and a tab before each line.
+        json: write an object for each line, with all hypotheses, their tokens and token scores.
+        num_hypotheses: at most so many of each line; more than one needs --json.
+        alignment: add to each object which source word each target word was made from (Moses format); needs --json.
+        prefix: what every output begins with.
+        decoding: how to translate; the run's own settings when left out.
     """
 
-    run: Path
+    run: tuple[Path, ...]
     checkpoint: Choice = "best"
-    beam_size: int | None = None
-    length_penalty: str | None = None
+    input: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    scores: bool = False
+    json: bool = False
+    num_hypotheses: int = 1
+    alignment: bool = False
+    prefix: str | None = None
+    decoding: Annotated[DecodingConfig, tyro.conf.arg(name="")] = field(default_factory=DecodingConfig)
+
+    def __post_init__(self):
+        for name, value in (("num-hypotheses", self.num_hypotheses > 1), ("alignment", self.alignment)):
+            if value and not self.json:
+                raise ConfigError(f"--{name} needs --json: a line of text holds one translation and nothing else.")
+        if self.scores and self.json:
+            raise ConfigError("--scores and --json contradict each other: the objects hold scores already.")
+        if self.resume and (self.output is None or self.input is None):
+            raise ConfigError("--resume needs --input and --output: it goes on behind the lines in the output.")
 
 
-def read_lines(stream) -> Iterator[str]:
+def read_lines(stream: Any, name: str) -> Iterator[str]:
     """Yields the lines of a binary stream without their line ends.
 
     Raises:
@@ -44,23 +75,117 @@ def read_lines(stream) -> Iterator[str]:
             yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"standard input, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
+                f"{name}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
                 f"The {number - 1} lines before it were translated."
             ) from error
+
+
+def as_line(options: TranslateOptions, translation: Translation) -> str:
+    """Returns what is written for a line."""
+    if not options.json:
+        return f"{translation.score:.6f}\t{translation.text}" if options.scores else translation.text
+
+    def record(hypothesis: Hypothesis) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "text": hypothesis.text,
+            "score": hypothesis.score,
+            "finished": hypothesis.finished,
+            "tokens": hypothesis.tokens,
+            "token_scores": hypothesis.token_scores,
+        }
+        if options.alignment:
+            weights = hypothesis.attention
+            words = "" if weights is None else word_alignment(translation.source, hypothesis.tokens, weights)
+            values["alignment"] = words
+        return values
+
+    found = {"hypotheses": [record(h) for h in translation.hypotheses], "truncated": translation.truncated}
+    return json.dumps(found, ensure_ascii=False)
+
+
+def complete_lines(partial: Path) -> int:
+    """Returns the number of whole lines in a file, and cuts off what stands behind the last of them."""
+    if not partial.exists():
+        return 0
+    lines = end = 0
+    with partial.open("rb+") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, end = lines + 1, end + len(line)
+        file.truncate(end)
+    return lines
+
+
+@contextlib.contextmanager
+def opened(options: TranslateOptions) -> Iterator[tuple[Any, Any, int]]:
+    """Yields input, output, and the number of lines that have been done; an output file gets its name when all is done.
+
+    Raises:
+        InputError: a file that is not there, or an output that is there already.
+    """
+    with contextlib.ExitStack() as stack:
+        source: Any = sys.stdin.buffer
+        if options.input is not None:
+            if not options.input.is_file():
+                raise InputError(f"--input {options.input}: there is no such file.")
+            source = stack.enter_context(options.input.open("rb"))
+        if options.output is None:
+            yield source, sys.stdout.buffer, 0
+            return
+        partial = options.output.with_name(options.output.name + ".partial")
+        if options.output.exists():
+            raise InputError(f"--output {options.output} is there already. Choose another name, or remove it.")
+        if partial.exists() and not options.resume:
+            raise InputError(
+                f"{partial} is there from a translation that was interrupted. Go on with it by --resume, or remove it."
+            )
+        if not options.output.parent.is_dir():
+            raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
+        done = complete_lines(partial)
+        with partial.open("ab") as output:
+            yield source, output, done
+        os.replace(partial, options.output)
+
+
+def runs_of(arguments: list[str]) -> list[str]:
+    """Returns the values of --run."""
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--run="):
+            return [argument.removeprefix("--run=")]
+        if argument == "--run":
+            return list(itertools.takewhile(lambda value: not value.startswith("--"), arguments[position + 1 :]))
+    return []
 
 
 def main(arguments: list[str], program: str) -> int:
     """Returns the exit code: 0, or 4 when lines were shortened.
 
     Raises:
-        InputError: a bad run folder, setting or line.
+        InputError: a bad run folder, setting, file or line.
     """
-    options = tyro.cli(TranslateOptions, args=arguments, prog=program)
-    translator = Translator.load(options.run, checkpoint=options.checkpoint)
-    at_once = 1 if sys.stdin.isatty() else LINES_AT_ONCE
-    done, shortened = 0, 0
-    lines = read_lines(sys.stdin.buffer)
-    error = None
+    defaults = TranslateOptions(run=())
+    if runs := runs_of(arguments):  # the run says what is used where nothing is said
+        decoding = RunFolder.open(runs[0]).read_config().decoding
+        defaults = replace(defaults, run=tuple(map(Path, runs)), decoding=decoding)
+    options = tyro.cli(TranslateOptions, args=arguments, prog=program, default=defaults)
+    if not options.run:
+        raise ConfigError("give the run folder of a trained model by --run FOLDER.")
+    with opened(options) as (source, output, done):
+        translator = Translator.load(options.run, checkpoint=options.checkpoint).with_decoding(options.decoding)
+        return translate_stream(options, translator, source, output, done)
+
+
+def translate_stream(options: TranslateOptions, translator: Translator, source: Any, output: Any, skipped: int) -> int:
+    """Translates a stream piece by piece, and returns the exit code.
+
+    Raises:
+        InputError: a bad line; what stands before it is translated.
+    """
+    at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
+    name = "standard input" if options.input is None else str(options.input)
+    lines = itertools.islice(read_lines(source, name), skipped, None)
+    done, shortened, tokens, error = skipped, 0, 0, None
+    started = time.monotonic()
     while error is None:
         chunk: list[str] = []
         try:
@@ -69,9 +194,15 @@ def main(arguments: list[str], program: str) -> int:
             error = bad_line
         if not chunk and error is None:
             break
-        translations = translator.translate(chunk, beam_size=options.beam_size, length_penalty=options.length_penalty)
+        translations = translator.translate(
+            chunk,
+            num_hypotheses=options.num_hypotheses,
+            prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
+            attention=options.alignment,
+        )
         for number, translation in enumerate(translations, start=done + 1):
-            sys.stdout.buffer.write(f"{translation.text}\n".encode())  # UTF-8 whatever the locale, as the input is
+            output.write(f"{as_line(options, translation)}\n".encode())  # UTF-8 whatever the locale, as the input is
+            tokens += len(translation.tokens)
             if translation.truncated:
                 shortened += 1
                 limit = translator.max_source_length - 1
@@ -80,8 +211,15 @@ def main(arguments: list[str], program: str) -> int:
                     "translated.",
                     file=sys.stderr,
                 )
-        sys.stdout.buffer.flush()
+        output.flush()
         done += len(chunk)
     if error is not None:
         raise error
+    seconds = max(time.monotonic() - started, 1e-9)
+    sentences = done - skipped
+    print(
+        f"{sentences:,} sentences, {tokens:,} tokens in {seconds:.1f} s: {sentences / seconds:,.1f} sentences/s, "
+        f"{tokens / seconds:,.1f} tokens/s",
+        file=sys.stderr,
+    )
     return 4 if shortened else 0

@@ -193,6 +193,11 @@ class TokenizerPair:
         """Whether both languages share one vocabulary."""
         return self.source is self.target
 
+    @property
+    def fingerprint(self) -> str:
+        """Of both; see `Tokenizer.fingerprint`."""
+        return f"{self.source.fingerprint}-{self.target.fingerprint}"
+
     @classmethod
     def train(cls, source: Sequence[str], target: Sequence[str], config: TokenizerConfig) -> "TokenizerPair":
         """Returns tokenizers learnt from the two sides of the training text; errors as `Tokenizer.train`."""

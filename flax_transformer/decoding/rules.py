@@ -48,8 +48,13 @@ def _mark(tokens: Int[Array, "B K M"], marks: Bool[Array, "B K M"], vocab_size: 
 
 
 def banned_tokens(banned: Bool[Array, "V"]) -> Rule:
-    """Returns the rule that some tokens never occur."""
-    return lambda log_probs, _: jnp.where(banned[None, None, :], MASKED, log_probs)
+    """Returns the rule that some tokens never occur; those that the vocabulary was padded with are not its business."""
+
+    def rule(log_probs: Float[Array, "B K W"], _: Progress) -> Float[Array, "B K W"]:
+        padded = jnp.pad(banned, (0, log_probs.shape[-1] - banned.shape[0]))
+        return jnp.where(padded[None, None, :], MASKED, log_probs)
+
+    return rule
 
 
 def minimum_lengths(lengths: Int[Array, "N"], end_token: int) -> Rule:

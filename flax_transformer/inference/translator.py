@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,7 +20,7 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
-from flax_transformer.errors import ConfigError, DivergenceError, InputError, did_you_mean
+from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError, did_you_mean
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.rnn import RecurrentConfig
@@ -128,52 +129,77 @@ class Translator:
         params: Any,
         decoding: DecodingConfig,
         mesh: Mesh,
+        num_models: int = 1,
     ):
-        # Rounded up, so that a run can be used on any number of devices.
-        self.rows = -(-decoding.batch_rows // mesh.size) * mesh.size
         self.tokenizers = tokenizers
         self.decoding = decoding
         self.mesh = mesh
         self.max_source_length = model.max_source_length
         self.max_target_length = model.max_target_length
         self.has_attention = not (isinstance(model, RecurrentConfig) and model.attention == "none")
-        self.num_models = 1
+        self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = jax.device_put(params, replicated_sharding(mesh))
         self._searches: dict[SearchSpec, Any] = {}
 
     @classmethod
-    def load(cls, run: Path | str, mesh: Mesh | None = None, checkpoint: Choice = "best") -> "Translator":
-        """Returns the translator of a run folder.
+    def load(
+        cls, run: Path | str | Sequence[Path | str], mesh: Mesh | None = None, checkpoint: Choice = "best"
+    ) -> "Translator":
+        """Returns the translator of a run folder, or of several as an ensemble.
+
+        The probabilities of an ensemble's models are averaged at every step; they must have the same sizes and the same
+        vocabulary. Everything but the parameters is taken from the first.
 
         Args:
-            run: the folder.
+            run: the folder, or several.
             mesh: devices; all that there are when None.
             checkpoint: the one that was best on validation text, or the last.
 
         Raises:
-            RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one.
+            RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one; runs that do not
+                make an ensemble.
         """
-        folder = RunFolder.open(run)
-        config = folder.read_config()
-        tokenizers = folder.tokenizers()
+        paths = [run] if isinstance(run, Path | str) else list(run)
+        folders = [RunFolder.open(path) for path in paths]
+        config = folders[0].read_config()
+        tokenizers = folders[0].tokenizers()
         mesh = make_mesh(MeshConfig()) if mesh is None else mesh
         _, abstract_params = abstract_model(config.model, vocabulary_info(tokenizers))
         replicated = replicated_sharding(mesh)
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), nnx.to_pure_dict(abstract_params)
         )
-        with Checkpoints(folder.checkpoints) as checkpoints:
-            params = checkpoints.restore_params(checkpoints.choose(checkpoint), target)
-        return cls(config.model, tokenizers, params, config.decoding, mesh)
+        restored = []
+        for folder in folders:
+            if folder.read_config().model != config.model or folder.tokenizers().fingerprint != tokenizers.fingerprint:
+                raise RunFolderError(
+                    f"{folder.path} and {folders[0].path} cannot be an ensemble: all need the same section 'model' and "
+                    "the same tokenizers. Train them from one recipe, with other values of training.seed."
+                )
+            with Checkpoints(folder.checkpoints) as checkpoints:
+                restored.append(checkpoints.restore_params(checkpoints.choose(checkpoint), target))
+        params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
+        return cls(config.model, tokenizers, params, config.decoding, mesh, len(restored))
 
     def with_params(self, params: Any) -> "Translator":
         """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
+        return self._copy(params=jax.device_put(params, replicated_sharding(self.mesh)))
+
+    def with_decoding(self, decoding: DecodingConfig) -> "Translator":
+        """Returns a translator with other settings, that shares this one's parameters and compiled programs."""
+        return self._copy(decoding=decoding)
+
+    def _copy(self, **attributes: Any) -> "Translator":
         other = object.__new__(Translator)
-        other.__dict__.update(self.__dict__)
-        other.params = jax.device_put(params, replicated_sharding(self.mesh))
+        other.__dict__.update(self.__dict__ | attributes)
         return other
+
+    @property
+    def rows(self) -> int:
+        """Sentences worked on at the same time; rounded up, so that a run can be used on any number of devices."""
+        return -(-self.decoding.batch_rows // self.mesh.size) * self.mesh.size
 
     def translate(
         self,
@@ -200,7 +226,10 @@ class Translator:
         """
         if isinstance(sentences, str):
             raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
-        decoding = changed(self.decoding, changes)
+        if changes:
+            other = self.with_decoding(changed(self.decoding, changes))
+            return other.translate(sentences, num_hypotheses=num_hypotheses, prefixes=prefixes, attention=attention)
+        decoding = self.decoding
         beams = num_hypotheses if decoding.method == "sampling" else decoding.beam_size
         if not 1 <= num_hypotheses <= beams:
             raise ConfigError(

@@ -1,0 +1,74 @@
+"""score: the log-probability of translations that exist already."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
+from flax_transformer.inference.scorer import Scorer, corpus_perplexity
+from flax_transformer.inference.translator import Translator
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Choice
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Prints a score for each pair of a source and a target file, one a line, and sums them up on standard error.
+
+    The score of a pair is its log-probability (nats, end token included) divided by the length penalty: the number that
+    translate prints for the same output.
+
+    Attributes:
+        run: run folder of the model.
+        source: one sentence a line, plain or .gz; or .tsv or .jsonl, in the run's columns or keys.
+        target: its translation, line by line.
+        checkpoint: the one that was best on validation text, or the last.
+        length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
+        json: print an object for each pair, with the log-probability of every token.
+    """
+
+    run: Path
+    source: Path
+    target: Path
+    checkpoint: Choice = "best"
+    length_penalty: str | None = None
+    json: bool = False
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Returns the exit code.
+
+    Raises:
+        InputError: a bad run folder, setting or file, or a pair that cannot be scored.
+    """
+    options = tyro.cli(ScoreOptions, args=arguments, prog=program)
+    config = RunFolder.open(options.run).read_config()
+    columns = config.data if isinstance(config.data, ParallelTextConfig) else None
+    text = read_parallel_text(options.source, options.target, columns)
+    scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint))
+    scores = scorer.score(text.source, text.target, options.length_penalty)
+    for score in scores:
+        if options.json:
+            print(
+                json.dumps(
+                    {
+                        "score": score.score,
+                        "log_prob": score.log_prob,
+                        "tokens": score.tokens,
+                        "token_scores": score.token_scores,
+                    },
+                    ensure_ascii=False,
+                )
+            )
+        else:
+            print(f"{score.score:.6f}")
+    tokens = sum(len(score.token_scores) for score in scores)
+    print(
+        f"{len(scores):,} pairs, {tokens:,} target tokens, log-probability "
+        f"{sum(score.log_prob for score in scores):.2f}, perplexity {corpus_perplexity(scores):.4f}",
+        file=sys.stderr,
+    )
+    return 0

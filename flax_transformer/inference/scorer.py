@@ -1,0 +1,157 @@
+"""The log-probability that a model gives to pairs of sentences that exist already."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from flax_transformer.data.tokenizer import END_ID
+from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.errors import InputError
+from flax_transformer.inference.search_program import ALL_AXES
+from flax_transformer.inference.translator import Translator, length_bucket
+from flax_transformer.parallel.mesh import all_devices_sharding
+from flax_transformer.shapes import Batch
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """What a model says of a pair.
+
+    Attributes:
+        score: `log_prob` divided by the length penalty: the number that `translate` gives the same output.
+        log_prob: of the target given the source, end token included; nats.
+        tokens: target pieces, without the end token.
+        token_scores: log-probability of each token and of the end token.
+    """
+
+    score: float
+    log_prob: float
+    tokens: list[str]
+    token_scores: list[float]
+
+
+def corpus_perplexity(scores: Sequence[PairScore]) -> float:
+    """Returns exp(- log-probability of all pairs / number of their target tokens, end tokens included)."""
+    tokens = sum(len(score.token_scores) for score in scores)
+    return math.exp(-sum(score.log_prob for score in scores) / tokens) if tokens else math.nan
+
+
+def _token_log_probs(graphdef: Any, params: Any, batch: Batch) -> Float[Array, "B T"]:
+    """Returns the log-probability of each target token under teacher forcing."""
+    model = nnx.merge(graphdef, params)
+    projection = model.output_projection()
+
+    def of_row(row: tuple[Float[Array, "T D"], Int[Array, "T"]]) -> Float[Array, "T"]:
+        hidden, tokens = row
+        logits = projection.logits(hidden[None])[0]  # one row at a time: [B, T, V] is never made
+        return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+
+    return jax.lax.map(of_row, (model(batch), batch.target_tokens))
+
+
+class Scorer:
+    """Scores pairs with the model of a translator.
+
+    Example:
+        scorer = Scorer(Translator.load("runs/number_words"))
+        scorer.score(["twenty-one"], ["einundzwanzig"])[0].score
+    """
+
+    def __init__(self, translator: Translator):
+        self.translator = translator
+        self._program = self._compiled(translator.graphdef, translator.mesh)
+
+    @staticmethod
+    def _compiled(graphdef: Any, mesh: Mesh) -> Any:
+        rows = jax.P(ALL_AXES)
+        function = functools.partial(_token_log_probs, graphdef)
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False))
+
+    def score(
+        self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None
+    ) -> list[PairScore]:
+        """Returns the score of each pair.
+
+        Args:
+            sources, targets: equally many lines of raw text.
+            length_penalty: such as "gnmt:0.6"; the run's own when None.
+
+        Raises:
+            InputError: unequal numbers of lines, an empty side, or one that is longer than the model takes.
+            ConfigError: a bad length penalty.
+        """
+        if len(sources) != len(targets):
+            raise InputError(
+                f"every source needs its target, but there are {len(sources)} sources and {len(targets)} targets."
+            )
+        tokenizers = self.translator.tokenizers
+        return self.score_ids(
+            tokenizers.source.encode(sources), tokenizers.target.encode(targets), length_penalty, end=True
+        )
+
+    def score_ids(
+        self,
+        sources: Sequence[list[int]],
+        targets: Sequence[list[int]],
+        length_penalty: str | None = None,
+        end: bool = True,
+    ) -> list[PairScore]:
+        """Returns the score of each pair of token ids; `end` says whether the end token closes the targets.
+
+        Raises:
+            InputError: an empty side, or one that is longer than the model takes.
+            ConfigError: a bad length penalty.
+        """
+        translator = self.translator
+        penalty = LengthPenalty.parse(translator.decoding.length_penalty if length_penalty is None else length_penalty)
+        limits = {"source": translator.max_source_length - 1, "target": translator.max_target_length - int(end)}
+        for number, pair in enumerate(zip(sources, targets, strict=True), start=1):
+            for (side, limit), ids in zip(limits.items(), pair, strict=True):
+                if not 1 <= len(ids) <= limit:
+                    raise InputError(
+                        f"{side} line {number} has {len(ids)} tokens, and a line that is scored has between 1 and "
+                        f"{limit} (model.max_{side}_length, less the end token). Take the pair out."
+                    )
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            shape = (
+                length_bucket(len(source) + 1, translator.max_source_length),
+                length_bucket(len(target) + int(end), translator.max_target_length),
+            )
+            groups.setdefault(shape, []).append(index)
+
+        results: list[PairScore | None] = [None] * len(sources)
+        for shape, members in sorted(groups.items()):
+            for start in range(0, len(members), translator.rows):
+                chunk = members[start : start + translator.rows]
+                closed = [(targets[i] + [END_ID]) if end else targets[i] for i in chunk]
+                batch = self._batch([sources[i] + [END_ID] for i in chunk], closed, shape)
+                found = np.asarray(self._program(translator.params, batch))
+                for row, index in enumerate(chunk):
+                    token_scores = found[row, : len(closed[row])]
+                    log_prob = float(token_scores.sum(dtype=np.float32))
+                    divisor = float(penalty.divisor(jnp.asarray(len(token_scores))))
+                    pieces = translator.tokenizers.target.pieces(targets[index])
+                    results[index] = PairScore(log_prob / divisor, log_prob, pieces, token_scores.tolist())
+        return [result for result in results if result is not None]
+
+    def _batch(self, sources: list[list[int]], targets: list[list[int]], shape: tuple[int, int]) -> Batch:
+        def side(sentences: list[list[int]], length: int) -> list[np.ndarray]:
+            tokens, segments = np.zeros((2, self.translator.rows, length), np.int32)
+            for row, ids in enumerate(sentences):
+                tokens[row, : len(ids)] = ids
+                segments[row, : len(ids)] = 1
+            positions = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape))
+            return [tokens, positions, segments]
+
+        sharding = all_devices_sharding(self.translator.mesh)
+        return Batch(*(jax.device_put(a, sharding) for a in (*side(sources, shape[0]), *side(targets, shape[1]))))

@@ -1,0 +1,371 @@
+"""The contract of decoding (docs/decoding.md) on small models with random parameters: each sentence has a test."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from flax_transformer.cli import main as cli
+from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.data.synthetic import english_number_words, german_number_words
+from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
+from flax_transformer.errors import ConfigError, InputError, RunFolderError
+from flax_transformer.inference.alignment import word_alignment
+from flax_transformer.inference.scorer import Scorer, corpus_perplexity
+from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.state import abstract_model
+from tests.tiny import randomised
+
+NUMBERS = np.random.default_rng(0).integers(0, 100_000, 240).tolist()
+SOURCES = [english_number_words(n) for n in NUMBERS]
+TARGETS = [german_number_words(n) for n in NUMBERS]
+TOKENIZERS = TokenizerPair.train(SOURCES, TARGETS, TokenizerConfig(vocab_size=60))
+SMALL: dict[str, Any] = {
+    "model_dim": 16,
+    "max_source_length": 48,
+    "max_target_length": 48,
+    "share_embeddings": "target_output",
+}
+MODELS = {
+    "transformer": TransformerConfig(
+        num_heads=2, feed_forward_dim=32, num_encoder_layers=1, num_decoder_layers=2, **SMALL
+    ),
+    "recurrent": RecurrentConfig(hidden_dim=16, attention="dot", input_feeding=True, **SMALL),
+}
+DECODING = DecodingConfig(beam_size=3, batch_rows=4, max_length_factor=0.5, max_length_offset=6)
+
+
+def params_of(model, seed: int):
+    graphdef, abstract = abstract_model(model, vocabulary_info(TOKENIZERS))
+    return nnx.to_pure_dict(nnx.state(randomised(nnx.merge(graphdef, abstract), seed)))
+
+
+@pytest.fixture(scope="module")
+def translators() -> dict[str, Translator]:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return {name: Translator(m, TOKENIZERS, params_of(m, 1), DECODING, mesh) for name, m in MODELS.items()}
+
+
+@pytest.fixture(params=list(MODELS))
+def translator(request, translators) -> Translator:
+    return translators[request.param]
+
+
+def ids_of(hypothesis) -> list[int]:
+    return [TOKENIZERS.target._processor.piece_to_id(piece) for piece in hypothesis.tokens]
+
+
+# --- batch invariance
+
+
+def test_no_composition_of_a_batch_changes_a_bit(translator):
+    """1,200 translations in random compositions: each n-best list, scores included, is that of the sentence alone."""
+    alone = {s: translator.translate([s], num_hypotheses=3)[0] for s in SOURCES[:24]}
+    rng = np.random.default_rng(1)
+    seen = 0
+    while seen < 1_200:
+        chosen = rng.choice(SOURCES[:24], int(rng.integers(1, 60))).tolist()
+        for sentence, found in zip(chosen, translator.translate(chosen, num_hypotheses=3), strict=True):
+            assert found == alone[sentence]
+        seen += len(chosen)
+
+
+def test_samples_do_not_depend_on_the_batch(translators):
+    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_rows=4, seed=5))
+    together = sampler.translate(SOURCES[:7], num_hypotheses=4)
+    alone = [sampler.translate([s], num_hypotheses=4)[0] for s in SOURCES[:3]]
+    assert together[:3] == alone
+    assert len({h.text for t in together for h in t.hypotheses}) > 7
+    for found in together:
+        texts = [tuple(h.tokens) for h in found.hypotheses]
+        assert len(set(texts)) == len(texts)  # what is drawn twice is returned once
+    other = sampler.translate(SOURCES[:3], num_hypotheses=4, seed=6)
+    assert [t.hypotheses for t in other] != [t.hypotheses for t in alone]
+
+
+def test_numbers_of_rows_agree_on_tokens(translator):
+    few, many = translator.translate(SOURCES[:60]), translator.translate(SOURCES[:60], batch_rows=16)
+    assert sum(a.tokens == b.tokens for a, b in zip(few, many, strict=True)) >= 59
+    np.testing.assert_allclose([t.score for t in few], [t.score for t in many], rtol=1e-4)
+
+
+# --- one score
+
+
+def test_score_gives_what_translate_gave_token_by_token(translator):
+    scorer = Scorer(translator)
+    for sentence, found in zip(SOURCES[:12], translator.translate(SOURCES[:12], num_hypotheses=3), strict=True):
+        source = TOKENIZERS.source.encode([sentence])[0]
+        for hypothesis in found.hypotheses:
+            if not hypothesis.tokens:
+                continue
+            (score,) = scorer.score_ids([source], [ids_of(hypothesis)], end=hypothesis.finished)
+            np.testing.assert_allclose(score.token_scores, hypothesis.token_scores, rtol=1e-5, atol=2e-6)
+            assert score.score == pytest.approx(hypothesis.score, rel=1e-5)
+            assert sum(hypothesis.token_scores) == pytest.approx(score.log_prob, rel=1e-5)
+
+
+def test_scores_of_text_and_perplexity(translator):
+    scorer = Scorer(translator)
+    scores = scorer.score(SOURCES[:9], TARGETS[:9], "none")
+    assert [s.tokens for s in scores] == [TOKENIZERS.target.pieces(i) for i in TOKENIZERS.target.encode(TARGETS[:9])]
+    assert all(s.score == s.log_prob for s in scores)
+    count = sum(len(s.tokens) + 1 for s in scores)
+    assert corpus_perplexity(scores) == pytest.approx(np.exp(-sum(s.log_prob for s in scores) / count))
+    for sources, targets, message in (
+        (["one"], [], "1 sources and 0 targets"),
+        (["one", "two"], ["eins", ""], "target line 2 has 0 tokens, and a line that is scored has between 1 and 47"),
+        (["one " * 60], ["eins"], "source line 1 has .* tokens, and a line that is scored has between 1 and 47"),
+    ):
+        with pytest.raises(InputError, match=message):
+            scorer.score(sources, targets)
+
+
+# --- options
+
+
+def different(translations) -> float:
+    """Share of the tokens that are the first of their kind in their sentence."""
+    return sum(len(set(t.tokens)) for t in translations) / sum(len(t.tokens) for t in translations)
+
+
+def test_outputs_obey_what_is_asked(translators):
+    translator = translators["transformer"]
+    usual = translator.translate(SOURCES[:8], num_hypotheses=3)
+    shortest = min(len(h.tokens) for t in usual for h in t.hypotheses)
+    long = translator.translate(SOURCES[:8], num_hypotheses=3, min_length=shortest + 2)
+    assert min(len(h.tokens) for t in long for h in t.hypotheses) >= shortest + 2
+
+    for found in translator.translate(SOURCES[:8], num_hypotheses=3, no_repeat_ngram=2):
+        for hypothesis in found.hypotheses:
+            pairs = list(zip(hypothesis.tokens, hypothesis.tokens[1:], strict=False))
+            assert len(set(pairs)) == len(pairs)
+
+    common = usual[0].hypotheses[0].tokens[0].replace("\u2581", " ").strip() or "a"
+    banned = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([common])[0])
+    for found in translator.translate(SOURCES[:8], num_hypotheses=3, banned_phrases=(common,)):
+        for hypothesis in found.hypotheses:
+            tokens = hypothesis.tokens
+            assert all(tokens[i : i + len(banned)] != banned for i in range(len(tokens)))
+
+    prefix = "ein"
+    forced = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([prefix])[0])
+    some = [prefix, "", prefix, ""]
+    for text, found, plain in zip(some, translator.translate(SOURCES[:4], prefixes=some), usual, strict=False):
+        if text:
+            assert found.tokens[: len(forced)] == forced
+        else:
+            assert found.tokens == plain.tokens
+    repeated = translator.translate(SOURCES[:8], repetition_penalty=5.0)
+    assert different(repeated) > different(usual)
+
+
+def test_unknown_tokens_are_banned(translators):
+    translator = translators["transformer"]
+    params = translator.params
+    sharpened = params | {"target_embedding": {"table": params["target_embedding"]["table"].at[3].multiply(9.0)}}
+    unsure = translator.with_params(sharpened)
+    assert any("<unk>" in t.tokens for t in unsure.translate(SOURCES[:30]))
+    assert not any("<unk>" in t.tokens for t in unsure.translate(SOURCES[:30], ban_unknown=True))
+
+
+def test_coverage_lowers_the_scores_by_what_the_attention_missed(translators):
+    translator = translators["transformer"]
+    beam_one = {"beam_size": 1, "length_penalty": "none"}
+    plain = translator.translate(SOURCES[:6], attention=True, **beam_one)
+    covered = translator.translate(SOURCES[:6], coverage_penalty=0.3, **beam_one)
+    for before, after in zip(plain, covered, strict=True):
+        assert after.tokens == before.tokens
+        given = np.minimum(before.hypotheses[0].attention.sum(axis=0), 1.0)
+        assert after.score == pytest.approx(before.score + 0.3 * np.log(given).sum(), rel=1e-4)
+
+
+def test_attention_comes_with_the_search_and_becomes_an_alignment(translator):
+    (found,) = translator.translate(SOURCES[:1], attention=True, num_hypotheses=2)
+    for hypothesis in found.hypotheses:
+        assert hypothesis.attention.shape == (len(hypothesis.token_scores), len(found.source) + 1)
+        np.testing.assert_allclose(hypothesis.attention.sum(axis=1), 1.0, rtol=1e-5)
+        text = word_alignment(found.source, hypothesis.tokens, hypothesis.attention)
+        pairs = [tuple(map(int, pair.split("-"))) for pair in text.split()]
+        words = SOURCES[0].split()
+        assert all(0 <= s < len(words) for s, _ in pairs) and pairs == sorted(pairs, key=lambda p: (p[1], p[0]))
+    weights = np.array([[0.1, 0.2, 0.7, 0.0], [0.8, 0.1, 0.1, 0.0], [0.0, 0.0, 0.1, 0.9]])
+    assert word_alignment(["\u2581a", "\u2581ro", "se"], ["\u2581x", "\u2581y"], weights) == "1-0 0-1"
+
+
+def test_an_ensemble_averages_probabilities(translators, tmp_path):
+    for name, model in MODELS.items():
+        mesh = translators[name].mesh
+        paths = [tmp_path / f"{name}_{seed}" for seed in (1, 2)]
+        for seed, path in zip((1, 2), paths, strict=True):
+            make_run(path, model, seed)
+        twice = Translator.load([paths[0], paths[0]], mesh)
+        alone = translators[name].translate(SOURCES[:10])
+        for one, two in zip(alone, twice.translate(SOURCES[:10]), strict=True):
+            assert one.tokens == two.tokens and one.score == pytest.approx(two.score, rel=1e-4)
+        both = Translator.load(paths, mesh)
+        (found,) = both.translate(SOURCES[:1])
+        source = TOKENIZERS.source.encode(SOURCES[:1])
+        each = []
+        for path in paths:
+            scores = Scorer(Translator.load(path, mesh)).score_ids(
+                source, [ids_of(found.hypotheses[0])], end=found.hypotheses[0].finished
+            )
+            each.append(np.exp(scores[0].token_scores))
+        np.testing.assert_allclose(np.exp(found.hypotheses[0].token_scores), np.mean(each, axis=0), rtol=1e-4)
+    with pytest.raises(RunFolderError, match="cannot be an ensemble: all need the same section 'model'"):
+        Translator.load([tmp_path / "transformer_1", tmp_path / "recurrent_1"], mesh)
+
+
+def make_run(path: Path, model, seed: int) -> Path:
+    """A run folder with random parameters."""
+    folder = RunFolder(path)
+    tokenizer = TokenizerConfig(vocab_size=60)
+    folder.create(Config(run=str(path), model=model, decoding=DECODING, tokenizer=tokenizer), TOKENIZERS)
+    with Checkpoints(folder.checkpoints, (1, 1)) as checkpoints:
+        checkpoints.save_params(1, params_of(model, seed))
+    return path
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"beam_sise": 3}, "unknown decoding option 'beam_sise'. Did you mean 'beam_size'"),
+        ({"coverage_penalty": -0.1}, "decoding.coverage_penalty must not be negative"),
+        ({"no_repeat_ngram": -1}, "decoding.no_repeat_ngram must not be negative"),
+        ({"repetition_penalty": 0.5}, "decoding.repetition_penalty must be at least 1, got 0.5"),
+        ({"patience": 0.0}, "decoding.patience must be positive"),
+        ({"banned_phrases": (" ",)}, "an empty text cannot be banned"),
+        ({"temperature": 0.5}, r"decoding.temperature \(0.5\) and decoding.method: beam contradict each other"),
+        ({"method": "sampling", "patience": 2.0}, r"patience \(2.0\) and decoding.method: sampling contradict"),
+        ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
+        ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),
+        ({"prefixes": ["", "\u4e2d"]}, "prefix 2 .* has characters that the target vocabulary does not hold"),
+        ({"prefixes": ["", "ein" * 30]}, "leaves no room in an output of at most"),
+        ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
+    ],
+)
+def test_bad_options_are_explained(translators, changes, message):
+    with pytest.raises((ConfigError, InputError), match=message):
+        translators["transformer"].translate(["one", "two"], **changes)
+
+
+def test_attention_of_a_model_without_is_explained():
+    model = RecurrentConfig(hidden_dim=16, attention="none", **SMALL)
+    without = Translator(model, TOKENIZERS, params_of(model, 0), DECODING, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(ConfigError, match="attention needs a model with attention, and this one has none"):
+        without.translate(["one"], attention=True)
+    with pytest.raises(ConfigError, match=r"coverage_penalty \(0.2\) needs a model with attention"):
+        without.translate(["one"], coverage_penalty=0.2)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run", MODELS["transformer"], 1)
+
+
+class Stdin(io.TextIOWrapper):
+    def isatty(self):
+        return False
+
+
+def command(monkeypatch, capsys, arguments: list[str], data: bytes = b"") -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(data)))
+    monkeypatch.setattr(sys, "argv", ["flax-transformer", *arguments])
+    try:
+        code = cli.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_no_line_is_lost_whatever_comes_in(monkeypatch, capsys, run):
+    lines = ["one", "", "\x00\x07\x1b[31m two \x7f", "one " * 25_000, "\ufeffthree", "a\rb", "\u2028", "four"]
+    code, out, err = command(monkeypatch, capsys, ["translate", "--run", str(run)], "\n".join(lines).encode())
+    written = out.split("\n")
+    assert len(written) == len(lines) + 1 and written[-1] == "" and written[1] == ""
+    assert code == 4 and "warning: line 4 is longer than the model's 47 tokens" in err
+    assert f"{len(lines)} sentences, " in err and "sentences/s" in err
+    code, out, err = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\n\xff\xfe\x00\x01\ntwo\n")
+    assert code == 2 and len(out.splitlines()) == 1
+    assert "standard input, line 2: not valid UTF-8" in err
+
+
+def test_objects_and_scores(monkeypatch, capsys, run):
+    arguments = ["translate", "--run", str(run), "--json", "--num-hypotheses", "2", "--alignment"]
+    code, out, _ = command(monkeypatch, capsys, arguments, b"one\n\ntwenty-one\n")
+    assert code == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [len(f["hypotheses"]) for f in found] == [2, 1, 2]
+    best = found[2]["hypotheses"][0]
+    assert sum(best["token_scores"]) < 0 and "-" in best["alignment"] and not found[2]["truncated"]
+    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run), "--scores"], b"twenty-one\n")
+    score, text = out.rstrip("\n").split("\t")
+    assert float(score) == pytest.approx(best["score"], abs=1e-6) and text == best["text"]
+    arguments = ["translate", "--run", str(run), "--beam-size", "1", "--prefix", "ein"]
+    code, out, _ = command(monkeypatch, capsys, arguments, b"one\n")
+    assert code == 0 and out.startswith("ein")
+
+
+def test_an_interrupted_file_is_gone_on_with(monkeypatch, capsys, run, tmp_path):
+    (tmp_path / "in").write_text("".join(f"{s}\n" for s in SOURCES[:20]))
+    arguments = ["translate", "--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert command(monkeypatch, capsys, arguments)[0] == 0
+    whole = (tmp_path / "out").read_text()
+    assert whole.count("\n") == 20
+    (tmp_path / "out").unlink()
+    partial = tmp_path / "out.partial"
+    partial.write_text("".join(whole.splitlines(keepends=True)[:7]) + whole.splitlines()[7][:2])  # cut in a line
+    code, _, err = command(monkeypatch, capsys, arguments)
+    assert code == 2 and "Go on with it by --resume" in err and not (tmp_path / "out").exists()
+    code, _, err = command(monkeypatch, capsys, [*arguments, "--resume"])
+    assert code == 0 and "13 sentences" in err
+    assert (tmp_path / "out").read_text() == whole and not partial.exists()
+    code, _, err = command(monkeypatch, capsys, arguments)
+    assert code == 2 and "is there already" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--scores", "--json"], "--scores and --json contradict each other"),
+        (["--num-hypotheses", "2"], "--num-hypotheses needs --json"),
+        (["--alignment"], "--alignment needs --json"),
+        (["--resume"], "--resume needs --input and --output"),
+        (["--input", "nowhere"], "--input nowhere: there is no such file"),
+        (["--length-penalty", "gnmt:-1"], "needs an exponent of at least 0"),
+    ],
+)
+def test_contradictory_options_are_explained(monkeypatch, capsys, run, arguments, message):
+    code, _, err = command(monkeypatch, capsys, ["translate", "--run", str(run), *arguments])
+    assert code == 2 and message in err.replace("\n", " ")
+
+
+def test_score_command(monkeypatch, capsys, run, tmp_path):
+    (tmp_path / "source").write_text("".join(f"{s}\n" for s in SOURCES[:5]))
+    (tmp_path / "target").write_text("".join(f"{t}\n" for t in TARGETS[:5]))
+    files = ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target")]
+    code, out, err = command(monkeypatch, capsys, ["score", "--run", str(run), *files])
+    expected = Scorer(Translator.load(run)).score(SOURCES[:5], TARGETS[:5])
+    assert code == 0 and [float(line) for line in out.split()] == pytest.approx([s.score for s in expected], rel=1e-4)
+    assert "5 pairs, " in err and "perplexity " in err
+    code, out, _ = command(monkeypatch, capsys, ["score", "--run", str(run), *files, "--json"])
+    assert json.loads(out.splitlines()[0])["tokens"] == expected[0].tokens
