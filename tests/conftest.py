@@ -9,6 +9,9 @@ from jax.sharding import Mesh
 
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 
+# Most of the time goes into compiling small programs: LLVM's optimisations are left out, XLA's own are not. With
+# XLA_FLAGS set, to nothing as well, they are as they are for a user (.ci/run does so in one of its suites).
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
