@@ -37,7 +37,7 @@ from flax_transformer.training.state import abstract_model
 # Sentences that are searched by one call of a program, as a multiple of those that are searched at the same time.
 SENTENCES_A_ROW = 8
 # Empty slots are refilled when they are this share of all: 1 / REFILL_SHARE.
-REFILL_SHARE = 8
+REFILL_SHARE = 16
 
 
 @dataclass(frozen=True)
