@@ -20,7 +20,7 @@ LAYERS = [
     ["run_folder"],
     ["training"],
     ["inference"],
-    ["plots"],
+    ["plots", "interop"],
     ["experiment"],
     ["cli"],
     ["__init__"],

@@ -202,6 +202,19 @@ def test_embeddings_have_a_dropout_of_their_own():
     assert varies(dropout=0.5, embedding_dropout=0.0)
 
 
+def test_a_zero_start_reads_zeros_and_not_the_table():
+    batch = tiny.batch([5, 9], [8, 3])
+    outputs = []
+    for zero_start, factor in ((True, 1.0), (True, 7.0), (False, 7.0), (False, 0.0)):
+        graphdef, params = nnx.split(tiny.transformer(zero_start=zero_start))
+        values = nnx.to_pure_dict(params)
+        table = values["target_embedding"]["table"].at[tiny.VOCABULARY.start_token].multiply(factor)
+        outputs.append(hidden(nnx.merge(graphdef, values | {"target_embedding": {"table": table}}), batch))
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    np.testing.assert_array_equal(outputs[0], outputs[3])
+    assert np.abs(outputs[0] - outputs[2]).max() > 0.01
+
+
 def test_loops_and_rematerialisation_change_no_number_and_save_memory():
     batch = tiny.batch([32] * 32, [6] * 32, source=32, target=6)
 

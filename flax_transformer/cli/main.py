@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from flax_transformer.cli import average, compare, evaluate, prepare, score, train, translate
+from flax_transformer.cli import average, compare, convert, evaluate, prepare, score, train, translate
 from flax_transformer.data.batching import ROW_MULTIPLE
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
 from flax_transformer.user_cache import user_cache
@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     "score": (score.main, "the log-probability of translations that exist already"),
     "evaluate": (evaluate.main, "translate a file and score it against a reference"),
     "average": (average.main, "the mean of several checkpoints as a run folder of its own"),
+    "convert": (convert.main, "a run as a model of Hugging Face (MarianMT)"),
     "compare": (compare.main, "finished runs to one table and two pictures"),
 }
 

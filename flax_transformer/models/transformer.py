@@ -60,6 +60,7 @@ class TransformerConfig:
         attention_dropout: on attention weights.
         activation_dropout: after the activation of the position-wise network.
         vocab_multiple: the vocabulary is padded to a multiple of this many rows.
+        zero_start: the start token's vector is zero, as in Marian's models, and not learnt.
         scan_layers: in training, run the layers of a stack in a loop that is compiled once, rather than one after the
             other: deep models compile sooner, and run a little slower.
         rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again: less
@@ -88,6 +89,7 @@ class TransformerConfig:
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
     vocab_multiple: int = 8
+    zero_start: bool = False
     scan_layers: bool = False
     rematerialize: bool = False
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,12 +131,13 @@ def _dtypes(config: TransformerConfig) -> dict[str, jnp.dtype]:
     return {"param_dtype": jnp.dtype(config.param_dtype), "compute_dtype": jnp.dtype(config.compute_dtype)}
 
 
-def _input(config: TransformerConfig, max_length: int, rngs: nnx.Rngs) -> InputEmbedding:
+def _input(config: TransformerConfig, max_length: int, rngs: nnx.Rngs, zero_token: int | None = None) -> InputEmbedding:
     return InputEmbedding(
         config.positions,
         max_length,
         config.model_dim,
         dropout_rate=config.dropout if config.embedding_dropout is None else config.embedding_dropout,
+        zero_token=zero_token,
         **_dtypes(config),
         rngs=rngs,
     )
@@ -324,14 +327,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Positions, then a stack of decoder layers."""
+    """Positions, then a stack of decoder layers; a start token is given where it is read as zeros."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, zero_start_token: int | None, *, rngs: nnx.Rngs):
         self.config = config
         self.num_layers = config.num_decoder_layers
         self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.input = _input(config, config.max_target_length, rngs)
+        self.input = _input(config, config.max_target_length, rngs, zero_start_token)
         self.layers = _stack(lambda r: DecoderLayer(config, rngs=r), config.num_decoder_layers, rngs)
         self.norm = _final_norm(config)
 
@@ -431,7 +434,7 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
         self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.decoder = Decoder(config, start_token if config.zero_start else None, rngs=rngs)
 
     @property
     def max_source_length(self) -> int:
@@ -466,7 +469,10 @@ class Transformer(nnx.Module):
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
-        return OutputProjection(embedding.table[...], None, self.target_vocab_size)
+        kernel = embedding.table[...]
+        if self.config.zero_start:  # the vector is zero in both of the table's uses
+            kernel = kernel.at[self.start_token].set(0.0)
+        return OutputProjection(kernel, None, self.target_vocab_size)
 
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int) -> DecodeState:
         """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""

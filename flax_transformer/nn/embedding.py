@@ -72,7 +72,8 @@ def make_embeddings(
 class InputEmbedding(nnx.Module):
     """Adds positions to token vectors and applies dropout: what enters the first layer of a stack.
 
-    The token table is handed in at each call, since encoder, decoder and output projection may share one.
+    The token table is handed in at each call, since encoder, decoder and output projection may share one. A token that
+    is named as `zero_token` has zeros for its vector, whatever the table says.
 
     References:
         Vaswani et al. 2017, sections 3.4, 3.5 and 5.4.
@@ -87,10 +88,12 @@ class InputEmbedding(nnx.Module):
         dropout_rate: float,
         param_dtype: jnp.dtype,
         compute_dtype: jnp.dtype,
+        zero_token: int | None = None,
         rngs: nnx.Rngs,
     ):
         self.dropout_rate = dropout_rate
         self.compute_dtype = compute_dtype
+        self.zero_token = zero_token
         if positions == "sinusoidal":
             self.positions = SinusoidalPositions(max_length, dim)
         else:
@@ -104,7 +107,10 @@ class InputEmbedding(nnx.Module):
         key: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns token vectors plus positions, after dropout, in `compute_dtype`."""
-        vectors = embedding(tokens).astype(jnp.float32) + self.positions(positions).astype(jnp.float32)
+        vectors = embedding(tokens).astype(jnp.float32)
+        if self.zero_token is not None:
+            vectors = jnp.where((tokens == self.zero_token)[..., None], 0.0, vectors)
+        vectors = vectors + self.positions(positions).astype(jnp.float32)
         vectors = constrain(vectors.astype(self.compute_dtype), "batch", "length", "activation_embed")
         return dropout(vectors, self.dropout_rate, key)
 

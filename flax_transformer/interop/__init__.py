@@ -1,0 +1,1 @@
+"""Other systems' model files, from and to run folders."""

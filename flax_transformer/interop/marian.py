@@ -1,0 +1,276 @@
+"""A run as a folder that Hugging Face's `MarianMTModel` and `MarianTokenizer` load.
+
+One table says which of their parameters is which of ours, and how it is laid out; anything left over on either side is
+an error. The vocabulary is put in Marian's order: `</s>` first, then `<unk>` and the pieces, our padding token as
+`<unused>`, and the start token last, which there is `<pad>`: the decoder begins with it in both.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer, TokenizerPair
+from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.translator import Translator
+from flax_transformer.models.build import ModelConfig
+from flax_transformer.models.transformer import TransformerConfig
+
+Flat = dict[str, np.ndarray]
+
+# Ours (within a layer) -> theirs.
+ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+LAYER = {
+    "self_attention": "self_attn",
+    "self_attention_residual/norm": "self_attn_layer_norm",
+    "cross_attention": "encoder_attn",
+    "cross_attention_residual/norm": "encoder_attn_layer_norm",
+    "feed_forward/up": "fc1",
+    "feed_forward/down": "fc2",
+    "feed_forward_residual/norm": "final_layer_norm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of the table.
+
+    Attributes:
+        theirs: name in their file.
+        ours: path in our parameters.
+        layer: of the stack, or None for a parameter that is not stacked.
+        export: from our array (of that layer) to theirs.
+    """
+
+    theirs: str
+    ours: str
+    layer: int | None
+    export: Callable[[np.ndarray], np.ndarray]
+
+
+def same(x: np.ndarray) -> np.ndarray:
+    """Returns the array as it is."""
+    return x
+
+
+def linear_table(theirs: str, ours: str, layer: int, inputs: int) -> list[Entry]:
+    """Returns the entries of a linear layer whose kernel has `inputs` leading input axes; theirs is [out, in]."""
+
+    def kernel(x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x.reshape(int(np.prod(x.shape[:inputs])), -1).T)
+
+    return [
+        Entry(f"{theirs}.weight", f"{ours}/kernel", layer, kernel),
+        Entry(f"{theirs}.bias", f"{ours}/bias", layer, lambda x: x.reshape(-1)),
+    ]
+
+
+def layer_table(stack: str, layer: int) -> list[Entry]:
+    """Returns the entries of one layer of the encoder or the decoder."""
+    table = []
+    for ours, theirs in LAYER.items():
+        if ours.startswith("cross") and stack == "encoder":
+            continue
+        to, of = f"model.{stack}.layers.{layer}.{theirs}", f"{stack}/layers/{ours}"
+        if ours.endswith("norm"):
+            table += [Entry(f"{to}.weight", f"{of}/scale", layer, same), Entry(f"{to}.bias", f"{of}/bias", layer, same)]
+        elif ours.endswith("attention"):
+            for part, name in ATTENTION.items():
+                table += linear_table(f"{to}.{name}", f"{of}/{part}", layer, 2 if part == "output" else 1)
+        else:
+            table += linear_table(to, of, layer, 1)
+    return table
+
+
+def embedding_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> list[Entry]:
+    """Returns the entries of embeddings; `order` gives for each side the rows of our table in Marian's order."""
+
+    def rows(side: str) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda table: np.ascontiguousarray(table[order[side]])
+
+    if config.share_embeddings == "all":
+        return [Entry("model.shared.weight", "target_embedding/table", None, rows("target"))]
+    table = [
+        Entry("model.encoder.embed_tokens.weight", "source_embedding/table", None, rows("source")),
+        Entry("model.decoder.embed_tokens.weight", "target_embedding/table", None, rows("target")),
+    ]
+    if config.share_embeddings == "none":
+        table.append(Entry("lm_head.weight", "output_embedding/table", None, rows("target")))
+    return table
+
+
+def check_expressible(config: ModelConfig) -> TransformerConfig:
+    """Returns the configuration if Marian has all of its options.
+
+    Raises:
+        ConfigError: an option that Marian does not have.
+    """
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(f"model.kind: {config.kind} cannot be written as a MarianMT model, which is a Transformer.")
+    for name, value in (("norm_order", "post"), ("positions", "sinusoidal"), ("norm_epsilon", 1e-5)):
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"model.{name}: {getattr(config, name)} cannot be written as a MarianMT model: that has {value}. "
+                f"Train with model.{name}: {value}."
+            )
+    return config
+
+
+def marian_order(tokenizer: Tokenizer) -> np.ndarray:
+    """Returns our ids in the order of Marian's."""
+    pieces = np.arange(NUM_SPECIAL, tokenizer.vocab_size)
+    return np.array([END_ID, UNKNOWN_ID, *pieces, PAD_ID, START_ID])
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns Marian's vocabulary: each piece and its id there."""
+    names = tokenizer.pieces(marian_order(tokenizer).tolist())
+    names[0], names[1], names[-2], names[-1] = "</s>", "<unk>", "<unused>", "<pad>"
+    return {name: number for number, name in enumerate(names)}
+
+
+def flatten(params: Any, prefix: str = "") -> Flat:
+    """Returns the leaves of a nested dict by their paths."""
+    flat: Flat = {}
+    for name, value in params.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        if isinstance(value, dict):
+            flat |= flatten(value, path)
+        else:
+            flat[path] = np.asarray(value)
+    return flat
+
+
+def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params: Any) -> Flat:
+    """Returns Marian's parameters by their names, in float32.
+
+    Raises:
+        InputError: a parameter of ours that has no place there.
+    """
+    order = {"source": marian_order(tokenizers.source), "target": marian_order(tokenizers.target)}
+    table = embedding_table(config, order)
+    for stack, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        for layer in range(depth):
+            table += layer_table(stack, layer)
+    ours = flatten(params)
+    for name in {"target_embedding/table", "output_embedding/table"} & set(ours) if config.zero_start else ():
+        ours[name] = np.where(np.arange(len(ours[name]))[:, None] == START_ID, 0, ours[name])
+    if unused := sorted(set(ours) - {entry.ours for entry in table}):
+        raise InputError(f"these parameters have no place in a MarianMT model: {', '.join(unused)}.")
+    weights = {}
+    for entry in table:
+        value = ours[entry.ours] if entry.layer is None else ours[entry.ours][entry.layer]
+        weights[entry.theirs] = np.asarray(entry.export(value), np.float32)
+    weights["final_logits_bias"] = np.zeros((1, len(order["target"])), np.float32)
+    return weights
+
+
+def export_config(config: TransformerConfig, tokenizers: TokenizerPair) -> dict[str, Any]:
+    """Returns the contents of their config.json."""
+    source_size, target_size = len(marian_order(tokenizers.source)), len(marian_order(tokenizers.target))
+    return {
+        "architectures": ["MarianMTModel"],
+        "model_type": "marian",
+        "is_encoder_decoder": True,
+        "vocab_size": source_size,
+        "decoder_vocab_size": target_size,
+        "share_encoder_decoder_embeddings": config.share_embeddings == "all",
+        "tie_word_embeddings": config.share_embeddings != "none",
+        "d_model": config.model_dim,
+        "encoder_layers": config.num_encoder_layers,
+        "decoder_layers": config.num_decoder_layers,
+        "encoder_attention_heads": config.num_heads,
+        "decoder_attention_heads": config.num_heads,
+        "encoder_ffn_dim": config.feed_forward_dim,
+        "decoder_ffn_dim": config.feed_forward_dim,
+        "activation_function": config.activation,
+        "scale_embedding": True,
+        "static_position_embeddings": True,
+        "normalize_before": False,
+        "normalize_embedding": False,
+        "add_final_layer_norm": False,
+        "max_position_embeddings": max(config.max_source_length, config.max_target_length),
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation_dropout": config.activation_dropout,
+        "eos_token_id": 0,
+        "forced_eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": target_size - 1,
+        "decoder_start_token_id": target_size - 1,
+        "use_cache": True,
+    }
+
+
+def export_generation(translator: Translator) -> dict[str, Any]:
+    """Returns the contents of their generation_config.json; a length penalty that they do not have is left out."""
+    size = len(marian_order(translator.tokenizers.target))
+    penalty = LengthPenalty.parse(translator.decoding.length_penalty)
+    values: dict[str, Any] = {
+        "eos_token_id": 0,
+        "pad_token_id": size - 1,
+        "decoder_start_token_id": size - 1,
+        "bad_words_ids": [[size - 1], [size - 2]],
+        "num_beams": translator.decoding.beam_size,
+        "early_stopping": "never",
+        "max_length": translator.max_target_length + 1,  # theirs counts the start token
+    }
+    if penalty.name != "gnmt":
+        values["length_penalty"] = penalty.exponent
+    return values
+
+
+def write_marian(translator: Translator, model: ModelConfig, output: Path) -> None:
+    """Writes a folder that `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` read.
+
+    Raises:
+        ConfigError: an option of the model that Marian does not have, or the package safetensors is missing.
+        InputError: the folder is there already.
+    """
+    config = check_expressible(model)
+    if output.exists():
+        raise InputError(f"{output} is there already. Choose another folder.")
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise ConfigError("writing a MarianMT model needs the package safetensors: pip install safetensors.") from error
+    tokenizers = translator.tokenizers
+    weights = export_weights(config, tokenizers, translator.params)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
+    try:
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "source.spm").write_bytes(tokenizers.source.model)
+        (partial / "target.spm").write_bytes(tokenizers.target.model)
+        files: dict[str, Any] = {
+            "config.json": export_config(config, tokenizers),
+            "generation_config.json": export_generation(translator),
+            "vocab.json": vocabulary(tokenizers.source),
+            "tokenizer_config.json": {
+                "tokenizer_class": "MarianTokenizer",
+                "model_max_length": config.max_source_length,
+                "separate_vocabs": not tokenizers.joint,
+            },
+        }
+        if not tokenizers.joint:
+            files["target_vocab.json"] = vocabulary(tokenizers.target)
+        for name, contents in files.items():
+            text = json.dumps(contents, ensure_ascii=False, indent=2)
+            (partial / name).write_text(f"{text}\n", encoding="utf-8")
+        partial.chmod(0o755)
+        os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def pieces_to_marian(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Returns ids of ours as ids of Marian's."""
+    place = np.argsort(marian_order(tokenizer))
+    return place[np.asarray(ids, np.int64)].tolist()
