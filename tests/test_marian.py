@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import re
+import sys
+from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
-from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
+from flax_transformer.cli import main as cli
+from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import export_weights, pieces_to_marian, vocabulary, write_marian
+from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
@@ -63,7 +69,7 @@ def test_a_folder_is_written_whole(translator, tmp_path):
     names = {p.name for p in (tmp_path / "made" / "marian").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "source.spm", "target.spm", "vocab.json",
-        "tokenizer_config.json",
+        "target_vocab.json", "tokenizer_config.json",
     }  # fmt: skip
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["marian"]
     config = json.loads((tmp_path / "made" / "marian" / "config.json").read_text())
@@ -100,3 +106,134 @@ def test_options_that_marian_does_not_have_are_named(translator, tmp_path, model
 
 def test_sentences_for_the_live_comparison_are_there():
     assert len(ALIKE) >= 50
+
+
+# --- and back
+
+
+@pytest.mark.parametrize("share", ["all", "target_output", "none"])
+def test_a_run_comes_back_to_the_bit(share, tmp_path, one_device):
+    model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2)
+    params = params_of(model, 2)
+    for table in ("source_embedding", "target_embedding", "output_embedding"):  # rows of padding are not the model's
+        if table in params:
+            params[table]["table"] = params[table]["table"].at[60:].set(0.0)
+    write_marian(Translator(model, TOKENIZERS, params, DECODING, one_device), model, tmp_path / "marian")
+    run = read_marian(tmp_path / "marian", tmp_path / "run")
+    back = Translator.load(run.path, one_device)
+    chex.assert_trees_all_equal(back.params, params)
+    assert back.tokenizers.fingerprint == TOKENIZERS.fingerprint
+    changed = {"max_source_length": 48, "max_target_length": 48, "vocab_multiple": 8}
+    assert dataclasses.replace(run.read_config().model, **changed) == model
+
+
+def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_device, monkeypatch, capsys):
+    """Made by hand: no <unused>, an output bias, language tokens, a zero start, vocabularies of the two sides in one."""
+    folder = foreign_marian(tmp_path / "theirs")
+    run = read_marian(folder, tmp_path / "run")
+    config = run.read_config()
+    assert config.model.output_bias and config.model.zero_start and config.tokenizer.joint
+    (ids,) = run.tokenizers().source.encode([">>deu<< " + SOURCES[0]])
+    words = json.loads((folder / "vocab.json").read_text())
+    named = run.tokenizers().source.pieces(ids)
+    assert named[0] == "\u2581>>deu<<" and set(named[1:]) <= set(words)
+    translator = Translator.load(run.path, one_device)
+    assert all(0 <= h.score + 100 for t in translator.translate(SOURCES[:3]) for h in t.hypotheses)
+    write_marian(translator, config.model, tmp_path / "again")
+    first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert set(second) == set(first)
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value, err_msg=name)
+    assert json.loads((tmp_path / "again" / "vocab.json").read_text()) == words
+    monkeypatch.setattr(
+        sys, "argv", ["flax-transformer", "convert", "from-hf", "--folder", str(folder), "--output", str(run.path)]
+    )
+    assert cli.main() == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def foreign_marian(folder: Path) -> Path:
+    """A MarianMT folder as transformers makes them, of random parameters."""
+    folder.mkdir()
+    sides = {"source": SOURCES, "target": TARGETS}
+    pieces: list[str] = []
+    for side, text in sides.items():
+        model = Tokenizer.train(text, TokenizerConfig(vocab_size=40))
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(model.model)
+        del proto.pieces[:2]  # theirs have no padding and no start: <unk> and </s> alone
+        proto.trainer_spec.pad_id = proto.trainer_spec.bos_id = -1
+        proto.trainer_spec.eos_id, proto.trainer_spec.unk_id = 0, 1
+        (folder / f"{side}.spm").write_bytes(proto.SerializeToString())
+        pieces += [p.piece for p in proto.pieces[2:] if p.piece not in pieces]
+    names = ["</s>", "<unk>", *pieces, ">>deu<<", "<pad>"]
+    (folder / "vocab.json").write_text(json.dumps({name: n for n, name in enumerate(names)}))
+    size = len(names)
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32) * 0.3
+
+    weights = {"model.shared.weight": draw(size, 16), "final_logits_bias": draw(1, size)}
+    weights["model.shared.weight"][-1] = 0.0
+    for stack in ("encoder", "decoder"):
+        prefix = f"model.{stack}.layers.0"
+        attentions = ["self_attn"] + ["encoder_attn"] * (stack == "decoder")
+        for attention in attentions:
+            for part in ("q", "k", "v", "out"):
+                weights[f"{prefix}.{attention}.{part}_proj.weight"] = draw(16, 16)
+                weights[f"{prefix}.{attention}.{part}_proj.bias"] = draw(16)
+            weights[f"{prefix}.{attention}_layer_norm.weight"] = 1 + draw(16)
+            weights[f"{prefix}.{attention}_layer_norm.bias"] = draw(16)
+        for name, shape in (("fc1", (32, 16)), ("fc2", (16, 32))):
+            weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{name}.bias"] = draw(*shape), draw(shape[0])
+        weights[f"{prefix}.final_layer_norm.weight"] = 1 + draw(16)
+        weights[f"{prefix}.final_layer_norm.bias"] = draw(16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["MarianMTModel"], "model_type": "marian", "is_encoder_decoder": True, "vocab_size": size,
+        "decoder_vocab_size": size, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+        "activation_function": "swish", "scale_embedding": True, "max_position_embeddings": 64, "eos_token_id": 0,
+        "pad_token_id": size - 1, "decoder_start_token_id": size - 1, "forced_eos_token_id": 0,
+        "share_encoder_decoder_embeddings": True, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "bart"}, "config.json is of a model of type 'bart'"),
+        ({"normalize_before": True}, "config.json: normalize_before: True cannot be taken over"),
+        ({"encoder_ffn_dim": 64}, "encoder_ffn_dim and decoder_ffn_dim differ"),
+        (
+            {"activation_function": "tanh"},
+            "activation_function 'tanh' cannot be taken over; relu, gelu, swish, silu can",
+        ),
+        ({"decoder_start_token_id": 0}, "decoder_start_token_id is not pad_token_id"),
+        (
+            {"encoder_layers": 2},
+            "do not fit its config.json: model.encoder.layers.1.self_attn.q_proj.weight is missing",
+        ),
+        ({"decoder_layers": 0}, "must be at least 1"),
+        ({"d_model": 32}, r"model.shared.weight has shape .*fc2.weight has shape"),
+    ],
+)
+def test_models_that_cannot_be_taken_over_are_explained(tmp_path, changes, message):
+    folder = foreign_marian(tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((ConfigError, InputError), match=message):
+        read_marian(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "source.spm", "model.safetensors"])
+def test_files_that_are_missing_are_named(tmp_path, name):
+    folder = foreign_marian(tmp_path / "theirs")
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=name.replace("model.", "neither model.")):
+        read_marian(folder, tmp_path / "run")

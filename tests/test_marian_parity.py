@@ -1,6 +1,7 @@
 """A run that was converted, in Hugging Face's own MarianMT: token ids, logits, and what a beam search finds."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,11 @@ from flax_transformer.data.synthetic import english_number_words
 from flax_transformer.data.tokenizer import END_ID, START_ID
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import pieces_to_marian, write_marian
+from flax_transformer.interop.marian_reader import our_order, read_marian
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from tests.test_marian import foreign_marian
 
 pytestmark = [
     pytest.mark.parity,
@@ -95,3 +98,53 @@ def test_a_beam_of_four_finds_the_same(pair):
             assert row[1 : 1 + len(expected)] == expected
             compared += 1
     assert compared >= 200
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A model that transformers wrote itself: two SentencePiece models, one vocabulary, a language token, a bias."""
+    transformers = pytest.importorskip("transformers")
+    folder = foreign_marian(tmp_path_factory.mktemp("foreign") / "theirs")
+    theirs = transformers.MarianMTModel.from_pretrained(folder).eval()
+    tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
+    saved = folder.parent / "saved"
+    theirs.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    run = read_marian(saved, folder.parent / "run")
+    ours = Translator.load(run.path, make_mesh(MeshConfig()))
+    words = json.loads((saved / "vocab.json").read_text())
+    order, _ = our_order(words, theirs.config.pad_token_id, 0)
+    return ours, theirs, tokenizer, order
+
+
+def test_a_model_of_theirs_has_equal_ids(foreign):
+    ours, _, tokenizer, order = foreign
+    text = [*SOURCES, *(f">>deu<< {s}" for s in SOURCES[:20]), "unknown: \u4e2d\u6587 x"]
+    found = [order[ids].tolist() for ids in tokenizer(text)["input_ids"]]
+    assert found == [[*ids, END_ID] for ids in ours.tokenizers.source.encode(text)]
+    found = [order[ids].tolist() for ids in tokenizer(text_target=TARGETS)["input_ids"]]
+    assert found == [[*ids, END_ID] for ids in ours.tokenizers.target.encode(TARGETS)]
+
+
+def test_a_model_of_theirs_finds_the_same(foreign):
+    import torch
+
+    ours, theirs, tokenizer, order = foreign
+    compared = 0
+    for start in range(0, 240, 60):
+        chunk = SOURCES[start : start + 60]
+        with torch.no_grad():
+            made = theirs.generate(
+                **tokenizer(chunk, return_tensors="pt", padding=True), num_beams=4, length_penalty=1.0,
+                early_stopping="never", max_length=LONGEST + 1, forced_eos_token_id=None,
+                bad_words_ids=[[theirs.config.pad_token_id]],
+            )  # fmt: skip
+        settings = {"beam_size": 4, "length_penalty": "average:1.0", "max_length_factor": 0.0}
+        for found, row in zip(ours.translate(chunk, max_length_offset=LONGEST, **settings), made.tolist(), strict=True):
+            best = found.hypotheses[0]
+            if not best.finished:
+                continue
+            ids = [ours.tokenizers.target._processor.piece_to_id(piece) for piece in best.tokens]
+            assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, END_ID]
+            compared += 1
+    assert compared >= 100

@@ -1,17 +1,19 @@
-"""convert: a run as another system's model."""
+"""convert: a run as another system's model, and the other way round."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, did_you_mean
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
+from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
-USAGE = "flax-transformer convert to-hf --run RUN --output FOLDER"
+USAGE = "flax-transformer convert to-hf --run RUN --output FOLDER, or convert from-hf --folder FOLDER --output RUN"
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,45 @@ class ToHfOptions:
     checkpoint: Choice = "best"
 
 
+@dataclass(frozen=True)
+class FromHfOptions:
+    """Makes a run folder of a MarianMT model's folder.
+
+    Attributes:
+        folder: with config.json, model.safetensors (or pytorch_model.bin), vocab.json, source.spm and target.spm.
+        output: run folder to make; it must not be there yet.
+    """
+
+    folder: Path
+    output: Path
+
+
+def to_hf(arguments: list[str], program: str) -> None:
+    """Writes a run as a MarianMT folder."""
+    options = tyro.cli(ToHfOptions, args=arguments, prog=program)
+    model = RunFolder.open(options.run).read_config().model
+    write_marian(Translator.load(options.run, checkpoint=options.checkpoint), model, options.output)
+    print(f"{options.output}: a MarianMT model of {options.run}")
+
+
+def from_hf(arguments: list[str], program: str) -> None:
+    """Makes a run of a MarianMT folder."""
+    options = tyro.cli(FromHfOptions, args=arguments, prog=program)
+    run = read_marian(options.folder, options.output)
+    print(f"{options.output}: {run.read_config().model.description} of {options.folder}")
+
+
+DIRECTIONS: dict[str, Callable[[list[str], str], None]] = {"to-hf": to_hf, "from-hf": from_hf}
+
+
 def main(arguments: list[str], program: str) -> int:
     """Returns the exit code.
 
     Raises:
-        InputError: a bad run folder, or a model that cannot be converted.
+        InputError: a bad folder, or a model that cannot be converted.
     """
-    if not arguments or arguments[0] != "to-hf":
-        raise ConfigError(f"say what to convert to: {USAGE}")
-    options = tyro.cli(ToHfOptions, args=arguments[1:], prog=f"{program} to-hf")
-    model = RunFolder.open(options.run).read_config().model
-    write_marian(Translator.load(options.run, checkpoint=options.checkpoint), model, options.output)
-    print(f"{options.output}: a MarianMT model of {options.run}")
+    direction = arguments[0] if arguments else ""
+    if direction not in DIRECTIONS:
+        raise ConfigError(f"say what to convert: {USAGE}.{did_you_mean(direction, DIRECTIONS)}")
+    DIRECTIONS[direction](arguments[1:], f"{program} {direction}")
     return 0

@@ -24,6 +24,7 @@ from flax_transformer.errors import ConfigError, DivergenceError, InputError, Ru
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import (
     MeshConfig,
     all_devices_sharding,
@@ -137,6 +138,8 @@ class Translator:
         self.max_source_length = model.max_source_length
         self.max_target_length = model.max_target_length
         self.has_attention = not (isinstance(model, RecurrentConfig) and model.attention == "none")
+        # A model taken over from Marian was never taught that its start token is no output.
+        self.bans_start = isinstance(model, TransformerConfig) and model.output_bias
         self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = jax.device_put(params, replicated_sharding(mesh))
@@ -366,8 +369,9 @@ class Translator:
             min_lengths[place] = decoding.min_length + 1
             seeds_of_rows[place] = seed
             forced[place, : len(prefix)] = prefix
-        banned = np.zeros(self.tokenizers.target.vocab_size if decoding.ban_unknown else 0, bool)
-        banned[UNKNOWN_ID : UNKNOWN_ID + 1] = True
+        bans = [START_ID] * self.bans_start + [UNKNOWN_ID] * decoding.ban_unknown
+        banned = np.zeros(self.tokenizers.target.vocab_size if bans else 0, bool)
+        banned[bans] = True
         sharded = all_devices_sharding(self.mesh)
         inputs = SearchInputs(
             tokens=jax.device_put(tokens, sharded),

@@ -1,13 +1,16 @@
-"""A run as a folder that Hugging Face's `MarianMTModel` and `MarianTokenizer` load.
+"""A run as a folder that Hugging Face's `MarianMTModel` and `MarianTokenizer` load, and such a folder as a run.
 
 One table says which of their parameters is which of ours, and how it is laid out; anything left over on either side is
-an error. The vocabulary is put in Marian's order: `</s>` first, then `<unk>` and the pieces, our padding token as
-`<unused>`, and the start token last, which there is `<pad>`: the decoder begins with it in both.
+an error. The vocabulary is written in Marian's order: `</s>` first, then `<unk>` and the pieces, our padding token as
+`<unused>`, and the start token last, which there is `<pad>`: the decoder begins with it in both. What is read may have
+any order; our four special tokens come first then, and the others keep theirs. A model that knows no `<unused>` gets a
+row for it that is as good as never chosen, and is written without it.
 """
 
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,11 +22,17 @@ import numpy as np
 from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer, TokenizerPair
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.alignment import WORD_START
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 
 Flat = dict[str, np.ndarray]
+
+# Their name for our padding token, which no output has.
+UNUSED = "<unused>"
+# Output bias of a padding token that was added to a model: as good as never, and small enough for a mean over tokens.
+NEVER = np.float32(-30.0)
 
 # Ours (within a layer) -> theirs.
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
@@ -47,17 +56,24 @@ class Entry:
         ours: path in our parameters.
         layer: of the stack, or None for a parameter that is not stacked.
         export: from our array (of that layer) to theirs.
+        load: from their array, and the shape of ours, to ours.
     """
 
     theirs: str
     ours: str
     layer: int | None
     export: Callable[[np.ndarray], np.ndarray]
+    load: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
-def same(x: np.ndarray) -> np.ndarray:
-    """Returns the array as it is."""
-    return x
+def flat(x: np.ndarray) -> np.ndarray:
+    """Returns the array with one axis."""
+    return x.reshape(-1)
+
+
+def reshaped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the array in another shape."""
+    return x.reshape(shape)
 
 
 def linear_table(theirs: str, ours: str, layer: int, inputs: int) -> list[Entry]:
@@ -66,9 +82,12 @@ def linear_table(theirs: str, ours: str, layer: int, inputs: int) -> list[Entry]
     def kernel(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x.reshape(int(np.prod(x.shape[:inputs])), -1).T)
 
+    def load(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return x.T.reshape(shape)
+
     return [
-        Entry(f"{theirs}.weight", f"{ours}/kernel", layer, kernel),
-        Entry(f"{theirs}.bias", f"{ours}/bias", layer, lambda x: x.reshape(-1)),
+        Entry(f"{theirs}.weight", f"{ours}/kernel", layer, kernel, load),
+        Entry(f"{theirs}.bias", f"{ours}/bias", layer, flat, reshaped),
     ]
 
 
@@ -80,7 +99,10 @@ def layer_table(stack: str, layer: int) -> list[Entry]:
             continue
         to, of = f"model.{stack}.layers.{layer}.{theirs}", f"{stack}/layers/{ours}"
         if ours.endswith("norm"):
-            table += [Entry(f"{to}.weight", f"{of}/scale", layer, same), Entry(f"{to}.bias", f"{of}/bias", layer, same)]
+            table += [
+                Entry(f"{to}.{theirs_name}", f"{of}/{name}", layer, flat, reshaped)
+                for theirs_name, name in (("weight", "scale"), ("bias", "bias"))
+            ]
         elif ours.endswith("attention"):
             for part, name in ATTENTION.items():
                 table += linear_table(f"{to}.{name}", f"{of}/{part}", layer, 2 if part == "output" else 1)
@@ -89,20 +111,40 @@ def layer_table(stack: str, layer: int) -> list[Entry]:
     return table
 
 
-def embedding_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> list[Entry]:
-    """Returns the entries of embeddings; `order` gives for each side the rows of our table in Marian's order."""
+def vocabulary_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> list[Entry]:
+    """Returns the entries with a row for each token; `order` gives for each side our ids in their order."""
 
-    def rows(side: str) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda table: np.ascontiguousarray(table[order[side]])
+    def entry(theirs: str, ours: str, side: str) -> Entry:
+        def export(rows: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(rows[order[side]])
+
+        def load(theirs_rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+            rows = np.zeros(shape, theirs_rows.dtype)
+            rows[order[side]] = theirs_rows
+            return rows
+
+        return Entry(theirs, ours, None, export, load)
 
     if config.share_embeddings == "all":
-        return [Entry("model.shared.weight", "target_embedding/table", None, rows("target"))]
-    table = [
-        Entry("model.encoder.embed_tokens.weight", "source_embedding/table", None, rows("source")),
-        Entry("model.decoder.embed_tokens.weight", "target_embedding/table", None, rows("target")),
-    ]
+        table = [entry("model.shared.weight", "target_embedding/table", "target")]
+    else:
+        table = [
+            entry("model.encoder.embed_tokens.weight", "source_embedding/table", "source"),
+            entry("model.decoder.embed_tokens.weight", "target_embedding/table", "target"),
+        ]
     if config.share_embeddings == "none":
-        table.append(Entry("lm_head.weight", "output_embedding/table", None, rows("target")))
+        table.append(entry("lm_head.weight", "output_embedding/table", "target"))
+    if config.output_bias:
+        table.append(entry("final_logits_bias", "output_bias", "target"))
+    return table
+
+
+def parameter_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> list[Entry]:
+    """Returns the whole table; `order` as for `vocabulary_table`."""
+    table = vocabulary_table(config, order)
+    for stack, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        for layer in range(depth):
+            table += layer_table(stack, layer)
     return table
 
 
@@ -123,17 +165,29 @@ def check_expressible(config: ModelConfig) -> TransformerConfig:
     return config
 
 
-def marian_order(tokenizer: Tokenizer) -> np.ndarray:
-    """Returns our ids in the order of Marian's."""
+def marian_order(tokenizer: Tokenizer, with_unused: bool = True) -> np.ndarray:
+    """Returns our ids in the order in which they are written; `with_unused` says whether our padding is one of them."""
     pieces = np.arange(NUM_SPECIAL, tokenizer.vocab_size)
-    return np.array([END_ID, UNKNOWN_ID, *pieces, PAD_ID, START_ID])
+    return np.array([END_ID, UNKNOWN_ID, *pieces, *([PAD_ID] if with_unused else []), START_ID])
 
 
-def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns Marian's vocabulary: each piece and its id there."""
-    names = tokenizer.pieces(marian_order(tokenizer).tolist())
-    names[0], names[1], names[-2], names[-1] = "</s>", "<unk>", "<unused>", "<pad>"
-    return {name: number for number, name in enumerate(names)}
+def vocabulary(tokenizer: Tokenizer, with_unused: bool = True) -> dict[str, int]:
+    """Returns the vocabulary as it is written: each piece and its id there."""
+    special = {END_ID: "</s>", UNKNOWN_ID: "<unk>", PAD_ID: UNUSED, START_ID: "<pad>"}
+    order = marian_order(tokenizer, with_unused).tolist()
+    names = [special.get(i, name) for i, name in zip(order, tokenizer.pieces(order), strict=True)]
+    return {code_of(name) or name: number for number, name in enumerate(names)}
+
+
+def code_of(piece: str) -> str | None:
+    """Returns the language token, such as ">>deu<<", that stands in a piece of ours, or None."""
+    found = re.fullmatch(f"{WORD_START}(>>.+<<)", piece)
+    return found[1] if found else None
+
+
+def knows_unused(config: TransformerConfig, params: Any) -> bool:
+    """Returns whether our padding token is one of the model's own, and not a row that was added when it was read."""
+    return not config.output_bias or bool(np.asarray(params["output_bias"])[PAD_ID] != NEVER)
 
 
 def flatten(params: Any, prefix: str = "") -> Flat:
@@ -154,27 +208,27 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
     Raises:
         InputError: a parameter of ours that has no place there.
     """
-    order = {"source": marian_order(tokenizers.source), "target": marian_order(tokenizers.target)}
-    table = embedding_table(config, order)
-    for stack, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        for layer in range(depth):
-            table += layer_table(stack, layer)
+    unused = knows_unused(config, params)
+    order = {side: marian_order(getattr(tokenizers, side), unused) for side in ("source", "target")}
+    table = parameter_table(config, order)
     ours = flatten(params)
     for name in {"target_embedding/table", "output_embedding/table"} & set(ours) if config.zero_start else ():
         ours[name] = np.where(np.arange(len(ours[name]))[:, None] == START_ID, 0, ours[name])
-    if unused := sorted(set(ours) - {entry.ours for entry in table}):
-        raise InputError(f"these parameters have no place in a MarianMT model: {', '.join(unused)}.")
+    if homeless := sorted(set(ours) - {entry.ours for entry in table}):
+        raise InputError(f"these parameters have no place in a MarianMT model: {', '.join(homeless)}.")
     weights = {}
     for entry in table:
         value = ours[entry.ours] if entry.layer is None else ours[entry.ours][entry.layer]
         weights[entry.theirs] = np.asarray(entry.export(value), np.float32)
-    weights["final_logits_bias"] = np.zeros((1, len(order["target"])), np.float32)
-    return weights
+    bias = weights.get("final_logits_bias", np.zeros(len(order["target"]), np.float32))
+    return weights | {"final_logits_bias": bias[None]}
 
 
-def export_config(config: TransformerConfig, tokenizers: TokenizerPair) -> dict[str, Any]:
+def export_config(config: TransformerConfig, tokenizers: TokenizerPair, with_unused: bool) -> dict[str, Any]:
     """Returns the contents of their config.json."""
-    source_size, target_size = len(marian_order(tokenizers.source)), len(marian_order(tokenizers.target))
+    source_size, target_size = (
+        len(marian_order(tokenizer, with_unused)) for tokenizer in (tokenizers.source, tokenizers.target)
+    )
     return {
         "architectures": ["MarianMTModel"],
         "model_type": "marian",
@@ -209,15 +263,15 @@ def export_config(config: TransformerConfig, tokenizers: TokenizerPair) -> dict[
     }
 
 
-def export_generation(translator: Translator) -> dict[str, Any]:
+def export_generation(translator: Translator, with_unused: bool) -> dict[str, Any]:
     """Returns the contents of their generation_config.json; a length penalty that they do not have is left out."""
-    size = len(marian_order(translator.tokenizers.target))
+    size = len(marian_order(translator.tokenizers.target, with_unused))
     penalty = LengthPenalty.parse(translator.decoding.length_penalty)
     values: dict[str, Any] = {
         "eos_token_id": 0,
         "pad_token_id": size - 1,
         "decoder_start_token_id": size - 1,
-        "bad_words_ids": [[size - 1], [size - 2]],
+        "bad_words_ids": [[size - 1], *([[size - 2]] if with_unused else [])],
         "num_beams": translator.decoding.beam_size,
         "early_stopping": "never",
         "max_length": translator.max_target_length + 1,  # theirs counts the start token
@@ -243,6 +297,7 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
         raise ConfigError("writing a MarianMT model needs the package safetensors: pip install safetensors.") from error
     tokenizers = translator.tokenizers
     weights = export_weights(config, tokenizers, translator.params)
+    unused = knows_unused(config, translator.params)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     try:
@@ -250,17 +305,17 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
         (partial / "source.spm").write_bytes(tokenizers.source.model)
         (partial / "target.spm").write_bytes(tokenizers.target.model)
         files: dict[str, Any] = {
-            "config.json": export_config(config, tokenizers),
-            "generation_config.json": export_generation(translator),
-            "vocab.json": vocabulary(tokenizers.source),
+            "config.json": export_config(config, tokenizers, unused),
+            "generation_config.json": export_generation(translator, unused),
+            "vocab.json": vocabulary(tokenizers.source, unused),
             "tokenizer_config.json": {
                 "tokenizer_class": "MarianTokenizer",
                 "model_max_length": config.max_source_length,
-                "separate_vocabs": not tokenizers.joint,
+                "separate_vocabs": config.share_embeddings != "all",
             },
         }
-        if not tokenizers.joint:
-            files["target_vocab.json"] = vocabulary(tokenizers.target)
+        if config.share_embeddings != "all":
+            files["target_vocab.json"] = vocabulary(tokenizers.target, unused)
         for name, contents in files.items():
             text = json.dumps(contents, ensure_ascii=False, indent=2)
             (partial / name).write_text(f"{text}\n", encoding="utf-8")

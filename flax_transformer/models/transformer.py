@@ -20,7 +20,14 @@ from flax_transformer.errors import ConfigError, check_finite
 from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.dropout import check_dropout_rate, split_key
-from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection, ShareKind, make_embeddings
+from flax_transformer.nn.embedding import (
+    Embedding,
+    InputEmbedding,
+    OutputProjection,
+    ShareKind,
+    make_embeddings,
+    padded_rows,
+)
 from flax_transformer.nn.feed_forward import Activation, FeedForward
 from flax_transformer.nn.kv_cache import (
     CrossAttentionCache,
@@ -60,6 +67,7 @@ class TransformerConfig:
         attention_dropout: on attention weights.
         activation_dropout: after the activation of the position-wise network.
         vocab_multiple: the vocabulary is padded to a multiple of this many rows.
+        output_bias: one learnt number is added to each token's logit; models taken over from Marian have it.
         zero_start: the start token's vector is zero, as in Marian's models, and not learnt.
         scan_layers: in training, run the layers of a stack in a loop that is compiled once, rather than one after the
             other: deep models compile sooner, and run a little slower.
@@ -89,6 +97,7 @@ class TransformerConfig:
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
     vocab_multiple: int = 8
+    output_bias: bool = False
     zero_start: bool = False
     scan_layers: bool = False
     rematerialize: bool = False
@@ -433,6 +442,8 @@ class Transformer(nnx.Module):
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
+        bias = jnp.zeros((padded_rows(target_vocab_size, config.vocab_multiple),), jnp.dtype(config.param_dtype))
+        self.output_bias = nnx.Param(bias, logical_axes=("vocab",)) if config.output_bias else None
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, start_token if config.zero_start else None, rngs=rngs)
 
@@ -472,7 +483,8 @@ class Transformer(nnx.Module):
         kernel = embedding.table[...]
         if self.config.zero_start:  # the vector is zero in both of the table's uses
             kernel = kernel.at[self.start_token].set(0.0)
-        return OutputProjection(kernel, None, self.target_vocab_size)
+        bias = None if self.output_bias is None else self.output_bias[...]
+        return OutputProjection(kernel, bias, self.target_vocab_size)
 
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int) -> DecodeState:
         """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""

@@ -1,0 +1,283 @@
+"""A MarianMT folder of Hugging Face as a run folder, which every verb takes and a training can start from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
+
+from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.data.parallel_text import ParallelTextConfig
+from flax_transformer.data.tokenizer import (
+    END_ID,
+    NUM_SPECIAL,
+    PAD_ID,
+    START_ID,
+    UNKNOWN_ID,
+    Tokenizer,
+    TokenizerConfig,
+    TokenizerPair,
+)
+from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.alignment import WORD_START
+from flax_transformer.inference.translator import vocabulary_info
+from flax_transformer.interop.marian import NEVER, UNUSED, parameter_table
+from flax_transformer.models.build import build_model
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Checkpoints
+
+# Their names of activations, and ours.
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
+
+# What our Transformer does in one way alone.
+REQUIRED = {
+    "scale_embedding": True,
+    "normalize_before": False,
+    "normalize_embedding": False,
+    "add_final_layer_norm": False,
+}
+
+sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """Returns the contents of a file.
+
+    Raises:
+        InputError: it is not there, or is no JSON.
+    """
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name} cannot be read: {error}. Is {folder} a MarianMT model's folder?") from error
+
+
+def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
+    """Returns our configuration of a model that their config.json describes.
+
+    Raises:
+        ConfigError: an option that our Transformer does not have.
+    """
+    if theirs.get("model_type") != "marian":
+        raise ConfigError(f"config.json is of a model of type {theirs.get('model_type')!r}; marian can be taken over.")
+    for name, value in REQUIRED.items():
+        if theirs.get(name, value) != value:
+            raise ConfigError(f"config.json: {name}: {theirs[name]} cannot be taken over; {value} can.")
+    for name in ("attention_heads", "ffn_dim"):
+        if theirs[f"encoder_{name}"] != theirs[f"decoder_{name}"]:
+            raise ConfigError(f"config.json: encoder_{name} and decoder_{name} differ, which cannot be taken over.")
+    activation = ACTIVATIONS.get(theirs["activation_function"])
+    if activation is None:
+        raise ConfigError(
+            f"config.json: activation_function {theirs['activation_function']!r} cannot be taken over; "
+            f"{', '.join(ACTIVATIONS)} can."
+        )
+    shared = theirs.get("share_encoder_decoder_embeddings", True)
+    tied = theirs.get("tie_word_embeddings", True)
+    if shared and not tied:
+        raise ConfigError("config.json: one table for both languages but not for the output cannot be taken over.")
+    return TransformerConfig(
+        model_dim=theirs["d_model"],
+        num_heads=theirs["encoder_attention_heads"],
+        feed_forward_dim=theirs["encoder_ffn_dim"],
+        num_encoder_layers=theirs["encoder_layers"],
+        num_decoder_layers=theirs["decoder_layers"],
+        max_source_length=theirs["max_position_embeddings"],
+        max_target_length=theirs["max_position_embeddings"],
+        activation=activation,  # type: ignore[arg-type]  # one of the names
+        share_embeddings="all" if shared else "target_output" if tied else "none",
+        dropout=theirs.get("dropout", 0.1),
+        attention_dropout=theirs.get("attention_dropout", 0.0),
+        activation_dropout=theirs.get("activation_dropout", 0.0),
+    )
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Returns their parameters, in float32.
+
+    Raises:
+        InputError: no file with weights.
+        ConfigError: a package that is needed to read it is missing.
+    """
+    if (folder / "model.safetensors").is_file():
+        try:
+            from safetensors.numpy import load_file
+        except ImportError as error:
+            raise ConfigError(
+                "reading a MarianMT model needs the package safetensors: pip install safetensors."
+            ) from error
+        weights = load_file(folder / "model.safetensors")
+    elif (folder / "pytorch_model.bin").is_file():
+        try:
+            import torch
+        except ImportError as error:
+            raise ConfigError(f"reading {folder / 'pytorch_model.bin'} needs PyTorch: pip install torch.") from error
+        loaded = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        weights = {name: value.float().numpy() for name, value in loaded.items()}
+    else:
+        raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+    weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
+    if "final_logits_bias" in weights:
+        weights["final_logits_bias"] = weights["final_logits_bias"].reshape(-1)
+    return weights
+
+
+def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>") -> tuple[np.ndarray, list[str]]:
+    """Returns, for each of their ids, our id, and the pieces from our id `NUM_SPECIAL` on.
+
+    Raises:
+        InputError: a vocabulary without the unknown token, or whose ids are not 0, 1, 2, ...
+    """
+    names = sorted(words, key=lambda name: words[name])
+    if unknown not in words or [words[name] for name in names] != list(range(len(names))):
+        raise InputError(f"the vocabulary must have the token {unknown} and the ids 0 to {len(words) - 1}.")
+    special = {pad: START_ID, end: END_ID, words[unknown]: UNKNOWN_ID}
+    if UNUSED in words:
+        special[words[UNUSED]] = PAD_ID
+    order, pieces = np.zeros(len(names), np.int64), []
+    for number, name in enumerate(names):
+        order[number] = special.get(number, NUM_SPECIAL + len(pieces))
+        if number not in special:
+            pieces.append(name)
+    return order, pieces
+
+
+def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
+    """Returns a tokenizer that cuts text as a SentencePiece model does, with the ids of a vocabulary.
+
+    Pieces that the vocabulary has and the model has not are never cut; a language token is, with the space before it.
+    """
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    if [p.piece for p in proto.pieces[NUM_SPECIAL:]] == pieces and proto.trainer_spec.eos_id == END_ID:
+        return Tokenizer(model)  # our own
+    known = {piece.piece: piece for piece in proto.pieces}
+    made = [("<pad>", Piece.Type.CONTROL), ("<s>", Piece.Type.CONTROL), ("</s>", Piece.Type.CONTROL)]
+    made.append(("<unk>", Piece.Type.UNKNOWN))
+    taken = {name for name, _ in made}
+    new = [Piece(piece=name, score=0.0, type=kind) for name, kind in made]
+    for name in pieces:
+        if name.startswith(">>") and name.endswith("<<"):
+            new.append(Piece(piece=f"{WORD_START}{name}", score=0.0, type=Piece.Type.USER_DEFINED))
+        elif name in known and name not in taken and known[name].type in (Piece.Type.NORMAL, Piece.Type.BYTE):
+            new.append(known[name])
+        else:
+            name = f"<{name}>" if name in taken else name
+            new.append(Piece(piece=name, score=0.0, type=Piece.Type.UNUSED))
+    del proto.pieces[:]
+    proto.pieces.extend(new)
+    spec = proto.trainer_spec
+    spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = PAD_ID, START_ID, END_ID, UNKNOWN_ID
+    spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = (name for name, _ in made)
+    spec.vocab_size = len(new)
+    return Tokenizer(proto.SerializeToString())
+
+
+def read_marian(folder: Path, output: Path) -> RunFolder:
+    """Makes a run folder of a MarianMT folder, and returns it.
+
+    Raises:
+        ConfigError: an option that our Transformer does not have, or a package is missing.
+        InputError: files that are missing or do not fit together.
+        RunFolderError: the output is there already.
+    """
+    run = RunFolder(output)
+    run.check_unused()
+    theirs = read_json(folder, "config.json")
+    model = read_model_config(theirs)
+    weights = read_weights(folder)
+
+    # --- vocabulary
+    separate = model.share_embeddings != "all"
+    words = {"source": read_json(folder, "vocab.json")}
+    target_file = "target_vocab.json" if separate and (folder / "target_vocab.json").is_file() else "vocab.json"
+    words["target"] = read_json(folder, target_file)
+    orders, tokenizers = {}, {}
+    for side, vocabulary in words.items():
+        orders[side], pieces = our_order(vocabulary, theirs["pad_token_id"], theirs["eos_token_id"])
+        spm = folder / f"{side}.spm"
+        if not spm.is_file():
+            raise InputError(f"{spm} is not there. Is {folder} a MarianMT model's folder?")
+        tokenizers[side] = renumbered(spm.read_bytes(), pieces)
+    same = tokenizers["source"].fingerprint == tokenizers["target"].fingerprint
+    pair = TokenizerPair(tokenizers["source"], tokenizers["source"] if same else tokenizers["target"])
+
+    # --- options that the weights show
+    start = theirs["decoder_start_token_id"]
+    if start != theirs["pad_token_id"]:
+        raise ConfigError("config.json: decoder_start_token_id is not pad_token_id, which cannot be taken over.")
+    bias = weights.pop("final_logits_bias", np.zeros(len(orders["target"]), np.float32))
+    has_unused = UNUSED in words["target"]
+    has_bias = bool(np.any(bias != 0)) or not has_unused
+    table_name = "model.shared.weight" if not separate else "model.decoder.embed_tokens.weight"
+    zero_start = table_name in weights and not np.any(weights[table_name][start])
+    model = TransformerConfig(**(vars(model) | {"output_bias": has_bias, "zero_start": zero_start}))
+    if has_bias:
+        weights["final_logits_bias"] = bias
+
+    params = place_weights(model, pair, orders, weights)
+    if has_bias and not has_unused:
+        params["output_bias"][PAD_ID] = NEVER
+
+    generation = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    decoding = DecodingConfig(
+        beam_size=generation.get("num_beams") or 1,
+        length_penalty=f"average:{float(generation.get('length_penalty') or 1.0)}",
+    )
+    config = Config(
+        run=str(output),
+        data=ParallelTextConfig(),
+        tokenizer=TokenizerConfig(vocab_size=pair.target.vocab_size, joint=not separate or same),
+        model=model,
+        decoding=decoding,
+    )
+    run.create(config, pair)
+    with Checkpoints(run.checkpoints, (1, 1)) as checkpoints:
+        checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
+    return run
+
+
+def place_weights(
+    model: TransformerConfig, pair: TokenizerPair, orders: dict[str, np.ndarray], weights: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Returns our parameters, filled from theirs.
+
+    Raises:
+        InputError: what is missing on either side, or has another shape, all of it in one message.
+    """
+    built = nnx.eval_shape(lambda: build_model(model, vocabulary_info(pair), rngs=nnx.Rngs(params=0)))
+    shapes = nnx.to_pure_dict(nnx.state(built))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    table = parameter_table(model, orders)
+    filled = set()
+    wrong = []
+    for entry in table:
+        place = params
+        *parents, name = entry.ours.split("/")
+        for parent in parents:
+            place = place[parent]
+        if entry.theirs not in weights:
+            wrong.append(f"{entry.theirs} is missing")
+            continue
+        target = place[name] if entry.layer is None else place[name][entry.layer]
+        try:
+            target[...] = entry.load(weights[entry.theirs], target.shape)
+        except (ValueError, IndexError):
+            wrong.append(f"{entry.theirs} has shape {weights[entry.theirs].shape}, which does not fit {target.shape}")
+        filled.add(entry.theirs)
+    for name in sorted(set(weights) - filled):
+        if name.endswith("embed_positions.weight"):  # computed
+            continue
+        copy_of = "model.shared.weight" if model.share_embeddings == "all" else "model.decoder.embed_tokens.weight"
+        tied = name in ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+        if tied and copy_of in weights and np.array_equal(weights[name], weights[copy_of]):
+            continue
+        wrong.append(f"{name} has no place")
+    if wrong:
+        raise InputError(f"the model's parameters do not fit its config.json: {'; '.join(wrong)}.")
+    return params
