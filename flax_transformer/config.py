@@ -94,6 +94,9 @@ class DecodingConfig:
         ban_unknown: whether outputs may not hold the unknown token.
         banned_phrases: texts whose tokens never occur one after the other in an output.
         temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
+        mbr_samples: of sampling: draw so many outputs and put those first that agree best with all that were drawn
+            (minimum Bayes risk); 0 puts the most probable first.
+        mbr_utility: what agreement is: sacreBLEU's "chrf" or "bleu" of single sentences.
         seed: of sampling; with a sentence's text it decides what is drawn for it.
         batch_rows: sentences decoded together; a part-full batch is filled up with padding.
     """
@@ -114,6 +117,8 @@ class DecodingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    mbr_samples: int = 0
+    mbr_utility: Literal["chrf", "bleu"] = "chrf"
     seed: int = 0
     batch_rows: int = 32
 
@@ -124,7 +129,7 @@ class DecodingConfig:
         for name in ("beam_size", "batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoding.{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("coverage_penalty", "min_length", "no_repeat_ngram"):
+        for name in ("coverage_penalty", "min_length", "no_repeat_ngram", "mbr_samples"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
         if self.patience <= 0:
@@ -151,7 +156,7 @@ class DecodingConfig:
         """Raises a `ConfigError` if a field is set that the method does not look at."""
         SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
         others = {
-            "beam": ("temperature", "top_k", "top_p", "min_p"),
+            "beam": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility"),
             "sampling": ("coverage_penalty", "patience"),
         }[self.method]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}

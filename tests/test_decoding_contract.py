@@ -17,6 +17,7 @@ from flax_transformer.data.synthetic import english_number_words, german_number_
 from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError, RunFolderError
 from flax_transformer.inference.alignment import word_alignment
+from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.scorer import Scorer, corpus_perplexity
 from flax_transformer.inference.translator import Translator, vocabulary_info
 from flax_transformer.models.rnn import RecurrentConfig
@@ -94,6 +95,28 @@ def test_samples_do_not_depend_on_the_batch(translators):
         assert len(set(texts)) == len(texts)  # what is drawn twice is returned once
     other = sampler.translate(ALIKE[:3], num_hypotheses=4, seed=6)
     assert [t.hypotheses for t in other] != [t.hypotheses for t in alone]
+
+
+def test_the_output_that_the_others_agree_with_comes_first(translators):
+    texts, counts = ["the cat sat", "the cat sat down", "a dog ran off"], [2, 1, 1]
+    for utility in ("chrf", "bleu"):
+        found = expected_utilities(texts, counts, utility)
+        assert found[0] > found[1] > found[2]
+    # By hand: the same text is 100, so drawn once of four it has a quarter of that from itself.
+    assert expected_utilities(["ab", "xy"], [3, 1], "chrf") == pytest.approx([75.0, 25.0])
+    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_rows=4, top_k=2))
+    for by_score, chosen in zip(
+        sampler.translate(ALIKE[:3], num_hypotheses=8),
+        sampler.translate(ALIKE[:3], num_hypotheses=2, mbr_samples=8),
+        strict=True,
+    ):
+        pool = by_score.hypotheses
+        assert sum(h.count for h in pool) == 8
+        utilities = expected_utilities([h.text for h in pool], [h.count for h in pool], "chrf")
+        best = sorted(utilities, reverse=True)[: len(chosen.hypotheses)]
+        assert [h.utility for h in chosen.hypotheses] == pytest.approx(best)
+        assert chosen.text == pool[int(np.argmax(utilities))].text
+        assert len(chosen.hypotheses) <= 2
 
 
 def test_numbers_of_rows_agree_on_tokens(translator):
@@ -253,6 +276,7 @@ def make_run(path: Path, model, seed: int) -> Path:
         ({"patience": 0.0}, "decoding.patience must be positive"),
         ({"banned_phrases": (" ",)}, "an empty text cannot be banned"),
         ({"temperature": 0.5}, r"decoding.temperature \(0.5\) and decoding.method: beam contradict each other"),
+        ({"mbr_samples": 4}, r"decoding.mbr_samples \(4\) and decoding.method: beam contradict each other"),
         ({"method": "sampling", "patience": 2.0}, r"patience \(2.0\) and decoding.method: sampling contradict"),
         ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
         ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),

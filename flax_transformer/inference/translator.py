@@ -21,6 +21,7 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError, did_you_mean
+from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.rnn import RecurrentConfig
@@ -53,6 +54,8 @@ class Hypothesis:
         token_scores: log-probability of each token, and of the end token if it is finished.
         attention: [number of token scores, source tokens with the end token], the mean over the last layer's heads;
             None unless it was asked for.
+        count: how often it was drawn; 1 where nothing is.
+        utility: its agreement with all that were drawn, if it was chosen by that (`decoding.mbr_samples`).
     """
 
     text: str
@@ -61,6 +64,8 @@ class Hypothesis:
     finished: bool
     token_scores: list[float]
     attention: np.ndarray | None = field(default=None, compare=False)
+    count: int = 1
+    utility: float | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,9 @@ class Translator:
             other = self.with_decoding(changed(self.decoding, changes))
             return other.translate(sentences, num_hypotheses=num_hypotheses, prefixes=prefixes, attention=attention)
         decoding = self.decoding
-        beams = num_hypotheses if decoding.method == "sampling" else decoding.beam_size
+        beams = decoding.beam_size
+        if decoding.method == "sampling":
+            beams = max(num_hypotheses, decoding.mbr_samples)
         if not 1 <= num_hypotheses <= beams:
             raise ConfigError(
                 f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
@@ -272,14 +279,23 @@ class Translator:
             for chunk, places, found in pending:
                 found = jax.device_get(found)
                 for place, index in zip(places, chunk, strict=True):
-                    hypotheses = self._hypotheses(found, place, num_hypotheses, len(encoded[index][:room]) + 1)
-                    results[index] = Translation(
-                        hypotheses, truncated=len(encoded[index]) > room, source=self._pieces(encoded[index][:room])
-                    )
+                    hypotheses = self._chosen(found, place, num_hypotheses, min(len(encoded[index]), room) + 1)
+                    source = self.tokenizers.source.pieces(encoded[index][:room])
+                    results[index] = Translation(hypotheses, len(encoded[index]) > room, source)
         return results
 
-    def _pieces(self, ids: list[int]) -> list[str]:
-        return self.tokenizers.source.pieces(ids)
+    def _chosen(self, found: Hypotheses, row: int, num: int, source_length: int) -> list[Hypothesis]:
+        """Returns at most `num` outputs of a sentence, best first."""
+        if self.decoding.method == "beam":
+            return self._hypotheses(found, row, num, source_length)
+        hypotheses = self._hypotheses(found, row, found.lengths.shape[1], source_length)  # some are drawn twice
+        if self.decoding.mbr_samples:
+            utilities = expected_utilities(
+                [h.text for h in hypotheses], [h.count for h in hypotheses], self.decoding.mbr_utility
+            )
+            order = sorted(range(len(hypotheses)), key=lambda number: -utilities[number])
+            hypotheses = [dataclasses.replace(hypotheses[n], utility=utilities[n]) for n in order]
+        return hypotheses[:num]
 
     def _max_length(self, source_length: int, decoding: DecodingConfig) -> int:
         """Returns the most target tokens for a source of so many tokens, end tokens included."""
@@ -384,36 +400,35 @@ class Translator:
         )
         return inputs, places
 
-    def _hypotheses(self, found: Hypotheses, row: int, num: int, source_length: int) -> list[Hypothesis]:
-        results, seen = [], set()
-        for beam in range(num):
+    def _hypotheses(self, found: Hypotheses, row: int, most: int, source_length: int) -> list[Hypothesis]:
+        """Returns the different ones of the first `most` outputs of a sentence."""
+        results: dict[tuple[int, ...], Hypothesis] = {}
+        for beam in range(most):
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
             if length == 0:  # fewer hypotheses than beams
                 break
             ids = found.tokens[row, beam, : length - 1 if finished else length].tolist()
-            if (*ids, finished) in seen:  # drawn twice
+            if (before := results.get((*ids, finished))) is not None:  # drawn twice
+                results[(*ids, finished)] = dataclasses.replace(before, count=before.count + 1)
                 continue
-            seen.add((*ids, finished))
             target = self.tokenizers.target
             attention = None
             if found.extras is not None:
                 attention = np.asarray(found.extras["attention"][row, beam, :length, :source_length])
-            results.append(
-                Hypothesis(
-                    target.decode(ids),
-                    target.pieces(ids),
-                    float(found.scores[row, beam]),
-                    finished,
-                    found.log_probs[row, beam, :length].tolist(),
-                    attention,
-                )
+            results[(*ids, finished)] = Hypothesis(
+                target.decode(ids),
+                target.pieces(ids),
+                float(found.scores[row, beam]),
+                finished,
+                found.log_probs[row, beam, :length].tolist(),
+                attention,
             )
         if not results:
             raise DivergenceError(
                 "the search found no output at all: the model's scores are not finite (the training has diverged; "
                 "train again with a lower learning rate), or the rules of section 'decoding' allow none."
             )
-        return results
+        return list(results.values())
 
 
 def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig:

@@ -1,0 +1,189 @@
+"""Decoding beside CTranslate2 and Hugging Face: the same weights, the same text, text in and text out.
+
+    pip install -e ".[parity]"
+    python benchmarks/decode.py --run RUN --text FILE [--lines 4000] [--beam-size 4] [--rounds 3]
+
+RUN is a post-norm Transformer with `model.zero_start: true`, which is what CTranslate2 can express. It is written as a
+MarianMT folder, and that is made into a CTranslate2 model. All have two CPU cores, float32, the same beam, the
+length-normalised score of `average:1.0` and the same limit on the number of tokens, and take turns. Each translates at
+the batch size that was fastest for it on a part of the text. Of all pairs of outputs the equal ones are counted.
+"""
+
+import dataclasses
+import gzip
+import multiprocessing
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from paired import Built, Systems, machine
+
+PENALTY = "average:1.0"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compares decoding with CTranslate2 and Hugging Face.
+
+    Attributes:
+        run: run folder of the model.
+        text: sentences, one a line, plain or .gz.
+        lines: how many of them at most, without what occurs twice.
+        beam_size: hypotheses kept at each step.
+        longest: most tokens of an output, end token included.
+        batch_sizes: sentences at the same time, to choose from.
+        rounds: turns of each system, after one to warm up.
+        threads: of each system.
+        systems: who takes part.
+    """
+
+    run: Path
+    text: Path
+    lines: int = 4_000
+    beam_size: int = 4
+    longest: int = 64
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
+    rounds: int = 3
+    threads: int = 2
+    systems: tuple[str, ...] = ("ours", "CTranslate2", "Hugging Face")
+
+
+def read_text(options: Options) -> list[str]:
+    """Returns the sentences to translate."""
+    opened = gzip.open(options.text, "rt") if options.text.suffix == ".gz" else options.text.open()
+    with opened as file:
+        return list(dict.fromkeys(line.strip() for line in file if line.strip()))[: options.lines]
+
+
+def at_best_size(options: Options, text: list[str], translate: Any) -> Built:
+    """Returns a system at the batch size that is fastest on a part of the text; `translate` takes text and a size."""
+    part = text[: max(len(text) // 8, 1)]
+    seconds = {}
+    for size in options.batch_sizes:
+        translate(part, size)
+        started = time.perf_counter()
+        translate(part, size)
+        seconds[size] = time.perf_counter() - started
+    best = min(seconds, key=lambda size: seconds[size])
+    texts = translate(text, best)
+    return Built(lambda: translate(text, best), {"texts": texts, "batch_size": best})
+
+
+def ours(options: Options, text: list[str]) -> Built:
+    """Returns this project's translation."""
+    from flax_transformer.cli.main import use_every_core
+    from flax_transformer.inference.translator import Translator
+
+    use_every_core()  # as the command does
+    translator = Translator.load(options.run)
+    settings = dataclasses.replace(
+        translator.decoding,
+        beam_size=options.beam_size,
+        length_penalty=PENALTY,
+        max_length_factor=0.0,
+        max_length_offset=options.longest,
+    )
+    sized = {
+        size: translator.with_decoding(dataclasses.replace(settings, batch_rows=size)) for size in options.batch_sizes
+    }
+    return at_best_size(options, text, lambda lines, size: [t.text for t in sized[size].translate(lines)])
+
+
+def ctranslate2_peer(options: Options, text: list[str], folder: Path) -> Built:
+    """Returns CTranslate2's translation."""
+    import ctranslate2
+    import sentencepiece
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(str(folder)).convert(str(folder / "ctranslate2"), force=True)
+    threads = {"intra_threads": options.threads, "inter_threads": 1}
+    model = ctranslate2.Translator(str(folder / "ctranslate2"), device="cpu", compute_type="float32", **threads)
+    source = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
+    target = sentencepiece.SentencePieceProcessor(model_file=str(folder / "target.spm"))
+
+    def translate(lines: list[str], size: int) -> list[str]:
+        pieces = [[*p, "</s>"] for p in source.encode(lines, out_type=str)]
+        found = model.translate_batch(
+            pieces, beam_size=options.beam_size, max_batch_size=size, length_penalty=1.0,
+            max_decoding_length=options.longest - 1,
+        )  # fmt: skip
+        return target.decode([f.hypotheses[0] for f in found])
+
+    return at_best_size(options, text, translate)
+
+
+def hugging_face_peer(options: Options, text: list[str], folder: Path) -> Built:
+    """Returns the translation of Hugging Face's `generate`."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(options.threads)
+    model = transformers.MarianMTModel.from_pretrained(folder).eval()
+    tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
+    size_of_vocabulary = model.config.decoder_vocab_size
+
+    def translate(lines: list[str], size: int) -> list[str]:
+        order = sorted(range(len(lines)), key=lambda n: -len(lines[n]))
+        results = [""] * len(lines)
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            inputs = tokenizer([lines[n] for n in chunk], return_tensors="pt", padding=True)
+            with torch.inference_mode():
+                made = model.generate(
+                    **inputs, num_beams=options.beam_size, length_penalty=1.0, early_stopping="never",
+                    max_length=options.longest + 1, bad_words_ids=[[size_of_vocabulary - 1]],
+                )  # fmt: skip
+            for n, made_text in zip(chunk, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+                results[n] = made_text
+        return results
+
+    return at_best_size(options, text, translate)
+
+
+def write_model(options: Options, folder: Path) -> None:
+    """Writes the run as a MarianMT folder, in a process of its own, since jax starts threads."""
+    from flax_transformer.inference.translator import Translator
+    from flax_transformer.interop.marian import write_marian
+    from flax_transformer.run_folder import RunFolder
+
+    write_marian(Translator.load(options.run), RunFolder.open(options.run).read_config().model, folder)
+
+
+def main() -> None:
+    """Takes turns and prints a table."""
+    options = tyro.cli(Options)
+    text = read_text(options)
+    packages = ["jax", "flax", "ctranslate2", "transformers", "torch"]
+    print(f"{options}\n{machine(*packages)}\n{len(text):,} different lines\n", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "marian"
+        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(options, folder))
+        writer.start()
+        writer.join()
+        systems, facts = Systems(options.threads), {}
+        if "ours" in options.systems:
+            facts["ours"] = systems.start("ours", ours, options, text)
+        if "CTranslate2" in options.systems:
+            facts["CTranslate2"] = systems.start("CTranslate2", ctranslate2_peer, options, text, folder)
+        if "Hugging Face" in options.systems:
+            facts["Hugging Face"] = systems.start("Hugging Face", hugging_face_peer, options, text, folder)
+        seconds = systems.take_turns(options.rounds)
+    print("| system | batch | sentences/s, median (least to most) | ours against it | equal outputs |")
+    print("|---" * 5 + "|")
+    for name, values in seconds.items():
+        rates = [len(text) / value for value in values]
+        ratios = [theirs / our for our, theirs in zip(seconds["ours"], values, strict=True)]
+        rate, ratio = statistics.median(rates), statistics.median(ratios)
+        equal = sum(a == b for a, b in zip(facts["ours"]["texts"], facts[name]["texts"], strict=True))
+        print(
+            f"| {name} | {facts[name]['batch_size']} | {rate:.1f} ({min(rates):.1f} to {max(rates):.1f}) "
+            f"| {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {equal:,} of {len(text):,} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
