@@ -149,6 +149,7 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_resuming_with_an_average_equals_not_stopping_bit_for_bit(recipe, tmp_path):
     """Translation uses the average, so that a resumed run must have the parameters that are trained, too."""
     arguments = ["--config", str(recipe), "--training.ema-decay", "0.9"]
@@ -514,6 +515,7 @@ def test_unknown_verbs_are_explained():
 # --- the same run on a mesh
 
 
+@pytest.mark.slow
 def test_an_experiment_on_eight_devices_equals_one(run, recipe, tmp_path, one_device):
     config = read_config(recipe)
     config = dataclasses.replace(
