@@ -132,8 +132,13 @@ class DecodingConfig:
         for name in ("coverage_penalty", "min_length", "no_repeat_ngram", "mbr_samples"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
-        if self.patience <= 0:
-            raise ConfigError(f"decoding.patience must be positive, got {self.patience}.")
+        if not 0 < self.patience <= 10:
+            raise ConfigError(f"decoding.patience must be above 0 and at most 10, got {self.patience}.")
+        if self.patience != 1 and self.beam_size == 1:
+            raise ConfigError(
+                f"decoding.patience ({self.patience}) and decoding.beam_size (1) contradict each other: greedy search "
+                "ends with its first output."
+            )
         if self.repetition_penalty < 1:
             raise ConfigError(
                 f"decoding.repetition_penalty must be at least 1, got {self.repetition_penalty}: a smaller one would "

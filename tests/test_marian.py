@@ -91,6 +91,13 @@ def test_separate_vocabularies_are_written_apart(tmp_path):
     assert json.loads((tmp_path / "marian" / "tokenizer_config.json").read_text())["separate_vocabs"] is True
 
 
+def test_vocabularies_of_two_sizes_are_refused(tmp_path, one_device):
+    smaller = TokenizerPair(SEPARATE.source, TOKENIZERS.target)
+    translator = Translator(MODEL, smaller, params_of(MODEL, 1), DECODING, one_device)
+    with pytest.raises(ConfigError, match=r"vocabularies of different sizes \(45 and 60\) cannot be written"):
+        write_marian(translator, MODEL, tmp_path / "marian")
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -208,6 +215,7 @@ def foreign_marian(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"d_model": None}, "config.json lacks d_model"),
         ({"model_type": "bart"}, "config.json is of a model of type 'bart'"),
         ({"normalize_before": True}, "config.json: normalize_before: True cannot be taken over"),
         ({"encoder_ffn_dim": 64}, "encoder_ffn_dim and decoder_ffn_dim differ"),
@@ -227,7 +235,8 @@ def foreign_marian(folder: Path) -> Path:
 def test_models_that_cannot_be_taken_over_are_explained(tmp_path, changes, message):
     folder = foreign_marian(tmp_path / "theirs")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    changed = {name: value for name, value in (config | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(changed))
     with pytest.raises((ConfigError, InputError), match=message):
         read_marian(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()

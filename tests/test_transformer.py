@@ -211,7 +211,7 @@ def test_a_zero_start_reads_zeros_and_not_the_table():
         table = values["target_embedding"]["table"].at[tiny.VOCABULARY.start_token].multiply(factor)
         outputs.append(hidden(nnx.merge(graphdef, values | {"target_embedding": {"table": table}}), batch))
     np.testing.assert_array_equal(outputs[0], outputs[1])
-    np.testing.assert_array_equal(outputs[0], outputs[3])
+    np.testing.assert_allclose(outputs[0], outputs[3], rtol=1e-4, atol=1e-5)  # another program
     assert np.abs(outputs[0] - outputs[2]).max() > 0.01
 
 

@@ -33,7 +33,7 @@ class TranslateOptions:
         checkpoint: the one that was best on validation text, or the last.
         input: file to translate; standard input when left out.
         output: file to write; standard output when left out.
-        resume: go on with an --output that was interrupted.
+        resume: go on with an --output that was interrupted, with the same options; warnings are of the rest alone.
         scores: put the score and a tab before each line.
         json: write an object for each line, with all hypotheses, their tokens and token scores.
         num_hypotheses: at most so many of each line; more than one needs --json.
@@ -93,6 +93,10 @@ def as_line(options: TranslateOptions, translation: Translation) -> str:
             "tokens": hypothesis.tokens,
             "token_scores": hypothesis.token_scores,
         }
+        if options.decoding.method == "sampling":
+            values["count"] = hypothesis.count
+        if hypothesis.utility is not None:
+            values["utility"] = hypothesis.utility
         if options.alignment:
             weights = hypothesis.attention
             words = "" if weights is None else word_alignment(translation.source, hypothesis.tokens, weights)
@@ -142,8 +146,13 @@ def opened(options: TranslateOptions) -> Iterator[tuple[Any, Any, int]]:
         if not options.output.parent.is_dir():
             raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
         done = complete_lines(partial)
-        with partial.open("ab") as output:
-            yield source, output, done
+        try:
+            with partial.open("ab") as output:
+                yield source, output, done
+        finally:
+            if partial.stat().st_size == 0:  # nothing was translated that could be gone on with
+                partial.unlink()
+        partial.touch()
         os.replace(partial, options.output)
 
 
@@ -183,7 +192,9 @@ def translate_stream(options: TranslateOptions, translator: Translator, source: 
     """
     at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
     name = "standard input" if options.input is None else str(options.input)
-    lines = itertools.islice(read_lines(source, name), skipped, None)
+    lines = read_lines(source, name)
+    if skipped > sum(1 for _ in itertools.islice(lines, skipped)):
+        raise InputError(f"{name} has fewer lines than the {skipped:,} that have been translated: it is another file.")
     done, shortened, tokens, error = skipped, 0, 0, None
     started = time.monotonic()
     while error is None:

@@ -79,11 +79,18 @@ class BeamSearchConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.patience < math.inf:
             raise ConfigError(f"patience must be positive, got {self.patience}.")
+        if self.refill_at > self.num_slots:
+            raise ConfigError(f"refill_at ({self.refill_at}) is more than all of the {self.num_slots} slots.")
+
+    @property
+    def num_awaited(self) -> int:
+        """Finished hypotheses that are waited for."""
+        return max(1, math.ceil(self.beam_size * self.patience))
 
     @property
     def num_finished(self) -> int:
         """Finished hypotheses kept, F."""
-        return max(1, round(self.beam_size * self.patience))
+        return max(self.beam_size, self.num_awaited)
 
 
 @array_tree
@@ -259,7 +266,7 @@ def beam_search(
         )  # fmt: skip
         steps, live, live_scores, finished, finished_lengths, finished_scores = _choose(state.active, changed, before)
         limits = slot_limits[state.sentences]
-        undecided = best_reachable(live_scores, steps, limits, penalty) > jnp.min(finished_scores, axis=1)
+        undecided = best_reachable(live_scores, steps, limits, penalty) > finished_scores[:, config.num_awaited - 1]
         if beams == 1:  # greedy: a longer hypothesis might score better after the penalty, but is not looked for
             undecided = finished_scores[:, 0] < MASKED / 2
         some_live = jnp.max(live_scores, axis=1) > MASKED / 2

@@ -146,7 +146,7 @@ def sample(
         drawn = jax.vmap(jax.vmap(jax.random.categorical))(at_step, keep_probable(allowed, config))
         runs = running(state)
         drawn = jnp.where(runs, drawn, end_token).astype(jnp.int32)
-        chosen = jnp.take_along_axis(log_probs, drawn[..., None], axis=2)[..., 0]
+        chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED where nothing was allowed
 
         def put(history: Any, new: Any) -> Any:
             return jax.lax.dynamic_update_index_in_dim(history, new, state.step, axis=2)

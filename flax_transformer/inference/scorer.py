@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_transformer.data.tokenizer import END_ID
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import InputError
+from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator, length_bucket
 from flax_transformer.parallel.mesh import all_devices_sharding
@@ -67,6 +67,8 @@ class Scorer:
     """
 
     def __init__(self, translator: Translator):
+        if translator.num_models > 1:
+            raise ConfigError("an ensemble cannot be scored with; take one of its runs.")
         self.translator = translator
         self._program = self._compiled(translator.graphdef, translator.mesh)
 

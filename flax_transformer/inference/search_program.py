@@ -227,13 +227,15 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     asked = _rules(spec, inputs)
     if spec.sampling is not None:
         slots = jnp.arange(beam.num_slots)
-        return sample(
+        found = sample(
             step, refill_slots(pool, empty, slots >= 0, slots), inputs.max_lengths, inputs.seeds, beam.beam_size,
             beam.max_length, beam.start_token, beam.end_token, beam.length_penalty, spec.sampling, asked,
         )  # fmt: skip
-    bonus = coverage_bonus(spec.coverage_penalty, inputs.segments) if spec.coverage_penalty else None
-    refill = functools.partial(refill_slots, pool)
-    return beam_search(step, reorder_beams, refill, empty, inputs.max_lengths, beam, asked, bonus)
+    else:
+        bonus = coverage_bonus(spec.coverage_penalty, inputs.segments) if spec.coverage_penalty else None
+        refill = functools.partial(refill_slots, pool)
+        found = beam_search(step, reorder_beams, refill, empty, inputs.max_lengths, beam, asked, bonus)
+    return found if spec.keep_attention else dataclasses.replace(found, extras=None)
 
 
 def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh) -> Any:

@@ -1,5 +1,6 @@
 """Text to text: tokenise, group by length, search inside XLA, and put everything back in order."""
 
+import collections
 import dataclasses
 import zlib
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flax_transformer.config import DecodingConfig
-from flax_transformer.data.tokenizer import END_ID, START_ID, UNKNOWN_ID, TokenizerPair
+from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, TokenizerPair
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
@@ -33,6 +34,7 @@ from flax_transformer.parallel.mesh import (
     replicated_sharding,
 )
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.shapes import MASKED
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 from flax_transformer.training.state import abstract_model
 
@@ -253,35 +255,41 @@ class Translator:
 
         encoded = self.tokenizers.source.encode(sentences)
         room = self.max_source_length - 1  # for the end token
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, int], list[int]] = {}  # by what the shapes depend on: a sentence and its prefix
         for index, ids in enumerate(encoded):
             if ids:
-                length = min(len(ids), room) + 1
-                groups.setdefault(length_bucket(length, self.max_source_length), []).append(index)
+                bucket = length_bucket(min(len(ids), room) + 1, self.max_source_length)
+                prefix = forced[index]
+                groups.setdefault(
+                    (bucket, length_bucket(len(prefix), self.max_target_length) if prefix else 0), []
+                ).append(index)
 
         results = [EMPTY] * len(sentences)
         at_once = self.rows if decoding.method == "sampling" else self.rows * SENTENCES_A_ROW
-        for bucket, members in sorted(groups.items()):
+        for (bucket, prefix_room), members in sorted(groups.items()):
             # The longest first: what is left for the end, when slots fall empty, is short.
             members = sorted(members, key=lambda index: -len(encoded[index]))
-            program = self._search_for(self._spec(decoding, beams, self._max_length(bucket, decoding), attention))
-            pending = []
+            max_length = self._max_length(bucket, prefix_room, decoding)
+            program = self._search_for(self._spec(decoding, beams, max_length, attention))
+            pending = collections.deque()
             for start in range(0, len(members), at_once):
                 chunk = members[start : start + at_once]
                 inputs, places = self._inputs(
                     [encoded[i][:room] for i in chunk],
                     [_seed(decoding.seed, sentences[i]) for i in chunk],
                     [forced[i] for i in chunk],
-                    (at_once, bucket),
+                    (at_once, bucket, prefix_room),
                     decoding,
                 )
-                pending.append((chunk, places, program(self.params, inputs)))  # the next one is made meanwhile
-            for chunk, places, found in pending:
-                found = jax.device_get(found)
-                for place, index in zip(places, chunk, strict=True):
-                    hypotheses = self._chosen(found, place, num_hypotheses, min(len(encoded[index]), room) + 1)
-                    source = self.tokenizers.source.pieces(encoded[index][:room])
-                    results[index] = Translation(hypotheses, len(encoded[index]) > room, source)
+                pending.append((chunk, places, program(self.params, inputs)))
+                # While one is searched the next is made and the one before is read; more would only fill memory.
+                while len(pending) > (1 if start + at_once < len(members) else 0):
+                    chunk, places, found = pending.popleft()
+                    found = jax.device_get(found)
+                    for place, index in zip(places, chunk, strict=True):
+                        hypotheses = self._chosen(found, place, num_hypotheses, min(len(encoded[index]), room) + 1)
+                        source = self.tokenizers.source.pieces(encoded[index][:room])
+                        results[index] = Translation(hypotheses, len(encoded[index]) > room, source)
         return results
 
     def _chosen(self, found: Hypotheses, row: int, num: int, source_length: int) -> list[Hypothesis]:
@@ -297,16 +305,19 @@ class Translator:
             hypotheses = [dataclasses.replace(hypotheses[n], utility=utilities[n]) for n in order]
         return hypotheses[:num]
 
-    def _max_length(self, source_length: int, decoding: DecodingConfig) -> int:
-        """Returns the most target tokens for a source of so many tokens, end tokens included."""
+    def _max_length(self, source_length: int, prefix_length: int, decoding: DecodingConfig) -> int:
+        """Returns the most target tokens for a source and a prefix of so many tokens, end tokens included."""
         limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
-        return min(max(limit, decoding.min_length + 1), self.max_target_length)
+        return min(max(limit, decoding.min_length + 1, prefix_length + 1), self.max_target_length)
 
     def _spec(self, decoding: DecodingConfig, beams: int, max_length: int, attention: bool) -> SearchSpec:
         penalty = LengthPenalty.parse(decoding.length_penalty)
         slots = self.rows // self.mesh.size
         refill_at = max(1, slots // REFILL_SHARE)
         phrases = self.tokenizers.target.encode(decoding.banned_phrases)
+        for text, phrase in zip(decoding.banned_phrases, phrases, strict=True):
+            if not phrase:
+                raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
         return SearchSpec(
             BeamSearchConfig(beams, slots, max_length, START_ID, END_ID, penalty, decoding.patience, refill_at),
             decoding.sampling,
@@ -330,7 +341,7 @@ class Translator:
 
         Raises:
             ConfigError: not as many prefixes as sentences, or an output that must be longer than the model makes any.
-            InputError: a prefix with characters that the vocabulary does not hold.
+            InputError: a prefix with characters that the vocabulary does not hold, or one that is too long.
         """
         longest = self.max_target_length - 1
         if decoding.min_length > longest:
@@ -349,6 +360,11 @@ class Translator:
                     f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
                     "can begin with it."
                 )
+            if len(ids) > longest:
+                raise InputError(
+                    f"prefix {number} has {len(ids)} tokens, and the model's outputs have at most {longest} "
+                    "(model.max_target_length, less the end token)."
+                )
         return encoded
 
     def _inputs(
@@ -356,18 +372,23 @@ class Translator:
         sentences: list[list[int]],
         seeds: list[int],
         prefixes: list[list[int]],
-        shape: tuple[int, int],
+        shape: tuple[int, int, int],
         decoding: DecodingConfig,
     ) -> tuple[SearchInputs, list[int]]:
         """Returns the inputs of a search, filled up with rows of padding, and the row of each sentence.
 
+        Args:
+            sentences: ids, without the end token.
+            seeds: of each.
+            prefixes: of each.
+            shape: rows, source length, prefix length.
+            decoding: the settings.
+
         Sentences are dealt out to the devices in turn, so that each has as many and the padding stands at its end.
         """
-        rows, length = shape
+        rows, length, prefix_room = shape
         devices = self.mesh.size
         places = [(n % devices) * (rows // devices) + n // devices for n in range(len(sentences))]
-        longest_prefix = max(map(len, prefixes), default=0)
-        prefix_room = 0 if longest_prefix == 0 else min(length_bucket(longest_prefix, 1 << 20), self.max_target_length)
         tokens, segments = np.zeros((2, rows, length), np.int32)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds_of_rows = np.zeros(rows, np.int32)
@@ -375,17 +396,13 @@ class Translator:
         for place, ids, seed, prefix in zip(places, sentences, seeds, prefixes, strict=True):
             tokens[place, : len(ids) + 1] = [*ids, END_ID]
             segments[place, : len(ids) + 1] = 1
-            most = max_lengths[place] = self._max_length(len(ids) + 1, decoding)
-            if len(prefix) >= most:
-                raise InputError(
-                    f"a prefix of {len(prefix)} tokens leaves no room in an output of at most {most} tokens, end token "
-                    f"included, which is what a sentence of {len(ids)} tokens is given (decoding.max_length_factor, "
-                    "decoding.max_length_offset)."
-                )
+            max_lengths[place] = self._max_length(len(ids) + 1, len(prefix), decoding)
             min_lengths[place] = decoding.min_length + 1
             seeds_of_rows[place] = seed
             forced[place, : len(prefix)] = prefix
-        bans = [START_ID] * self.bans_start + [UNKNOWN_ID] * decoding.ban_unknown
+        # No trained model finds padding or start probable enough for a beam, but what is drawn may be anything.
+        drawn = decoding.method == "sampling"
+        bans = [PAD_ID, START_ID] * (drawn or self.bans_start) + [UNKNOWN_ID] * decoding.ban_unknown
         banned = np.zeros(self.tokenizers.target.vocab_size if bans else 0, bool)
         banned[bans] = True
         sharded = all_devices_sharding(self.mesh)
@@ -405,7 +422,7 @@ class Translator:
         results: dict[tuple[int, ...], Hypothesis] = {}
         for beam in range(most):
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
-            if length == 0:  # fewer hypotheses than beams
+            if length == 0 or not found.scores[row, beam] > MASKED / 2:  # fewer than beams, none allowed, or no number
                 break
             ids = found.tokens[row, beam, : length - 1 if finished else length].tolist()
             if (before := results.get((*ids, finished))) is not None:  # drawn twice
@@ -414,7 +431,7 @@ class Translator:
             target = self.tokenizers.target
             attention = None
             if found.extras is not None:
-                attention = np.asarray(found.extras["attention"][row, beam, :length, :source_length])
+                attention = found.extras["attention"][row, beam, :length, :source_length].copy()  # not the whole batch
             results[(*ids, finished)] = Hypothesis(
                 target.decode(ids),
                 target.pieces(ids),

@@ -212,7 +212,8 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
     order = {side: marian_order(getattr(tokenizers, side), unused) for side in ("source", "target")}
     table = parameter_table(config, order)
     ours = flatten(params)
-    for name in {"target_embedding/table", "output_embedding/table"} & set(ours) if config.zero_start else ():
+    if config.zero_start:
+        name = "target_embedding/table"
         ours[name] = np.where(np.arange(len(ours[name]))[:, None] == START_ID, 0, ours[name])
     if homeless := sorted(set(ours) - {entry.ours for entry in table}):
         raise InputError(f"these parameters have no place in a MarianMT model: {', '.join(homeless)}.")
@@ -296,6 +297,12 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
     except ImportError as error:
         raise ConfigError("writing a MarianMT model needs the package safetensors: pip install safetensors.") from error
     tokenizers = translator.tokenizers
+    sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"vocabularies of different sizes ({sizes[0]} and {sizes[1]}) cannot be written as a MarianMT model: "
+            "it has one id for padding on both sides. Train with tokenizers of the same size."
+        )
     weights = export_weights(config, tokenizers, translator.params)
     unused = knows_unused(config, translator.params)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """A MarianMT folder of Hugging Face as a run folder, which every verb takes and a training can start from."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ REQUIRED = {
 }
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
+# What config.json must say.
+NEEDED = (
+    "model_type", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
+    "encoder_ffn_dim", "decoder_ffn_dim", "activation_function", "max_position_embeddings", "pad_token_id",
+    "eos_token_id", "decoder_start_token_id",
+)  # fmt: skip
+
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
@@ -63,6 +71,8 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
     Raises:
         ConfigError: an option that our Transformer does not have.
     """
+    if missing := [name for name in NEEDED if name not in theirs]:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}.")
     if theirs.get("model_type") != "marian":
         raise ConfigError(f"config.json is of a model of type {theirs.get('model_type')!r}; marian can be taken over.")
     for name, value in REQUIRED.items():
@@ -199,7 +209,13 @@ def read_marian(folder: Path, output: Path) -> RunFolder:
     words["target"] = read_json(folder, target_file)
     orders, tokenizers = {}, {}
     for side, vocabulary in words.items():
-        orders[side], pieces = our_order(vocabulary, theirs["pad_token_id"], theirs["eos_token_id"])
+        if side == "target":
+            ids = theirs["pad_token_id"], theirs["eos_token_id"]
+        elif {"<pad>", "</s>"} <= set(vocabulary):
+            ids = vocabulary["<pad>"], vocabulary["</s>"]
+        else:
+            raise InputError("vocab.json must have the tokens <pad> and </s>.")
+        orders[side], pieces = our_order(vocabulary, *ids)
         spm = folder / f"{side}.spm"
         if not spm.is_file():
             raise InputError(f"{spm} is not there. Is {folder} a MarianMT model's folder?")
@@ -224,10 +240,13 @@ def read_marian(folder: Path, output: Path) -> RunFolder:
     if has_bias and not has_unused:
         params["output_bias"][PAD_ID] = NEVER
 
-    generation = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    generation = dict(theirs)  # where older folders have it
+    if (folder / "generation_config.json").is_file():
+        generation |= read_json(folder, "generation_config.json")
+    exponent = generation.get("length_penalty")
     decoding = DecodingConfig(
         beam_size=generation.get("num_beams") or 1,
-        length_penalty=f"average:{float(generation.get('length_penalty') or 1.0)}",
+        length_penalty=f"average:{1.0 if exponent is None else float(exponent)}",
     )
     config = Config(
         run=str(output),
@@ -236,9 +255,15 @@ def read_marian(folder: Path, output: Path) -> RunFolder:
         model=model,
         decoding=decoding,
     )
-    run.create(config, pair)
-    with Checkpoints(run.checkpoints, (1, 1)) as checkpoints:
-        checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as partial:
+        made = RunFolder(Path(partial) / "run")
+        made.create(config, pair)
+        with Checkpoints(made.checkpoints, (1, 1)) as checkpoints:
+            checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
+        if output.is_dir():  # and empty
+            output.rmdir()
+        made.path.rename(output)
     return run
 
 

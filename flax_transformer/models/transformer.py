@@ -481,7 +481,7 @@ class Transformer(nnx.Module):
         """Returns the map from hidden vectors to logits."""
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
         kernel = embedding.table[...]
-        if self.config.zero_start:  # the vector is zero in both of the table's uses
+        if self.config.zero_start and self.output_embedding is None:  # the vector is zero in both of the table's uses
             kernel = kernel.at[self.start_token].set(0.0)
         bias = None if self.output_bias is None else self.output_bias[...]
         return OutputProjection(kernel, bias, self.target_vocab_size)
