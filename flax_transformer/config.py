@@ -85,7 +85,8 @@ class DecodingConfig:
         beam_size: hypotheses kept at each step; 1 is greedy search.
         length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
         coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
-        patience: a beam search waits for so many times `beam_size` finished hypotheses.
+        patience: share of the beam that must be sure before a sentence stops; with less than 1 it stops sooner, and
+            only the first of the n-best list, at least one, are sure to be the best that the search can find.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch.
         min_length: fewest tokens of an output, end token not counted.
@@ -132,12 +133,10 @@ class DecodingConfig:
         for name in ("coverage_penalty", "min_length", "no_repeat_ngram", "mbr_samples"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 < self.patience <= 10:
-            raise ConfigError(f"decoding.patience must be above 0 and at most 10, got {self.patience}.")
-        if self.patience != 1 and self.beam_size == 1:
+        if not 0 < self.patience <= 1:
             raise ConfigError(
-                f"decoding.patience ({self.patience}) and decoding.beam_size (1) contradict each other: greedy search "
-                "ends with its first output."
+                f"decoding.patience must be above 0 and at most 1, got {self.patience}: a search ends when nothing can "
+                "beat what it has found, and waiting longer changes nothing."
             )
         if self.repetition_penalty < 1:
             raise ConfigError(

@@ -297,14 +297,30 @@ def test_a_slot_costs_nothing_once_its_sentence_is_done():
     assert [len(outputs(jax.device_get(found), n)[0][0]) for n in range(9)] == [40] + [1] * 8
 
 
-def test_patience_waits_for_more_finished_hypotheses():
+def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
+    """With a quarter of four beams the first output is that of the usual search, with half the first two are."""
     rng = np.random.default_rng(5)
     chains = rng.normal(size=(30, 6, 6)).astype(np.float32)
-    usual, patient = (search(chains, 2, 8, "average:1.0", patience=p) for p in (1.0, 3.0))
-    for n in range(30):
-        (first, second), (patient_first, patient_second) = outputs(usual, n), outputs(patient, n)
-        assert patient_first[1] >= first[1] and patient_second[1] >= second[1]
-    assert search(chains, 2, 8, patience=0.5).lengths.shape == (30, 2)
+    usual = search(chains, 4, 12, "average:1.0")
+    for patience, sure in ((0.25, 1), (0.5, 2)):
+        found = search(chains, 4, 12, "average:1.0", patience=patience)
+        for n in range(30):
+            assert outputs(found, n)[:sure] == outputs(usual, n)[:sure]
+    steps = {}
+    for patience in (0.25, 1.0):
+        taken: list[int] = []
+
+        def step(tokens, slots, taken=taken):
+            jax.debug.callback(lambda _: taken.append(1), tokens)
+            rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(jnp.asarray(chains)[slots], tokens)
+            return rows, None, slots
+
+        config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), patience)  # one after the other
+        limits, start = jnp.full((30,), 12), jnp.zeros((1,), jnp.int32)
+        beam_search(step, lambda s, _: s, lambda s, f, n: jnp.where(f, n, s), start, limits, config)
+        jax.effects_barrier()
+        steps[patience] = len(taken)
+    assert steps[0.25] < steps[1.0]
 
 
 def test_token_scores_add_up_to_the_score():
@@ -370,5 +386,5 @@ def test_bad_length_penalties_are_explained(text, message):
 def test_bad_sizes_are_explained():
     with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
         BeamSearchConfig(0, 1, 5, START, END, LengthPenalty.parse("none"))
-    with pytest.raises(ConfigError, match="patience must be positive, got 0"):
+    with pytest.raises(ConfigError, match="patience must be above 0 and at most 1, got 0"):
         BeamSearchConfig(2, 1, 5, START, END, LengthPenalty.parse("none"), patience=0.0)

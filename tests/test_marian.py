@@ -17,15 +17,20 @@ from flax_transformer.cli import main as cli
 from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
-from flax_transformer.interop.marian import export_weights, pieces_to_marian, vocabulary, write_marian
+from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
 from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
 MODEL = MODELS["transformer"]
 SEPARATE = TokenizerPair.train(SOURCES, TARGETS, TokenizerConfig(vocab_size=45, joint=False))
+
+
+def pieces_to_marian(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Our ids as theirs."""
+    return np.argsort(marian_order(tokenizer))[np.asarray(ids)].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +118,6 @@ def test_options_that_marian_does_not_have_are_named(translator, tmp_path, model
     assert not list(tmp_path.iterdir())
 
 
-def test_sentences_for_the_live_comparison_are_there():
-    assert len(ALIKE) >= 50
-
-
 # --- and back
 
 
@@ -147,7 +148,8 @@ def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_d
     named = run.tokenizers().source.pieces(ids)
     assert named[0] == "\u2581>>deu<<" and set(named[1:]) <= set(words)
     translator = Translator.load(run.path, one_device)
-    assert all(0 <= h.score + 100 for t in translator.translate(SOURCES[:3]) for h in t.hypotheses)
+    tokens = {token for found in translator.translate(SOURCES[:9], min_length=3) for token in found.tokens}
+    assert tokens and not {"<pad>", "<s>"} & tokens
     write_marian(translator, config.model, tmp_path / "again")
     first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert set(second) == set(first)

@@ -11,12 +11,12 @@ from flax import nnx
 from flax_transformer.data.synthetic import english_number_words
 from flax_transformer.data.tokenizer import END_ID, START_ID
 from flax_transformer.inference.translator import Translator
-from flax_transformer.interop.marian import pieces_to_marian, write_marian
+from flax_transformer.interop.marian import write_marian
 from flax_transformer.interop.marian_reader import our_order, read_marian
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
-from tests.test_marian import foreign_marian
+from tests.test_marian import foreign_marian, pieces_to_marian
 
 pytestmark = [
     pytest.mark.parity,

@@ -20,7 +20,6 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from flax_transformer import Translator
 from flax_transformer.cli import main as cli
@@ -32,13 +31,11 @@ from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import Validation, run_experiment
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.translator import length_bucket
-from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training import loop
-from flax_transformer.training.checkpoint import Checkpoints, checksums
-from flax_transformer.training.loop import Patience
+from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.run_log import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -213,14 +210,6 @@ def test_a_step_that_does_not_fit_the_memory_is_explained_before_the_first(recip
     assert "Raise batching.micro_batches, lower batching.tokens_per_batch" in message
 
 
-def test_memory_is_counted(one_device):
-    program = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile()
-    assert 2 * 64 * 64 * 4 <= needed_bytes(program) < 10 * 64 * 64 * 4
-    available = available_bytes(one_device)
-    assert available is not None and available > 2**28
-    assert available_bytes(make_mesh(MeshConfig(data=8))) == available // 8
-
-
 def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
     """In processes of their own, since the setting belongs to the process."""
     code = (
@@ -358,22 +347,6 @@ def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
     message = r"is damaged: params decoder/layers/feed_forward/up/kernel \(1 in all\).* Delete that folder to go on"
     with pytest.raises(RunFolderError, match=message):
         Translator.load(copy, one_device, checkpoint="last")
-
-
-def test_checksums_do_not_depend_on_sharding_and_see_every_bit_and_place():
-    values = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
-    mesh = make_mesh(MeshConfig(2, 2, 2))
-    plain = checksums({"a": values})
-    for spec in (jax.P("data"), jax.P("tensor", "fsdp"), jax.P(("data", "fsdp", "tensor")), jax.P()):
-        assert checksums({"a": jax.device_put(values, NamedSharding(mesh, spec))}) == plain
-    bits = np.asarray(values).view(np.uint32)
-    for bit in range(32):
-        flipped = bits.copy()
-        flipped[3, 5] ^= np.uint32(1 << bit)
-        assert checksums({"a": jnp.asarray(flipped.view(np.float32))}) != plain
-    swapped = values.at[jnp.array([0, 1])].set(values[jnp.array([1, 0])])
-    assert checksums({"a": swapped}) != plain
-    assert checksums({"a": values.T})["a"] != plain["a"]
 
 
 # --- translating
@@ -564,16 +537,6 @@ def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path
     # Going on does not begin to count anew.
     assert command("train", "--run", str(folder), "--resume") == 0
     assert json.loads((folder / "run_card.json").read_text())["steps"] == 8
-
-
-def test_patience_counts_evaluations_since_the_best():
-    patience = Patience(2, [1.0, 3.0])
-    assert not patience.exhausted
-    for quality, exhausted in ((2.0, False), (4.0, False), (4.0, False), (3.0, True)):
-        patience.note(quality)
-        assert patience.exhausted == exhausted
-    never = Patience(0, [5.0, 4.0, 3.0, 2.0])
-    assert not never.exhausted
 
 
 def test_an_average_translates_but_is_not_resumed(run, tmp_path, capsys):

@@ -11,16 +11,17 @@ on the others.
 What it promises:
     - A candidate finishes only when it ranks among the best K candidates of its step. A beam of 1 is greedy search: it
       ends with its first finished hypothesis.
-    - A sentence stops as soon as enough hypotheses are finished (K, times the patience) and no unfinished one can still
+    - A sentence stops as soon as enough hypotheses are finished (K, or a share of them) and no unfinished one can still
       beat the worst of them: a log-probability never rises, the bonus is never positive, and the length penalty's
       divisor is monotone, so the best score that a live hypothesis can still reach is known.
     - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
 
-Legend: N sentences, B slots, K beams, M candidates, F finished hypotheses kept, V vocabulary, T maximum length.
+Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
 
 References:
     Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop;
-    Kasai et al. 2022 for patience.
+    Kasai et al. 2022 for a
+    patience, though theirs waits beyond the point from which nothing can change here.
 """
 
 import dataclasses
@@ -60,7 +61,8 @@ class BeamSearchConfig:
         start_token: what the first step reads.
         end_token: what closes a hypothesis.
         length_penalty: how scores of different lengths are compared.
-        patience: how many finished hypotheses are waited for, as a multiple of the beam.
+        patience: how many finished hypotheses must be sure to stay before a sentence stops, as a share of the beam.
+            With 1 all K are the best that the search can find, with 1/K the first is.
         refill_at: slots that stand empty before they are refilled, while there are sentences left.
     """
 
@@ -77,20 +79,18 @@ class BeamSearchConfig:
         for name in ("beam_size", "num_slots", "max_length", "refill_at"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.patience < math.inf:
-            raise ConfigError(f"patience must be positive, got {self.patience}.")
+        if not 0 < self.patience <= 1:
+            raise ConfigError(
+                f"patience must be above 0 and at most 1, got {self.patience}: once nothing can beat the whole beam, "
+                "waiting changes nothing."
+            )
         if self.refill_at > self.num_slots:
             raise ConfigError(f"refill_at ({self.refill_at}) is more than all of the {self.num_slots} slots.")
 
     @property
     def num_awaited(self) -> int:
         """Finished hypotheses that are waited for."""
-        return max(1, math.ceil(self.beam_size * self.patience))
-
-    @property
-    def num_finished(self) -> int:
-        """Finished hypotheses kept, F."""
-        return max(self.beam_size, self.num_awaited)
+        return math.ceil(self.beam_size * self.patience)
 
 
 @array_tree
@@ -105,9 +105,9 @@ class BeamState:
         active: [B], False once nothing can change for a slot.
         live: [B, K] hypotheses.
         live_scores: [B, K], log-probabilities.
-        finished: [B, F] hypotheses, sorted by score.
-        finished_lengths: [B, F], 0 for an empty place.
-        finished_scores: [B, F], as they are ranked.
+        finished: [B, K] hypotheses, sorted by score.
+        finished_lengths: [B, K], 0 for an empty place.
+        finished_scores: [B, K], as they are ranked.
         decoder: the state of the step function, for the live hypotheses.
         results: of the sentences that are done, [N + 1, ...]; the last row is never read.
     """
@@ -119,8 +119,8 @@ class BeamState:
     live: "Record"
     live_scores: Float[Array, "B K"]
     finished: "Record"
-    finished_lengths: Int[Array, "B F"]
-    finished_scores: Float[Array, "B F"]
+    finished_lengths: Int[Array, "B K"]
+    finished_scores: Float[Array, "B K"]
     decoder: Any
     results: Hypotheses
 
@@ -226,7 +226,7 @@ def beam_search(
         bonus: see `Bonus`; nothing when None.
     """
     num_sentences, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
-    length, penalty, kept_finished = config.max_length, config.length_penalty, config.num_finished
+    length, penalty = config.max_length, config.length_penalty
     limit = jnp.max(jnp.where(max_lengths > 0, jnp.arange(num_sentences) + 1, 0))  # sentences without the padding
     slot_limits = jnp.append(max_lengths, 0)  # an empty slot has the limit 0
 
@@ -248,8 +248,8 @@ def beam_search(
         if bonus is not None:
             normalised = normalised + bonus(candidates.extras, state.sentences, new_length)
         normalised = jnp.where(may_finish, normalised, MASKED)
-        all_scores = jnp.concatenate([state.finished_scores, normalised], axis=1)  # [B, F + 2K], old ones win a tie
-        finished_scores, kept = jax.lax.top_k(all_scores, kept_finished)
+        all_scores = jnp.concatenate([state.finished_scores, normalised], axis=1)  # [B, 3K], old ones win a tie
+        finished_scores, kept = jax.lax.top_k(all_scores, beams)
         new_lengths = jnp.where(may_finish, new_length[:, None], 0)
         finished_lengths = gather_beams(jnp.concatenate([state.finished_lengths, new_lengths], axis=1), kept)
         finished = _gather(_join(state.finished, candidates), kept)
@@ -306,8 +306,8 @@ def beam_search(
         zeros = jnp.zeros((slots,), jnp.int32)
         return BeamState(
             jnp.zeros((), jnp.int32), zeros + num_sentences, zeros, zeros > 0, record(slots, beams),
-            jnp.broadcast_to(scores, (slots, beams)), record(slots, kept_finished),
-            jnp.zeros((slots, kept_finished), jnp.int32), jnp.full((slots, kept_finished), MASKED, jnp.float32),
+            jnp.broadcast_to(scores, (slots, beams)), record(slots, beams),
+            jnp.zeros((slots, beams), jnp.int32), jnp.full((slots, beams), MASKED, jnp.float32),
             decoder, results,
         )  # fmt: skip
 
@@ -372,7 +372,7 @@ def _collect(state: BeamState, max_lengths: Int[Array, "B"], penalty: LengthPena
     if bonus is not None:
         live_scores = live_scores + bonus(state.live.extras, state.sentences, max_lengths)
     live_scores = jnp.where(there, live_scores, MASKED)
-    scores = jnp.concatenate([state.finished_scores, live_scores], axis=1)  # [B, F + K]
+    scores = jnp.concatenate([state.finished_scores, live_scores], axis=1)  # [B, 2K]
     finished = jnp.concatenate([state.finished_lengths > 0, jnp.zeros_like(there)], axis=1)
     # Finished before unfinished, by score within each: a stable sort by two keys.
     order = jnp.lexsort((-scores, ~finished), axis=-1)[:, :beams]

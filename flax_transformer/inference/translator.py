@@ -25,8 +25,6 @@ from flax_transformer.errors import ConfigError, DivergenceError, InputError, Ru
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
-from flax_transformer.models.rnn import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import (
     MeshConfig,
     all_devices_sharding,
@@ -144,9 +142,8 @@ class Translator:
         self.mesh = mesh
         self.max_source_length = model.max_source_length
         self.max_target_length = model.max_target_length
-        self.has_attention = not (isinstance(model, RecurrentConfig) and model.attention == "none")
-        # A model taken over from Marian was never taught that its start token is no output.
-        self.bans_start = isinstance(model, TransformerConfig) and model.output_bias
+        self.has_attention = model.has_attention
+        self.bans_start = model.may_output_start
         self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = jax.device_put(params, replicated_sharding(mesh))

@@ -13,11 +13,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer, TokenizerPair
 from flax_transformer.decoding.length_penalty import LengthPenalty
@@ -190,18 +191,6 @@ def knows_unused(config: TransformerConfig, params: Any) -> bool:
     return not config.output_bias or bool(np.asarray(params["output_bias"])[PAD_ID] != NEVER)
 
 
-def flatten(params: Any, prefix: str = "") -> Flat:
-    """Returns the leaves of a nested dict by their paths."""
-    flat: Flat = {}
-    for name, value in params.items():
-        path = f"{prefix}/{name}" if prefix else str(name)
-        if isinstance(value, dict):
-            flat |= flatten(value, path)
-        else:
-            flat[path] = np.asarray(value)
-    return flat
-
-
 def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params: Any) -> Flat:
     """Returns Marian's parameters by their names, in float32.
 
@@ -211,7 +200,7 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
     unused = knows_unused(config, params)
     order = {side: marian_order(getattr(tokenizers, side), unused) for side in ("source", "target")}
     table = parameter_table(config, order)
-    ours = flatten(params)
+    ours = {path: np.asarray(value) for path, value in flatten_dict(params, sep="/").items()}
     if config.zero_start:
         name = "target_embedding/table"
         ours[name] = np.where(np.arange(len(ours[name]))[:, None] == START_ID, 0, ours[name])
@@ -330,9 +319,3 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
         os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def pieces_to_marian(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """Returns ids of ours as ids of Marian's."""
-    place = np.argsort(marian_order(tokenizer))
-    return place[np.asarray(ids, np.int64)].tolist()

@@ -28,11 +28,12 @@ from flax_transformer.inference.translator import vocabulary_info
 from flax_transformer.interop.marian import NEVER, UNUSED, parameter_table
 from flax_transformer.models.build import build_model
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.nn.feed_forward import Activation
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 
 # Their names of activations, and ours.
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
+ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
 
 # What our Transformer does in one way alone.
 REQUIRED = {
@@ -99,7 +100,7 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
         num_decoder_layers=theirs["decoder_layers"],
         max_source_length=theirs["max_position_embeddings"],
         max_target_length=theirs["max_position_embeddings"],
-        activation=activation,  # type: ignore[arg-type]  # one of the names
+        activation=activation,
         share_embeddings="all" if shared else "target_output" if tied else "none",
         dropout=theirs.get("dropout", 0.1),
         attention_dropout=theirs.get("attention_dropout", 0.0),

@@ -60,6 +60,7 @@ class RecurrentConfig:
 
     kind: ClassVar[str] = "rnn"
     supports_packing: ClassVar[bool] = False  # a state that runs on through a row would carry one pair into the next
+    may_output_start: ClassVar[bool] = False
 
     model_dim: int = 128
     hidden_dim: int = 256
@@ -107,6 +108,11 @@ class RecurrentConfig:
         attention = "no attention" if self.attention == "none" else f"{self.attention} attention"
         depth = f"{self.num_encoder_layers}+{self.num_decoder_layers}"
         return f"{self.cell.upper()} {depth} of {self.hidden_dim}, {attention}"
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the decoder looks at the source."""
+        return self.attention != "none"
 
     @property
     def join(self) -> Literal["none", "input", "output"]:

@@ -79,6 +79,7 @@ class TransformerConfig:
 
     kind: ClassVar[str] = "transformer"
     supports_packing: ClassVar[bool] = True  # attention keeps the segments of a row apart
+    has_attention: ClassVar[bool] = True
 
     model_dim: int = 128
     num_heads: int = 4
@@ -128,6 +129,11 @@ class TransformerConfig:
         for name in ("dropout", "embedding_dropout", "attention_dropout", "activation_dropout"):
             if getattr(self, name) is not None:
                 check_dropout_rate(f"model.{name}", getattr(self, name))
+
+    @property
+    def may_output_start(self) -> bool:
+        """Whether the start token must be kept out of outputs: models taken over from Marian were not taught it."""
+        return self.output_bias
 
     @property
     def description(self) -> str:
