@@ -30,7 +30,7 @@ SEPARATE = TokenizerPair.train(SOURCES, TARGETS, TokenizerConfig(vocab_size=45, 
 
 def pieces_to_marian(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """Our ids as theirs."""
-    return np.argsort(marian_order(tokenizer))[np.asarray(ids)].tolist()
+    return np.argsort(marian_order(tokenizer))[np.asarray(ids, np.int64)].tolist()
 
 
 @pytest.fixture(scope="module")
