@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +15,14 @@ from flax_transformer.nn.dropout import dropout, random_bytes
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection
 from flax_transformer.nn.feed_forward import FeedForward
 from flax_transformer.nn.kv_cache import (
-    CrossAttentionCache,
     cached_cross_attention,
     cached_self_attention,
+    cross_attention_cache,
     empty_self_attention_cache,
+    write_ancestors,
 )
 from flax_transformer.nn.linear import Linear
-from flax_transformer.nn.masks import causal_mask, filled_cache_mask
+from flax_transformer.nn.masks import causal_mask
 from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
 from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
 
@@ -116,35 +118,58 @@ def test_multi_head_attention_equals_its_equation():
     np.testing.assert_allclose(layer(x, memory, mask), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_cached_attention_equals_full_causal_attention():
-    batch, beams, length = 2, 3, 6
-    q, k, v = (normal(s, batch, beams, length, 2, 4) for s in (1, 2, 3))
-    cache = empty_self_attention_cache(batch, beams, 2, length, 4, FLOAT32)
-    steps = []
+@pytest.mark.parametrize("length", [6, 40])  # one piece on a CPU, and three
+def test_cached_attention_equals_attention_over_what_the_ancestors_wrote(length):
+    batch, beams, heads, dim = 2, 3, 2, 4
+    q, k, v = (normal(s, length, batch, beams, heads, dim) for s in (1, 2, 3))
+    parents = np.random.default_rng(4).integers(0, beams, (length, batch, beams))
+    rows = np.arange(batch)[:, None]
+    cache = empty_self_attention_cache(batch, beams, heads, length, dim, FLOAT32)
+    ancestors = jnp.zeros((batch, beams, length), jnp.int32)
+    history = np.zeros((2, batch, beams, 0, heads, dim))  # keys and values, copied when beams are reordered
     for t in range(length):
         positions = jnp.full((batch,), t)
-        mask = filled_cache_mask(positions, length)
-        out, cache = cached_self_attention(cache, q[:, :, t], k[:, :, t], v[:, :, t], positions, mask)
-        steps.append(out)
-    flat = [a.reshape(batch * beams, length, 2, 4) for a in (q, k, v)]
-    expected, _ = dot_product_attention(flat[0], flat[1], flat[2], causal_mask(length))
-    np.testing.assert_allclose(jnp.stack(steps, axis=2).reshape(batch * beams, length, 2, 4), expected, **ONE_OP)
+        ancestors = write_ancestors(ancestors, positions)
+        out, cache = cached_self_attention(cache, q[t], k[t], v[t], positions, ancestors)
+        history = np.concatenate([history, np.stack([float64(k[t]), float64(v[t])])[:, :, :, None]], axis=3)
+        flat = history.reshape(2, batch * beams, t + 1, heads, dim)
+        expected, _ = attention64(q[t].reshape(-1, 1, heads, dim), flat[0], flat[1], jnp.ones((1, 1, 1, 1), bool))
+        np.testing.assert_allclose(out, expected.reshape(out.shape), rtol=1e-4, atol=1e-5)
+        history = history[:, rows, parents[t]]
+        ancestors = jnp.asarray(np.asarray(ancestors)[rows, parents[t]])
+
+
+def test_a_cache_is_read_as_far_as_a_sentence_has_come_whatever_the_others_need():
+    heads, dim, length = 2, 4, 40
+    cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_self_attention_cache(2, 3, heads, length, dim, FLOAT32))
+    query, key, value = (normal(s, 2, 3, heads, dim) for s in (2, 3, 4))
+    ancestors = jnp.asarray(np.random.default_rng(5).integers(0, 3, (2, 3, length)))
+    outs, caches = zip(
+        *(cached_self_attention(cache, query, key, value, jnp.array([9, n]), ancestors) for n in (2, 20, 39)),
+        strict=True,
+    )
+    for out, new in zip(outs[1:], caches[1:], strict=True):
+        np.testing.assert_array_equal(out[0], outs[0][0])
+        chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x[0], c) for c in (new, caches[0])))
+        assert np.abs(out[1] - outs[0][1]).max() > 1e-3
 
 
 def test_sentences_of_a_cache_may_stand_at_different_positions():
-    key, value, query = normal(1, 2, 1, 2, 4), normal(2, 2, 1, 2, 4), normal(3, 2, 1, 2, 4)
-    cache = empty_self_attention_cache(2, 1, 2, 5, 4, FLOAT32)
-    positions = jnp.array([0, 3])
-    _, cache = cached_self_attention(cache, query, key, value, positions, filled_cache_mask(positions, 5))
-    np.testing.assert_array_equal(cache.keys[0, 0, :, 0], key[0, 0])
-    np.testing.assert_array_equal(cache.keys[1, 0, :, 3], key[1, 0])
-    assert int((cache.keys != 0).sum()) == key.size
+    key, value, query = (normal(s, 3, 1, 2, 4) for s in (1, 2, 3))
+    cache = empty_self_attention_cache(3, 1, 2, 20, 4, FLOAT32)
+    positions = jnp.array([0, 17, 20])  # the last is beyond the end, as in a slot that stands idle
+    _, cache = cached_self_attention(cache, query, key, value, positions, jnp.zeros((3, 1, 20), jnp.int32))
+    keys, values = jnp.concatenate(cache.keys, axis=4), jnp.concatenate(cache.values, axis=3)
+    for row, place in ((0, 0), (1, 17)):
+        np.testing.assert_array_equal(keys[row, :, :, 0, place], key[row, 0])
+        np.testing.assert_array_equal(values[row, :, 0, place], value[row, 0])
+    assert int((keys != 0).sum()) == int((values != 0).sum()) == key[:2].size
 
 
 def test_cross_attention_shares_one_memory_among_beams():
     query, keys, values = normal(1, 2, 3, 2, 4), normal(2, 2, 5, 2, 4), normal(3, 2, 5, 2, 4)
     mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
-    attended, weights = cached_cross_attention(CrossAttentionCache(keys, values), query, mask)
+    attended, weights = cached_cross_attention(cross_attention_cache(keys, values), query, mask)
     for beam in range(3):
         alone, _ = attention64(query[:, beam : beam + 1], keys, values, mask)
         np.testing.assert_allclose(attended[:, beam], alone[:, 0], **ONE_OP)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from flax_transformer.nn.masks import causal_mask, filled_cache_mask, segment_mask
+from flax_transformer.nn.masks import causal_mask, segment_mask
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -20,8 +20,3 @@ def test_segment_mask_hides_padding_and_other_segments():
     keys = jnp.array([[1, 2, 2, 0, 0]])
     expected = drawn("10000", "10000", "01100", "00000")
     np.testing.assert_array_equal(segment_mask(queries, keys), expected[None, None])
-
-
-def test_filled_cache_mask_is_per_sentence():
-    expected = np.stack([drawn("1000"), drawn("1110")])[:, None]
-    np.testing.assert_array_equal(filled_cache_mask(jnp.array([0, 2]), 4), expected)

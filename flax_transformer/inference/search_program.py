@@ -97,7 +97,7 @@ def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
 
         return Functions(model.encode, model.init_decode_state, one_step)
 
-    axes = DecodeState(per_sentence=1, per_beam=2, positions=None)  # where the models stand
+    axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # where the models stand
 
     def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Memory:
         def of(params: Any) -> Memory:
@@ -123,8 +123,10 @@ def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
     return Functions(encode, start, step)
 
 
-def encode_in_pieces(model: Functions, inputs: SearchInputs, slots: int, num_beams: int) -> DecodeState:
-    """Returns the state of each sentence before its first token, with room for none: what a slot is filled from.
+def encode_in_pieces(
+    model: Functions, inputs: SearchInputs, slots: int, num_beams: int, max_length: int
+) -> DecodeState:
+    """Returns the state of each sentence before its first token, nothing written: what a slot is filled from.
 
     Sentences are encoded as many at a time as there are slots, whatever their number, so that how many there are does
     not change a bit of the result; pieces of padding alone are left out.
@@ -133,7 +135,8 @@ def encode_in_pieces(model: Functions, inputs: SearchInputs, slots: int, num_bea
     positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
 
     def piece(tokens: jax.Array, segments: jax.Array) -> DecodeState:
-        return model.start(model.encode(tokens, positions, segments), num_beams, 0)
+        state = model.start(model.encode(tokens, positions, segments), num_beams, max_length)
+        return dataclasses.replace(state, written=None)
 
     def body(number: jax.Array, pool: DecodeState) -> DecodeState:
         tokens, segments = (
@@ -154,18 +157,14 @@ def encode_in_pieces(model: Functions, inputs: SearchInputs, slots: int, num_bea
 def refill_slots(
     pool: DecodeState, state: DecodeState, fresh: Bool[Array, "B"], sentences: Int[Array, "B"]
 ) -> DecodeState:
-    """Returns `state` with the fresh slots at the start of their sentences in `pool`.
-
-    A leaf that is empty in the pool is a cache, which is read only as far as it has been written: it stays as it is.
-    """
+    """Returns `state` with the fresh slots at the start of their sentences in `pool`."""
 
     def put(old: jax.Array, all_of: jax.Array) -> jax.Array:
-        if all_of.size == 0:
-            return old
         new = jnp.take(all_of, sentences, axis=0, mode="clip")
         return jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-    return jax.tree.map(put, state, pool)
+    blank = dataclasses.replace(state, written=None)
+    return dataclasses.replace(jax.tree.map(put, blank, pool), written=state.written)
 
 
 def coverage_bonus(weight: float, segments: Int[Array, "N S"]) -> Callable[..., Float[Array, "B M"]]:
@@ -211,7 +210,7 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     """
     beam = spec.beam
     model = model_functions(graphdef, params, spec.num_models)
-    pool = encode_in_pieces(model, inputs, beam.num_slots, beam.beam_size)
+    pool = encode_in_pieces(model, inputs, beam.num_slots, beam.beam_size, beam.max_length)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
     def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:

@@ -461,7 +461,7 @@ class RecurrentSeq2Seq(nnx.Module):
         del max_length
         positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
         start = self.decoder.start(memory.decoder_start, num_beams)
-        return DecodeState(self.decoder.read(memory), start, positions)
+        return DecodeState(self.decoder.read(memory), start, None, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""

@@ -40,12 +40,15 @@ class DecodeState:
     Attributes:
         per_sentence: tree of arrays [B, ...], the same for all beams of a sentence and never copied over beams.
         per_beam: tree of arrays [B, K, ...], reordered when beams are.
+        written: tree of arrays [B, ...] to which each step adds, which are never reordered, and which are read only as
+            far as they were written since the sentence began: a new sentence takes a slot's over as they are.
         positions: [B], 0-based index of the token that is decoded next; per sentence, so that a slot of the batch can
             start anew while others go on.
     """
 
     per_sentence: Any
     per_beam: Any
+    written: Any
     positions: Any
 
 

@@ -6,7 +6,6 @@ References:
     Vaswani et al. 2017, "Attention Is All You Need", section 3 and figure 1.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
@@ -34,9 +33,11 @@ from flax_transformer.nn.kv_cache import (
     SelfAttentionCache,
     cached_cross_attention,
     cached_self_attention,
+    cross_attention_cache,
     empty_self_attention_cache,
+    write_ancestors,
 )
-from flax_transformer.nn.masks import causal_mask, filled_cache_mask, segment_mask
+from flax_transformer.nn.masks import causal_mask, segment_mask
 from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
 from flax_transformer.nn.positions import PositionKind
 from flax_transformer.shapes import Batch
@@ -294,7 +295,7 @@ class DecoderLayer(nnx.Module):
         self_cache: SelfAttentionCache,
         cross_cache: CrossAttentionCache,
         positions: Int[Array, "B"],
-        self_mask: Bool[Array, "B 1 1 T"],
+        ancestors: Int[Array, "B K T"],
         cross_mask: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B K D"], SelfAttentionCache, Float[Array, "B N K S"]]:
         """Returns the layer's output for one position, its cache with that position written, and cross weights."""
@@ -302,7 +303,7 @@ class DecoderLayer(nnx.Module):
         inner = self.self_attention_residual.enter(x)
         key, value = attention.project_key_value(inner)
         attended, self_cache = cached_self_attention(
-            self_cache, attention.query(inner), key, value, positions, self_mask
+            self_cache, attention.query(inner), key, value, positions, ancestors
         )
         x = self.self_attention_residual.leave(x, attention.output(attended), None)
 
@@ -380,7 +381,7 @@ class Decoder(nnx.Module):
         """Returns empty self-attention caches, and the keys and values of the memory, one a layer."""
         num_sentences = memory.states.shape[0]
         layers = _unstack(self.layers, self.num_layers)
-        cross = tuple(CrossAttentionCache(*la.cross_attention.project_key_value(memory.states)) for la in layers)
+        cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(memory.states)) for la in layers)
         empty = empty_self_attention_cache(
             num_sentences, num_beams, self.head_shape[0], max_length, self.head_shape[1], self.compute_dtype
         )
@@ -394,16 +395,15 @@ class Decoder(nnx.Module):
         self_caches: tuple[SelfAttentionCache, ...],
         cross_caches: tuple[CrossAttentionCache, ...],
         source_segments: Int[Array, "B S"],
-        max_length: int,
+        ancestors: Int[Array, "B K T"],
     ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
         """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
-        self_mask = filled_cache_mask(positions, max_length)
         cross_mask = segment_mask(jnp.ones((tokens.shape[0], 1), jnp.int32), jnp.minimum(source_segments, 1))
         x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
         new_caches, attention = [], []
         layers = _unstack(self.layers, self.num_layers)
         for layer, self_cache, cross_cache in zip(layers, self_caches, cross_caches, strict=True):
-            x, self_cache, weights = layer.step(x, self_cache, cross_cache, positions, self_mask, cross_mask)
+            x, self_cache, weights = layer.step(x, self_cache, cross_cache, positions, ancestors, cross_mask)
             new_caches.append(self_cache)
             attention.append(jnp.swapaxes(weights, 1, 2))  # [B, N, K, S] -> [B, K, N, S]
         x = x if self.norm is None else self.norm(x)
@@ -496,14 +496,15 @@ class Transformer(nnx.Module):
         """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""
         self_caches, cross_caches = self.decoder.init_caches(memory, num_beams, max_length)
         positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
-        return DecodeState((cross_caches, memory.segments), self_caches, positions)
+        ancestors = jnp.zeros((memory.states.shape[0], num_beams, max_length), jnp.int32)
+        return DecodeState((cross_caches, memory.segments), ancestors, self_caches, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""
         cross_caches, source_segments = state.per_sentence
-        max_length = state.per_beam[0].length
-        hidden, self_caches, attention = self.decoder.step(
-            self.target_embedding, tokens, state.positions, state.per_beam, cross_caches, source_segments, max_length
+        ancestors = write_ancestors(state.per_beam, state.positions)
+        hidden, written, attention = self.decoder.step(
+            self.target_embedding, tokens, state.positions, state.written, cross_caches, source_segments, ancestors
         )
         output = StepOutput(self.output_projection().logits(hidden), attention)
-        return output, dataclasses.replace(state, per_beam=self_caches, positions=state.positions + 1)
+        return output, DecodeState(state.per_sentence, ancestors, written, state.positions + 1)

@@ -1,51 +1,105 @@
 """Keys and values kept between decoding steps. Their layout is known in this file alone.
 
-Self-attention keys and values are [B, K, N, T, H]: with the length next to the head dim every head's keys are one
-contiguous matrix, which made a whole decode 13 times cheaper on a CPU than [B, K, T, N, H] in this one contraction.
-Cross-attention keys and values are [B, S, N, H], once a sentence: the K beams of a sentence stand in the place of the
-query length, so that nothing is tiled over beams.
+Self-attention. What a beam has written stays where it is when beams are reordered: a table of ancestors says, for each
+beam and each position, which beam wrote what it has there, and a query attends to all that its sentence's beams wrote
+under a mask of its own ancestors. Nothing is copied, each key is read once for all beams, and the product is one of
+matrices; it costs K times the arithmetic on the shortest side of a step. On a CPU a cache is kept in pieces, and a step
+reads those alone that some sentence has reached. Each piece is an array of its own, since a part of an array would be
+copied before it is read.
 
-Legend: B sentences, K beams, N heads, T cache slots, S source length, H head dim.
+Cross-attention keys and values are there once a sentence: its K beams stand in the place of the query length, so that
+nothing is tiled over beams.
+
+Legend: B sentences, K beams, N heads, T cache slots, C slots of a piece, S source length, H head dim.
+
+References:
+    The table of ancestors: `cache_indirection` in NVIDIA's FasterTransformer.
+    Attention by pieces: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_transformer.nn.attention import dot_product_attention, masked_softmax
-from flax_transformer.shapes import array_tree
+from flax_transformer.nn.attention import masked_softmax
+from flax_transformer.shapes import MASKED, array_tree
+
+# On a CPU the first two pieces have so many slots, and each after them twice as many as the one before.
+SHORTEST_PIECE = 16
 
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SelfAttentionCache:
-    """Keys and values of the tokens decoded so far, for one layer; leaves lead with [B, K] and follow their beam."""
+    """Keys and values of the tokens decoded so far, for one layer, by the beam that wrote them.
 
-    keys: Float[Array, "B K N T H"]
-    values: Float[Array, "B K N T H"]
+    Attributes:
+        keys: pieces [B, N, H, K, C], whose C sum to T: as the product with queries reads them.
+        values: pieces [B, N, K, C, H]: as the product with weights reads them.
+    """
 
-    @property
-    def length(self) -> int:
-        """Number of slots T."""
-        return self.keys.shape[3]
+    keys: tuple[Float[Array, "B N H K _"], ...]
+    values: tuple[Float[Array, "B N K _ H"], ...]
 
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class CrossAttentionCache:
-    """Keys and values of the encoder's output, for one layer; leaves lead with [B] and serve all beams."""
+    """Keys and values of the encoder's output, for one layer; they serve all beams."""
 
-    keys: Float[Array, "B S N H"]
-    values: Float[Array, "B S N H"]
+    keys: Float[Array, "B N H S"]
+    values: Float[Array, "B N S H"]
+
+
+def piece_lengths(length: int) -> tuple[int, ...]:
+    """Returns the slots of each piece of a cache; a piece more costs a branch, which only a CPU takes for nothing."""
+    if jax.default_backend() != "cpu":
+        return (length,)
+    lengths: list[int] = []
+    while sum(lengths) < length:
+        lengths.append(min(max(sum(lengths), SHORTEST_PIECE), length - sum(lengths)))
+    return tuple(lengths)
 
 
 def empty_self_attention_cache(
     num_sentences: int, num_beams: int, num_heads: int, length: int, head_dim: int, dtype: jnp.dtype
 ) -> SelfAttentionCache:
     """Returns a cache of zeros with `length` slots."""
-    shape = (num_sentences, num_beams, num_heads, length, head_dim)
-    return SelfAttentionCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    lengths = piece_lengths(length)
+    return SelfAttentionCache(
+        tuple(jnp.zeros((num_sentences, num_heads, head_dim, num_beams, piece), dtype) for piece in lengths),
+        tuple(jnp.zeros((num_sentences, num_heads, num_beams, piece, head_dim), dtype) for piece in lengths),
+    )
+
+
+def cross_attention_cache(keys: Float[Array, "B S N H"], values: Float[Array, "B S N H"]) -> CrossAttentionCache:
+    """Returns the projections of the encoder's output in the layout of a cache."""
+    return CrossAttentionCache(jnp.transpose(keys, (0, 2, 3, 1)), jnp.swapaxes(values, 1, 2))
+
+
+def write_ancestors(ancestors: Int[Array, "B K T"], positions: Int[Array, "B"]) -> Int[Array, "B K T"]:
+    """Returns the table once every beam has written its own token at its sentence's position."""
+    here = (jnp.arange(ancestors.shape[2])[None, :] == positions[:, None])[:, None, :]
+    return jnp.where(here, jnp.arange(ancestors.shape[1])[None, :, None], ancestors)
+
+
+def _write(
+    cache: SelfAttentionCache, key: Float[Array, "B K N H"], value: Float[Array, "B K N H"], positions: Int[Array, "B"]
+) -> SelfAttentionCache:
+    """Returns the cache with one token of each beam written, in the piece that holds its sentence's position."""
+    rows = jnp.arange(key.shape[0])
+    key, value = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)  # [B, N, H, K] and [B, N, K, H]
+    offset, keys, values = 0, [], []
+    for old_keys, old_values in zip(cache.keys, cache.values, strict=True):
+        slots = old_values.shape[3]
+        place = jnp.where(positions < offset, slots, positions - offset)  # a place beyond the piece is dropped
+        keys.append(old_keys.at[rows, :, :, :, place].set(key, mode="drop"))
+        values.append(old_values.at[rows, :, :, place].set(value, mode="drop"))
+        offset += slots
+    return SelfAttentionCache(tuple(keys), tuple(values))
 
 
 def cached_self_attention(
@@ -54,27 +108,64 @@ def cached_self_attention(
     key: Float[Array, "B K N H"],
     value: Float[Array, "B K N H"],
     positions: Int[Array, "B"],
-    mask: Bool[Array, "B 1 1 T"],
+    ancestors: Int[Array, "B K T"],
 ) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
-    """Writes one token's key and value for each beam, and returns attention over all that is written.
+    """Writes one token's key and value for each beam, and returns attention over all that its ancestors wrote.
+
+    A piece in which a query may attend to nothing adds exact zeros to its result: bits do not depend on how many pieces
+    the other sentences need.
 
     Args:
         cache: what earlier steps wrote.
         query, key, value: of the token being decoded.
         positions: slot to write, per sentence.
-        mask: True for the slots that are filled once this token is written.
+        ancestors: which beam wrote what each beam has at each position, this step's included.
     """
-    rows = jnp.arange(key.shape[0])
-    keys = cache.keys.at[rows, :, :, positions].set(key)
-    values = cache.values.at[rows, :, :, positions].set(value)
-    scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    scores = jnp.einsum("bknh,bknth->bknt", query * scale, keys, preferred_element_type=jnp.float32)
-    weights = masked_softmax(scores, mask).astype(values.dtype)
-    return jnp.einsum("bknt,bknth->bknh", weights, values), SelfAttentionCache(keys, values)
+    cache = _write(cache, key, value, positions)
+    slots, beams, heads, head_dim = query.shape
+    query = jnp.swapaxes(query * jnp.asarray(head_dim**-0.5, query.dtype), 1, 2)  # [B, N, K, H]
+    furthest = jnp.max(positions)
+
+    def attend(sums: Any, keys: jax.Array, values: jax.Array, wrote: jax.Array, filled: jax.Array) -> Any:
+        """Returns the highest score so far, and the sums of exp(score - highest), once without and once with values."""
+        highest, total, attended = sums
+        length = values.shape[3]
+        scores = jnp.einsum(
+            "bnqh,bnhj->bnqj", query, keys.reshape(slots, heads, head_dim, -1), preferred_element_type=jnp.float32
+        ).reshape(slots, heads, beams, beams, length)
+        scores = jnp.sum(jnp.where(wrote, scores, 0.0), axis=3)  # [B, N, K, C]: of the one who wrote
+        scores = jnp.where(filled, scores, MASKED)
+        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(filled, jnp.exp(scores - higher), 0.0)
+        shrink = jnp.exp(highest - higher)
+        spread = jnp.where(wrote, weights[:, :, :, None], 0.0).reshape(slots, heads, beams, -1).astype(values.dtype)
+        added = jnp.einsum(
+            "bnqj,bnjh->bnqh", spread, values.reshape(slots, heads, -1, head_dim), preferred_element_type=jnp.float32
+        )
+        return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), attended * shrink + added
+
+    zeros = jnp.zeros((slots, heads, beams, 1), jnp.float32)
+    sums = (zeros + MASKED, zeros, jnp.zeros((slots, heads, beams, head_dim), jnp.float32))
+    offset = 0
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        end = offset + keys.shape[4]
+        wrote = ancestors[:, None, :, None, offset:end] == jnp.arange(beams)[None, None, None, :, None]
+        piece = (keys, values, wrote, jnp.arange(offset, end)[None, None, None, :] <= positions[:, None, None, None])
+        if offset == 0:
+            sums = attend(sums, *piece)
+        else:
+            sums = jax.lax.cond(furthest >= offset, attend, lambda sums, *_: sums, sums, *piece)
+        offset = end
+    _, total, attended = sums
+    return jnp.swapaxes(attended / total, 1, 2).astype(value.dtype), cache
 
 
 def cached_cross_attention(
     cache: CrossAttentionCache, query: Float[Array, "B K N H"], mask: Bool[Array, "B 1 1 S"]
 ) -> tuple[Float[Array, "B K N H"], Float[Array, "B N K S"]]:
     """Returns attention of each beam over the source, and its weights; beams stand in place of the query length."""
-    return dot_product_attention(query, cache.keys, cache.values, mask)
+    query = jnp.swapaxes(query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype), 1, 2)
+    scores = jnp.einsum("bnqh,bnhs->bnqs", query, cache.keys, preferred_element_type=jnp.float32)
+    weights = masked_softmax(scores, mask)
+    attended = jnp.einsum("bnqs,bnsh->bnqh", weights.astype(cache.values.dtype), cache.values)
+    return jnp.swapaxes(attended, 1, 2), weights

@@ -25,13 +25,3 @@ def causal_mask(length: int) -> Bool[Array, "1 1 T T"]:
     """Returns True where the key is not later than the query: the lower triangle with its diagonal."""
     index = jnp.arange(length)
     return (index[:, None] >= index[None, :])[None, None]
-
-
-def filled_cache_mask(positions: Int[Array, "B"], length: int) -> Bool[Array, "B 1 1 T"]:
-    """Returns True for the cache slots that hold a token once the token at `positions` is written.
-
-    Args:
-        positions: [B], 0-based index of the token that is being decoded.
-        length: number of slots of the cache.
-    """
-    return (jnp.arange(length)[None, :] <= positions[:, None])[:, None, None, :]
