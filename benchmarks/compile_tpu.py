@@ -263,7 +263,14 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     nothing = jax.ShapeDtypeStruct((0,), "int32", sharding=all_devices_sharding(mesh))
     banned = jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(mesh))
     inputs = SearchInputs(
-        per_row(options.length), per_row(options.length), per_row(), nothing, per_row(0), per_row(), banned
+        per_row(options.length),
+        per_row(options.length),
+        per_row(),
+        nothing,
+        per_row(0),
+        per_row(0, 0),
+        per_row(),
+        banned,
     )
     search = jit_search(graphdef, SearchSpec(beam), mesh)
     found = compile_logged("beam search", log_folder, lambda: search.lower(params, inputs).compile())

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.decoding.beam_search import BeamSearchConfig, _top_k, beam_search, best_candidates
+from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search, best_candidates, best_of_vocabulary
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress
 from flax_transformer.errors import ConfigError
@@ -394,6 +394,6 @@ def test_bad_sizes_are_explained():
 def test_the_best_of_a_vocabulary_are_those_of_top_k_ties_included(size):
     logits = jnp.asarray(np.random.default_rng(size).integers(0, 12, (2, 3, size)).astype(np.float32))
     expected, expected_tokens = jax.lax.top_k(logits, 5)
-    best, tokens = _top_k(logits, 5)
+    best, tokens = best_of_vocabulary(logits, 5)
     np.testing.assert_array_equal(best, expected)
     np.testing.assert_array_equal(tokens, expected_tokens)

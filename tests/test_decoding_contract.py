@@ -212,6 +212,27 @@ def test_outputs_obey_what_is_asked(translators):
     assert different(repeated) > different(usual)
 
 
+def test_outputs_hold_what_is_required_or_say_that_they_do_not(translators):
+    translator = translators["transformer"]
+    asked = [["neun"], [], ["ein", "zwei"], ["zwanzig", "dreihundert"]]
+    found = translator.translate(ALIKE[:4], num_hypotheses=3, required=asked)
+    for translation, phrases in zip(found, asked, strict=True):
+        for hypothesis in translation.hypotheses:
+            there = {text for text in phrases if holds(hypothesis.tokens, text)}
+            assert set(hypothesis.missing) == set(phrases) - there
+            assert not (hypothesis.finished and hypothesis.missing)
+        assert translation.hypotheses[0].finished
+    assert found[1] == translator.translate(ALIKE[1:2], num_hypotheses=3)[0]
+    for number in (0, 2, 3):  # whatever stands beside it
+        (alone,) = translator.translate([ALIKE[number]], num_hypotheses=3, required=[asked[number]])
+        assert alone == found[number]
+
+
+def holds(tokens: list[str], text: str) -> bool:
+    pieces = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([text])[0])
+    return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens)))
+
+
 def test_unknown_tokens_are_banned(translators):
     translator = translators["transformer"]
     params = translator.params
@@ -299,6 +320,19 @@ def make_run(path: Path, model, seed: int) -> Path:
         ({"prefixes": ["", "\u4e2d"]}, "prefix 2 .* has characters that the target vocabulary does not hold"),
         ({"prefixes": ["", "ein" * 30]}, r"prefix 2 has \d+ tokens, and the model's outputs have at most 47"),
         ({"banned_phrases": ("\u200b",)}, "has no token that could be banned"),
+        ({"required": [["ein"]]}, "required must be a list with a list of phrases for each of 2 sentences"),
+        ({"required": ["ein", "ein"]}, "required must be a list with a list of phrases for each of 2 sentences"),
+        ({"required": [[], [" "]]}, "required phrase ' ' of sentence 2 is empty"),
+        ({"required": [[], ["\u4e2d"]]}, "of sentence 2 has characters that the target vocabulary does not hold"),
+        ({"required": [["ein" * 30], []]}, r"sentence 1 have \d+ tokens, and the model's outputs have at most 47"),
+        (
+            {"required": [["ein"], []], "method": "sampling"},
+            "required phrases and decoding.method: sampling contradict",
+        ),
+        (
+            {"required": [["ein"], []], "banned_phrases": ("ein",)},
+            r"required phrase 'ein' of sentence 1 and decoding.banned_phrases \('ein'\) contradict each other",
+        ),
         ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
     ],
 )
@@ -352,7 +386,7 @@ def test_no_line_is_lost_whatever_comes_in(monkeypatch, capsys, run):
     assert "standard input, line 2: not valid UTF-8" in err
 
 
-def test_objects_and_scores(monkeypatch, capsys, run):
+def test_objects_and_scores(monkeypatch, capsys, run, tmp_path):
     arguments = ["translate", "--run", str(run), "--json", "--num-hypotheses", "2", "--alignment"]
     code, out, _ = command(monkeypatch, capsys, arguments, b"one\n\ntwenty-one\n")
     assert code == 0
@@ -366,6 +400,16 @@ def test_objects_and_scores(monkeypatch, capsys, run):
     arguments = ["translate", "--run", str(run), "--beam-size", "1", "--prefix", "ein"]
     code, out, _ = command(monkeypatch, capsys, arguments, b"one\n")
     assert code == 0 and out.startswith("ein")
+    (tmp_path / "phrases").write_text("zwei\tneun\n\n")
+    arguments = ["translate", "--run", str(run), "--json", "--required", str(tmp_path / "phrases")]
+    code, out, err = command(monkeypatch, capsys, arguments, b"one\none\none\n")
+    best, *free = (json.loads(line)["hypotheses"][0] for line in out.splitlines())
+    lacking = [text for text in ("zwei", "neun") if not holds(best["tokens"], text)]
+    assert best["missing"] == lacking and code == (4 if lacking else 0)
+    assert ("line 1 lacks" in err) == bool(lacking)
+    assert free[0] == free[1] and free[0]["missing"] == []
+    code, _, err = command(monkeypatch, capsys, [*arguments[:-1], "nowhere"], b"one\n")
+    assert code == 2 and "--required nowhere: there is no such file" in err
 
 
 def test_an_interrupted_file_is_gone_on_with(monkeypatch, capsys, run, tmp_path):

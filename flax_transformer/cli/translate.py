@@ -1,6 +1,7 @@
 """translate: lines to lines, one out for each one in."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -39,6 +40,7 @@ class TranslateOptions:
         num_hypotheses: at most so many of each line; more than one needs --json.
         alignment: add to each object which source word each target word was made from (Moses format); needs --json.
         prefix: what every output begins with.
+        required: file whose lines hold the phrases, separated by tabs, that the output of the same line must hold.
         decoding: how to translate; the run's own settings when left out.
     """
 
@@ -52,6 +54,7 @@ class TranslateOptions:
     num_hypotheses: int = 1
     alignment: bool = False
     prefix: str | None = None
+    required: Path | None = None
     decoding: Annotated[DecodingConfig, tyro.conf.arg(name="")] = field(default_factory=DecodingConfig)
 
     def __post_init__(self):
@@ -80,6 +83,19 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
             ) from error
 
 
+def required_of_lines(path: Path | None, skipped: int) -> Iterator[list[str]] | None:
+    """Returns the phrases of each line behind the skipped ones, without end; None if nothing is required.
+
+    Raises:
+        InputError: a line that is not UTF-8.
+    """
+    if path is None:
+        return None
+    lines = read_lines(io.BytesIO(path.read_bytes()), str(path))
+    phrases = ([phrase for phrase in line.split("\t") if phrase.strip()] for line in lines)
+    return itertools.islice(itertools.chain(phrases, itertools.repeat([])), skipped, None)
+
+
 def as_line(options: TranslateOptions, translation: Translation) -> str:
     """Returns what is written for a line."""
     if not options.json:
@@ -97,13 +113,18 @@ def as_line(options: TranslateOptions, translation: Translation) -> str:
             values["count"] = hypothesis.count
         if hypothesis.utility is not None:
             values["utility"] = hypothesis.utility
+        if options.required is not None:
+            values["missing"] = hypothesis.missing
         if options.alignment:
             weights = hypothesis.attention
             words = "" if weights is None else word_alignment(translation.source, hypothesis.tokens, weights)
             values["alignment"] = words
         return values
 
-    found = {"hypotheses": [record(h) for h in translation.hypotheses], "truncated": translation.truncated}
+    found: dict[str, Any] = {
+        "hypotheses": [record(h) for h in translation.hypotheses],
+        "truncated": translation.truncated,
+    }
     return json.dumps(found, ensure_ascii=False)
 
 
@@ -167,7 +188,7 @@ def runs_of(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened.
+    """Returns the exit code: 0, or 4 when lines were shortened or lack a required phrase.
 
     Raises:
         InputError: a bad run folder, setting, file or line.
@@ -179,6 +200,8 @@ def main(arguments: list[str], program: str) -> int:
     options = tyro.cli(TranslateOptions, args=arguments, prog=program, default=defaults)
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
+    if options.required is not None and not options.required.is_file():
+        raise InputError(f"--required {options.required}: there is no such file.")
     with opened(options) as (source, output, done):
         translator = Translator.load(options.run, checkpoint=options.checkpoint).with_decoding(options.decoding)
         return translate_stream(options, translator, source, output, done)
@@ -195,7 +218,8 @@ def translate_stream(options: TranslateOptions, translator: Translator, source: 
     lines = read_lines(source, name)
     if skipped > sum(1 for _ in itertools.islice(lines, skipped)):
         raise InputError(f"{name} has fewer lines than the {skipped:,} that have been translated: it is another file.")
-    done, shortened, tokens, error = skipped, 0, 0, None
+    phrase_lines = required_of_lines(options.required, skipped)
+    done, faulty, tokens, error = skipped, 0, 0, None
     started = time.monotonic()
     while error is None:
         chunk: list[str] = []
@@ -209,13 +233,16 @@ def translate_stream(options: TranslateOptions, translator: Translator, source: 
             chunk,
             num_hypotheses=options.num_hypotheses,
             prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
+            required=None if phrase_lines is None else list(itertools.islice(phrase_lines, len(chunk))),
             attention=options.alignment,
         )
         for number, translation in enumerate(translations, start=done + 1):
             output.write(f"{as_line(options, translation)}\n".encode())  # UTF-8 whatever the locale, as the input is
             tokens += len(translation.tokens)
+            faulty += translation.truncated or bool(translation.hypotheses[0].missing)
+            for phrase in translation.hypotheses[0].missing:
+                print(f"warning: the output of line {number} lacks {phrase!r}: it was cut before.", file=sys.stderr)
             if translation.truncated:
-                shortened += 1
                 limit = translator.max_source_length - 1
                 print(
                     f"warning: line {number} is longer than the model's {limit} tokens; only its beginning was "
@@ -233,4 +260,4 @@ def translate_stream(options: TranslateOptions, translator: Translator, source: 
         f"{tokens / seconds:,.1f} tokens/s",
         file=sys.stderr,
     )
-    return 4 if shortened else 0
+    return 4 if faulty else 0

@@ -48,6 +48,12 @@ Reorder = Callable[[Any, Int[Array, "B K"]], Any]
 Refill = Callable[[Any, Bool[Array, "B"], Int[Array, "B"]], Any]
 # (extras of M hypotheses [B, M, T, ...], sentences [B], lengths [B]) -> what is added to their scores, at most 0
 Bonus = Callable[[Any, Int[Array, "B"], Int[Array, "B"]], Float[Array, "B M"]]
+# (log-probabilities [B, K] of the beams, logits [B, K, V], M, progress, rules) -> scores, parents, tokens and token
+# log-probabilities of M candidates [B, M], in the order in which they are taken; MASKED scores are no candidates
+Candidates = Callable[
+    [Float[Array, "B K"], Float[Array, "B K V"], int, Progress, Sequence[Rule]],
+    tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
+]
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class BeamSearchConfig:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class BeamState:
-    """Everything dynamic about a search. Live hypotheses are unfinished and sorted; scores of empty places are MASKED.
+    """Everything dynamic about a search. Live hypotheses are unfinished; scores of empty places are MASKED.
 
     Attributes:
         next_sentence: the first that has not been in a slot yet.
@@ -160,7 +166,7 @@ def _choose(condition: Bool[Array, "B"], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
-def _top_k(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
+def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
     """Returns what `jax.lax.top_k` does, with less to sort: they stand in the blocks whose maxima are the `num` best.
 
     Blocks are in a row, and those chosen stay in order, so that ties go to the lower index here, too.
@@ -193,10 +199,10 @@ def best_candidates(
         ranked = jax.nn.log_softmax(logits, axis=-1)
         for rule in rules:
             ranked = rule(ranked, progress)
-        top, top_tokens = _top_k(ranked, per_beam)  # [B, K, per_beam]
+        top, top_tokens = best_of_vocabulary(ranked, per_beam)  # [B, K, per_beam]
         log_probs = top
     else:
-        top, top_tokens = _top_k(logits, per_beam)
+        top, top_tokens = best_of_vocabulary(logits, per_beam)
         highest = jnp.max(top, axis=-1, keepdims=True)  # a slice of it would make a sort of the whole `top_k`
         log_probs = (top - highest) - jnp.log(jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True))
     scores = live_scores[:, :, None] + log_probs
@@ -230,6 +236,7 @@ def beam_search(
     config: BeamSearchConfig,
     rules: Sequence[Rule] = (),
     bonus: Bonus | None = None,
+    choose: Candidates | None = None,
 ) -> Hypotheses:
     """Returns the K best outputs of each of N sentences.
 
@@ -243,7 +250,9 @@ def beam_search(
         config: everything static.
         rules: what may follow what, see `decoding/rules.py`.
         bonus: see `Bonus`; nothing when None.
+        choose: see `Candidates`; `best_candidates` when None.
     """
+    choose = best_candidates if choose is None else choose
     num_sentences, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
     length, penalty = config.max_length, config.length_penalty
     limit = jnp.max(jnp.where(max_lengths > 0, jnp.arange(num_sentences) + 1, 0))  # sentences without the padding
@@ -256,7 +265,7 @@ def beam_search(
         previous = jnp.where(state.steps[:, None] == 0, config.start_token, previous)
         logits, extras, decoder = step(previous, state.decoder)
         progress = Progress(state.live.tokens, state.steps, state.sentences)
-        scores, parents, tokens, log_probs = best_candidates(state.live_scores, logits, 2 * beams, progress, rules)
+        scores, parents, tokens, log_probs = choose(state.live_scores, logits, 2 * beams, progress, rules)
         candidates = _write(_gather(state.live, parents), state.steps, tokens, log_probs, extras, parents)  # [B, 2K, T]
         ends = tokens == config.end_token
 
@@ -273,8 +282,10 @@ def beam_search(
         finished_lengths = gather_beams(jnp.concatenate([state.finished_lengths, new_lengths], axis=1), kept)
         finished = _gather(_join(state.finished, candidates), kept)
 
-        # --- 3. the best K that do not end live on
-        live_scores, alive = jax.lax.top_k(jnp.where(ends, MASKED, scores), beams)
+        # --- 3. the first K that do not end live on
+        stays = ~ends & (scores > MASKED / 2)
+        _, alive = jax.lax.top_k(jnp.where(stays, 2 * beams - jnp.arange(2 * beams), 0), beams)
+        live_scores = gather_beams(jnp.where(stays, scores, MASKED), alive)
         live = _gather(candidates, alive)
         decoder = reorder(decoder, gather_beams(parents, alive))
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_transformer.decoding import rules
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.hypotheses import Hypotheses
+from flax_transformer.decoding.required_phrases import required_phrases
 from flax_transformer.decoding.sampling import SamplingConfig, sample
 from flax_transformer.models.seq2seq import DecodeState, Memory, reorder_beams
 from flax_transformer.shapes import array_tree
@@ -61,6 +62,7 @@ class SearchInputs:
         max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which stand at the end.
         min_lengths: [N], fewest tokens of an output, end token included.
         prefixes: [N, P], what outputs begin with, `rules.ANY` after its end; P may be 0.
+        required: [N, Q, P], phrases that outputs hold, `rules.ANY` after the end of each; Q may be 0.
         seeds: [N], of sampling.
         banned: [V], tokens that no output has.
     """
@@ -70,6 +72,7 @@ class SearchInputs:
     max_lengths: Any
     min_lengths: Any
     prefixes: Any
+    required: Any
     seeds: Any
     banned: Any
 
@@ -206,7 +209,8 @@ def _rules(spec: SearchSpec, inputs: SearchInputs) -> tuple[rules.Rule, ...]:
 def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
     """Encodes the sentences of one device and searches.
 
-    A rule whose array is empty is not asked: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0.
+    A rule whose array is empty is not asked: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0,
+    no required phrase.
     """
     beam = spec.beam
     model = model_functions(graphdef, params, spec.num_models)
@@ -233,7 +237,8 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     else:
         bonus = coverage_bonus(spec.coverage_penalty, inputs.segments) if spec.coverage_penalty else None
         refill = functools.partial(refill_slots, pool)
-        found = beam_search(step, reorder_beams, refill, empty, inputs.max_lengths, beam, asked, bonus)
+        choose = required_phrases(inputs.required, beam.end_token) if inputs.required.shape[1] else None
+        found = beam_search(step, reorder_beams, refill, empty, inputs.max_lengths, beam, asked, bonus, choose)
     return found if spec.keep_attention else dataclasses.replace(found, extras=None)
 
 
@@ -244,7 +249,7 @@ def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh) -> Any:
     `spec.beam.num_slots` slots, and no device ever waits for another.
     """
     rows = jax.P(ALL_AXES)
-    inputs = SearchInputs(rows, rows, rows, rows, rows, rows, jax.P())
+    inputs = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())
     return jax.jit(
         jax.shard_map(
             functools.partial(search, graphdef, spec),

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,6 +54,7 @@ class Hypothesis:
         token_scores: log-probability of each token, and of the end token if it is finished.
         attention: [number of token scores, source tokens with the end token], the mean over the last layer's heads;
             None unless it was asked for.
+        missing: required phrases that it does not hold.
         count: how often it was drawn; 1 where nothing is.
         utility: its agreement with all that were drawn, if it was chosen by that (`decoding.mbr_samples`).
     """
@@ -64,6 +65,7 @@ class Hypothesis:
     finished: bool
     token_scores: list[float]
     attention: np.ndarray | None = field(default=None, compare=False)
+    missing: list[str] = field(default_factory=list)
     count: int = 1
     utility: float | None = None
 
@@ -99,6 +101,22 @@ class Translation:
 
 
 EMPTY = Translation([Hypothesis(text="", tokens=[], score=0.0, finished=True, token_scores=[])])
+
+
+class Shape(NamedTuple):
+    """What the shapes that a sentence meets depend on.
+
+    Attributes:
+        source: tokens that it is padded to.
+        prefix: tokens that the prefix of its outputs is padded to, 0 without one.
+        phrases: room for required phrases, 0 for none.
+        phrase: tokens that each of them is padded to.
+    """
+
+    source: int
+    prefix: int
+    phrases: int
+    phrase: int
 
 
 def length_bucket(length: int, longest: int) -> int:
@@ -214,6 +232,7 @@ class Translator:
         *,
         num_hypotheses: int = 1,
         prefixes: Sequence[str] | None = None,
+        required: Sequence[Sequence[str]] | None = None,
         attention: bool = False,
         **changes: Any,
     ) -> list[Translation]:
@@ -223,19 +242,22 @@ class Translator:
             sentences: raw text.
             num_hypotheses: at most so many outputs for each sentence: the best of the beam, or as many as are drawn.
             prefixes: what each sentence's outputs begin with.
+            required: phrases that each sentence's outputs hold; a hypothesis says which it lacks, if it was cut before.
             attention: whether hypotheses carry their attention over the source.
             **changes: fields of `DecodingConfig` in place of the run's own, such as `beam_size=1`.
 
         Raises:
             ConfigError: a setting out of range, unknown or contradicted by another, or one string in place of a list.
-            InputError: a prefix that cannot be forced.
+            InputError: a prefix or a required phrase that no output can have.
             DivergenceError: the model's scores are not finite.
         """
         if isinstance(sentences, str):
             raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
         if changes:
             other = self.with_decoding(changed(self.decoding, changes))
-            return other.translate(sentences, num_hypotheses=num_hypotheses, prefixes=prefixes, attention=attention)
+            return other.translate(
+                sentences, num_hypotheses=num_hypotheses, prefixes=prefixes, required=required, attention=attention
+            )
         decoding = self.decoding
         beams = decoding.beam_size
         if decoding.method == "sampling":
@@ -249,24 +271,29 @@ class Translator:
             what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
             raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
         forced = self._encode_prefixes(sentences, prefixes, decoding)
+        phrases = self._encode_required(sentences, required, forced, decoding)
 
         encoded = self.tokenizers.source.encode(sentences)
         room = self.max_source_length - 1  # for the end token
-        groups: dict[tuple[int, int], list[int]] = {}  # by what the shapes depend on: a sentence and its prefix
+        groups: dict[Shape, list[int]] = {}  # by what the shapes depend on: a sentence and what is asked of its outputs
         for index, ids in enumerate(encoded):
             if ids:
                 bucket = length_bucket(min(len(ids), room) + 1, self.max_source_length)
-                prefix = forced[index]
-                groups.setdefault(
-                    (bucket, length_bucket(len(prefix), self.max_target_length) if prefix else 0), []
-                ).append(index)
+                prefix, asked = forced[index], phrases[index]
+                shape = Shape(
+                    bucket,
+                    length_bucket(len(prefix), self.max_target_length) if prefix else 0,
+                    1 << (len(asked) - 1).bit_length() if asked else 0,
+                    length_bucket(max(map(len, asked)), self.max_target_length) if asked else 0,
+                )
+                groups.setdefault(shape, []).append(index)
 
         results = [EMPTY] * len(sentences)
         at_once = self.rows if decoding.method == "sampling" else self.rows * SENTENCES_A_ROW
-        for (bucket, prefix_room), members in sorted(groups.items()):
+        for shape, members in sorted(groups.items()):
             # The longest first: what is left for the end, when slots fall empty, is short.
             members = sorted(members, key=lambda index: -len(encoded[index]))
-            max_length = self._max_length(bucket, prefix_room, decoding)
+            max_length = self._max_length(shape.source, shape.prefix + shape.phrases * shape.phrase, decoding)
             program = self._search_for(self._spec(decoding, beams, max_length, attention))
             pending = collections.deque()
             for start in range(0, len(members), at_once):
@@ -275,7 +302,9 @@ class Translator:
                     [encoded[i][:room] for i in chunk],
                     [_seed(decoding.seed, sentences[i]) for i in chunk],
                     [forced[i] for i in chunk],
-                    (at_once, bucket, prefix_room),
+                    [phrases[i] for i in chunk],
+                    at_once,
+                    shape,
                     decoding,
                 )
                 pending.append((chunk, places, program(self.params, inputs)))
@@ -285,6 +314,9 @@ class Translator:
                     found = jax.device_get(found)
                     for place, index in zip(places, chunk, strict=True):
                         hypotheses = self._chosen(found, place, num_hypotheses, min(len(encoded[index]), room) + 1)
+                        if required is not None:
+                            named = list(zip(phrases[index], required[index], strict=True))
+                            hypotheses = [self._with_missing(h, named) for h in hypotheses]
                         source = self.tokenizers.source.pieces(encoded[index][:room])
                         results[index] = Translation(hypotheses, len(encoded[index]) > room, source)
         return results
@@ -302,10 +334,20 @@ class Translator:
             hypotheses = [dataclasses.replace(hypotheses[n], utility=utilities[n]) for n in order]
         return hypotheses[:num]
 
-    def _max_length(self, source_length: int, prefix_length: int, decoding: DecodingConfig) -> int:
-        """Returns the most target tokens for a source and a prefix of so many tokens, end tokens included."""
+    def _with_missing(self, hypothesis: Hypothesis, phrases: list[tuple[list[int], str]]) -> Hypothesis:
+        """Returns a hypothesis that says which phrases it lacks."""
+        tokens = hypothesis.tokens
+
+        def holds(pieces: list[str]) -> bool:
+            return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens) - len(pieces) + 1))
+
+        pieces = self.tokenizers.target.pieces
+        return dataclasses.replace(hypothesis, missing=[text for ids, text in phrases if not holds(pieces(ids))])
+
+    def _max_length(self, source_length: int, asked_length: int, decoding: DecodingConfig) -> int:
+        """Returns the most target tokens for so many source and required tokens, end tokens included."""
         limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
-        return min(max(limit, decoding.min_length + 1, prefix_length + 1), self.max_target_length)
+        return min(max(limit, decoding.min_length + 1, asked_length + 1), self.max_target_length)
 
     def _spec(self, decoding: DecodingConfig, beams: int, max_length: int, attention: bool) -> SearchSpec:
         penalty = LengthPenalty.parse(decoding.length_penalty)
@@ -364,12 +406,58 @@ class Translator:
                 )
         return encoded
 
+    def _encode_required(
+        self,
+        sentences: Sequence[str],
+        required: Sequence[Sequence[str]] | None,
+        prefixes: list[list[int]],
+        decoding: DecodingConfig,
+    ) -> list[list[list[int]]]:
+        """Returns the ids of each sentence's required phrases.
+
+        Raises:
+            ConfigError: phrases for another number of sentences, for a method that cannot hold them, or banned ones.
+            InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
+        """
+        if required is None:
+            return [[] for _ in sentences]
+        if isinstance(required, str) or len(required) != len(sentences) or any(isinstance(p, str) for p in required):
+            raise ConfigError(f"required must be a list with a list of phrases for each of {len(sentences)} sentences.")
+        if decoding.method != "beam":
+            raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
+        target, longest = self.tokenizers.target, self.max_target_length - 1
+        banned = dict(zip(decoding.banned_phrases, target.encode(decoding.banned_phrases), strict=True))
+        encoded = []
+        for number, (texts, prefix) in enumerate(zip(required, prefixes, strict=True), start=1):
+            phrases = target.encode(list(texts))
+            for text, ids in zip(texts, phrases, strict=True):
+                if not ids or UNKNOWN_ID in ids:
+                    raise InputError(
+                        f"required phrase {text!r} of sentence {number} "
+                        + ("is empty." if not ids else "has characters that the target vocabulary does not hold.")
+                    )
+                for banned_text, ban in banned.items():
+                    if any(ids[n : n + len(ban)] == ban for n in range(len(ids) - len(ban) + 1)):
+                        raise ConfigError(
+                            f"required phrase {text!r} of sentence {number} and decoding.banned_phrases "
+                            f"({banned_text!r}) contradict each other: leave out one of them."
+                        )
+            if (total := len(prefix) + sum(map(len, phrases))) > longest:
+                raise InputError(
+                    f"the prefix and the required phrases of sentence {number} have {total} tokens, and the model's "
+                    f"outputs have at most {longest} (model.max_target_length, less the end token)."
+                )
+            encoded.append(phrases)
+        return encoded
+
     def _inputs(
         self,
         sentences: list[list[int]],
         seeds: list[int],
         prefixes: list[list[int]],
-        shape: tuple[int, int, int],
+        phrases: list[list[list[int]]],
+        rows: int,
+        shape: Shape,
         decoding: DecodingConfig,
     ) -> tuple[SearchInputs, list[int]]:
         """Returns the inputs of a search, filled up with rows of padding, and the row of each sentence.
@@ -378,25 +466,29 @@ class Translator:
             sentences: ids, without the end token.
             seeds: of each.
             prefixes: of each.
-            shape: rows, source length, prefix length.
+            phrases: that are required of each.
+            rows: how many sentences there is room for.
+            shape: of one sentence.
             decoding: the settings.
 
         Sentences are dealt out to the devices in turn, so that each has as many and the padding stands at its end.
         """
-        rows, length, prefix_room = shape
         devices = self.mesh.size
         places = [(n % devices) * (rows // devices) + n // devices for n in range(len(sentences))]
-        tokens, segments = np.zeros((2, rows, length), np.int32)
+        tokens, segments = np.zeros((2, rows, shape.source), np.int32)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds_of_rows = np.zeros(rows, np.int32)
-        forced = np.full((rows, prefix_room), ANY, np.int32)
-        for place, ids, seed, prefix in zip(places, sentences, seeds, prefixes, strict=True):
+        forced = np.full((rows, shape.prefix), ANY, np.int32)
+        required = np.full((rows, shape.phrases, shape.phrase), ANY, np.int32)
+        for place, ids, seed, prefix, asked in zip(places, sentences, seeds, prefixes, phrases, strict=True):
             tokens[place, : len(ids) + 1] = [*ids, END_ID]
             segments[place, : len(ids) + 1] = 1
-            max_lengths[place] = self._max_length(len(ids) + 1, len(prefix), decoding)
+            max_lengths[place] = self._max_length(len(ids) + 1, len(prefix) + sum(map(len, asked)), decoding)
             min_lengths[place] = decoding.min_length + 1
             seeds_of_rows[place] = seed
             forced[place, : len(prefix)] = prefix
+            for number, phrase in enumerate(asked):
+                required[place, number, : len(phrase)] = phrase
         # No trained model finds padding or start probable enough for a beam, but what is drawn may be anything.
         drawn = decoding.method == "sampling"
         bans = [PAD_ID, START_ID] * (drawn or self.bans_start) + [UNKNOWN_ID] * decoding.ban_unknown
@@ -409,6 +501,7 @@ class Translator:
             max_lengths=jax.device_put(max_lengths, sharded),
             min_lengths=jax.device_put(min_lengths if decoding.min_length else min_lengths[:0], sharded),
             prefixes=jax.device_put(forced, sharded),
+            required=jax.device_put(required, sharded),
             seeds=jax.device_put(seeds_of_rows, sharded),
             banned=jax.device_put(banned, replicated_sharding(self.mesh)),
         )
