@@ -209,6 +209,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from flax_transformer.inference.translator import SENTENCES_A_ROW
     from flax_transformer.models.build import VocabularyInfo
     from flax_transformer.models.transformer import TransformerConfig
+    from flax_transformer.nn import kv_cache
     from flax_transformer.parallel.mesh import (
         MeshConfig,
         all_devices_sharding,
@@ -247,7 +248,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     shape = BatchShape(options.rows, options.length, options.length)
     train = compile_logged("train step", log_folder, lambda: compile_steps(step, layout, [shape], mesh)[tuple(shape)])
 
-    # --- the search
+    # --- the search, whose caches are whole, as on a TPU: jax itself runs on a CPU here
+    kv_cache.SHORTEST_PIECE = output_length
     slots = options.rows // mesh.size
     beam = BeamSearchConfig(BEAM_SIZE, slots, output_length, START_ID, END_ID, LengthPenalty.parse("gnmt:0.6"))
     graphdef, abstract_params = abstract_model(model, vocabulary)

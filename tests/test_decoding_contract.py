@@ -320,11 +320,14 @@ def make_run(path: Path, model, seed: int) -> Path:
         ({"prefixes": ["", "\u4e2d"]}, "prefix 2 .* has characters that the target vocabulary does not hold"),
         ({"prefixes": ["", "ein" * 30]}, r"prefix 2 has \d+ tokens, and the model's outputs have at most 47"),
         ({"banned_phrases": ("\u200b",)}, "has no token that could be banned"),
-        ({"required": [["ein"]]}, "required must be a list with a list of phrases for each of 2 sentences"),
-        ({"required": ["ein", "ein"]}, "required must be a list with a list of phrases for each of 2 sentences"),
+        ({"required": [["ein"]]}, "required must be a list with one for each of the 2 sentences"),
+        ({"required": [[], "ein"]}, r"required phrases of sentence 2: give a list, not one text \('ein'\)"),
         ({"required": [[], [" "]]}, "required phrase ' ' of sentence 2 is empty"),
         ({"required": [[], ["\u4e2d"]]}, "of sentence 2 has characters that the target vocabulary does not hold"),
-        ({"required": [["ein" * 30], []]}, r"sentence 1 have \d+ tokens, and the model's outputs have at most 47"),
+        (
+            {"required": [["ein" * 30], []]},
+            r"sentence 1 have \d+ tokens, one after the other, and the model's outputs have at most 47",
+        ),
         (
             {"required": [["ein"], []], "method": "sampling"},
             "required phrases and decoding.method: sampling contradict",
@@ -386,7 +389,7 @@ def test_no_line_is_lost_whatever_comes_in(monkeypatch, capsys, run):
     assert "standard input, line 2: not valid UTF-8" in err
 
 
-def test_objects_and_scores(monkeypatch, capsys, run, tmp_path):
+def test_objects_and_scores(monkeypatch, capsys, run):
     arguments = ["translate", "--run", str(run), "--json", "--num-hypotheses", "2", "--alignment"]
     code, out, _ = command(monkeypatch, capsys, arguments, b"one\n\ntwenty-one\n")
     assert code == 0
@@ -400,16 +403,53 @@ def test_objects_and_scores(monkeypatch, capsys, run, tmp_path):
     arguments = ["translate", "--run", str(run), "--beam-size", "1", "--prefix", "ein"]
     code, out, _ = command(monkeypatch, capsys, arguments, b"one\n")
     assert code == 0 and out.startswith("ein")
-    (tmp_path / "phrases").write_text("zwei\tneun\n\n")
-    arguments = ["translate", "--run", str(run), "--json", "--required", str(tmp_path / "phrases")]
+
+
+def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
+    phrases = tmp_path / "phrases"
+    arguments = ["translate", "--run", str(run), "--json", "--required", str(phrases)]
+    phrases.write_text("zwei\tneun\n\n\n")
     code, out, err = command(monkeypatch, capsys, arguments, b"one\none\none\n")
     best, *free = (json.loads(line)["hypotheses"][0] for line in out.splitlines())
-    lacking = [text for text in ("zwei", "neun") if not holds(best["tokens"], text)]
-    assert best["missing"] == lacking and code == (4 if lacking else 0)
-    assert ("line 1 lacks" in err) == bool(lacking)
+    assert code == 0 and "warning" not in err and best["missing"] == []
+    assert holds(best["tokens"], "zwei") and holds(best["tokens"], "neun")
     assert free[0] == free[1] and free[0]["missing"] == []
-    code, _, err = command(monkeypatch, capsys, [*arguments[:-1], "nowhere"], b"one\n")
-    assert code == 2 and "--required nowhere: there is no such file" in err
+
+    phrases.write_text("\nein zwei\tein neun\n\nzwei\n")  # no token may occur twice, so one phrase cannot be held
+    code, out, err = command(monkeypatch, capsys, [*arguments, "--no-repeat-ngram", "1"], b"one\none\none\n\n")
+    found = [json.loads(line)["hypotheses"][0] for line in out.splitlines()]
+    assert code == 4 and found[1]["missing"] and not found[1]["finished"]
+    assert "the output of line 2 lacks 'ein " in err
+    assert found[3]["missing"] == ["zwei"] and "the output of line 4 lacks 'zwei'" in err  # nothing in, nothing out
+
+    # Gone on with, each line keeps its phrases.
+    phrases.write_text("zwei\nneun\nein\n")
+    (tmp_path / "in").write_text("one\ntwo\nthree\n")
+    arguments += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert command(monkeypatch, capsys, arguments)[0] == 0
+    whole = (tmp_path / "out").read_text()
+    (tmp_path / "out").unlink()
+    (tmp_path / "out.partial").write_text(whole.splitlines(keepends=True)[0])
+    assert command(monkeypatch, capsys, [*arguments, "--resume"])[0] == 0
+    assert (tmp_path / "out").read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"ein\n", "has 1 lines, and standard input has more: line n of one belongs to line n of the other"),
+        (b"ein\n\nein\n", "has 3 lines, and standard input has fewer"),
+        (b"ein\n\xff\n", "not valid UTF-8 (invalid start byte at byte 4)"),
+        (b"ein\n\xe4\xb8\xad\n", "of sentence 2 has characters that the target vocabulary does not hold"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_bad_file_of_phrases_is_explained(monkeypatch, capsys, run, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "phrases").write_bytes(content)
+    arguments = ["translate", "--run", str(run), "--required", str(tmp_path / "phrases")]
+    code, _, err = command(monkeypatch, capsys, arguments, b"one\ntwo\n")
+    assert code == 2 and message in err
 
 
 def test_an_interrupted_file_is_gone_on_with(monkeypatch, capsys, run, tmp_path):

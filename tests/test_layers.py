@@ -139,6 +139,17 @@ def test_cached_attention_equals_attention_over_what_the_ancestors_wrote(length)
         ancestors = jnp.asarray(np.asarray(ancestors)[rows, parents[t]])
 
 
+def test_beams_that_are_never_reordered_attend_to_what_they_wrote():
+    shape = (2, 5, 3, 4)
+    cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_self_attention_cache(2, 5, 3, 20, 4, FLOAT32))
+    query, key, value = (normal(s, *shape) for s in (2, 3, 4))
+    own = jnp.broadcast_to(jnp.arange(5)[None, :, None], (2, 5, 20))
+    for positions in (jnp.array([3, 7]), jnp.array([3, 18])):
+        expected, _ = cached_self_attention(cache, query, key, value, positions, own)
+        out, _ = cached_self_attention(cache, query, key, value, positions, None)
+        np.testing.assert_allclose(out, expected, **ONE_OP)
+
+
 def test_a_cache_is_read_as_far_as_a_sentence_has_come_whatever_the_others_need():
     heads, dim, length = 2, 4, 40
     cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_self_attention_cache(2, 3, heads, length, dim, FLOAT32))

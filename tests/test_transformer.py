@@ -93,16 +93,16 @@ def test_shift_right_starts_each_segment_anew():
 
 
 @ORDERS
-@pytest.mark.parametrize("share", ["target_output", "none"])
-def test_cached_decoding_equals_teacher_forcing(norm_order, share):
+@pytest.mark.parametrize("share, reordered", [("target_output", True), ("none", False)])
+def test_cached_decoding_equals_teacher_forcing(norm_order, share, reordered):
     model = tiny.transformer(norm_order=norm_order, share_embeddings=share, positions="learned")
-    batch = tiny.batch([9, 4], [8, 8])
+    batch = tiny.batch([9, 4], [20, 20], target=20)
     expected = jax.jit(lambda m, b: m.output_projection().logits(m(b)))(model, batch)
     step = jax.jit(lambda m, tokens, state: m.decode_step(tokens, state))
     memory = model.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
-    state = model.init_decode_state(memory, 2, 8)
+    state = model.init_decode_state(memory, 2, 20, reordered)
     inputs = shift_right(batch.target_tokens, batch.target_positions, 1)
-    for t in range(8):
+    for t in range(20):
         output, state = step(model, jnp.stack([inputs[:, t], inputs[:, t]], axis=1), state)
         for beam in range(2):
             np.testing.assert_allclose(output.logits[:, beam], expected[:, t], **MODEL)

@@ -1,7 +1,7 @@
 """The command `flax-transformer VERB ...`: dispatches verbs, words a user's mistakes, sets exit codes.
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 stopped by a signal with the state saved, 4 done but some lines
-were shortened.
+were shortened or lack what was required.
 """
 
 import logging

@@ -1,7 +1,6 @@
 """translate: lines to lines, one out for each one in."""
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -40,7 +39,8 @@ class TranslateOptions:
         num_hypotheses: at most so many of each line; more than one needs --json.
         alignment: add to each object which source word each target word was made from (Moses format); needs --json.
         prefix: what every output begins with.
-        required: file whose lines hold the phrases, separated by tabs, that the output of the same line must hold.
+        required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
+            must hold.
         decoding: how to translate; the run's own settings when left out.
     """
 
@@ -83,17 +83,19 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
             ) from error
 
 
-def required_of_lines(path: Path | None, skipped: int) -> Iterator[list[str]] | None:
-    """Returns the phrases of each line behind the skipped ones, without end; None if nothing is required.
+def read_phrases(path: Path) -> list[list[str]]:
+    """Returns the phrases of each line of a file.
 
     Raises:
-        InputError: a line that is not UTF-8.
+        InputError: not a file, or not UTF-8.
     """
-    if path is None:
-        return None
-    lines = read_lines(io.BytesIO(path.read_bytes()), str(path))
-    phrases = ([phrase for phrase in line.split("\t") if phrase.strip()] for line in lines)
-    return itertools.islice(itertools.chain(phrases, itertools.repeat([])), skipped, None)
+    if not path.is_file():
+        raise InputError(f"--required {path}: there is no such file.")
+    try:
+        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--required {path}: not valid UTF-8 ({error.reason} at byte {error.start}).") from error
+    return [[phrase for phrase in line.removesuffix("\r").split("\t") if phrase.strip()] for line in lines]
 
 
 def as_line(options: TranslateOptions, translation: Translation) -> str:
@@ -121,7 +123,7 @@ def as_line(options: TranslateOptions, translation: Translation) -> str:
             values["alignment"] = words
         return values
 
-    found: dict[str, Any] = {
+    found = {
         "hypotheses": [record(h) for h in translation.hypotheses],
         "truncated": translation.truncated,
     }
@@ -200,26 +202,34 @@ def main(arguments: list[str], program: str) -> int:
     options = tyro.cli(TranslateOptions, args=arguments, prog=program, default=defaults)
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
-    if options.required is not None and not options.required.is_file():
-        raise InputError(f"--required {options.required}: there is no such file.")
+    phrases = None if options.required is None else read_phrases(options.required)
     with opened(options) as (source, output, done):
         translator = Translator.load(options.run, checkpoint=options.checkpoint).with_decoding(options.decoding)
-        return translate_stream(options, translator, source, output, done)
+        return translate_stream(options, translator, phrases, source, output, done)
 
 
-def translate_stream(options: TranslateOptions, translator: Translator, source: Any, output: Any, skipped: int) -> int:
+def translate_stream(
+    options: TranslateOptions,
+    translator: Translator,
+    phrases: list[list[str]] | None,
+    source: Any,
+    output: Any,
+    skipped: int,
+) -> int:
     """Translates a stream piece by piece, and returns the exit code.
 
     Raises:
-        InputError: a bad line; what stands before it is translated.
+        InputError: a bad line; what stands before it is translated. Phrases that no output can hold, or more or fewer
+            lines of them.
     """
+    if phrases is not None:
+        translator.encode_required(phrases)  # raises now, rather than in the middle
     at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
     name = "standard input" if options.input is None else str(options.input)
     lines = read_lines(source, name)
     if skipped > sum(1 for _ in itertools.islice(lines, skipped)):
         raise InputError(f"{name} has fewer lines than the {skipped:,} that have been translated: it is another file.")
-    phrase_lines = required_of_lines(options.required, skipped)
-    done, faulty, tokens, error = skipped, 0, 0, None
+    done, faulty, tokens, error = skipped, False, 0, None
     started = time.monotonic()
     while error is None:
         chunk: list[str] = []
@@ -227,21 +237,26 @@ def translate_stream(options: TranslateOptions, translator: Translator, source: 
             chunk.extend(itertools.islice(lines, at_once))
         except InputError as bad_line:  # what was read before it is still translated
             error = bad_line
+        if phrases is not None and (done + len(chunk) > len(phrases) or not chunk and done < len(phrases)):
+            raise InputError(
+                f"--required {options.required} has {len(phrases):,} lines, and {name} has "
+                f"{'fewer' if not chunk else 'more'}: line n of one belongs to line n of the other."
+            )
         if not chunk and error is None:
             break
         translations = translator.translate(
             chunk,
             num_hypotheses=options.num_hypotheses,
             prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
-            required=None if phrase_lines is None else list(itertools.islice(phrase_lines, len(chunk))),
+            required=None if phrases is None else phrases[done : done + len(chunk)],
             attention=options.alignment,
         )
         for number, translation in enumerate(translations, start=done + 1):
             output.write(f"{as_line(options, translation)}\n".encode())  # UTF-8 whatever the locale, as the input is
             tokens += len(translation.tokens)
-            faulty += translation.truncated or bool(translation.hypotheses[0].missing)
+            faulty |= translation.truncated or bool(translation.hypotheses[0].missing)
             for phrase in translation.hypotheses[0].missing:
-                print(f"warning: the output of line {number} lacks {phrase!r}: it was cut before.", file=sys.stderr)
+                print(f"warning: the output of line {number} lacks {phrase!r}: it ended first.", file=sys.stderr)
             if translation.truncated:
                 limit = translator.max_source_length - 1
                 print(

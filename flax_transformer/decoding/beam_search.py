@@ -167,7 +167,7 @@ def _choose(condition: Bool[Array, "B"], new: Any, old: Any) -> Any:
 
 
 def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
-    """Returns what `jax.lax.top_k` does, with less to sort: they stand in the blocks whose maxima are the `num` best.
+    """Returns what `jax.lax.top_k` does, with less to sort: the best lie in the blocks with the highest maxima.
 
     Blocks are in a row, and those chosen stay in order, so that ties go to the lower index here, too.
     """
@@ -250,7 +250,8 @@ def beam_search(
         config: everything static.
         rules: what may follow what, see `decoding/rules.py`.
         bonus: see `Bonus`; nothing when None.
-        choose: see `Candidates`; `best_candidates` when None.
+        choose: see `Candidates`; `best_candidates` when None. With another, a candidate that "ranks among the best K"
+            is one of the first K in its order.
     """
     choose = best_candidates if choose is None else choose
     num_sentences, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size

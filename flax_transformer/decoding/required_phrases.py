@@ -66,10 +66,12 @@ def shared_beam(
 
     Example: scores [-1, -2, -3, -4] with measures [0, 0, 1, 1] and 2 places give [2, 0, 3, 1].
     """
-    number = jnp.arange(scores.shape[1])
-    first, second = scores[:, :, None], scores[:, None, :]
-    beaten = (second > first) | ((second == first) & (number[None, None, :] < number[None, :, None]))
-    rank = jnp.sum(beaten & (measures[:, :, None] == measures[:, None, :]), axis=2)
+    order = jnp.lexsort((-scores, measures), axis=-1)  # measure by measure, the best first
+    ordered = jnp.take_along_axis(measures, order, axis=1)
+    number = jnp.arange(scores.shape[1])[None, :]
+    first = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    ranks = number - jax.lax.cummax(jnp.where(first, number, 0), axis=1)  # within the measure
+    rank = jnp.zeros_like(ranks).at[jnp.arange(len(order))[:, None], order].set(ranks)
     shares = (most + 1)[:, None]
     share = beams // shares + jnp.where(measures == most[:, None], beams % shares, 0)
     turn = jnp.where(scores > MASKED / 2, jnp.where(rank < share, 0, 1), 2)

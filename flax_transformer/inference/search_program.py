@@ -82,15 +82,16 @@ class Functions:
     """What a search needs of a model, or of several whose probabilities are averaged."""
 
     encode: Callable[[jax.Array, jax.Array, jax.Array], Memory]
-    start: Callable[[Memory, int, int], DecodeState]
+    start: Callable[[Memory], DecodeState]
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
-def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
+def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
     """Returns the functions of a model, or of an ensemble of models alike whose parameters are stacked.
 
     The leaves of an ensemble's memory and state lead with [B] or [B, K] as ever, and have the models after that.
     """
+    beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
     if num_models == 1:
         model = nnx.merge(graphdef, params)
 
@@ -98,7 +99,10 @@ def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
             output, state = model.decode_step(tokens, state)
             return output.logits, output.attention, state
 
-        return Functions(model.encode, model.init_decode_state, one_step)
+        def one_start(memory: Memory) -> DecodeState:
+            return model.init_decode_state(memory, beam.beam_size, beam.max_length, reordered)
+
+        return Functions(model.encode, one_start, one_step)
 
     axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # where the models stand
 
@@ -108,9 +112,9 @@ def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
 
         return jax.vmap(of, out_axes=1)(params)
 
-    def start(memory: Memory, num_beams: int, max_length: int) -> DecodeState:
+    def start(memory: Memory) -> DecodeState:
         def of(params: Any, memory: Memory) -> DecodeState:
-            return nnx.merge(graphdef, params).init_decode_state(memory, num_beams, max_length)
+            return nnx.merge(graphdef, params).init_decode_state(memory, beam.beam_size, beam.max_length, reordered)
 
         return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, memory)
 
@@ -126,9 +130,7 @@ def model_functions(graphdef: Any, params: Any, num_models: int) -> Functions:
     return Functions(encode, start, step)
 
 
-def encode_in_pieces(
-    model: Functions, inputs: SearchInputs, slots: int, num_beams: int, max_length: int
-) -> DecodeState:
+def encode_in_pieces(model: Functions, inputs: SearchInputs, slots: int) -> DecodeState:
     """Returns the state of each sentence before its first token, nothing written: what a slot is filled from.
 
     Sentences are encoded as many at a time as there are slots, whatever their number, so that how many there are does
@@ -138,7 +140,7 @@ def encode_in_pieces(
     positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
 
     def piece(tokens: jax.Array, segments: jax.Array) -> DecodeState:
-        state = model.start(model.encode(tokens, positions, segments), num_beams, max_length)
+        state = model.start(model.encode(tokens, positions, segments))
         return dataclasses.replace(state, written=None)
 
     def body(number: jax.Array, pool: DecodeState) -> DecodeState:
@@ -213,8 +215,8 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     no required phrase.
     """
     beam = spec.beam
-    model = model_functions(graphdef, params, spec.num_models)
-    pool = encode_in_pieces(model, inputs, beam.num_slots, beam.beam_size, beam.max_length)
+    model = model_functions(graphdef, params, spec)
+    pool = encode_in_pieces(model, inputs, beam.num_slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
     def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
@@ -225,7 +227,7 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     # A state of the right shapes, whatever is in it: the search fills every slot before it is used.
     length = inputs.tokens.shape[1]
     shape = jax.ShapeDtypeStruct((beam.num_slots, length), jnp.int32)
-    shapes = jax.eval_shape(lambda t: model.start(model.encode(t, t, t), beam.beam_size, beam.max_length), shape)
+    shapes = jax.eval_shape(lambda t: model.start(model.encode(t, t, t)), shape)
     empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     asked = _rules(spec, inputs)
     if spec.sampling is not None:

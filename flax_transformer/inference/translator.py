@@ -242,7 +242,8 @@ class Translator:
             sentences: raw text.
             num_hypotheses: at most so many outputs for each sentence: the best of the beam, or as many as are drawn.
             prefixes: what each sentence's outputs begin with.
-            required: phrases that each sentence's outputs hold; a hypothesis says which it lacks, if it was cut before.
+            required: phrases that each sentence's outputs hold, as the tokens that each is cut into by itself; a
+                hypothesis that reached its maximum length first says which it lacks.
             attention: whether hypotheses carry their attention over the source.
             **changes: fields of `DecodingConfig` in place of the run's own, such as `beam_size=1`.
 
@@ -271,7 +272,12 @@ class Translator:
             what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
             raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
         forced = self._encode_prefixes(sentences, prefixes, decoding)
-        phrases = self._encode_required(sentences, required, forced, decoding)
+        if required is None:
+            phrases: list[list[list[int]]] = [[] for _ in sentences]
+        else:
+            if isinstance(required, str) or len(required) != len(sentences):
+                raise ConfigError(f"required must be a list with one for each of the {len(sentences)} sentences.")
+            phrases = self.encode_required(required, forced)
 
         encoded = self.tokenizers.source.encode(sentences)
         room = self.max_source_length - 1  # for the end token
@@ -289,6 +295,10 @@ class Translator:
                 groups.setdefault(shape, []).append(index)
 
         results = [EMPTY] * len(sentences)
+        for index, asked in enumerate(required or ()):
+            if asked and not encoded[index]:  # an empty output lacks whatever is required
+                nothing = dataclasses.replace(EMPTY.hypotheses[0], missing=list(asked))
+                results[index] = Translation([nothing])
         at_once = self.rows if decoding.method == "sampling" else self.rows * SENTENCES_A_ROW
         for shape, members in sorted(groups.items()):
             # The longest first: what is left for the end, when slots fall empty, is short.
@@ -406,46 +416,45 @@ class Translator:
                 )
         return encoded
 
-    def _encode_required(
-        self,
-        sentences: Sequence[str],
-        required: Sequence[Sequence[str]] | None,
-        prefixes: list[list[int]],
-        decoding: DecodingConfig,
+    def encode_required(
+        self, required: Sequence[Sequence[str]], prefixes: Sequence[Sequence[int]] | None = None
     ) -> list[list[list[int]]]:
         """Returns the ids of each sentence's required phrases.
 
+        Args:
+            required: phrases of each sentence.
+            prefixes: ids that each sentence's outputs begin with.
+
         Raises:
-            ConfigError: phrases for another number of sentences, for a method that cannot hold them, or banned ones.
+            ConfigError: not lists, or another setting contradicts them.
             InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
         """
-        if required is None:
-            return [[] for _ in sentences]
-        if isinstance(required, str) or len(required) != len(sentences) or any(isinstance(p, str) for p in required):
-            raise ConfigError(f"required must be a list with a list of phrases for each of {len(sentences)} sentences.")
+        decoding, target, longest = self.decoding, self.tokenizers.target, self.max_target_length - 1
         if decoding.method != "beam":
             raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
-        target, longest = self.tokenizers.target, self.max_target_length - 1
         banned = dict(zip(decoding.banned_phrases, target.encode(decoding.banned_phrases), strict=True))
         encoded = []
-        for number, (texts, prefix) in enumerate(zip(required, prefixes, strict=True), start=1):
+        for number, texts in enumerate(required, start=1):
+            if isinstance(texts, str):
+                raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
             phrases = target.encode(list(texts))
             for text, ids in zip(texts, phrases, strict=True):
+                named = f"required phrase {text!r} of sentence {number}"
                 if not ids or UNKNOWN_ID in ids:
-                    raise InputError(
-                        f"required phrase {text!r} of sentence {number} "
-                        + ("is empty." if not ids else "has characters that the target vocabulary does not hold.")
-                    )
+                    what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
+                    raise InputError(f"{named} {what}")
                 for banned_text, ban in banned.items():
-                    if any(ids[n : n + len(ban)] == ban for n in range(len(ids) - len(ban) + 1)):
+                    if ban and any(ids[n : n + len(ban)] == ban for n in range(len(ids) - len(ban) + 1)):
                         raise ConfigError(
-                            f"required phrase {text!r} of sentence {number} and decoding.banned_phrases "
-                            f"({banned_text!r}) contradict each other: leave out one of them."
+                            f"{named} and decoding.banned_phrases ({banned_text!r}) contradict each other: leave out "
+                            "one of them."
                         )
-            if (total := len(prefix) + sum(map(len, phrases))) > longest:
+            total = len(prefixes[number - 1] if prefixes else ()) + sum(map(len, phrases))
+            if total > longest:
                 raise InputError(
-                    f"the prefix and the required phrases of sentence {number} have {total} tokens, and the model's "
-                    f"outputs have at most {longest} (model.max_target_length, less the end token)."
+                    f"the prefix and the required phrases of sentence {number} have {total} tokens, one after the "
+                    f"other, and the model's outputs have at most {longest} (model.max_target_length, less the end "
+                    "token)."
                 )
             encoded.append(phrases)
         return encoded

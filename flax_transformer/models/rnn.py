@@ -456,9 +456,9 @@ class RecurrentSeq2Seq(nnx.Module):
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
         return OutputProjection(embedding.table[...], None, self.target_vocab_size)
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int) -> DecodeState:
-        """Returns the state before the first token; a recurrent state has the same size whatever `max_length`."""
-        del max_length
+    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+        """Returns the state before the first token; a recurrent state has the same size whatever is asked for."""
+        del max_length, reordered
         positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
         start = self.decoder.start(memory.decoder_start, num_beams)
         return DecodeState(self.decoder.read(memory), start, None, positions)

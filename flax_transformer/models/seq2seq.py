@@ -40,8 +40,8 @@ class DecodeState:
     Attributes:
         per_sentence: tree of arrays [B, ...], the same for all beams of a sentence and never copied over beams.
         per_beam: tree of arrays [B, K, ...], reordered when beams are.
-        written: tree of arrays [B, ...] to which each step adds, which are never reordered, and which are read only as
-            far as they were written since the sentence began: a new sentence takes a slot's over as they are.
+        written: tree of arrays [B, ...] to which each step adds and which are never reordered. What was not written
+            since the sentence began has weight 0 (and must be finite): a new sentence takes a slot's over as they are.
         positions: [B], 0-based index of the token that is decoded next; per sentence, so that a slot of the batch can
             start anew while others go on.
     """
@@ -99,8 +99,11 @@ class Seq2Seq(Protocol):
         """Returns the map from hidden vectors to logits."""
         ...
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int) -> DecodeState:
-        """Returns the state before the first token, with room for `max_length` tokens."""
+    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+        """Returns the state before the first token, with room for `max_length` tokens.
+
+        Beams that are not `reordered`, such as samples, cost less where there are many.
+        """
         ...
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:

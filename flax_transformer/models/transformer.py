@@ -295,7 +295,7 @@ class DecoderLayer(nnx.Module):
         self_cache: SelfAttentionCache,
         cross_cache: CrossAttentionCache,
         positions: Int[Array, "B"],
-        ancestors: Int[Array, "B K T"],
+        ancestors: Int[Array, "B K T"] | None,
         cross_mask: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B K D"], SelfAttentionCache, Float[Array, "B N K S"]]:
         """Returns the layer's output for one position, its cache with that position written, and cross weights."""
@@ -395,7 +395,7 @@ class Decoder(nnx.Module):
         self_caches: tuple[SelfAttentionCache, ...],
         cross_caches: tuple[CrossAttentionCache, ...],
         source_segments: Int[Array, "B S"],
-        ancestors: Int[Array, "B K T"],
+        ancestors: Int[Array, "B K T"] | None,
     ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
         """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
         cross_mask = segment_mask(jnp.ones((tokens.shape[0], 1), jnp.int32), jnp.minimum(source_segments, 1))
@@ -492,17 +492,17 @@ class Transformer(nnx.Module):
         bias = None if self.output_bias is None else self.output_bias[...]
         return OutputProjection(kernel, bias, self.target_vocab_size)
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int) -> DecodeState:
+    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
         """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""
         self_caches, cross_caches = self.decoder.init_caches(memory, num_beams, max_length)
         positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
-        ancestors = jnp.zeros((memory.states.shape[0], num_beams, max_length), jnp.int32)
+        ancestors = jnp.zeros((memory.states.shape[0], num_beams, max_length), jnp.int32) if reordered else None
         return DecodeState((cross_caches, memory.segments), ancestors, self_caches, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""
         cross_caches, source_segments = state.per_sentence
-        ancestors = write_ancestors(state.per_beam, state.positions)
+        ancestors = None if state.per_beam is None else write_ancestors(state.per_beam, state.positions)
         hidden, written, attention = self.decoder.step(
             self.target_embedding, tokens, state.positions, state.written, cross_caches, source_segments, ancestors
         )

@@ -1,11 +1,12 @@
 """Keys and values kept between decoding steps. Their layout is known in this file alone.
 
 Self-attention. What a beam has written stays where it is when beams are reordered: a table of ancestors says, for each
-beam and each position, which beam wrote what it has there, and a query attends to all that its sentence's beams wrote
-under a mask of its own ancestors. Nothing is copied, each key is read once for all beams, and the product is one of
-matrices; it costs K times the arithmetic on the shortest side of a step. On a CPU a cache is kept in pieces, and a step
-reads those alone that some sentence has reached. Each piece is an array of its own, since a part of an array would be
-copied before it is read.
+beam and each position, which beam wrote what it has there, and a query attends to all that its sentence's beams wrote,
+those that are not its ancestors with weight 0. Nothing is copied, and each key is read once for all beams; the products
+take K times the arithmetic, which is little for the few beams of a search. Beams that are never reordered, such as many
+samples, need no table and attend to what they wrote themselves. On a CPU a cache is kept in pieces, and a step reads
+those alone that some slot has reached. Each piece is an array of its own, since a part of an array would be copied
+before it is read.
 
 Cross-attention keys and values are there once a sentence: its K beams stand in the place of the query length, so that
 nothing is tiled over beams.
@@ -28,7 +29,7 @@ from flax_transformer.nn.attention import masked_softmax
 from flax_transformer.shapes import MASKED, array_tree
 
 # On a CPU the first two pieces have so many slots, and each after them twice as many as the one before.
-SHORTEST_PIECE = 16
+SHORTEST_PIECE: int = 16
 
 
 @array_tree
@@ -55,7 +56,7 @@ class CrossAttentionCache:
 
 
 def piece_lengths(length: int) -> tuple[int, ...]:
-    """Returns the slots of each piece of a cache; a piece more costs a branch, which only a CPU takes for nothing."""
+    """Returns the slots of each piece of a cache; a branch for each piece costs nothing on a CPU alone."""
     if jax.default_backend() != "cpu":
         return (length,)
     lengths: list[int] = []
@@ -108,7 +109,7 @@ def cached_self_attention(
     key: Float[Array, "B K N H"],
     value: Float[Array, "B K N H"],
     positions: Int[Array, "B"],
-    ancestors: Int[Array, "B K T"],
+    ancestors: Int[Array, "B K T"] | None,
 ) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
     """Writes one token's key and value for each beam, and returns attention over all that its ancestors wrote.
 
@@ -119,38 +120,52 @@ def cached_self_attention(
         cache: what earlier steps wrote.
         query, key, value: of the token being decoded.
         positions: slot to write, per sentence.
-        ancestors: which beam wrote what each beam has at each position, this step's included.
+        ancestors: which beam wrote what each beam has at each position, this step's included; None if each wrote all
+            of its own.
     """
     cache = _write(cache, key, value, positions)
-    slots, beams, heads, head_dim = query.shape
+    sentences, beams, heads, head_dim = query.shape
     query = jnp.swapaxes(query * jnp.asarray(head_dim**-0.5, query.dtype), 1, 2)  # [B, N, K, H]
     furthest = jnp.max(positions)
 
-    def attend(sums: Any, keys: jax.Array, values: jax.Array, wrote: jax.Array, filled: jax.Array) -> Any:
+    def scored(keys: jax.Array, wrote: jax.Array | None) -> jax.Array:
+        """Returns each beam's scores [B, N, K, C] of what its ancestors wrote."""
+        if wrote is None:
+            return jnp.einsum("bnkh,bnhkc->bnkc", query, keys, preferred_element_type=jnp.float32)
+        keys = keys.reshape(sentences, heads, head_dim, -1)  # [B, N, H, K * C]
+        scores = jnp.einsum("bnqh,bnhj->bnqj", query, keys, preferred_element_type=jnp.float32)
+        scores = scores.reshape(sentences, heads, beams, beams, -1)
+        return jnp.sum(jnp.where(wrote, scores, 0.0), axis=3)
+
+    def weighted(weights: jax.Array, values: jax.Array, wrote: jax.Array | None) -> jax.Array:
+        """Returns each beam's sums [B, N, K, H] of what its ancestors wrote."""
+        weights = weights.astype(values.dtype)
+        if wrote is None:
+            return jnp.einsum("bnkc,bnkch->bnkh", weights, values, preferred_element_type=jnp.float32)
+        spread = jnp.where(wrote, weights[:, :, :, None], jnp.zeros((), weights.dtype))
+        spread, values = spread.reshape(sentences, heads, beams, -1), values.reshape(sentences, heads, -1, head_dim)
+        return jnp.einsum("bnqj,bnjh->bnqh", spread, values, preferred_element_type=jnp.float32)
+
+    def attend(sums: Any, keys: jax.Array, values: jax.Array, filled: jax.Array, wrote: jax.Array | None) -> Any:
         """Returns the highest score so far, and the sums of exp(score - highest), once without and once with values."""
         highest, total, attended = sums
-        length = values.shape[3]
-        scores = jnp.einsum(
-            "bnqh,bnhj->bnqj", query, keys.reshape(slots, heads, head_dim, -1), preferred_element_type=jnp.float32
-        ).reshape(slots, heads, beams, beams, length)
-        scores = jnp.sum(jnp.where(wrote, scores, 0.0), axis=3)  # [B, N, K, C]: of the one who wrote
-        scores = jnp.where(filled, scores, MASKED)
+        scores = jnp.where(filled, scored(keys, wrote), MASKED)
         higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.where(filled, jnp.exp(scores - higher), 0.0)
         shrink = jnp.exp(highest - higher)
-        spread = jnp.where(wrote, weights[:, :, :, None], 0.0).reshape(slots, heads, beams, -1).astype(values.dtype)
-        added = jnp.einsum(
-            "bnqj,bnjh->bnqh", spread, values.reshape(slots, heads, -1, head_dim), preferred_element_type=jnp.float32
-        )
-        return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), attended * shrink + added
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        return higher, total, attended * shrink + weighted(weights, values, wrote)
 
-    zeros = jnp.zeros((slots, heads, beams, 1), jnp.float32)
-    sums = (zeros + MASKED, zeros, jnp.zeros((slots, heads, beams, head_dim), jnp.float32))
+    zeros = jnp.zeros((sentences, heads, beams, 1), jnp.float32)
+    sums = (zeros + MASKED, zeros, jnp.zeros((sentences, heads, beams, head_dim), jnp.float32))
     offset = 0
     for keys, values in zip(cache.keys, cache.values, strict=True):
         end = offset + keys.shape[4]
-        wrote = ancestors[:, None, :, None, offset:end] == jnp.arange(beams)[None, None, None, :, None]
-        piece = (keys, values, wrote, jnp.arange(offset, end)[None, None, None, :] <= positions[:, None, None, None])
+        filled = jnp.arange(offset, end)[None, None, None, :] <= positions[:, None, None, None]
+        wrote = None
+        if ancestors is not None:  # [B, 1, K, K, C]: whether the second beam is the first one's ancestor
+            wrote = ancestors[:, None, :, None, offset:end] == jnp.arange(beams)[None, None, None, :, None]
+        piece = (keys, values, filled, wrote)
         if offset == 0:
             sums = attend(sums, *piece)
         else:
