@@ -256,7 +256,10 @@ def translate_stream(
             tokens += len(translation.tokens)
             faulty |= translation.truncated or bool(translation.hypotheses[0].missing)
             for phrase in translation.hypotheses[0].missing:
-                print(f"warning: the output of line {number} lacks {phrase!r}: it ended first.", file=sys.stderr)
+                print(
+                    f"warning: the output of line {number} lacks {phrase!r}: it reached its maximum length first.",
+                    file=sys.stderr,
+                )
             if translation.truncated:
                 limit = translator.max_source_length - 1
                 print(

@@ -323,10 +323,13 @@ class Translator:
                     chunk, places, found = pending.popleft()
                     found = jax.device_get(found)
                     for place, index in zip(places, chunk, strict=True):
-                        hypotheses = self._chosen(found, place, num_hypotheses, min(len(encoded[index]), room) + 1)
-                        if required is not None:
+                        most = num_hypotheses if required is None else beams
+                        hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
+                        if required is not None:  # one that was cut but holds more stands before one that holds less
                             named = list(zip(phrases[index], required[index], strict=True))
                             hypotheses = [self._with_missing(h, named) for h in hypotheses]
+                            hypotheses.sort(key=lambda h: (not h.finished, len(h.missing)))
+                            hypotheses = hypotheses[:num_hypotheses]
                         source = self.tokenizers.source.pieces(encoded[index][:room])
                         results[index] = Translation(hypotheses, len(encoded[index]) > room, source)
         return results
