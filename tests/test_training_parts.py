@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from flax_transformer.data.batching import Position
 from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.training.checkpoint import checksums
+from flax_transformer.training.checkpoint import Checkpoints, checksums
 from flax_transformer.training.loop import Patience
+from flax_transformer.training.state import TrainState
 
 
 def test_memory_is_counted(one_device):
@@ -43,3 +45,19 @@ def test_patience_counts_evaluations_since_the_best():
         assert patience.exhausted == exhausted
     never = Patience(0, [5.0, 4.0, 3.0, 2.0])
     assert not never.exhausted
+
+
+def test_the_best_is_known_as_soon_as_it_is_saved(tmp_path, monkeypatch):
+    tree = {"w": jnp.arange(4.0)}
+    with Checkpoints(tmp_path / "checkpoints", (2, 2)) as checkpoints:
+        manager = checkpoints._manager
+        waited: list[int] = []
+        metrics, wait = manager.metrics, manager.wait_until_finished
+        monkeypatch.setattr(manager, "wait_until_finished", lambda: (waited.append(1), wait()))
+        # What is being written has no quality yet: it gets one when it is waited for.
+        monkeypatch.setattr(manager, "metrics", lambda step: metrics(step) if waited else None)
+        for step, quality in ((1, 0.5), (2, 0.7)):
+            state = TrainState(jnp.asarray(step, jnp.int32), tree, tree, None)
+            checkpoints.save(state, Position(0, step), "data", quality)
+        waited.clear()
+        assert checkpoints.best_steps() == [2, 1]

@@ -115,6 +115,7 @@ class Checkpoints:
 
     def best_steps(self) -> list[int]:
         """Returns the steps whose quality is known, best first; of equals the later comes first."""
+        self._manager.wait_until_finished()  # the quality of one that is being written is not known yet
         known = [(step, self._manager.metrics(step)) for step in self._manager.all_steps()]
         return [s for _, s in sorted(((m["quality"], s) for s, m in known if m is not None), reverse=True)]
 
