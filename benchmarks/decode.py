@@ -5,8 +5,10 @@
 
 RUN is a post-norm Transformer with `model.zero_start: true`, which is what CTranslate2 can express. It is written as a
 MarianMT folder, and that is made into a CTranslate2 model. All have two CPU cores, float32, the same beam, the
-length-normalised score of `average:1.0` and the same limit on the number of tokens, and take turns. Each translates at
-the batch size that was fastest for it on a part of the text. Of all pairs of outputs the equal ones are counted.
+length-normalised score of `average:1.0`, the same limit on the number of tokens and the same stop rule (as many finished
+hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. "ours, sure" is the exact rule.
+Each translates at the batch size that was fastest for it on a part of the text. Of all pairs of outputs the equal ones
+are counted.
 """
 
 import dataclasses
@@ -21,6 +23,8 @@ from typing import Any
 
 import tyro
 from paired import Built, Systems, machine
+
+from flax_transformer.decoding.beam_search import StopRule
 
 PENALTY = "average:1.0"
 
@@ -49,7 +53,7 @@ class Options:
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
     rounds: int = 3
     threads: int = 2
-    systems: tuple[str, ...] = ("ours", "CTranslate2", "Hugging Face")
+    systems: tuple[str, ...] = ("ours", "ours, sure", "CTranslate2", "Hugging Face")
 
 
 def read_text(options: Options) -> list[str]:
@@ -69,11 +73,15 @@ def at_best_size(options: Options, text: list[str], translate: Any) -> Built:
         translate(part, size)
         seconds[size] = time.perf_counter() - started
     best = min(seconds, key=lambda size: seconds[size])
-    texts = translate(text, best)
-    return Built(lambda: translate(text, best), {"texts": texts, "batch_size": best})
+    facts: dict[str, Any] = {"batch_size": best}
+
+    def translate_all() -> None:
+        facts["texts"] = translate(text, best)
+
+    return Built(translate_all, facts)  # which is called once before its facts are read
 
 
-def ours(options: Options, text: list[str]) -> Built:
+def ours(options: Options, text: list[str], stop: StopRule) -> Built:
     """Returns this project's translation."""
     from flax_transformer.cli.main import use_every_core
     from flax_transformer.inference.translator import Translator
@@ -84,6 +92,7 @@ def ours(options: Options, text: list[str]) -> Built:
         translator.decoding,
         beam_size=options.beam_size,
         length_penalty=PENALTY,
+        stop=stop,
         max_length_factor=0.0,
         max_length_offset=options.longest,
     )
@@ -134,7 +143,7 @@ def hugging_face_peer(options: Options, text: list[str], folder: Path) -> Built:
             inputs = tokenizer([lines[n] for n in chunk], return_tensors="pt", padding=True)
             with torch.inference_mode():
                 made = model.generate(
-                    **inputs, num_beams=options.beam_size, length_penalty=1.0, early_stopping="never",
+                    **inputs, num_beams=options.beam_size, length_penalty=1.0, early_stopping=True,
                     max_length=options.longest + 1, bad_words_ids=[[size_of_vocabulary - 1]],
                 )  # fmt: skip
             for n, made_text in zip(chunk, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
@@ -166,7 +175,9 @@ def main() -> None:
         writer.join()
         systems, facts = Systems(options.threads), {}
         if "ours" in options.systems:
-            facts["ours"] = systems.start("ours", ours, options, text)
+            facts["ours"] = systems.start("ours", ours, options, text, "finished")
+        if "ours, sure" in options.systems:
+            facts["ours, sure"] = systems.start("ours, sure", ours, options, text, "sure")
         if "CTranslate2" in options.systems:
             facts["CTranslate2"] = systems.start("CTranslate2", ctranslate2_peer, options, text, folder)
         if "Hugging Face" in options.systems:

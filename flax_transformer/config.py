@@ -18,6 +18,7 @@ from flax_transformer.data.corpus import DataConfig
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConfig
+from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
 from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
@@ -85,8 +86,11 @@ class DecodingConfig:
         beam_size: hypotheses kept at each step; 1 is greedy search.
         length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
         coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
-        patience: share of the beam that must be sure before a sentence stops; with less than 1 it stops sooner, and
-            only the first of the n-best list, at least one, are sure to be the best that the search can find.
+        stop: when the search of a sentence ends: "sure", once nothing can beat what it has found, or "finished", as soon
+            as so many hypotheses have ended, though a longer one might score better; much faster with a penalty like
+            "average:1.0", and what CTranslate2, and Hugging Face with early_stopping, do.
+        patience: share of the beam that must be sure, or finished, before a sentence stops; with less than 1 it stops
+            sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch.
         min_length: fewest tokens of an output, end token not counted.
@@ -106,6 +110,7 @@ class DecodingConfig:
     beam_size: int = 5
     length_penalty: str = "gnmt:0.6"
     coverage_penalty: float = 0.0
+    stop: StopRule = "sure"
     patience: float = 1.0
     max_length_factor: float = 2.0
     max_length_offset: int = 10
@@ -135,8 +140,8 @@ class DecodingConfig:
                 raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
         if not 0 < self.patience <= 1:
             raise ConfigError(
-                f"decoding.patience must be above 0 and at most 1, got {self.patience}: a search ends when nothing can "
-                "beat what it has found, and waiting longer changes nothing."
+                f"decoding.patience must be above 0 and at most 1, got {self.patience}: no more hypotheses are kept than "
+                "the beam holds."
             )
         if self.repetition_penalty < 1:
             raise ConfigError(
@@ -161,7 +166,7 @@ class DecodingConfig:
         SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
         others = {
             "beam": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility"),
-            "sampling": ("coverage_penalty", "patience"),
+            "sampling": ("coverage_penalty", "stop", "patience"),
         }[self.method]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in others:

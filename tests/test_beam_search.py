@@ -93,6 +93,25 @@ def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[
     return sorted(found, key=lambda item: -item[1])
 
 
+def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enough: int):
+    """A search of the same kind in plain Python, up to the step at which `enough` outputs have ended; best first."""
+    log_p = float64(logits) - np.log(np.exp(float64(logits)).sum(-1, keepdims=True))
+    rule = LengthPenalty.parse(penalty)
+    live, finished = [((), 0.0)], []
+    for length in range(1, limit + 1):
+        candidates = [
+            ((*tokens, token), score + log_p[tokens[-1] if tokens else START, token])
+            for tokens, score in live
+            for token in range(logits.shape[0])
+        ]
+        candidates = sorted(candidates, key=lambda c: -c[1])[: 2 * beams]
+        finished += [(t, s / divisor(rule, length)) for t, s in candidates[:beams] if t[-1] == END]
+        live = [c for c in candidates if c[0][-1] != END][:beams]
+        if len(finished) >= enough:
+            break
+    return sorted(finished, key=lambda f: -f[1])[:beams]
+
+
 # --- worked by hand
 
 # From the start: a (2) with 0.6, b (3) with 0.4. After a everything is even, after b the end is nearly certain:
@@ -233,22 +252,27 @@ def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
 @settings(max_examples=40, deadline=None)
 @given(CHAINS, PENALTIES)
 def test_stopping_early_changes_nothing(chain, penalty):
-    """Against a search of the same kind in plain Python that never stops before the limit."""
-    log_p = float64(chain) - np.log(np.exp(float64(chain)).sum(-1, keepdims=True))
-    rule, beams, limit = LengthPenalty.parse(penalty), 3, 8
-    live, finished = [((), 0.0)], []
-    for length in range(1, limit + 1):
-        candidates = [
-            ((*tokens, token), score + log_p[tokens[-1] if tokens else START, token])
-            for tokens, score in live
-            for token in range(chain.shape[0])
-        ]
-        candidates = sorted(candidates, key=lambda c: -c[1])[: 2 * beams]
-        finished += [(t, s / divisor(rule, length)) for t, s in candidates[:beams] if t[-1] == END]
-        live = [c for c in candidates if c[0][-1] != END][:beams]
-    expected = sorted(finished, key=lambda f: -f[1])[:beams]
-    found = [o for o in outputs(search(chain, beams, limit, penalty)) if o[2]]
+    """Against the plain search, which never stops before the limit here."""
+    expected = plain_search(chain, 3, 8, penalty, enough=1_000)
+    found = [o for o in outputs(search(chain, 3, 8, penalty)) if o[2]]
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CHAINS, PENALTIES)
+def test_the_rule_finished_stops_at_so_many_finished_hypotheses(chain, penalty):
+    """Against the plain search: with a patience of 1 it ends at three of them, with 1/3 at the first."""
+    for patience, enough in ((1.0, 3), (1 / 3, 1)):
+        expected = plain_search(chain, 3, 8, penalty, enough)
+        found = [o for o in outputs(search(chain, 3, 8, penalty, stop="finished", patience=patience)) if o[2]]
+        np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
+
+
+def test_the_rule_finished_does_not_wait_for_a_later_better_output():
+    # After two steps END, ln(.4) = -0.92, and a END, ln(.06)/2 = -1.41, are there; a a a a a END, ln(.039)/6 = -0.54.
+    chain = log_probabilities(np.array([[0, 0.4, 0.6], [0, 1, 0], [0, 0.1, 0.9]]))
+    found = [outputs(search(chain, 2, 6, "average:1.0", stop=stop))[0][0] for stop in ("finished", "sure")]
+    assert found == [(END,), (2, 2, 2, 2, 2, END)]
 
 
 def test_sentences_do_not_influence_one_another():
@@ -315,7 +339,7 @@ def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
             rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(jnp.asarray(chains)[slots], tokens)
             return rows, None, slots
 
-        config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), patience)  # one after the other
+        config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), patience=patience)  # one by one
         limits, start = jnp.full((30,), 12), jnp.zeros((1,), jnp.int32)
         beam_search(step, lambda s, _: s, lambda s, f, n: jnp.where(f, n, s), start, limits, config)
         jax.effects_barrier()

@@ -314,6 +314,7 @@ def make_run(path: Path, model, seed: int) -> Path:
         ({"banned_phrases": (" ",)}, "an empty text cannot be banned"),
         ({"temperature": 0.5}, r"decoding.temperature \(0.5\) and decoding.method: beam contradict each other"),
         ({"mbr_samples": 4}, r"decoding.mbr_samples \(4\) and decoding.method: beam contradict each other"),
+        ({"method": "sampling", "stop": "finished"}, r"stop \(finished\) and decoding.method: sampling contradict"),
         ({"method": "sampling", "patience": 0.5}, r"patience \(0.5\) and decoding.method: sampling contradict"),
         ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
         ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.cli import main as cli
-from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import END_ID, Tokenizer, TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
-from flax_transformer.interop.marian_reader import read_marian
+from flax_transformer.interop.marian_reader import our_order, read_marian
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.shapes import Batch
 from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
@@ -163,7 +166,7 @@ def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_d
 
 
 def foreign_marian(folder: Path) -> Path:
-    """A MarianMT folder as transformers makes them, of random parameters."""
+    """A MarianMT folder as transformers makes them, of random parameters that make different outputs of all lengths."""
     folder.mkdir()
     sides = {"source": SOURCES, "target": TARGETS}
     pieces: list[str] = []
@@ -181,18 +184,18 @@ def foreign_marian(folder: Path) -> Path:
     size = len(names)
     rng = np.random.default_rng(0)
 
-    def draw(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32) * 0.3
+    def draw(*shape: int, deviation: float = 0.3) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32) * np.float32(deviation)
 
-    weights = {"model.shared.weight": draw(size, 16), "final_logits_bias": draw(1, size)}
+    weights = {"model.shared.weight": draw(size, 16, deviation=0.6), "final_logits_bias": draw(1, size)}
     weights["model.shared.weight"][-1] = 0.0
-    weights["final_logits_bias"][0, 0] = 5.0  # random models hardly ever end
+    weights["final_logits_bias"][0, 0] = 3.0  # random models hardly ever end
     for stack in ("encoder", "decoder"):
         prefix = f"model.{stack}.layers.0"
         attentions = ["self_attn"] + ["encoder_attn"] * (stack == "decoder")
         for attention in attentions:
             for part in ("q", "k", "v", "out"):
-                weights[f"{prefix}.{attention}.{part}_proj.weight"] = draw(16, 16)
+                weights[f"{prefix}.{attention}.{part}_proj.weight"] = draw(16, 16, deviation=0.9)
                 weights[f"{prefix}.{attention}.{part}_proj.bias"] = draw(16)
             weights[f"{prefix}.{attention}_layer_norm.weight"] = 1 + draw(16)
             weights[f"{prefix}.{attention}_layer_norm.bias"] = draw(16)
@@ -250,3 +253,51 @@ def test_files_that_are_missing_are_named(tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match=name.replace("model.", "neither model.")):
         read_marian(folder, tmp_path / "run")
+
+
+# --- what transformers makes of a small model of its own, from files that it wrote
+
+REFERENCE = Path(__file__).parent / "reference" / "marian"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    expected = json.loads((REFERENCE / "expected.json").read_text(encoding="utf-8"))
+    ours = Translator.load(read_marian(REFERENCE, tmp_path_factory.mktemp("reference") / "run").path)
+    words = json.loads((REFERENCE / "vocab.json").read_text(encoding="utf-8"))
+    order, _ = our_order(words, words["<pad>"], words["</s>"])
+    return ours, expected, order
+
+
+def test_token_ids_are_those_of_transformers(reference):
+    ours, expected, order = reference
+    for side, tokenizer in (("source", ours.tokenizers.source), ("target", ours.tokenizers.target)):
+        found = [[*ids, END_ID] for ids in tokenizer.encode(expected[f"{side}s"])]
+        assert found == [order[ids].tolist() for ids in expected[f"{side}_ids"]]
+
+
+def test_logits_are_those_of_transformers(reference):
+    ours, expected, order = reference
+    model = nnx.merge(ours.graphdef, ours.params)
+    for source, target, logits in zip(expected["source_ids"], expected["target_ids"], expected["logits"], strict=False):
+        tokens = [jnp.asarray([order[ids]], jnp.int32) for ids in (source, target)]
+        places = [jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in tokens]
+        batch = Batch(tokens[0], places[0], jnp.ones_like(tokens[0]), tokens[1], places[1], jnp.ones_like(tokens[1]))
+        found = np.asarray(model.output_projection().logits(model(batch)))[0]
+        np.testing.assert_allclose(found[:, order], logits, rtol=1e-4, atol=1e-4)
+    assert len(expected["logits"]) == 5
+
+
+@pytest.mark.parametrize("stop, enough", [("sure", 100), ("finished", 200)])
+def test_a_beam_of_four_finds_what_transformers_does(reference, stop, enough):
+    """Under the same stop rule; what is cut at its limit is left out, since theirs ranks it with what has ended."""
+    ours, expected, order = reference
+    settings = {"beam_size": 4, "length_penalty": "average:1.0", "max_length_factor": 0.0, "max_length_offset": 24}
+    compared = []
+    found = ours.translate(expected["sources"], stop=stop, **settings)
+    for translation, row in zip(found, expected["outputs"][stop], strict=True):
+        best = translation.hypotheses[0]
+        if best.finished and row is not None:
+            assert best.tokens == ours.tokenizers.target.pieces(order[row[:-1]].tolist())
+            compared.append(tuple(best.tokens))
+    assert len(compared) >= enough and len(set(compared)) >= 30

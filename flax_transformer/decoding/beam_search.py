@@ -13,22 +13,23 @@ What it promises:
       ends with its first finished hypothesis.
     - A sentence stops as soon as enough hypotheses are finished (K, or a share of them) and no unfinished one can still
       beat the worst of them: a log-probability never rises, the bonus is never positive, and the length penalty's
-      divisor is monotone, so the best score that a live hypothesis can still reach is known.
+      divisor is monotone, so the best score that a live hypothesis can still reach is known. That is the stop rule
+      "sure". By the rule "finished" it stops as soon as enough are finished, though a longer one might be better.
     - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
 
 References:
-    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop;
-    Kasai et al. 2022 for a
-    patience, though theirs waits beyond the point from which nothing can change here.
+    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop
+    surely; Kasai et al. 2022 for stopping at K finished hypotheses ("first come, first served") and for a patience,
+    though theirs may be above 1, which waits for more than K.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ Candidates = Callable[
     tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
 ]
 
+StopRule = Literal["sure", "finished"]
+
 
 @dataclass(frozen=True)
 class BeamSearchConfig:
@@ -67,8 +70,9 @@ class BeamSearchConfig:
         start_token: what the first step reads.
         end_token: what closes a hypothesis.
         length_penalty: how scores of different lengths are compared.
-        patience: how many finished hypotheses must be sure to stay before a sentence stops, as a share of the beam.
-            With 1 all K are the best that the search can find, with 1/K the first is.
+        stop: when a sentence stops: once its finished hypotheses are "sure" to stay, or once they are "finished".
+        patience: how many finished hypotheses that takes, as a share of the beam. When they must be sure, all K are the
+            best that the search can find with 1, and the first is with 1/K.
         refill_at: slots that stand empty before they are refilled, while there are sentences left.
     """
 
@@ -78,6 +82,7 @@ class BeamSearchConfig:
     start_token: int
     end_token: int
     length_penalty: LengthPenalty
+    stop: StopRule = "sure"
     patience: float = 1.0
     refill_at: int = 1
 
@@ -87,8 +92,8 @@ class BeamSearchConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.patience <= 1:
             raise ConfigError(
-                f"patience must be above 0 and at most 1, got {self.patience}: once nothing can beat the whole beam, "
-                "waiting changes nothing."
+                f"patience must be above 0 and at most 1, got {self.patience}: no more hypotheses are kept than the "
+                "beam holds."
             )
         if self.refill_at > self.num_slots:
             raise ConfigError(f"refill_at ({self.refill_at}) is more than all of the {self.num_slots} slots.")
@@ -297,9 +302,11 @@ def beam_search(
         )  # fmt: skip
         steps, live, live_scores, finished, finished_lengths, finished_scores = _choose(state.active, changed, before)
         limits = slot_limits[state.sentences]
-        undecided = best_reachable(live_scores, steps, limits, penalty) > finished_scores[:, config.num_awaited - 1]
-        if beams == 1:  # greedy: a longer hypothesis might score better after the penalty, but is not looked for
-            undecided = finished_scores[:, 0] < MASKED / 2
+        awaited = finished_scores[:, config.num_awaited - 1]
+        if config.stop == "finished" or beams == 1:  # greedy search does not look for longer ones that score better
+            undecided = awaited < MASKED / 2
+        else:
+            undecided = best_reachable(live_scores, steps, limits, penalty) > awaited
         some_live = jnp.max(live_scores, axis=1) > MASKED / 2
         active = state.active & undecided & some_live & (steps < limits)
         return BeamState(

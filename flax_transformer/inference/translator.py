@@ -371,7 +371,7 @@ class Translator:
             if not phrase:
                 raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
         return SearchSpec(
-            BeamSearchConfig(beams, slots, max_length, START_ID, END_ID, penalty, decoding.patience, refill_at),
+            BeamSearchConfig(beams, slots, max_length, START_ID, END_ID, penalty, decoding.stop, decoding.patience, refill_at),
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,
