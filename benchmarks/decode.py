@@ -5,10 +5,11 @@
 
 RUN is a post-norm Transformer with `model.zero_start: true`, which is what CTranslate2 can express. It is written as a
 MarianMT folder, and that is made into a CTranslate2 model. All have two CPU cores, float32, the same beam, the
-length-normalised score of `average:1.0`, the same limit on the number of tokens and the same stop rule (as many finished
-hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. "ours, sure" is the exact rule.
-Each translates at the batch size that was fastest for it on a part of the text. Of all pairs of outputs the equal ones
-are counted.
+length-normalised score of `average:1.0`, the same limit on the number of tokens and the same stop rule (as many
+finished hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. "ours, sure" is the
+exact rule; "int8" has integers for weights, made by each system itself. Each translates at the batch size that was
+fastest for it on a part of the text. Of all pairs of outputs the equal ones are counted, and with --reference the BLEU
+of each is printed.
 """
 
 import dataclasses
@@ -23,8 +24,10 @@ from typing import Any
 
 import tyro
 from paired import Built, Systems, machine
+from sacrebleu.metrics import BLEU
 
 from flax_transformer.decoding.beam_search import StopRule
+from flax_transformer.inference.quantize import Quantize
 
 PENALTY = "average:1.0"
 
@@ -36,6 +39,7 @@ class Options:
     Attributes:
         run: run folder of the model.
         text: sentences, one a line, plain or .gz.
+        reference: their translations; without it no BLEU is printed.
         lines: how many of them at most, without what occurs twice.
         beam_size: hypotheses kept at each step.
         longest: most tokens of an output, end token included.
@@ -47,20 +51,32 @@ class Options:
 
     run: Path
     text: Path
+    reference: Path | None = None
     lines: int = 4_000
     beam_size: int = 4
     longest: int = 64
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
     rounds: int = 3
     threads: int = 2
-    systems: tuple[str, ...] = ("ours", "ours, sure", "CTranslate2", "Hugging Face")
+    systems: tuple[str, ...] = (
+        "ours", "ours, sure", "ours, int8", "CTranslate2", "CTranslate2, int8", "Hugging Face",
+    )  # fmt: skip
 
 
-def read_text(options: Options) -> list[str]:
-    """Returns the sentences to translate."""
-    opened = gzip.open(options.text, "rt") if options.text.suffix == ".gz" else options.text.open()
-    with opened as file:
-        return list(dict.fromkeys(line.strip() for line in file if line.strip()))[: options.lines]
+def read_text(options: Options) -> tuple[list[str], list[str]]:
+    """Returns the sentences to translate, and their translations if there are any."""
+
+    def lines(path: Path) -> list[str]:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            return [line.strip() for line in file]
+
+    sources = lines(options.text)
+    references = sources if options.reference is None else lines(options.reference)
+    pairs: dict[str, str] = {}
+    for source, reference in zip(sources, references, strict=True):
+        if source:
+            pairs.setdefault(source, reference)
+    return list(pairs)[: options.lines], [] if options.reference is None else list(pairs.values())[: options.lines]
 
 
 def at_best_size(options: Options, text: list[str], translate: Any) -> Built:
@@ -81,13 +97,13 @@ def at_best_size(options: Options, text: list[str], translate: Any) -> Built:
     return Built(translate_all, facts)  # which is called once before its facts are read
 
 
-def ours(options: Options, text: list[str], stop: StopRule) -> Built:
+def ours(options: Options, text: list[str], stop: StopRule, quantize: Quantize) -> Built:
     """Returns this project's translation."""
     from flax_transformer.cli.main import use_every_core
     from flax_transformer.inference.translator import Translator
 
     use_every_core()  # as the command does
-    translator = Translator.load(options.run)
+    translator = Translator.load(options.run, quantize=quantize)
     settings = dataclasses.replace(
         translator.decoding,
         beam_size=options.beam_size,
@@ -102,7 +118,7 @@ def ours(options: Options, text: list[str], stop: StopRule) -> Built:
     return at_best_size(options, text, lambda lines, size: [t.text for t in sized[size].translate(lines)])
 
 
-def ctranslate2_peer(options: Options, text: list[str], folder: Path) -> Built:
+def ctranslate2_peer(options: Options, text: list[str], folder: Path, compute_type: str) -> Built:
     """Returns CTranslate2's translation."""
     import ctranslate2
     import sentencepiece
@@ -110,7 +126,7 @@ def ctranslate2_peer(options: Options, text: list[str], folder: Path) -> Built:
 
     TransformersConverter(str(folder)).convert(str(folder / "ctranslate2"), force=True)
     threads = {"intra_threads": options.threads, "inter_threads": 1}
-    model = ctranslate2.Translator(str(folder / "ctranslate2"), device="cpu", compute_type="float32", **threads)
+    model = ctranslate2.Translator(str(folder / "ctranslate2"), device="cpu", compute_type=compute_type, **threads)
     source = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
     target = sentencepiece.SentencePieceProcessor(model_file=str(folder / "target.spm"))
 
@@ -165,7 +181,7 @@ def write_model(options: Options, folder: Path) -> None:
 def main() -> None:
     """Takes turns and prints a table."""
     options = tyro.cli(Options)
-    text = read_text(options)
+    text, references = read_text(options)
     packages = ["jax", "flax", "ctranslate2", "transformers", "torch"]
     print(f"{options}\n{machine(*packages)}\n{len(text):,} different lines\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -174,26 +190,33 @@ def main() -> None:
         writer.start()
         writer.join()
         systems, facts = Systems(options.threads), {}
-        if "ours" in options.systems:
-            facts["ours"] = systems.start("ours", ours, options, text, "finished")
-        if "ours, sure" in options.systems:
-            facts["ours, sure"] = systems.start("ours, sure", ours, options, text, "sure")
-        if "CTranslate2" in options.systems:
-            facts["CTranslate2"] = systems.start("CTranslate2", ctranslate2_peer, options, text, folder)
-        if "Hugging Face" in options.systems:
-            facts["Hugging Face"] = systems.start("Hugging Face", hugging_face_peer, options, text, folder)
+        known: dict[str, tuple[Any, ...]] = {
+            "ours": (ours, "finished", "none"),
+            "ours, sure": (ours, "sure", "none"),
+            "ours, int8": (ours, "finished", "int8"),
+            "CTranslate2": (ctranslate2_peer, folder, "float32"),
+            "CTranslate2, int8": (ctranslate2_peer, folder, "int8"),
+            "Hugging Face": (hugging_face_peer, folder),
+        }
+        for name in options.systems:
+            build, *arguments = known[name]
+            facts[name] = systems.start(name, build, options, text, *arguments)
         seconds = systems.take_turns(options.rounds)
-    print("| system | batch | sentences/s, median (least to most) | ours against it | equal outputs |")
-    print("|---" * 5 + "|")
+    print("| system | batch | sentences/s, median (least to most) | ours against it | equal outputs | BLEU |")
+    print("|---" * 6 + "|")
+    bleu = BLEU()
     for name, values in seconds.items():
         rates = [len(text) / value for value in values]
         ratios = [theirs / our for our, theirs in zip(seconds["ours"], values, strict=True)]
         rate, ratio = statistics.median(rates), statistics.median(ratios)
         equal = sum(a == b for a, b in zip(facts["ours"]["texts"], facts[name]["texts"], strict=True))
+        score = f"{bleu.corpus_score(facts[name]['texts'], [references]).score:.2f}" if references else ""
         print(
             f"| {name} | {facts[name]['batch_size']} | {rate:.1f} ({min(rates):.1f} to {max(rates):.1f}) "
-            f"| {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {equal:,} of {len(text):,} |"
+            f"| {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {equal:,} of {len(text):,} | {score} |"
         )
+    if references:
+        print(f"\nBLEU {bleu.get_signature()}")
 
 
 if __name__ == "__main__":

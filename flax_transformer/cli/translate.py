@@ -16,6 +16,7 @@ import tyro
 from flax_transformer.config import DecodingConfig
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import word_alignment
+from flax_transformer.inference.quantize import Quantize
 from flax_transformer.inference.translator import Hypothesis, Translation, Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
@@ -38,6 +39,7 @@ class TranslateOptions:
         json: write an object for each line, with all hypotheses, their tokens and token scores.
         num_hypotheses: at most so many of each line; more than one needs --json.
         alignment: add to each object which source word each target word was made from (Moses format); needs --json.
+        quantize: "int8" makes 8-bit integers of the weights: faster, and a little less exact.
         prefix: what every output begins with.
         required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
             must hold.
@@ -53,6 +55,7 @@ class TranslateOptions:
     json: bool = False
     num_hypotheses: int = 1
     alignment: bool = False
+    quantize: Quantize = "none"
     prefix: str | None = None
     required: Path | None = None
     decoding: Annotated[DecodingConfig, tyro.conf.arg(name="")] = field(default_factory=DecodingConfig)
@@ -204,7 +207,8 @@ def main(arguments: list[str], program: str) -> int:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     phrases = None if options.required is None else read_phrases(options.required)
     with opened(options) as (source, output, done):
-        translator = Translator.load(options.run, checkpoint=options.checkpoint).with_decoding(options.decoding)
+        translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
+        translator = translator.with_decoding(options.decoding)
         return translate_stream(options, translator, phrases, source, output, done)
 
 

@@ -23,6 +23,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError, did_you_mean
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
+from flax_transformer.inference.quantize import Quantize, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.parallel.mesh import (
@@ -169,7 +170,11 @@ class Translator:
 
     @classmethod
     def load(
-        cls, run: Path | str | Sequence[Path | str], mesh: Mesh | None = None, checkpoint: Choice = "best"
+        cls,
+        run: Path | str | Sequence[Path | str],
+        mesh: Mesh | None = None,
+        checkpoint: Choice = "best",
+        quantize: Quantize = "none",
     ) -> "Translator":
         """Returns the translator of a run folder, or of several as an ensemble.
 
@@ -180,6 +185,7 @@ class Translator:
             run: the folder, or several.
             mesh: devices; all that there are when None.
             checkpoint: the one that was best on validation text, or the last.
+            quantize: "int8" makes 8-bit integers of the weights, which is faster and a little less exact.
 
         Raises:
             RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one; runs that do not
@@ -205,12 +211,17 @@ class Translator:
             with Checkpoints(folder.checkpoints) as checkpoints:
                 restored.append(checkpoints.restore_params(checkpoints.choose(checkpoint), target))
         params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
-        return cls(config.model, tokenizers, params, config.decoding, mesh, len(restored))
+        made = cls(config.model, tokenizers, params, config.decoding, mesh, len(restored))
+        return made.quantized() if quantize == "int8" else made
 
     def with_params(self, params: Any) -> "Translator":
         """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
         return self._copy(params=jax.device_put(params, replicated_sharding(self.mesh)))
+
+    def quantized(self) -> "Translator":
+        """Returns a translator with 8-bit integers for weights."""
+        return self._copy(params=quantized_ensemble(self.graphdef, self.params, self.num_models))
 
     def with_decoding(self, decoding: DecodingConfig) -> "Translator":
         """Returns a translator with other settings, that shares this one's parameters and compiled programs."""
@@ -371,7 +382,9 @@ class Translator:
             if not phrase:
                 raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
         return SearchSpec(
-            BeamSearchConfig(beams, slots, max_length, START_ID, END_ID, penalty, decoding.stop, decoding.patience, refill_at),
+            BeamSearchConfig(
+                beams, slots, max_length, START_ID, END_ID, penalty, decoding.stop, decoding.patience, refill_at
+            ),
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,

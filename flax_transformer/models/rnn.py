@@ -454,7 +454,7 @@ class RecurrentSeq2Seq(nnx.Module):
     def output_projection(self) -> OutputProjection:
         """Returns the map from readouts to logits."""
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
-        return OutputProjection(embedding.table[...], None, self.target_vocab_size)
+        return OutputProjection(embedding.table.get_value(), None, self.target_vocab_size)
 
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
         """Returns the state before the first token; a recurrent state has the same size whatever is asked for."""

@@ -40,6 +40,7 @@ from flax_transformer.nn.kv_cache import (
 from flax_transformer.nn.masks import causal_mask, segment_mask
 from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
 from flax_transformer.nn.positions import PositionKind
+from flax_transformer.nn.quantization import without_row
 from flax_transformer.shapes import Batch
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -486,9 +487,9 @@ class Transformer(nnx.Module):
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
-        kernel = embedding.table[...]
+        kernel = embedding.table.get_value()
         if self.config.zero_start and self.output_embedding is None:  # the vector is zero in both of the table's uses
-            kernel = kernel.at[self.start_token].set(0.0)
+            kernel = without_row(kernel, self.start_token)
         bias = None if self.output_bias is None else self.output_bias[...]
         return OutputProjection(kernel, bias, self.target_vocab_size)
 

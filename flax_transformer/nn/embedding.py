@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_transformer.nn.dropout import dropout
 from flax_transformer.nn.positions import LearnedPositions, PositionKind, SinusoidalPositions
+from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up
 from flax_transformer.parallel.rules import constrain
 from flax_transformer.shapes import MASKED
 
@@ -37,8 +38,12 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(table, logical_axes=("vocab", "embed"))
 
     def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        """Returns the scaled vectors of `tokens`, in the table's type."""
-        vectors = jnp.take(self.table[...], tokens, axis=0, mode="clip")
+        """Returns the scaled vectors of `tokens`, in the table's type, or float32 where that is integers."""
+        table = self.table.get_value()
+        if isinstance(table, Int8Weights):
+            vectors = looked_up(table, tokens)
+        else:
+            vectors = jnp.take(table, tokens, axis=0, mode="clip")
         # In two steps, since the partitioner knows no way from the one sharding to the other in one.
         vectors = constrain(vectors, "lookup_batch", "length", "embed")
         vectors = constrain(vectors, "batch", "length", "activation_embed")
@@ -122,24 +127,27 @@ class OutputProjection:
         logits = hidden @ kernel.T + bias,   padding rows of the vocabulary masked
 
     Attributes:
-        kernel: [V, D], rows as in an embedding table (and often that very table).
+        kernel: [V, D], rows as in an embedding table (and often that very table); for inference it may be integers.
         bias: [V], or None.
         num_real_rows: rows from here on are padding of the table and never get probability.
     """
 
-    kernel: Float[Array, "V D"]
+    kernel: Float[Array, "V D"] | Int8Weights
     bias: Float[Array, "V"] | None
     num_real_rows: int
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Returns float32 logits of `hidden`."""
-        kernel = self.kernel.astype(hidden.dtype)
-        logits = jax.lax.dot_general(
-            hidden, kernel, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        if isinstance(self.kernel, Int8Weights):
+            logits = int8_product(hidden, self.kernel, (1,))
+        else:
+            kernel = self.kernel.astype(hidden.dtype)
+            logits = jax.lax.dot_general(
+                hidden, kernel, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
         if self.bias is not None:
             logits = logits + jnp.broadcast_to(self.bias.astype(jnp.float32), logits.shape)
-        if self.num_real_rows < self.kernel.shape[0]:
+        if self.num_real_rows < logits.shape[-1]:
             real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < self.num_real_rows
             logits = jnp.where(real, logits, MASKED)
         return logits

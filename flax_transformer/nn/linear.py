@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from flax_transformer.nn.quantization import Int8Weights, int8_product
+
 xavier_uniform_2d = jax.nn.initializers.xavier_uniform()
 
 
@@ -55,11 +57,14 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the map of `x`: [..., *in_dims] -> [..., *out_dims], in `compute_dtype`."""
-        kernel = self.kernel[...].astype(self.compute_dtype)
-        contract = tuple(range(x.ndim - self.num_in_dims, x.ndim))
-        y = jax.lax.dot_general(
-            x.astype(self.compute_dtype), kernel, ((contract, tuple(range(self.num_in_dims))), ((), ()))
-        )
+        kernel, in_axes = self.kernel.get_value(), tuple(range(self.num_in_dims))
+        if isinstance(kernel, Int8Weights):
+            y = int8_product(x, kernel, in_axes).astype(self.compute_dtype)
+        else:
+            contract = tuple(range(x.ndim - self.num_in_dims, x.ndim))
+            y = jax.lax.dot_general(
+                x.astype(self.compute_dtype), kernel.astype(self.compute_dtype), ((contract, in_axes), ((), ()))
+            )
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.compute_dtype)

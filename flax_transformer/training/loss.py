@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.nn.embedding import OutputProjection
+from flax_transformer.nn.quantization import Int8Weights
 from flax_transformer.parallel.rules import constrain, num_shards
 from flax_transformer.shapes import MASKED
 
@@ -64,6 +65,8 @@ def cross_entropy(
         Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4.
     """
     bias = projection.bias
+    if isinstance(projection.kernel, Int8Weights):
+        raise TypeError("the loss needs weights that are not quantised: integers have no gradient.")
     kernel = constrain(projection.kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
     static = (projection.num_real_rows, label_smoothing)
     bias = None if bias is None else bias.astype(jnp.float32)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from sentencepiece import sentencepiece_model_pb2
 
 from flax_transformer.data.synthetic import english_number_words, german_number_words
-from tests.test_marian import foreign_marian
+from tests.test_marian import foreign_marian, sentencepiece_model_pb2
 
 FOLDER = Path(__file__).with_name("marian")
 LONGEST = 24  # tokens of an output

@@ -1,0 +1,81 @@
+"""Weights as 8-bit integers, for inference: products of integers, scaled back.
+
+    sum_i x[i] W[i, o]  ~  s * S[o] * sum_i q[i] Q[i, o],   q = round(x / s), Q = round(W / S)
+
+Weights are rounded once, each output channel to 127 steps either side of zero. Activations are rounded as they come,
+each vector to 127 steps of its own, so nothing needs to be calibrated. The sum of products is exact, in int32.
+
+References:
+    Dettmers et al. 2022, "LLM.int8()", section 2.1 (scales for vectors of both sides).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from flax_transformer.shapes import array_tree
+
+STEPS = 127  # either side of zero; -128 is not used
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class Int8Weights:
+    """Weights as integers and a scale for each output channel.
+
+    Attributes:
+        values: as the weights.
+        scales: as the weights, without the axes over which products sum; value * scale is the weight, rounded.
+    """
+
+    values: Int8[Array, "..."]
+    scales: Float[Array, "..."]
+
+
+def quantized(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weights:
+    """Returns `weights` rounded to 127 steps either side of zero.
+
+    Args:
+        weights: of any shape.
+        in_axes: over which products with them sum; each entry of the others has a scale of its own.
+    """
+    weights = weights.astype(jnp.float32)
+    scales = _scales(weights, in_axes)
+    return Int8Weights(_rounded(weights, scales), jnp.squeeze(scales, in_axes))
+
+
+def int8_product(x: Float[Array, "..."], weights: Int8Weights, in_axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns the float32 product of `x`, whose last axes are summed with the axes `in_axes` of the weights."""
+    x_axes = tuple(range(x.ndim - len(in_axes), x.ndim))
+    x = x.astype(jnp.float32)
+    scales = _scales(x, x_axes)
+    total = jax.lax.dot_general(
+        _rounded(x, scales), weights.values, ((x_axes, in_axes), ((), ())), preferred_element_type=jnp.int32
+    )
+    rows = scales.reshape(*x.shape[: x_axes[0]], *(1,) * weights.scales.ndim)
+    return total.astype(jnp.float32) * rows * jnp.broadcast_to(weights.scales, total.shape)
+
+
+def looked_up(weights: Int8Weights, rows: Any) -> Float[Array, "..."]:
+    """Returns the float32 `rows` of a table [V, D] with a scale for each row."""
+    values = jnp.take(weights.values, rows, axis=0, mode="clip").astype(jnp.float32)
+    return values * jnp.take(weights.scales, rows, axis=0, mode="clip")[..., None]
+
+
+def without_row(table: Float[Array, "V D"] | Int8Weights, row: int) -> Float[Array, "V D"] | Int8Weights:
+    """Returns a table with zeros in one of its rows."""
+    if isinstance(table, Int8Weights):
+        return dataclasses.replace(table, values=table.values.at[row].set(0))
+    return table.at[row].set(0.0)
+
+
+def _scales(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns the size of a step, with `axes` kept as 1; never 0, so that zeros stay zeros."""
+    return jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), jnp.finfo(jnp.float32).tiny) / STEPS
+
+
+def _rounded(x: Float[Array, "..."], scales: Float[Array, "..."]) -> Int8[Array, "..."]:
+    return jnp.round(x / scales).astype(jnp.int8)

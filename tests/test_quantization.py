@@ -1,0 +1,75 @@
+"""Weights as 8-bit integers: rounding and products against float64, and a model that is made of them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_transformer.inference.scorer import Scorer
+from flax_transformer.inference.translator import Translator
+from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up, quantized, without_row
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+
+RNG = np.random.default_rng(0)
+
+
+def dequantized(weights: Int8Weights, in_axes: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(weights.values, np.float64) * np.expand_dims(np.asarray(weights.scales, np.float64), in_axes)
+
+
+@pytest.mark.parametrize("shape, in_axes", [((6, 4), (0,)), ((3, 5, 2, 4), (1,)), ((2, 4, 5), (0, 1)), ((7, 3), (1,))])
+def test_weights_are_off_by_half_a_step_at_most(shape, in_axes):
+    weights = RNG.normal(size=shape).astype(np.float32)
+    found = quantized(jnp.asarray(weights), in_axes)
+    assert found.values.dtype == jnp.int8
+    steps = np.abs(weights).max(axis=in_axes, keepdims=True) / 127
+    assert found.scales.shape == np.squeeze(steps, in_axes).shape
+    assert (np.abs(dequantized(found, in_axes) - weights) <= 0.5001 * steps).all()
+    assert np.abs(np.asarray(found.values)).max(axis=in_axes).min() == 127  # every channel uses its whole range
+
+
+@pytest.mark.parametrize("shape, in_axes", [((6, 4), (0,)), ((2, 3, 5), (0, 1)), ((6, 2, 4), (0,)), ((7, 6), (1,))])
+def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes):
+    weights = quantized(jnp.asarray(RNG.normal(size=shape).astype(np.float32)), in_axes)
+    x = RNG.normal(size=(3, 2, *(shape[axis] for axis in in_axes))).astype(np.float32) * 10
+    found = int8_product(jnp.asarray(x), weights, in_axes)
+    x_axes = tuple(range(2, x.ndim))
+    steps = np.abs(x).max(axis=x_axes, keepdims=True).astype(np.float64) / 127
+    expected = np.tensordot(np.round(x / steps) * steps, dequantized(weights, in_axes), (x_axes, in_axes))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_zeros_stay_zeros_and_rows_are_looked_up():
+    table = RNG.normal(size=(5, 8)).astype(np.float32)
+    table[2] = 0.0
+    weights = quantized(jnp.asarray(table), (1,))
+    np.testing.assert_array_equal(int8_product(jnp.zeros((3, 8)), weights, (1,)), np.zeros((3, 5)))
+    rows = looked_up(weights, jnp.array([[4, 2], [0, 4]]))
+    np.testing.assert_allclose(rows, dequantized(weights, (1,))[[[4, 2], [0, 4]]], rtol=1e-6)
+    assert not np.asarray(rows)[0, 1].any()
+    emptied = without_row(weights, 4)
+    assert isinstance(emptied, Int8Weights)
+    assert not np.asarray(looked_up(emptied, jnp.array([4]))).any()
+
+
+@pytest.mark.parametrize("kind", ["transformer", "recurrent"])  # the Transformer has a start vector of zeros
+def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind):
+    """Its weights are integers, scores stay near, and results do not depend on the batch."""
+    changes: Any = {"zero_start": True} if kind == "transformer" else {}
+    model: Any = dataclasses.replace(MODELS[kind], **changes)
+    whole = Translator(model, TOKENIZERS, params_of(model, 4), DECODING, make_mesh(MeshConfig()))
+    made = whole.quantized()
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(t.params)) for t in (made, whole)]
+    assert sizes[0] < (0.5 if kind == "transformer" else 0.8) * sizes[1]  # the gates of recurrent cells stay float32
+    text = ALIKE[:6]
+    found = made.translate(text)
+    targets = [TARGETS[SOURCES.index(source)] for source in text]
+    first, second = (Scorer(t).score(text, targets) for t in (made, whole))
+    off = np.array([a.score - b.score for a, b in zip(first, second, strict=True)])
+    assert 0 < np.abs(off).max() < 0.3  # 0.1 seen: 16 random dimensions are rough; scores here are about -4
+    for one, expected in zip(made.translate(text[::-1])[::-1], found, strict=True):
+        assert [(h.tokens, h.score) for h in one.hypotheses] == [(h.tokens, h.score) for h in expected.hypotheses]
