@@ -18,7 +18,7 @@ from tests.test_marian import foreign_marian, sentencepiece_model_pb2
 
 FOLDER = Path(__file__).with_name("marian")
 LONGEST = 24  # tokens of an output
-NUMBERS = range(1, 100_000, 397)
+NUMBERS = range(1, 1_000, 2)  # short enough for one compiled shape
 EARLY_STOPPING = {"sure": "never", "finished": True}  # theirs for our `decoding.stop`
 
 
