@@ -2,9 +2,9 @@
 
     python benchmarks/rows.py --run RUN --text FILE [--lines 4000] [--rows 2 32 128]
 
-For one number of rows a translation is the same to the bit whatever stands beside it; between numbers of rows sums may run
-in another order, so that scores differ by rounding, and now and then a near tie is decided the other way. Counts the
-sentences whose best output has the same tokens, and the largest difference of scores among those.
+For one number of rows a translation is the same to the bit whatever stands beside it; between numbers of rows sums may
+run in another order, so that scores differ by rounding, and now and then a near tie is decided the other way. Counts
+the sentences whose best output has the same tokens, and the largest difference of scores among those.
 """
 
 import dataclasses
