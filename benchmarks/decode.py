@@ -46,7 +46,7 @@ class Options:
         batch_sizes: sentences at the same time, to choose from.
         rounds: turns of each system, after one to warm up.
         threads: of each system.
-        systems: who takes part.
+        systems: who takes part; "ours" must.
     """
 
     run: Path

@@ -78,6 +78,7 @@ def test_eight_devices_give_the_losses_of_one(sizes, single):
     np.testing.assert_allclose(found[1], single[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_has_the_same_losses_on_eight_devices(one_device):
     model = RecurrentConfig(model_dim=16, hidden_dim=16, cell="gru", dropout=0.3)
     made = []
@@ -128,7 +129,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(one_device):
         np.testing.assert_array_equal(new, old + 1 if counts else old)
 
 
-@pytest.mark.parametrize("decay", [0.05, 0.9])
+@pytest.mark.parametrize("decay", [0.05, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_the_average_follows_the_parameters(decay):
     """Against the sum written out, on a mesh that splits both; the training itself is not changed by it."""
     mesh = make_mesh(MeshConfig(2, 2, 2))

@@ -73,3 +73,14 @@ def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind):
     assert 0 < np.abs(off).max() < 0.3  # 0.1 seen: 16 random dimensions are rough; scores here are about -4
     for one, expected in zip(made.translate(text[::-1])[::-1], found, strict=True):
         assert [(h.tokens, h.score) for h in one.hypotheses] == [(h.tokens, h.score) for h in expected.hypotheses]
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_one_model_twice_is_that_model(one_device):
+    model, params = MODELS["transformer"], params_of(MODELS["transformer"], 4)
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), params)
+    one = Translator(model, TOKENIZERS, params, DECODING, one_device).quantized().translate(ALIKE[:4])
+    two = Translator(model, TOKENIZERS, twice, DECODING, one_device, 2).quantized().translate(ALIKE[:4])
+    for a, b in zip(one, two, strict=True):
+        assert a.tokens == b.tokens
+        assert a.score == pytest.approx(b.score, rel=1e-5)

@@ -247,6 +247,7 @@ def test_each_core_is_a_device_unless_the_user_says_otherwise():
             assert int(devices) == expected and "terminate_timeout" not in flags
 
 
+@pytest.mark.slow
 def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
     """The other kind of corpus, plain and compressed, with three embedding tables; and what may be wrong with it."""
     corpus = number_words_corpus(NumberWordsConfig(200, 20, 20))
@@ -373,13 +374,14 @@ def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
     model = nnx.merge(translator.graphdef, translator.params)
     source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], END_ID]])
     positions = jnp.arange(source_ids.shape[1])[None]
-    memory = model.encode(source_ids, positions, jnp.ones_like(source_ids))
+    memory = jax.jit(model.encode)(source_ids, positions, jnp.ones_like(source_ids))
+    step = jax.jit(model.decode_step)
     for hypothesis in found.hypotheses:
         ids = [tokenizer.piece_to_id(p) for p in hypothesis.tokens] + [END_ID] * hypothesis.finished
         state = model.init_decode_state(memory, 1, 64)
         total, previous = 0.0, START_ID
         for token in ids:
-            output, state = model.decode_step(jnp.array([[previous]]), state)
+            output, state = step(jnp.array([[previous]]), state)
             total += float(jax.nn.log_softmax(output.logits[0, 0])[token])
             previous = token
         assert hypothesis.score == pytest.approx(total / len(ids), rel=1e-4)
@@ -389,11 +391,12 @@ def test_one_beam_is_greedy_and_nothing_is_compiled_twice(translator):
     source = "nine hundred thousand"
     source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], END_ID]])
     model = nnx.merge(translator.graphdef, translator.params)
-    memory = model.encode(source_ids, jnp.arange(source_ids.shape[1])[None], jnp.ones_like(source_ids))
+    memory = jax.jit(model.encode)(source_ids, jnp.arange(source_ids.shape[1])[None], jnp.ones_like(source_ids))
+    step = jax.jit(model.decode_step)
     found = translator.translate([source], beam_size=1)[0].hypotheses[0]
     state, previous, greedy = model.init_decode_state(memory, 1, 64), START_ID, []
     for _ in range(len(found.tokens) + found.finished):
-        output, state = model.decode_step(jnp.array([[previous]]), state)
+        output, state = step(jnp.array([[previous]]), state)
         previous = int(jnp.argmax(output.logits[0, 0]))
         greedy.append(previous)
     assert found.tokens == translator.tokenizers.target.pieces([t for t in greedy if t != END_ID])
@@ -463,6 +466,23 @@ def test_translate_command_translates_what_stands_before_a_bad_line(monkeypatch,
     assert code == 2
     assert out == translator.translate(["six"])[0].text + "\n"
     assert "standard input, line 2: not valid UTF-8" in err
+
+
+@pytest.mark.slow
+def test_commands_take_8_bit_weights(monkeypatch, capsys, run, tmp_path):
+    text = ["twenty-one", "six hundred"]
+    expected = [t.text + "\n" for t in Translator.load(run, quantize="int8").translate(text)]
+    monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO("\n".join(text).encode())))
+    assert command("translate", "--run", str(run), "--quantize", "int8", "--scores") == 0
+    found = capsys.readouterr().out.splitlines(keepends=True)
+    assert [line.partition("\t")[2] for line in found] == expected
+    whole = [h.score for t in Translator.load(run).translate(text) for h in t.hypotheses]
+    assert [f"{score:.6f}" for score in whole] != [line.partition("\t")[0] for line in found]
+    (tmp_path / "source").write_text("\n".join(text) + "\n")
+    arguments = ["--source", str(tmp_path / "source"), "--reference", str(tmp_path / "source")]
+    output = ["--output", str(tmp_path / "output")]
+    assert command("evaluate", "--run", str(run), "--quantize", "int8", *arguments, *output) == 0
+    assert (tmp_path / "output").read_text() == "".join(expected)
 
 
 def test_evaluate_command_prints_signatures(run, tmp_path, capsys):

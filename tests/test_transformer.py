@@ -215,6 +215,7 @@ def test_a_zero_start_reads_zeros_and_not_the_table():
     assert np.abs(outputs[0] - outputs[2]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_loops_and_rematerialisation_change_no_number_and_save_memory():
     batch = tiny.batch([32] * 32, [6] * 32, source=32, target=6)
 
