@@ -198,6 +198,8 @@ def main() -> None:
             "CTranslate2, int8": (ctranslate2_peer, folder, "int8"),
             "Hugging Face": (hugging_face_peer, folder),
         }
+        if "ours" not in options.systems or not set(options.systems) <= set(known):
+            raise SystemExit(f"--systems must hold 'ours', and may hold {', '.join(known)}; got {options.systems}.")
         for name in options.systems:
             build, *arguments = known[name]
             facts[name] = systems.start(name, build, options, text, *arguments)

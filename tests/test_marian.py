@@ -131,11 +131,13 @@ def test_a_run_comes_back_to_the_bit(share, tmp_path, one_device):
     for table in ("source_embedding", "target_embedding", "output_embedding"):  # rows of padding are not the model's
         if table in params:
             params[table]["table"] = params[table]["table"].at[60:].set(0.0)
-    write_marian(Translator(model, TOKENIZERS, params, DECODING, one_device), model, tmp_path / "marian")
+    decoding = dataclasses.replace(DECODING, stop="finished" if share == "all" else "sure")
+    write_marian(Translator(model, TOKENIZERS, params, decoding, one_device), model, tmp_path / "marian")
     run = read_marian(tmp_path / "marian", tmp_path / "run")
     back = Translator.load(run.path, one_device)
     chex.assert_trees_all_equal(back.params, params)
     assert back.tokenizers.fingerprint == TOKENIZERS.fingerprint
+    assert run.read_config().decoding.stop == decoding.stop
     changed = {"max_source_length": 48, "max_target_length": 48, "vocab_multiple": 8}
     assert dataclasses.replace(run.read_config().model, **changed) == model
 
@@ -300,4 +302,5 @@ def test_a_beam_of_four_finds_what_transformers_does(reference, stop, enough):
         if best.finished and row is not None:
             assert best.tokens == ours.tokenizers.target.pieces(order[row[:-1]].tolist())
             compared.append(tuple(best.tokens))
-    assert len(compared) >= enough and len(set(compared)) >= 20
+    ended = sum(row is not None for row in expected["outputs"][stop])
+    assert len(compared) >= max(enough, 0.95 * ended) and len(set(compared)) >= 20

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
+from flax_transformer.inference.quantize import Quantize
 from flax_transformer.inference.scorer import Scorer, corpus_perplexity
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
@@ -27,6 +28,7 @@ class ScoreOptions:
         target: its translation, line by line.
         checkpoint: the one that was best on validation text, or the last.
         length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
+        quantize: "int8" makes 8-bit integers of the weights, as translate does.
         json: print an object for each pair, with the log-probability of every token.
     """
 
@@ -35,6 +37,7 @@ class ScoreOptions:
     target: Path
     checkpoint: Choice = "best"
     length_penalty: str | None = None
+    quantize: Quantize = "none"
     json: bool = False
 
 
@@ -48,7 +51,7 @@ def main(arguments: list[str], program: str) -> int:
     config = RunFolder.open(options.run).read_config()
     columns = config.data if isinstance(config.data, ParallelTextConfig) else None
     text = read_parallel_text(options.source, options.target, columns)
-    scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint))
+    scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
     scores = scorer.score(text.source, text.target, options.length_penalty)
     for score in scores:
         if options.json:

@@ -39,7 +39,7 @@ class TranslateOptions:
         json: write an object for each line, with all hypotheses, their tokens and token scores.
         num_hypotheses: at most so many of each line; more than one needs --json.
         alignment: add to each object which source word each target word was made from (Moses format); needs --json.
-        quantize: "int8" makes 8-bit integers of the weights: faster, and a little less exact.
+        quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them.
         prefix: what every output begins with.
         required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
             must hold.

@@ -185,7 +185,7 @@ class Translator:
             run: the folder, or several.
             mesh: devices; all that there are when None.
             checkpoint: the one that was best on validation text, or the last.
-            quantize: "int8" makes 8-bit integers of the weights, which is faster and a little less exact.
+            quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them.
 
         Raises:
             RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one; runs that do not

@@ -263,7 +263,7 @@ def export_generation(translator: Translator, with_unused: bool) -> dict[str, An
         "decoder_start_token_id": size - 1,
         "bad_words_ids": [[size - 1], *([[size - 2]] if with_unused else [])],
         "num_beams": translator.decoding.beam_size,
-        "early_stopping": "never",
+        "early_stopping": True if translator.decoding.stop == "finished" else "never",
         "max_length": translator.max_target_length + 1,  # theirs counts the start token
     }
     if penalty.name != "gnmt":

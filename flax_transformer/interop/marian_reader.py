@@ -248,6 +248,7 @@ def read_marian(folder: Path, output: Path) -> RunFolder:
     decoding = DecodingConfig(
         beam_size=generation.get("num_beams") or 1,
         length_penalty=f"average:{1.0 if exponent is None else float(exponent)}",
+        stop="finished" if generation.get("early_stopping") is True else "sure",
     )
     config = Config(
         run=str(output),

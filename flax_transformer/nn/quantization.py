@@ -74,7 +74,7 @@ def without_row(table: Float[Array, "V D"] | Int8Weights, row: int) -> Float[Arr
 
 def _scales(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
     """Returns the size of a step, with `axes` kept as 1; never 0, so that zeros stay zeros."""
-    return jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), jnp.finfo(jnp.float32).tiny) / STEPS
+    return jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), STEPS * jnp.finfo(jnp.float32).tiny) / STEPS
 
 
 def _rounded(x: Float[Array, "..."], scales: Float[Array, "..."]) -> Int8[Array, "..."]:
