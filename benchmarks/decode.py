@@ -147,7 +147,7 @@ def hugging_face_peer(options: Options, text: list[str], folder: Path) -> Built:
     import transformers
 
     torch.set_num_threads(options.threads)
-    model = transformers.MarianMTModel.from_pretrained(folder).eval()
+    model: Any = transformers.MarianMTModel.from_pretrained(folder).eval()
     tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
     size_of_vocabulary = model.config.decoder_vocab_size
 

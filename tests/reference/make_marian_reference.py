@@ -9,6 +9,7 @@ installing it. Run this again after a change to `foreign_marian`, with the parit
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ EARLY_STOPPING = {"sure": "never", "finished": True}  # theirs for our `decoding
 
 def make_reference() -> dict:
     """Returns what transformers makes of the model in the folder."""
-    model = transformers.MarianMTModel.from_pretrained(FOLDER).eval()
+    model: Any = transformers.MarianMTModel.from_pretrained(FOLDER).eval()
     tokenizer = transformers.MarianTokenizer.from_pretrained(FOLDER)
     sources = [english_number_words(n) for n in NUMBERS] + [">>deu<< twenty-one", "z\u00fcnf unknown: \u4e2d"]
     targets = [german_number_words(n) for n in NUMBERS[:50]]
