@@ -18,6 +18,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,12 @@ def read_text(options: Options) -> tuple[list[str], list[str]]:
     return list(pairs)[: options.lines], [] if options.reference is None else list(pairs.values())[: options.lines]
 
 
-def at_best_size(options: Options, text: list[str], translate: Any) -> Built:
-    """Returns a system at the batch size that is fastest on a part of the text; `translate` takes text and a size."""
+Translate = Callable[[list[str], int], list[str]]  # (sentences, how many of them at the same time) -> translations
+
+
+def at_best_size(options: Options, text: list[str], load: Callable[..., Translate], *arguments: Any) -> Built:
+    """Returns what `load(options, *arguments)` makes, at the batch size that is fastest on a part of the text."""
+    translate = load(options, *arguments)
     part = text[: max(len(text) // 8, 1)]
     seconds = {}
     for size in options.batch_sizes:
@@ -97,7 +102,7 @@ def at_best_size(options: Options, text: list[str], translate: Any) -> Built:
     return Built(translate_all, facts)  # which is called once before its facts are read
 
 
-def ours(options: Options, text: list[str], stop: StopRule, quantize: Quantize) -> Built:
+def ours(options: Options, stop: StopRule, quantize: Quantize) -> Translate:
     """Returns this project's translation."""
     from flax_transformer.cli.main import use_every_core
     from flax_transformer.inference.translator import Translator
@@ -115,10 +120,10 @@ def ours(options: Options, text: list[str], stop: StopRule, quantize: Quantize) 
     sized = {
         size: translator.with_decoding(dataclasses.replace(settings, batch_rows=size)) for size in options.batch_sizes
     }
-    return at_best_size(options, text, lambda lines, size: [t.text for t in sized[size].translate(lines)])
+    return lambda lines, size: [t.text for t in sized[size].translate(lines)]
 
 
-def ctranslate2_peer(options: Options, text: list[str], folder: Path, compute_type: str) -> Built:
+def ctranslate2_peer(options: Options, folder: Path, compute_type: str) -> Translate:
     """Returns CTranslate2's translation."""
     import ctranslate2
     import sentencepiece
@@ -138,10 +143,10 @@ def ctranslate2_peer(options: Options, text: list[str], folder: Path, compute_ty
         )  # fmt: skip
         return target.decode([f.hypotheses[0] for f in found])
 
-    return at_best_size(options, text, translate)
+    return translate
 
 
-def hugging_face_peer(options: Options, text: list[str], folder: Path) -> Built:
+def hugging_face_peer(options: Options, folder: Path) -> Translate:
     """Returns the translation of Hugging Face's `generate`."""
     import torch
     import transformers
@@ -166,16 +171,22 @@ def hugging_face_peer(options: Options, text: list[str], folder: Path) -> Built:
                 results[n] = made_text
         return results
 
-    return at_best_size(options, text, translate)
+    return translate
 
 
-def write_model(options: Options, folder: Path) -> None:
-    """Writes the run as a MarianMT folder, in a process of its own, since jax starts threads."""
+def write_model(run: Path, folder: Path) -> None:
+    """Writes a run as a MarianMT folder, in a process of its own, since jax starts threads."""
+    writer = multiprocessing.get_context("spawn").Process(target=_write_model, args=(run, folder))
+    writer.start()
+    writer.join()
+
+
+def _write_model(run: Path, folder: Path) -> None:
     from flax_transformer.inference.translator import Translator
     from flax_transformer.interop.marian import write_marian
     from flax_transformer.run_folder import RunFolder
 
-    write_marian(Translator.load(options.run), RunFolder.open(options.run).read_config().model, folder)
+    write_marian(Translator.load(run), RunFolder.open(run).read_config().model, folder)
 
 
 def main() -> None:
@@ -186,9 +197,7 @@ def main() -> None:
     print(f"{options}\n{machine(*packages)}\n{len(text):,} different lines\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "marian"
-        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(options, folder))
-        writer.start()
-        writer.join()
+        write_model(options.run, folder)
         systems, facts = Systems(options.threads), {}
         known: dict[str, tuple[Any, ...]] = {
             "ours": (ours, "finished", "none"),
@@ -201,8 +210,7 @@ def main() -> None:
         if "ours" not in options.systems or not set(options.systems) <= set(known):
             raise SystemExit(f"--systems must hold 'ours', and may hold {', '.join(known)}; got {options.systems}.")
         for name in options.systems:
-            build, *arguments = known[name]
-            facts[name] = systems.start(name, build, options, text, *arguments)
+            facts[name] = systems.start(name, at_best_size, options, text, *known[name])
         seconds = systems.take_turns(options.rounds)
     print("| system | batch | sentences/s, median (least to most) | ours against it | equal outputs | BLEU |")
     print("|---" * 6 + "|")

@@ -20,7 +20,7 @@ from flax_transformer.data.tokenizer import END_ID, Tokenizer, TokenizerConfig, 
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
-from flax_transformer.interop.marian_reader import our_order, read_marian
+from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
@@ -165,6 +165,36 @@ def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_d
     monkeypatch.setattr(sys, "argv", ["flax-transformer", "convert", *arguments])
     assert cli.main() == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def without_pieces(folder: Path, dropped: int) -> tuple[dict[str, int], list[str]]:
+    """Takes the last pieces that source text is cut into out of vocab.json; returns that, and what was taken out."""
+    words = json.loads((folder / "vocab.json").read_text())
+    processor = Tokenizer((folder / "source.spm").read_bytes())._processor
+    cut = {piece for line in processor.encode(SOURCES, out_type=str) for piece in line}
+    gone = [name for name in words if name in cut][-dropped:]
+    names = [name for name in words if name not in gone]
+    words = {name: number for number, name in enumerate(names)}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    return words, gone
+
+
+def test_pieces_that_the_vocabulary_lacks_are_cut_and_unknown(tmp_path):
+    folder = foreign_marian(tmp_path / "theirs")
+    words, gone = without_pieces(folder, 5)
+    _, pieces = our_order(words, words["<pad>"], words["</s>"])
+    before = Tokenizer((folder / "source.spm").read_bytes())
+    after = renumbered(before.model, pieces)
+    assert after.vocab_size == len(words) + 1  # and our padding
+    number_unknown = 0
+    for text in SOURCES:
+        cut = before._processor.encode(text, out_type=str)
+        expected = ["<unk>" if piece in gone else piece for piece in cut]
+        (ids,) = after.encode([text])
+        assert after.pieces(ids) == expected and max(ids) < after.vocab_size
+        number_unknown += expected.count("<unk>")
+    assert len(gone) == 5 and number_unknown > 5
+    assert renumbered(after.model, pieces).encode(SOURCES) == after.encode(SOURCES)
 
 
 def foreign_marian(folder: Path) -> Path:

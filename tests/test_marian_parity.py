@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from flax_transformer.data.synthetic import english_number_words
-from flax_transformer.data.tokenizer import END_ID, START_ID
+from flax_transformer.data.tokenizer import END_ID, START_ID, UNKNOWN_ID
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
-from flax_transformer.interop.marian_reader import our_order, read_marian
+from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
-from tests.test_marian import foreign_marian, pieces_to_marian
+from tests.test_marian import foreign_marian, pieces_to_marian, without_pieces
 
 pytestmark = [
     pytest.mark.parity,
@@ -124,6 +124,17 @@ def test_a_model_of_theirs_has_equal_ids(foreign):
     assert found == [[*ids, END_ID] for ids in ours.tokenizers.source.encode(text)]
     found = [order[ids].tolist() for ids in tokenizer(text_target=TARGETS)["input_ids"]]
     assert found == [[*ids, END_ID] for ids in ours.tokenizers.target.encode(TARGETS)]
+
+
+def test_pieces_that_the_vocabulary_lacks_are_unknown_to_both(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = foreign_marian(tmp_path / "theirs")
+    words, gone = without_pieces(folder, 5)
+    order, pieces = our_order(words, words["<pad>"], words["</s>"])
+    theirs = transformers.MarianTokenizer.from_pretrained(folder)(SOURCES)["input_ids"]
+    ours = renumbered((folder / "source.spm").read_bytes(), pieces).encode(SOURCES)
+    assert [order[ids].tolist() for ids in theirs] == [[*ids, END_ID] for ids in ours]
+    assert len(gone) == 5 and sum(UNKNOWN_ID in ids for ids in ours) > 5
 
 
 @pytest.mark.parametrize("stop, early_stopping, enough", [("sure", "never", 80), ("finished", True, 180)])

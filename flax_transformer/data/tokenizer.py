@@ -14,6 +14,8 @@ from flax_transformer.errors import ConfigError, InputError, RunFolderError, che
 
 PAD_ID, START_ID, END_ID, UNKNOWN_ID = 0, 1, 2, 3
 NUM_SPECIAL = 4
+# Where this piece stands a vocabulary ends: text may be cut into the pieces after it, but they are unknown to a model.
+END_OF_VOCABULARY = "<end of vocabulary>"
 
 # A unigram model depends on the number of threads that trained it; a fixed number makes it reproducible.
 TRAINING_THREADS = 1
@@ -119,6 +121,9 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise RunFolderError(f"not a SentencePiece model, or a damaged one: {error}") from error
+        self._num_pieces = self._processor.get_piece_size()
+        end = self._processor.piece_to_id(END_OF_VOCABULARY)
+        self._vocab_size = self._num_pieces if end == self._processor.unk_id() else end
 
     @classmethod
     def train(cls, lines: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
@@ -156,7 +161,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special ones included."""
-        return self._processor.get_piece_size()
+        return self._vocab_size
 
     @property
     def fingerprint(self) -> str:
@@ -166,11 +171,15 @@ class Tokenizer:
     def encode(self, lines: Sequence[str], sample: SubwordSample | None = None) -> list[list[int]]:
         """Returns the ids of each line, without start and end token: the best segmentation, or a random one."""
         if sample is None:
-            return self._processor.encode(list(lines), out_type=int)
-        sentencepiece.set_random_generator_seed(sample.seed)
-        return self._processor.encode(  # one thread, since each has a generator of its own
-            list(lines), out_type=int, enable_sampling=True, nbest_size=-1, alpha=sample.alpha, num_threads=1
-        )
+            encoded = self._processor.encode(list(lines), out_type=int)
+        else:
+            sentencepiece.set_random_generator_seed(sample.seed)
+            encoded = self._processor.encode(  # one thread, since each has a generator of its own
+                list(lines), out_type=int, enable_sampling=True, nbest_size=-1, alpha=sample.alpha, num_threads=1
+            )
+        if self._vocab_size == self._num_pieces:
+            return encoded
+        return [[i if i < self._vocab_size else UNKNOWN_ID for i in ids] for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special ids other than unknown give nothing."""

@@ -14,6 +14,7 @@ from flax_transformer.config import Config, DecodingConfig
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.tokenizer import (
     END_ID,
+    END_OF_VOCABULARY,
     NUM_SPECIAL,
     PAD_ID,
     START_ID,
@@ -52,6 +53,7 @@ NEEDED = (
 )  # fmt: skip
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+CUT = (Piece.Type.NORMAL, Piece.Type.USER_DEFINED, Piece.Type.BYTE)  # what text is cut into
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -162,6 +164,7 @@ def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
     """Returns a tokenizer that cuts text as a SentencePiece model does, with the ids of a vocabulary.
 
     Pieces that the vocabulary has and the model has not are never cut; a language token is, with the space before it.
+    Those that the model has and the vocabulary has not are cut all the same, and unknown.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model)
@@ -175,11 +178,14 @@ def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
     for name in pieces:
         if name.startswith(">>") and name.endswith("<<"):
             new.append(Piece(piece=f"{WORD_START}{name}", score=0.0, type=Piece.Type.USER_DEFINED))
-        elif name in known and name not in taken and known[name].type in (Piece.Type.NORMAL, Piece.Type.BYTE):
+        elif name in known and name not in taken and known[name].type in CUT:
             new.append(known[name])
         else:
             name = f"<{name}>" if name in taken else name
             new.append(Piece(piece=name, score=0.0, type=Piece.Type.UNUSED))
+    there = {piece.piece for piece in new}
+    if outside := [piece for piece in proto.pieces if piece.type in CUT and piece.piece not in there]:
+        new += [Piece(piece=END_OF_VOCABULARY, score=0.0, type=Piece.Type.UNUSED), *outside]
     del proto.pieces[:]
     proto.pieces.extend(new)
     spec = proto.trainer_spec
