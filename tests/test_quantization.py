@@ -1,6 +1,7 @@
 """Weights as 8-bit integers: rounding and products against float64, and a model that is made of them."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_transformer.errors import ConfigError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
+from flax_transformer.interop.marian import write_marian
 from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up, quantized, without_row
 from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
@@ -87,3 +90,46 @@ def test_an_ensemble_of_one_model_twice_is_that_model(one_device):
     for a, b in zip(one, two, strict=True):
         assert a.tokens == b.tokens
         assert a.score == pytest.approx(b.score, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"share_embeddings": "none"}, {"compute_dtype": "bfloat16"}, {"share_embeddings": "all", "norm_order": "pre"}],
+)
+def test_other_models_are_quantised_alike(changes, one_device):
+    """Attention over the source stays near, too, and is as well spread; a translator is quantised once at most."""
+    model: Any = dataclasses.replace(MODELS["transformer"], **changes)
+    whole = Translator(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
+    made = whole.quantized()
+    assert made.quantized() is made and whole.quantized() is not whole
+    text = ALIKE[:6]
+    targets = [TARGETS[SOURCES.index(source)] for source in text]
+    first, second = (Scorer(t).score(text, targets) for t in (made, whole))
+    off = np.array([a.score - b.score for a, b in zip(first, second, strict=True)])
+    assert 0 < np.abs(off).max() < 0.3
+    for a, b in zip(*(t.translate(text, attention=True, max_length_offset=3) for t in (made, whole)), strict=True):
+        ours, theirs = a.hypotheses[0].attention, b.hypotheses[0].attention
+        np.testing.assert_allclose(ours.sum(axis=1), 1.0, rtol=1e-2)
+        assert ours.shape[1] == theirs.shape[1]
+        np.testing.assert_allclose(ours[0], theirs[0], atol=0.1)  # where both have read the same
+    with pytest.raises(ConfigError, match="8-bit weights cannot be written as a MarianMT model"):
+        write_marian(made, dataclasses.replace(model, norm_order="post"), Path("never"))
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_two_models_has_the_scales_of_each(one_device):
+    """Its scores lie near those of the same ensemble in float32, and far from those of either model."""
+    model = MODELS["transformer"]
+    params = [params_of(model, 4), params_of(model, 5)]
+    params[1] = jax.tree.map(lambda a: 2 * a, params[1])  # scales that do not fit the first
+    both = Translator(model, TOKENIZERS, jax.tree.map(lambda *a: jnp.stack(a), *params), DECODING, one_device, 2)
+    singles = [Translator(model, TOKENIZERS, p, DECODING, one_device) for p in params]
+
+    def best(translator: Translator) -> np.ndarray:
+        found = translator.translate(ALIKE[:8], beam_size=1, max_length_offset=1, max_length_factor=0.0)
+        return np.array([t.hypotheses[0].token_scores[0] for t in found])  # of the first token, as nothing was read yet
+
+    whole, made = best(both), best(both.quantized())
+    assert 0 < np.abs(whole - made).max() < 0.2
+    assert min(np.abs(whole - best(single)).max() for single in singles) > 0.3

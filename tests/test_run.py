@@ -469,7 +469,7 @@ def test_translate_command_translates_what_stands_before_a_bad_line(monkeypatch,
 
 
 @pytest.mark.slow
-def test_commands_take_8_bit_weights(monkeypatch, capsys, run, tmp_path):
+def test_commands_take_8_bit_weights_and_evaluate_another_search(monkeypatch, capsys, run, tmp_path):
     text = ["twenty-one", "six hundred"]
     expected = [t.text + "\n" for t in Translator.load(run, quantize="int8").translate(text)]
     monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO("\n".join(text).encode())))
@@ -483,6 +483,10 @@ def test_commands_take_8_bit_weights(monkeypatch, capsys, run, tmp_path):
     output = ["--output", str(tmp_path / "output")]
     assert command("evaluate", "--run", str(run), "--quantize", "int8", *arguments, *output) == 0
     assert (tmp_path / "output").read_text() == "".join(expected)
+    changed = ["--stop", "finished", "--beam-size", "1", "--length-penalty", "none"]
+    assert command("evaluate", "--run", str(run), *changed, *arguments, *output) == 0
+    found = Translator.load(run).translate(text, stop="finished", beam_size=1, length_penalty="none")
+    assert (tmp_path / "output").read_text() == "".join(t.text + "\n" for t in found)
 
 
 def test_evaluate_command_prints_signatures(run, tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
+from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.quantize import Quantize
@@ -26,6 +27,7 @@ class EvaluateOptions:
         checkpoint: the one that was best on validation text, or the last.
         beam_size: hypotheses kept at each step; the run's own setting when left out.
         length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
+        stop: when a sentence stops, sure or finished; the run's own setting when left out.
         quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them.
         output: where to write the translations; nowhere when left out.
     """
@@ -36,6 +38,7 @@ class EvaluateOptions:
     checkpoint: Choice = "best"
     beam_size: int | None = None
     length_penalty: str | None = None
+    stop: StopRule | None = None
     quantize: Quantize = "none"
     output: Path | None = None
 
@@ -53,7 +56,8 @@ def main(arguments: list[str], program: str) -> int:
     if options.output is not None and not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
     translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
-    translations = translator.translate(text.source, beam_size=options.beam_size, length_penalty=options.length_penalty)
+    changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
+    translations = translator.translate(text.source, **changes)
     hypotheses = [t.text for t in translations]
     print(evaluate(hypotheses, text.target, config.evaluation.bleu_tokenizer).text)
     if options.output is not None:

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flax_transformer.nn.embedding import Embedding
@@ -29,6 +30,11 @@ def quantized_params(graphdef: Any, params: Any) -> Any:
             table: Any = quantized(module.table[...], (1,))
             module.table.set_value(table)
     return nnx.to_pure_dict(nnx.state(model))
+
+
+def is_quantized(params: Any) -> bool:
+    """Returns whether there are integers among the parameters."""
+    return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))
 
 
 def quantized_ensemble(graphdef: Any, params: Any, num_models: int) -> Any:

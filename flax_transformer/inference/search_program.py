@@ -92,8 +92,12 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
     The leaves of an ensemble's memory and state lead with [B] or [B, K] as ever, and have the models after that.
     """
     beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
+
+    def prepared(params: Any) -> tuple[Any, Any]:
+        return nnx.split(nnx.merge(graphdef, params).with_separate_layers())
+
     if num_models == 1:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(*prepared(params))
 
         def one_step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
             output, state = model.decode_step(tokens, state)
@@ -104,6 +108,7 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
 
         return Functions(model.encode, one_start, one_step)
 
+    graphdef, params = jax.vmap(prepared)(params)
     axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # where the models stand
 
     def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Memory:
@@ -130,46 +135,65 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
     return Functions(encode, start, step)
 
 
-def encode_in_pieces(model: Functions, inputs: SearchInputs, slots: int) -> DecodeState:
-    """Returns the state of each sentence before its first token, nothing written: what a slot is filled from.
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """The state of a search's slots, and what the next sentences begin with.
 
-    Sentences are encoded as many at a time as there are slots, whatever their number, so that how many there are does
-    not change a bit of the result; pieces of padding alone are left out.
+    Sentences are encoded as many at a time as there are slots, when the first of them is due. So their number costs no
+    memory and does not change a bit of a result. Slots are refilled in the order of the sentences, so
+    that two pieces are enough: what is due lies in the last one, or on both sides of the border between the last two.
+
+    Attributes:
+        decoding: of the sentences in the slots.
+        waiting: [2 B, ...], states of two pieces before their first token, nothing written; sentence n is in n % 2 B.
+        pieces: that have been encoded so far.
     """
-    num_sentences, length = inputs.tokens.shape
+
+    decoding: Any
+    waiting: Any
+    pieces: Any
+
+
+def slot_functions(
+    model: Functions, inputs: SearchInputs, slots: int
+) -> tuple[SlotState, Callable[[SlotState, jax.Array, jax.Array], SlotState]]:
+    """Returns a state of empty slots, and the function that puts sentences into some of them (see `Refill`)."""
+    length = inputs.tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
 
-    def piece(tokens: jax.Array, segments: jax.Array) -> DecodeState:
-        state = model.start(model.encode(tokens, positions, segments))
-        return dataclasses.replace(state, written=None)
-
-    def body(number: jax.Array, pool: DecodeState) -> DecodeState:
+    def encoded(piece: Int[Array, ""]) -> DecodeState:
         tokens, segments = (
-            jax.lax.dynamic_slice_in_dim(a, number * slots, slots) for a in (inputs.tokens, inputs.segments)
+            jax.lax.dynamic_slice_in_dim(a, piece * slots, slots) for a in (inputs.tokens, inputs.segments)
         )
-        return jax.tree.map(
-            lambda all_of, new: jax.lax.dynamic_update_slice_in_dim(all_of, new, number * slots, 0),
-            pool,
-            piece(tokens, segments),
+        return model.start(model.encode(tokens, positions, segments))
+
+    def add_piece(waiting: DecodeState, pieces: Int[Array, ""]) -> tuple[DecodeState, Int[Array, ""]]:
+        new = dataclasses.replace(encoded(pieces), written=None)
+        start = pieces % 2 * slots
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(put, waiting, new), pieces + 1
+
+    def refill(state: SlotState, fresh: Bool[Array, "B"], sentences: Int[Array, "B"]) -> SlotState:
+        last = jnp.max(jnp.where(fresh, sentences, -1)) // slots
+        waiting, pieces = jax.lax.while_loop(
+            lambda carry: carry[1] <= last, lambda carry: add_piece(*carry), (state.waiting, state.pieces)
         )
 
-    shapes = jax.eval_shape(piece, inputs.tokens[:slots], inputs.segments[:slots])
-    pool = jax.tree.map(lambda a: jnp.zeros((num_sentences, *a.shape[1:]), a.dtype), shapes)
-    filled = jnp.max(jnp.where(inputs.max_lengths > 0, jnp.arange(num_sentences) + 1, 0))
-    return jax.lax.fori_loop(0, (filled + slots - 1) // slots, body, pool)
+        def put(old: jax.Array, all_of: jax.Array) -> jax.Array:
+            new = jnp.take(all_of, sentences % (2 * slots), axis=0, mode="clip")
+            return jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
+        blank = dataclasses.replace(state.decoding, written=None)
+        decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), written=state.decoding.written)
+        return SlotState(decoding, waiting, pieces)
 
-def refill_slots(
-    pool: DecodeState, state: DecodeState, fresh: Bool[Array, "B"], sentences: Int[Array, "B"]
-) -> DecodeState:
-    """Returns `state` with the fresh slots at the start of their sentences in `pool`."""
-
-    def put(old: jax.Array, all_of: jax.Array) -> jax.Array:
-        new = jnp.take(all_of, sentences, axis=0, mode="clip")
-        return jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-    blank = dataclasses.replace(state, written=None)
-    return dataclasses.replace(jax.tree.map(put, blank, pool), written=state.written)
+    # A state of the right shapes, whatever is in it: every slot is filled before it is used.
+    shapes = jax.eval_shape(encoded, jax.ShapeDtypeStruct((), jnp.int32))
+    decoding = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    blank = dataclasses.replace(shapes, written=None)
+    waiting = jax.tree.map(lambda a: jnp.zeros((2 * slots, *a.shape[1:]), a.dtype), blank)
+    return SlotState(decoding, waiting, jnp.zeros((), jnp.int32)), refill
 
 
 def coverage_bonus(weight: float, segments: Int[Array, "N S"]) -> Callable[..., Float[Array, "B M"]]:
@@ -216,31 +240,28 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     """
     beam = spec.beam
     model = model_functions(graphdef, params, spec)
-    pool = encode_in_pieces(model, inputs, beam.num_slots)
+    empty, refill = slot_functions(model, inputs, beam.num_slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
-    def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
-        logits, attention, state = model.step(tokens, state)
+    def step(tokens: jax.Array, state: SlotState) -> tuple[jax.Array, Any, SlotState]:
+        logits, attention, decoding = model.step(tokens, state.decoding)
         extras = {"attention": jnp.mean(attention[:, :, -1], axis=2)} if keep_attention else None  # last layer's heads
-        return logits, extras, state
+        return logits, extras, dataclasses.replace(state, decoding=decoding)
 
-    # A state of the right shapes, whatever is in it: the search fills every slot before it is used.
-    length = inputs.tokens.shape[1]
-    shape = jax.ShapeDtypeStruct((beam.num_slots, length), jnp.int32)
-    shapes = jax.eval_shape(lambda t: model.start(model.encode(t, t, t)), shape)
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    def reorder(state: SlotState, parents: jax.Array) -> SlotState:
+        return dataclasses.replace(state, decoding=reorder_beams(state.decoding, parents))
+
     asked = _rules(spec, inputs)
     if spec.sampling is not None:
         slots = jnp.arange(beam.num_slots)
         found = sample(
-            step, refill_slots(pool, empty, slots >= 0, slots), inputs.max_lengths, inputs.seeds, beam.beam_size,
+            step, refill(empty, slots >= 0, slots), inputs.max_lengths, inputs.seeds, beam.beam_size,
             beam.max_length, beam.start_token, beam.end_token, beam.length_penalty, spec.sampling, asked,
         )  # fmt: skip
     else:
         bonus = coverage_bonus(spec.coverage_penalty, inputs.segments) if spec.coverage_penalty else None
-        refill = functools.partial(refill_slots, pool)
         choose = required_phrases(inputs.required, beam.end_token) if inputs.required.shape[1] else None
-        found = beam_search(step, reorder_beams, refill, empty, inputs.max_lengths, beam, asked, bonus, choose)
+        found = beam_search(step, reorder, refill, empty, inputs.max_lengths, beam, asked, bonus, choose)
     return found if spec.keep_attention else dataclasses.replace(found, extras=None)
 
 

@@ -23,7 +23,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError, did_you_mean
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
-from flax_transformer.inference.quantize import Quantize, quantized_ensemble
+from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.parallel.mesh import (
@@ -37,8 +37,10 @@ from flax_transformer.shapes import MASKED
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 from flax_transformer.training.state import abstract_model
 
-# Sentences that are searched by one call of a program, as a multiple of those that are searched at the same time.
-SENTENCES_A_ROW = 8
+# Sentences that are searched by one call of a program, as a multiple of those that are searched at the same time. At
+# its end slots fall empty, so the more the better; results bound them, above all where they hold attention.
+SENTENCES_A_ROW = 64
+SENTENCES_A_ROW_WITH_ATTENTION = 8
 # Empty slots are refilled when they are this share of all: 1 / REFILL_SHARE.
 REFILL_SHARE = 16
 
@@ -220,7 +222,9 @@ class Translator:
         return self._copy(params=jax.device_put(params, replicated_sharding(self.mesh)))
 
     def quantized(self) -> "Translator":
-        """Returns a translator with 8-bit integers for weights."""
+        """Returns a translator with 8-bit integers for weights: itself if it has them."""
+        if is_quantized(self.params):
+            return self
         return self._copy(params=quantized_ensemble(self.graphdef, self.params, self.num_models))
 
     def with_decoding(self, decoding: DecodingConfig) -> "Translator":
@@ -310,15 +314,18 @@ class Translator:
             if asked and not encoded[index]:  # an empty output lacks whatever is required
                 nothing = dataclasses.replace(EMPTY.hypotheses[0], missing=list(asked))
                 results[index] = Translation([nothing])
-        at_once = self.rows if decoding.method == "sampling" else self.rows * SENTENCES_A_ROW
+        keeps_attention = attention or decoding.coverage_penalty > 0
+        a_row = SENTENCES_A_ROW_WITH_ATTENTION if keeps_attention else SENTENCES_A_ROW
+        at_once = self.rows * (1 if decoding.method == "sampling" else a_row)
         for shape, members in sorted(groups.items()):
             # The longest first: what is left for the end, when slots fall empty, is short.
             members = sorted(members, key=lambda index: -len(encoded[index]))
             max_length = self._max_length(shape.source, shape.prefix + shape.phrases * shape.phrase, decoding)
             program = self._search_for(self._spec(decoding, beams, max_length, attention))
             pending = collections.deque()
-            for start in range(0, len(members), at_once):
-                chunk = members[start : start + at_once]
+            num_calls = -(-len(members) // at_once)
+            for call in range(num_calls):  # of nearly as many sentences each
+                chunk = members[call * len(members) // num_calls : (call + 1) * len(members) // num_calls]
                 inputs, places = self._inputs(
                     [encoded[i][:room] for i in chunk],
                     [_seed(decoding.seed, sentences[i]) for i in chunk],
@@ -330,7 +337,7 @@ class Translator:
                 )
                 pending.append((chunk, places, program(self.params, inputs)))
                 # While one is searched the next is made and the one before is read; more would only fill memory.
-                while len(pending) > (1 if start + at_once < len(members) else 0):
+                while len(pending) > (1 if call + 1 < num_calls else 0):
                     chunk, places, found = pending.popleft()
                     found = jax.device_get(found)
                     for place, index in zip(places, chunk, strict=True):

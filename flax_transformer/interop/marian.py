@@ -24,6 +24,7 @@ from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_I
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import WORD_START
+from flax_transformer.inference.quantize import is_quantized
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
@@ -275,10 +276,13 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
     """Writes a folder that `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` read.
 
     Raises:
-        ConfigError: an option of the model that Marian does not have, or the package safetensors is missing.
+        ConfigError: an option of the model that Marian does not have, weights that are integers, or the package
+            safetensors is missing.
         InputError: the folder is there already.
     """
     config = check_expressible(model)
+    if is_quantized(translator.params):
+        raise ConfigError("8-bit weights cannot be written as a MarianMT model; load the run without quantize.")
     if output.exists():
         raise InputError(f"{output} is there already. Choose another folder.")
     try:

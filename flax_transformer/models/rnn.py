@@ -451,6 +451,10 @@ class RecurrentSeq2Seq(nnx.Module):
         start = self.decoder.start(memory.decoder_start, 1)
         return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
 
+    def with_separate_layers(self) -> "RecurrentSeq2Seq":
+        """Returns the model itself, whose layers are separate."""
+        return self
+
     def output_projection(self) -> OutputProjection:
         """Returns the map from readouts to logits."""
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding

@@ -95,6 +95,10 @@ class Seq2Seq(Protocol):
         """Returns the decoder's hidden vectors when it is fed the reference (teacher forcing)."""
         ...
 
+    def with_separate_layers(self) -> "Seq2Seq":
+        """Returns the model for use in a loop: no step takes a layer's parameters out of a larger array."""
+        ...
+
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
         ...

@@ -8,7 +8,7 @@ References:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -204,8 +204,10 @@ def _stack(make_layer: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.R
     return jax.vmap(lambda key: make_layer(nnx.Rngs(params=key)))(keys)
 
 
-def _unstack(stacked: Layer, num_layers: int) -> list[Layer]:
+def _unstack(stacked: Any, num_layers: int) -> list[Any]:
     """Returns the layers of a stack one by one; differentiates into one concatenation a parameter."""
+    if isinstance(stacked, nnx.List):
+        return list(stacked)
     leaves, structure = jax.tree.flatten(stacked)
     pieces = [jax.lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
     return [
@@ -214,16 +216,16 @@ def _unstack(stacked: Layer, num_layers: int) -> list[Layer]:
 
 
 def _run_stack(
-    layers: Layer,
+    layers: Any,
     config: TransformerConfig,
-    apply: Callable[[Layer, Float[Array, "B T D"], PRNGKeyArray | None], Float[Array, "B T D"]],
+    apply: Callable[[Any, Float[Array, "B T D"], PRNGKeyArray | None], Float[Array, "B T D"]],
     x: Float[Array, "B T D"],
     keys: list[PRNGKeyArray | None],
 ) -> Float[Array, "B T D"]:
     """Returns what the last layer makes of what the one before it makes of ... `x`.
 
     Args:
-        layers: with a leading layer axis.
+        layers: with a leading layer axis, or an `nnx.List` of them.
         config: says how they are run.
         apply: of one layer, (layer, x, key).
         x: input of the first.
@@ -232,7 +234,7 @@ def _run_stack(
     if config.rematerialize:
         # A loop keeps its passes apart by itself; elsewhere barriers must keep XLA from joining forward and backward.
         apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
-    if not config.scan_layers:
+    if not config.scan_layers or isinstance(layers, nnx.List):
         for layer, key in zip(_unstack(layers, len(keys)), keys, strict=True):
             x = apply(layer, x, key)
         return x
@@ -463,6 +465,14 @@ class Transformer(nnx.Module):
     def max_target_length(self) -> int:
         """The most target tokens of one sentence."""
         return self.config.max_target_length
+
+    def with_separate_layers(self) -> "Transformer":
+        """Returns this model with its layers out of their stacks, which a loop would do anew in every pass."""
+        model = nnx.clone(self)
+        stacks: tuple[Any, ...] = (model.encoder, model.decoder)
+        for stack in stacks:
+            stack.layers = nnx.List(_unstack(stack.layers, stack.num_layers))
+        return model
 
     def encode(
         self,
