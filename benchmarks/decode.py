@@ -6,10 +6,10 @@
 RUN is a post-norm Transformer with `model.zero_start: true`, which is what CTranslate2 can express. It is written as a
 MarianMT folder, and that is made into a CTranslate2 model. All have two CPU cores, float32, the same beam, the
 length-normalised score of `average:1.0`, the same limit on the number of tokens and the same stop rule (as many
-finished hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. "ours, sure" is the
-exact rule; "int8" has integers for weights, made by each system itself. Each translates at the batch size that was
-fastest for it on a part of the text. Of all pairs of outputs the equal ones are counted, and with --reference the BLEU
-of each is printed.
+finished hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. CTranslate2 has one
+worker of one thread for each core. "ours, sure" is the exact rule; "int8" has integers for weights, made by each system
+itself. Each translates at the batch size that was fastest for it on a part of the text. Of all pairs of outputs the
+equal ones are counted, and with --reference the BLEU of each is printed.
 """
 
 import dataclasses
@@ -102,8 +102,8 @@ def at_best_size(options: Options, text: list[str], load: Callable[..., Translat
     return Built(translate_all, facts)  # which is called once before its facts are read
 
 
-def ours(options: Options, stop: StopRule, quantize: Quantize) -> Translate:
-    """Returns this project's translation."""
+def our_translator(options: Options, stop: StopRule, quantize: Quantize) -> Any:
+    """Returns this project's translator, at the first batch size."""
     from flax_transformer.cli.main import use_every_core
     from flax_transformer.inference.translator import Translator
 
@@ -116,9 +116,16 @@ def ours(options: Options, stop: StopRule, quantize: Quantize) -> Translate:
         stop=stop,
         max_length_factor=0.0,
         max_length_offset=options.longest,
+        batch_rows=options.batch_sizes[0],
     )
+    return translator.with_decoding(settings)
+
+
+def ours(options: Options, stop: StopRule, quantize: Quantize) -> Translate:
+    """Returns this project's translation."""
+    made = our_translator(options, stop, quantize)
     sized = {
-        size: translator.with_decoding(dataclasses.replace(settings, batch_rows=size)) for size in options.batch_sizes
+        size: made.with_decoding(dataclasses.replace(made.decoding, batch_rows=size)) for size in options.batch_sizes
     }
     return lambda lines, size: [t.text for t in sized[size].translate(lines)]
 
@@ -130,7 +137,7 @@ def ctranslate2_peer(options: Options, folder: Path, compute_type: str) -> Trans
     from ctranslate2.converters import TransformersConverter
 
     TransformersConverter(str(folder)).convert(str(folder / "ctranslate2"), force=True)
-    threads = {"intra_threads": options.threads, "inter_threads": 1}
+    threads = {"inter_threads": options.threads, "intra_threads": 1}  # one worker of two threads is slower at any size
     model = ctranslate2.Translator(str(folder / "ctranslate2"), device="cpu", compute_type=compute_type, **threads)
     source = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
     target = sentencepiece.SentencePieceProcessor(model_file=str(folder / "target.spm"))

@@ -27,7 +27,7 @@ from paired import Built, Systems, machine, set_threads
 CTRANSLATE2 = """
 import sys, ctranslate2, sentencepiece
 folder, beam, longest, threads = sys.argv[1], *map(int, sys.argv[2:])
-model = ctranslate2.Translator(folder + "/ctranslate2", compute_type="float32", intra_threads=threads, inter_threads=1)
+model = ctranslate2.Translator(folder + "/ctranslate2", compute_type="float32", inter_threads=threads, intra_threads=1)
 source = sentencepiece.SentencePieceProcessor(model_file=folder + "/source.spm")
 target = sentencepiece.SentencePieceProcessor(model_file=folder + "/target.spm")
 pieces = [*source.encode(sys.stdin.readline().strip(), out_type=str), "</s>"]
