@@ -4,10 +4,10 @@
     python benchmarks/differences.py --run RUN --text FILE [--lines 4000]
 
 RUN and settings are those of benchmarks/decode.py. For each line whose outputs differ it prints what both systems
-found, the scores that this project's model gives to the two, and what made the search part ways:
+found, the scores that this project's model gives to the two, and what sets the line apart:
 
-    limit  some hypothesis reached the most tokens that are allowed. CTranslate2 ranks what was cut there beside what
-           has ended; here it stands behind.
+    limit  some hypothesis reached the most tokens that are allowed. What is cut there stands behind what has ended
+           here; elsewhere it may be ranked beside it.
     tie    both have ended, and the gap between two candidates of which one was kept is within what float32 rounds away:
            the same search with parameters that are changed by one part in ten million finds CTranslate2's output.
     other  neither.

@@ -72,6 +72,19 @@ def ids_of(hypothesis) -> list[int]:
 # --- batch invariance
 
 
+def test_how_many_sentences_a_call_takes_changes_no_bit(translators, monkeypatch):
+    """One call for all, with more pieces of sentences than wait at a time, or several calls of nearly as many each."""
+    translator = translators["transformer"]
+    text = [source for source in ALIKE if source]
+    assert len(text) > 3 * 2 * translator.rows
+    expected = translator.translate(text)
+    monkeypatch.setattr("flax_transformer.inference.translator.SENTENCES_A_ROW", 2)
+    found = translator.translate(text)
+    assert [[(h.tokens, h.score) for h in t.hypotheses] for t in found] == [
+        [(h.tokens, h.score) for h in t.hypotheses] for t in expected
+    ]
+
+
 def test_no_composition_of_a_batch_changes_a_bit(translator):
     """1,200 translations in random compositions: each n-best list, scores included, is that of the sentence alone."""
     alone = {s: translator.translate([s], num_hypotheses=3)[0] for s in SOURCES[:24]}
