@@ -223,11 +223,11 @@ class Validation:
         """Logs loss and scores of `params`, and returns their quality."""
         clock = time.monotonic()
         with jax.set_mesh(self.translator.mesh):
-            sums = [
-                self.step(params, jax.device_put(batch, batch_sharding(self.translator.mesh)))
+            sums = [  # one after the other: see `MOST_UNDER_WAY` of the training loop
+                jax.device_get(self.step(params, jax.device_put(batch, batch_sharding(self.translator.mesh))))
                 for batch in evaluation_batches(self.pairs, self.plan)
             ]
-        loss = LossSummary.of(*(float(sum(values)) for values in zip(*jax.device_get(sums), strict=True)))
+        loss = LossSummary.of(*(float(sum(values)) for values in zip(*sums, strict=True)))
         hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
         scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
         record = {

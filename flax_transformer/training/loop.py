@@ -30,6 +30,10 @@ Evaluate = Callable[[Any, int], float]
 # Updates in a row that may be skipped before the training gives up.
 MOST_SKIPPED = 10
 
+# Updates that may be under way at the same time. A few keep the devices busy; with 32 XLA for CPU comes to a stop for
+# good when it has several devices (docs/lab_book.md, 2026-11-24).
+MOST_UNDER_WAY = 8
+
 # Updates after a start that are not counted in the throughput.
 WARM_UP_STEPS = 5
 
@@ -257,6 +261,8 @@ def train_loop(
             window.tokens += TokenCounts.of(batch)
             state, metrics = compiled[_shape_of(batch)](state, jax.device_put(batch, sharding))
             window.pending.append((metrics, batch))
+            if len(window.pending) > MOST_UNDER_WAY:
+                jax.block_until_ready(window.pending[-1 - MOST_UNDER_WAY][0])
             step += 1
             last = step == config.steps
             to_evaluate = step % config.evaluate_every_steps == 0 or last

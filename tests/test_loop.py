@@ -1,0 +1,57 @@
+"""The training loop by itself: how far the host runs ahead of the devices."""
+
+from unittest.mock import MagicMock
+
+import jax
+import jax.numpy as jnp
+
+from flax_transformer.config import TrainingConfig
+from flax_transformer.data.batching import Position
+from flax_transformer.training import loop
+from flax_transformer.training.loss import LossSums
+from flax_transformer.training.run_log import RunLog
+from flax_transformer.training.state import TrainState
+from flax_transformer.training.step import StepMetrics
+from flax_transformer.training.throughput import ProductCost
+from tests import tiny
+
+
+def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch):
+    """However far apart progress lines are: XLA for CPU stops for good when 32 programs of several devices wait."""
+    started, waited_for, most = 0, 0, 0
+    real = {"block_until_ready": jax.block_until_ready, "device_get": jax.device_get}
+
+    def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+        nonlocal started, most
+        started += 1
+        most = max(most, started - waited_for)
+        one = jnp.float32(1.0)
+        metrics = StepMetrics(LossSums(one, one, one, one), one, jnp.float32(started), jnp.asarray(False))
+        return TrainState(state.step + 1, {}, {}, None), metrics
+
+    def waiting(name):
+        def wait(tree):
+            nonlocal waited_for
+            waited_for = int((tree[-1] if isinstance(tree, list) else tree).learning_rate)
+            return real[name](tree)
+
+        return wait
+
+    for name in real:
+        monkeypatch.setattr(loop.jax, name, waiting(name))
+    batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
+    state, stopped = loop.train_loop(
+        TrainState(jnp.int32(0), {}, {}, None),
+        {(8, 8, 8): step},
+        iter([(batch, Position(0, number)) for number in range(60)]),
+        TrainingConfig(steps=60, log_every_steps=60, evaluate_every_steps=60, checkpoint_every_steps=60),
+        one_device,
+        MagicMock(spec=RunLog),
+        save=lambda state, position, quality: None,
+        evaluate=lambda params, step: 0.0,
+        history=[],
+        cost=ProductCost(1, 1),
+        peak=None,
+    )
+    assert (int(state.step), stopped) == (60, None)
+    assert most == loop.MOST_UNDER_WAY + 1
