@@ -66,6 +66,16 @@ def test_linear_contracts_several_dimensions():
     np.testing.assert_allclose(layer(x), expected, **ONE_OP)
 
 
+def test_linear_has_the_gradients_of_its_equation():
+    layer = randomised(Linear((3, 4), (2, 5), ("heads", "head_dim", "mlp", "embed"), **DTYPES, rngs=nnx.Rngs(0)))
+    x, weight = normal(1, 6, 7, 3, 4), normal(2, 6, 7, 2, 5)
+    graphdef, params = nnx.split(layer)
+    by_params, by_x = jax.grad(lambda p, x: jnp.sum(weight * nnx.merge(graphdef, p)(x)), argnums=(0, 1))(params, x)
+    np.testing.assert_allclose(by_x, np.einsum("btmf,nhmf->btnh", weight, float64(layer.kernel[...])), **ONE_OP)
+    np.testing.assert_allclose(by_params.kernel[...], np.einsum("btnh,btmf->nhmf", float64(x), weight), **ONE_OP)
+    np.testing.assert_allclose(by_params.bias[...], float64(weight).sum((0, 1)), **ONE_OP)
+
+
 def test_linear_is_xavier_uniform_over_the_flattened_matrix():
     layer = Linear((256,), (8, 64), ("embed", "heads", "head_dim"), **DTYPES, rngs=nnx.Rngs(0))
     kernel = np.asarray(layer.kernel[...])

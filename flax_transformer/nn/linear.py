@@ -1,5 +1,6 @@
 """The affine map, over any number of input and output dimensions."""
 
+import functools
 import math
 
 import jax
@@ -21,6 +22,34 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
     """
     flat = xavier_uniform_2d(key, (math.prod(in_dims), math.prod(out_dims)), dtype)
     return flat.reshape(*in_dims, *out_dims)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_in_dims: int) -> Float[Array, "..."]:
+    """Returns x W: [*rows, *in] and [*in, *out] -> [*rows, *out], where `in` has `num_in_dims` dimensions.
+
+    The gradient by the kernel is x^T g, of the two as matrices. JAX's own rule makes g^T x and turns it round, for
+    which XLA for CPU first writes g transposed, and computes it anew in that order (docs/lab_book.md, 2026-11-24).
+    """
+    contract = tuple(range(x.ndim - num_in_dims, x.ndim)), tuple(range(num_in_dims))
+    return jax.lax.dot_general(x, kernel, (contract, ((), ())))
+
+
+def _product_forward(x, kernel, num_in_dims):
+    return product(x, kernel, num_in_dims), (x, kernel)
+
+
+def _product_backward(num_in_dims, kept, cotangent):
+    x, kernel = kept
+    out_axes = tuple(range(num_in_dims, kernel.ndim))
+    contract = tuple(range(cotangent.ndim - len(out_axes), cotangent.ndim)), out_axes
+    by_x = jax.lax.dot_general(cotangent, kernel, (contract, ((), ())))
+    rows = x.reshape(-1, math.prod(kernel.shape[:num_in_dims]))
+    by_kernel = jax.lax.dot_general(rows, cotangent.reshape(len(rows), -1), (((0,), (0,)), ((), ())))
+    return by_x, by_kernel.reshape(kernel.shape)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -61,10 +90,7 @@ class Linear(nnx.Module):
         if isinstance(kernel, Int8Weights):
             y = int8_product(x, kernel, in_axes).astype(self.compute_dtype)
         else:
-            contract = tuple(range(x.ndim - self.num_in_dims, x.ndim))
-            y = jax.lax.dot_general(
-                x.astype(self.compute_dtype), kernel.astype(self.compute_dtype), ((contract, in_axes), ((), ()))
-            )
+            y = product(x.astype(self.compute_dtype), kernel.astype(self.compute_dtype), self.num_in_dims)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.compute_dtype)
