@@ -81,6 +81,29 @@ def test_masked_positions_count_for_nothing():
     assert not np.asarray(gradient)[~np.asarray(mask)].any()
 
 
+def test_chunks_that_are_padding_alone_are_left_out(monkeypatch):
+    """Of 2 x 8 tokens in chunks of 3, the 7 that are not padding fill three chunks, in their order, and go back."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 3 * 5)
+    mask = jnp.asarray([[1, 0, 1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1, 1, 0]], bool)
+    tokens = jnp.arange(1, 17).reshape(2, 8)
+    chunks = loss_module._chunks(tokens[..., None].astype(jnp.float32), tokens, mask, vocab=5)
+    assert (chunks.size, int(chunks.needed)) == (3, 3)
+    assert chunks.targets.shape == (1, 18)
+    np.testing.assert_array_equal(chunks.targets[0, :9], [1, 3, 4, 7, 11, 14, 15, 2, 5])
+    np.testing.assert_array_equal(chunks.mask[0], np.arange(18) < 7)
+    np.testing.assert_array_equal(chunks.take(jnp.asarray(2))[1], [[15, 2, 5]])
+    np.testing.assert_array_equal(chunks.hidden[0, :16, 0], tokens.reshape(-1)[chunks.places[0, :16]])
+
+
+def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient():
+    hidden, kernel, bias, targets, mask = example()
+    projection = OutputProjection(kernel, bias, 11)
+    value, gradient = jax.value_and_grad(lambda h: cross_entropy(h, projection, targets, mask & False, 0.1).loss)(
+        hidden
+    )
+    assert value == 0.0 and not np.asarray(gradient).any()
+
+
 def test_the_vocabulary_is_never_held_for_all_positions():
     """The compiled gradient needs less memory than one [B, T, V] array of logits."""
     rows, length, vocab, dim = 64, 32, 8192, 16

@@ -1,11 +1,12 @@
 """Masked, label-smoothed cross entropy, fused with the output projection.
 
-Legend: B batch, T target length, D model dim, V vocabulary rows.
+Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a chunk.
 
 The product hidden @ kernel.T has B * T * V elements, far more than anything else when V >> D. It is made here in chunks
-of positions that stay in cache, and the forward pass of a training step already turns each chunk into its gradients:
-the loss is one number, so its gradient is known up to a factor before the backward pass begins. Logits are made once,
-and no [B, T, V] array ever exists.
+of target tokens that stay in cache, and the forward pass of a training step already turns each chunk into its
+gradients: the loss is one number, so its gradient is known up to a factor before the backward pass begins. Logits are
+made once, and no [B, T, V] array ever exists. Tokens that are padding are left out: they are put behind all others, and
+the loop ends before them.
 """
 
 import functools
@@ -73,33 +74,67 @@ def cross_entropy(
     return _fused_sums(static, hidden, kernel, bias, targets, mask)
 
 
-def _num_chunks(batch: int, length: int, vocab: int) -> int:
-    """Returns into how many equal pieces to cut the target length."""
-    batch, vocab = batch // num_shards("batch"), vocab // num_shards("vocab")
-    for chunks in range(1, length + 1):
-        if length % chunks == 0 and batch * (length // chunks) * vocab <= CHUNK_ELEMENTS:
-            return chunks
-    return length
+class _Chunks(NamedTuple):
+    """The target tokens of a batch for a loop over chunks of them: first those that are not padding, then padding.
+
+    Each share of the rows, of which every device has one (X of them), is ordered by itself, so that no token moves to
+    another device.
+
+    Attributes:
+        hidden: [X, M, D], M tokens of a share, in whole chunks.
+        targets, mask: [X, M].
+        places: [X, M], where in its share each token came from.
+        size: tokens of a share in a chunk.
+        needed: chunks that hold a token which is not padding, in some share.
+    """
+
+    hidden: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+    places: jax.Array
+    size: int
+    needed: jax.Array
+
+    def take(self, number: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns hidden, targets and mask of one chunk."""
+        cut = (self.hidden, self.targets, self.mask)
+        return tuple(jax.lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis=1) for x in cut)
 
 
-def _time_chunks(x: jax.Array, chunks: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]; rows stay whole, since it is rows that are split over devices."""
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0)
+def _chunks(hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int) -> _Chunks:
+    """Returns the tokens of [B, T] in chunks of about `CHUNK_ELEMENTS` logits each."""
+    shares = num_shards("batch")
+    shares = shares if targets.shape[0] % shares == 0 else 1
+    tokens = targets.size // shares
+    most = max(CHUNK_ELEMENTS // (vocab // num_shards("vocab")), 1)
+    number = -(-tokens // most)
+    size = -(-tokens // number)
+    mask = constrain(mask.reshape(shares, tokens), "batch", None)
+    places = jnp.argsort(~mask, axis=1)  # stable
+    places = jnp.pad(places, ((0, 0), (0, number * size - tokens)), constant_values=tokens)  # beyond all: zeros
+
+    def ordered(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [X, M, ...]
+        x = x.reshape(shares, tokens, *x.shape[2:])
+        taken = jax.vmap(lambda rows, order: rows.at[order].get(mode="fill", fill_value=0))(x, places)
+        return constrain(taken, "batch", *(None,) * (taken.ndim - 1))
+
+    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size))
+    return _Chunks(ordered(hidden), ordered(targets), ordered(mask), places, size, needed)
 
 
-def _chunk_terms(static, mean_row, hidden, kernel, bias, targets, mask):
-    """Returns the sums of one chunk; exp(logits - highest) [B, t, V], and its sum over V [B, t, 1].
+def _chunk_terms(static, mean_row, kernel, bias, hidden, targets, mask):
+    """Returns the sums of one chunk [X]; exp(logits - highest) [X, t, V], and its sum over V [X, t, 1].
 
     Args:
         static: number of real rows, label smoothing.
         mean_row: [D], mean of the real rows of the kernel.
-        hidden: [B, t, D].
         kernel: [D, V], its padding columns included.
         bias: [V], or None.
-        targets, mask: [B, t].
+        hidden: [X, t, D].
+        targets, mask: [X, t].
     """
     num_real_rows, smoothing = static
-    logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("xtd,dv->xtv", hidden, kernel, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + jnp.broadcast_to(bias, logits.shape)
     if num_real_rows < kernel.shape[1]:
@@ -111,69 +146,86 @@ def _chunk_terms(static, mean_row, hidden, kernel, bias, targets, mask):
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = log_normaliser - target_logit
     # The mean of the real logits is linear in hidden: one product with the mean row in place of a pass over V.
-    mean_logit = jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), mean_row)
+    mean_logit = jnp.einsum("xtd,d->xt", hidden.astype(jnp.float32), mean_row)
     mean_logit = mean_logit if bias is None else mean_logit + jnp.mean(bias[:num_real_rows])
     loss = (1.0 - smoothing) * nll + smoothing * (log_normaliser - mean_logit)
     correct = target_logit >= highest[..., 0]
     weight = mask.astype(jnp.float32)
     sums = LossSums(
-        jnp.sum(loss * weight),
-        jnp.sum(nll * weight),
-        jnp.sum(correct.astype(jnp.float32) * weight),
-        jnp.sum(weight),
+        jnp.sum(loss * weight, axis=1),
+        jnp.sum(nll * weight, axis=1),
+        jnp.sum(correct.astype(jnp.float32) * weight, axis=1),
+        jnp.sum(weight, axis=1),
     )
     return sums, exponentials, total
 
 
-def _zero_sums() -> LossSums:
-    return LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields))
+def _zero_sums(shares: int) -> LossSums:
+    return LossSums(*(constrain(jnp.zeros((shares,), jnp.float32), "batch") for _ in LossSums._fields))
 
 
-def _chunked(static, hidden, kernel, targets, mask):
-    """Returns what a scan over chunks needs: mean row, kernel [D, V], and the chunks."""
-    mean_row = jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0)
-    chunks = _num_chunks(targets.shape[0], targets.shape[1], kernel.shape[0])
-    # Both products with logits are made with V as the last axis, or XLA copies [B, t, V] transposed for each.
-    return mean_row, constrain(kernel.T, None, "vocab"), [_time_chunks(x, chunks) for x in (hidden, targets, mask)]
+def _sum_shares(tree):
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+
+def _columns(static, kernel):
+    """Returns the mean of the kernel's real rows, and the kernel as [D, V].
+
+    Both products with logits are made with V as the last axis, or XLA copies the logits transposed for each.
+    """
+    return jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0), constrain(kernel.T, None, "vocab")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
-    mean_row, columns, chunks = _chunked(static, hidden, kernel, targets, mask)
+    mean_row, columns = _columns(static, kernel)
+    chunks = _chunks(hidden, targets, mask, kernel.shape[0])
 
-    def body(total, chunk):
-        sums, _, _ = _chunk_terms(static, mean_row, chunk[0], columns, bias, *chunk[1:])
-        return jax.tree.map(jnp.add, total, sums), None
+    def body(number, total):
+        sums, _, _ = _chunk_terms(static, mean_row, columns, bias, *chunks.take(number))
+        return jax.tree.map(jnp.add, total, sums)
 
-    return jax.lax.scan(body, _zero_sums(), chunks)[0]
+    return _sum_shares(jax.lax.fori_loop(0, chunks.needed, body, _zero_sums(len(chunks.mask))))
 
 
 def _forward(static, hidden, kernel, bias, targets, mask):
     """Returns the sums, and the gradient of `loss` by hidden, kernel and bias."""
     num_real_rows, smoothing = static
-    mean_row, columns, chunks = _chunked(static, hidden, kernel, targets, mask)
+    mean_row, columns = _columns(static, kernel)
+    chunks = _chunks(hidden, targets, mask, kernel.shape[0])
+    shares = len(chunks.mask)
 
-    def body(carry, chunk):
-        total, column_gradient, bias_gradient = carry
-        h, t, m = chunk
-        sums, exponentials, normaliser = _chunk_terms(static, mean_row, h, columns, bias, t, m)
+    def body(number, carry):
+        total, column_gradient, bias_gradient, by_hidden = carry
+        h, t, m = chunks.take(number)
+        sums, exponentials, normaliser = _chunk_terms(static, mean_row, columns, bias, h, t, m)
         weight = m.astype(jnp.float32)[..., None]
         row = jax.lax.broadcasted_iota(jnp.int32, exponentials.shape, 2)
         wanted = jnp.where(row == t[..., None], 1.0 - smoothing, 0.0)
         wanted = wanted + jnp.where(row < num_real_rows, smoothing / num_real_rows, 0.0)
         by_logits = exponentials * (weight / normaliser) - wanted * weight
         if bias_gradient is not None:
-            bias_gradient = bias_gradient + jnp.sum(by_logits, axis=(0, 1))
+            bias_gradient = bias_gradient + jnp.sum(by_logits, axis=1)
         by_logits = by_logits.astype(h.dtype)  # products run in the compute type, their sums in float32
-        by_hidden = jnp.einsum("btv,vd->btd", by_logits, kernel)
-        by_columns = jnp.einsum("btd,btv->dv", h, by_logits, preferred_element_type=jnp.float32)
-        column_gradient = constrain(column_gradient + by_columns, None, "vocab")
-        return (jax.tree.map(jnp.add, total, sums), column_gradient, bias_gradient), by_hidden
+        by_tokens = jnp.einsum("xtv,vd->xtd", by_logits, kernel)
+        by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * chunks.size, axis=1)
+        # Each device sums up its own share; the sum over devices is made once, after the loop.
+        by_columns = jnp.einsum("xtd,xtv->xdv", h, by_logits, preferred_element_type=jnp.float32)
+        column_gradient = constrain(column_gradient + by_columns, "batch", None, "vocab")
+        return jax.tree.map(jnp.add, total, sums), column_gradient, bias_gradient, by_hidden
 
-    bias_start = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    start = (_zero_sums(), jnp.zeros(columns.shape, jnp.float32), bias_start)
-    (total, column_gradient, bias_gradient), by_hidden = jax.lax.scan(body, start, chunks)
-    by_hidden = jnp.moveaxis(by_hidden, 0, 1).reshape(hidden.shape)
+    start = (
+        _zero_sums(shares),
+        constrain(jnp.zeros((shares, *columns.shape), jnp.float32), "batch", None, "vocab"),
+        None if bias is None else constrain(jnp.zeros((shares, *bias.shape), jnp.float32), "batch", "vocab"),
+        jnp.zeros_like(chunks.hidden),  # padding has no gradient
+    )
+    total, column_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, chunks.needed, body, start)
+    total, column_gradient, bias_gradient = _sum_shares((total, column_gradient, bias_gradient))
+    # Back to where each token came from; what fills up the last chunk came from nowhere.
+    tokens = targets.size // shares
+    back = jax.vmap(lambda rows, order: jnp.zeros((tokens, rows.shape[1]), rows.dtype).at[order].set(rows, mode="drop"))
+    by_hidden = constrain(back(by_hidden, chunks.places), "batch", None, None).reshape(hidden.shape)
     return total, (by_hidden, column_gradient.T.astype(kernel.dtype), bias_gradient)
 
 
