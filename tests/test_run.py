@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -223,6 +224,23 @@ def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_pa
     ):
         found = subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, text=True)
         assert found.stdout.strip() == expected, found.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc's allocator")
+def test_a_training_keeps_its_memory_unless_the_user_says_otherwise():
+    """In processes of their own, since the process is started anew."""
+    code = (
+        "from flax_transformer.cli.main import keep_memory; keep_memory(); "
+        "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for more, expected in (({}, cli.KEPT_MEMORY), ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},) * 2):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, "two words"], env=plain | more, stdout=subprocess.PIPE, text=True
+        ) as process:
+            found = process.communicate()[0].strip()
+        expected = expected if isinstance(expected, str) else expected["GLIBC_TUNABLES"]
+        assert found == f"{process.pid} {expected} ['two words']"
 
 
 def test_each_core_is_a_device_unless_the_user_says_otherwise():

@@ -6,6 +6,7 @@ were shortened or lack what was required.
 
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +32,9 @@ VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())
 
 
-# XLA's devices warn after an hour that they wait for each other, and give up after a day.
+# XLA's devices warn after five minutes that they wait for each other, and give up after a day.
 PATIENT_COLLECTIVES = (
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
 )
 
@@ -63,6 +64,27 @@ def use_every_core() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {PATIENT_COLLECTIVES}".strip()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", min(1 << (cores.bit_length() - 1), ROW_MULTIPLE))
+
+
+# For glibc's allocator: memory is kept once the process has it, in pages of 2 MiB where the kernel gives them.
+KEPT_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 1 << 40, "top_pad": 1 << 26}.items()
+)
+
+
+def keep_memory() -> None:
+    """Starts this process anew with `KEPT_MEMORY`, once, unless the user has set GLIBC_TUNABLES; elsewhere no effect.
+
+    XLA for CPU allocates what a step needs in every step. By default the system takes such large blocks back at once
+    and gives them out again in pages of 4 KiB, each of them cleared: a fifth of a training step (docs/lab_book.md,
+    2026-11-24). The allocator reads its settings when a process starts, and only then.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
+        return
+    os.environ["GLIBC_TUNABLES"] = KEPT_MEMORY
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run_verb(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
@@ -95,6 +117,8 @@ def main() -> int:
     if arguments[0] not in VERBS:
         print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
         return 2
+    if arguments[0] == "train":
+        keep_memory()
     return run_verb(VERBS[arguments[0]][0], arguments[1:], f"flax-transformer {arguments[0]}")
 
 
