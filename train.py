@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 from flax_transformer.cli.main import keep_memory, run_verb
-from flax_transformer.cli.train import main
 
 
 def train(arguments: list[str], program: str) -> int:
     """Returns the exit code of a training run."""
+    from flax_transformer.cli.train import main  # now that the process is set up
+
     return main(arguments, program, default_config=Path(__file__).parent / "configs" / "number_words.yaml")
 
 

@@ -1,51 +1,99 @@
-"""Sequence-to-sequence learning in JAX and Flax NNX: from two parallel text files to translations."""
+"""Sequence-to-sequence learning in JAX and Flax NNX: from two parallel text files to translations.
 
-from flax_transformer.config import Config, override, read_config
-from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
-from flax_transformer.decoding.hypotheses import Hypotheses
-from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError
-from flax_transformer.experiment import Outcome, run_experiment
-from flax_transformer.inference.evaluate import Scores, evaluate
-from flax_transformer.inference.translator import Hypothesis, Translation, Translator
-from flax_transformer.models.build import VocabularyInfo, build_model
-from flax_transformer.models.rnn import RecurrentConfig, RecurrentSeq2Seq
-from flax_transformer.models.seq2seq import Seq2Seq
-from flax_transformer.models.transformer import Transformer, TransformerConfig
-from flax_transformer.shapes import Batch
+Public names are imported when they are first used, so that a command can answer, or set up its process, before the
+libraries are loaded.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_transformer.config import Config as Config
+    from flax_transformer.config import override as override
+    from flax_transformer.config import read_config as read_config
+    from flax_transformer.decoding.beam_search import BeamSearchConfig as BeamSearchConfig
+    from flax_transformer.decoding.beam_search import beam_search as beam_search
+    from flax_transformer.decoding.hypotheses import Hypotheses as Hypotheses
+    from flax_transformer.decoding.length_penalty import LengthPenalty as LengthPenalty
+    from flax_transformer.errors import (
+        ConfigError as ConfigError,
+    )
+    from flax_transformer.errors import (
+        DivergenceError as DivergenceError,
+    )
+    from flax_transformer.errors import (
+        InputError as InputError,
+    )
+    from flax_transformer.errors import (
+        RunFolderError as RunFolderError,
+    )
+    from flax_transformer.experiment import Outcome as Outcome
+    from flax_transformer.experiment import run_experiment as run_experiment
+    from flax_transformer.inference.evaluate import Scores as Scores
+    from flax_transformer.inference.evaluate import evaluate as evaluate
+    from flax_transformer.inference.translator import (
+        Hypothesis as Hypothesis,
+    )
+    from flax_transformer.inference.translator import (
+        Translation as Translation,
+    )
+    from flax_transformer.inference.translator import (
+        Translator as Translator,
+    )
+    from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
+    from flax_transformer.models.build import build_model as build_model
+    from flax_transformer.models.rnn import RecurrentConfig as RecurrentConfig
+    from flax_transformer.models.rnn import RecurrentSeq2Seq as RecurrentSeq2Seq
+    from flax_transformer.models.seq2seq import Seq2Seq as Seq2Seq
+    from flax_transformer.models.transformer import Transformer as Transformer
+    from flax_transformer.models.transformer import TransformerConfig as TransformerConfig
+    from flax_transformer.shapes import Batch as Batch
 
 __version__ = "0.1.0"
 
-__all__ = [
+# Where each public name is defined.
+_HOMES = {
     # Translate with a trained run
-    "Translator",
-    "Translation",
-    "Hypothesis",
+    "Translator": "inference.translator",
+    "Translation": "inference.translator",
+    "Hypothesis": "inference.translator",
     # Train and evaluate
-    "Config",
-    "read_config",
-    "override",
-    "run_experiment",
-    "Outcome",
-    "evaluate",
-    "Scores",
+    "Config": "config",
+    "read_config": "config",
+    "override": "config",
+    "run_experiment": "experiment",
+    "Outcome": "experiment",
+    "evaluate": "inference.evaluate",
+    "Scores": "inference.evaluate",
     # Build a model, or bring one
-    "build_model",
-    "VocabularyInfo",
-    "Seq2Seq",
-    "Batch",
-    "Transformer",
-    "TransformerConfig",
-    "RecurrentSeq2Seq",
-    "RecurrentConfig",
+    "build_model": "models.build",
+    "VocabularyInfo": "models.build",
+    "Seq2Seq": "models.seq2seq",
+    "Batch": "shapes",
+    "Transformer": "models.transformer",
+    "TransformerConfig": "models.transformer",
+    "RecurrentSeq2Seq": "models.rnn",
+    "RecurrentConfig": "models.rnn",
     # Search with any step function
-    "beam_search",
-    "BeamSearchConfig",
-    "Hypotheses",
-    "LengthPenalty",
+    "beam_search": "decoding.beam_search",
+    "BeamSearchConfig": "decoding.beam_search",
+    "Hypotheses": "decoding.hypotheses",
+    "LengthPenalty": "decoding.length_penalty",
     # What users can get wrong
-    "InputError",
-    "ConfigError",
-    "RunFolderError",
-    "DivergenceError",
-]
+    "InputError": "errors",
+    "ConfigError": "errors",
+    "RunFolderError": "errors",
+    "DivergenceError": "errors",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

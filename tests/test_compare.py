@@ -117,6 +117,5 @@ def test_runs_that_cannot_be_compared_are_explained(runs, tmp_path):
 
 
 def test_it_is_a_verb_and_a_mistake_gives_code_2(tmp_path, capsys):
-    verb, _ = main.VERBS["compare"]
-    assert main.run_verb(verb, [str(tmp_path)], "flax-transformer compare") == 2
+    assert main.run_verb(main.verb("compare"), [str(tmp_path)], "flax-transformer compare") == 2
     assert "is not a run folder" in capsys.readouterr().err

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import flax_transformer
+
 PACKAGE = Path(__file__).parent.parent / "flax_transformer"
 
 # Lowest first; a module may import modules of lower layers, and of its own where that makes no circle.
@@ -100,9 +102,28 @@ def test_the_code_of_data_uses_no_jax():
             assert not direct & {"jax", "flax", "optax", "orbax"}, module
 
 
+def test_public_names_are_what_type_checkers_read():
+    """They stand in `__init__.py` twice: as imports for type checkers, and by the module that each is taken from."""
+    read = set()
+    for node in ast.walk(ast.parse(MODULES["__init__"].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flax_transformer."):
+            read |= {(alias.name, node.module) for alias in node.names}
+    taken = {(name, f"flax_transformer.{home}") for name, home in flax_transformer._HOMES.items()}
+    assert read == taken
+    for name in flax_transformer.__all__:
+        assert getattr(flax_transformer, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Translater'"):
+        _ = flax_transformer.Translater
+
+
+def test_the_command_is_there_before_the_libraries():
+    code = "import flax_transformer.cli.main, sys\nassert not {'jax', 'numpy'} & set(sys.modules)\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_package_starts_no_device():
     code = (
-        "import flax_transformer, flax_transformer.cli.main\n"
+        "import flax_transformer.experiment, flax_transformer.cli.main\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was asked for at import'\n"
     )

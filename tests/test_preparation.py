@@ -369,7 +369,7 @@ def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
         "tokenizer: {vocab_size: 60}\nmodel: {max_source_length: 20, max_target_length: 20}\n"
         "batching: {tokens_per_batch: 640, num_shapes: 2}\nfilters: {drop_duplicates: true}\n"
     )
-    assert cli.run_verb(cli.VERBS["prepare"][0], ["--config", str(recipe)], "flax-transformer prepare") == 0
+    assert cli.run_verb(cli.verb("prepare"), ["--config", str(recipe)], "flax-transformer prepare") == 0
     said = capsys.readouterr().out
     parts = number_words_corpus(NumberWordsConfig(300, 20, 24)).train
     unique = len(set(parts[0].pairs()))
@@ -379,5 +379,5 @@ def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
     assert re.search(r"2 compiled shapes, \d+ batches an epoch, padding \d+ %", said)
     monkeypatch.setattr(token_cache, "_write", None)
     monkeypatch.setattr(preparation.TokenizerPair, "train", None)
-    assert cli.run_verb(cli.VERBS["prepare"][0], ["--config", str(recipe)], "flax-transformer prepare") == 0
+    assert cli.run_verb(cli.verb("prepare"), ["--config", str(recipe)], "flax-transformer prepare") == 0
     assert capsys.readouterr().out == said

@@ -77,7 +77,7 @@ def translator(run) -> Translator:
 
 def command(*arguments: str) -> int:
     """Runs `flax-transformer` in this process and returns its exit code."""
-    verb = cli.VERBS[arguments[0]][0]
+    verb = cli.verb(arguments[0])
     try:
         return cli.run_verb(verb, list(arguments[1:]), f"flax-transformer {arguments[0]}")
     except SystemExit as stop:  # how tyro ends on a flag that it cannot use

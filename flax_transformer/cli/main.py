@@ -1,9 +1,10 @@
-"""The command `flax-transformer VERB ...`: dispatches verbs, words a user's mistakes, sets exit codes.
+"""The command `flax-transformer VERB ...`: sets up the process, dispatches verbs, words a user's mistakes.
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 stopped by a signal with the state saved, 4 done but some lines
 were shortened or lack what was required.
 """
 
+import importlib
 import logging
 import os
 import platform
@@ -11,36 +12,40 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from flax_transformer.cli import average, compare, convert, evaluate, prepare, score, train, translate
-from flax_transformer.data.batching import ROW_MULTIPLE
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
 from flax_transformer.user_cache import user_cache
 
-VERBS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
-    "prepare": (prepare.main, "learn the tokenizers and tokenise the text of a configuration, ahead of its training"),
-    "train": (train.main, "train as a configuration says, then evaluate"),
-    "translate": (translate.main, "translate standard input to standard output, line by line"),
-    "score": (score.main, "the log-probability of translations that exist already"),
-    "evaluate": (evaluate.main, "translate a file and score it against a reference"),
-    "average": (average.main, "the mean of several checkpoints as a run folder of its own"),
-    "convert": (convert.main, "a run as a model of Hugging Face (MarianMT)"),
-    "compare": (compare.main, "finished runs to one table and two pictures"),
+Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
+
+VERBS = {
+    "prepare": "learn the tokenizers and tokenise the text of a configuration, ahead of its training",
+    "train": "train as a configuration says, then evaluate",
+    "translate": "translate standard input to standard output, line by line",
+    "score": "the log-probability of translations that exist already",
+    "evaluate": "translate a file and score it against a reference",
+    "average": "the mean of several checkpoints as a run folder of its own",
+    "convert": "a run as a model of Hugging Face (MarianMT), or one of those as a run",
+    "compare": "finished runs to one table and two pictures",
 }
 
-USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, (_, text) in VERBS.items())
+USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, text in VERBS.items())
+
+
+def verb(name: str) -> Verb:
+    """Returns the verb of this name; its module, and the libraries that it needs, are imported now."""
+    return importlib.import_module(f"flax_transformer.cli.{name}").main
 
 
 # XLA's devices warn after five minutes that they wait for each other, and give up after a day.
 PATIENT_COLLECTIVES = (
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=86400"
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=86400"
 )
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless the user has named another or turned it off."""
+    import jax
+
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(user_cache("compiled")))
@@ -56,6 +61,10 @@ def use_every_core() -> None:
     Where devices wait for each other XLA gives up after about a minute and aborts the process; but a core may be kept
     busy by others for longer, so that is put off to a day.
     """
+    import jax
+
+    from flax_transformer.data.batching import ROW_MULTIPLE
+
     settings: Any = jax.config
     flags = os.environ.get("XLA_FLAGS", "")
     if settings.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in flags:
@@ -87,7 +96,7 @@ def keep_memory() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def run_verb(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
+def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
     """Returns the exit code of a verb; a user's mistake is printed without a traceback."""
     use_compilation_cache()
     use_every_core()
@@ -117,10 +126,14 @@ def main() -> int:
     if arguments[0] not in VERBS:
         print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
         return 2
-    if arguments[0] == "train":
-        keep_memory()
-    return run_verb(VERBS[arguments[0]][0], arguments[1:], f"flax-transformer {arguments[0]}")
+    return run_verb(verb(arguments[0]), arguments[1:], f"flax-transformer {arguments[0]}")
+
+
+def command() -> int:
+    """Is the command `flax-transformer`: `main`, in a process that keeps its memory."""
+    keep_memory()
+    return main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
