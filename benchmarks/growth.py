@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from paired import machine, set_threads
 
-from flax_transformer.cli.main import use_every_core
+from flax_transformer.cli.main import keep_memory, use_every_core
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
@@ -146,6 +146,7 @@ def draw(results: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
 def main() -> None:
     """Measures the four sweeps and prints a table of each."""
     options = tyro.cli(Options)
+    keep_memory()
     set_threads(options.threads)
     use_every_core()
     print(f"{options}\nbase {Work()}\n{machine('jax', 'flax')}\n")

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from flax_transformer.cli.main import KEPT_MEMORY  # which imports no jax
+
 Train = Callable[[], None]  # trains on every batch once, and returns when all is done
 
 
@@ -115,6 +117,9 @@ def _worker(build: Callable[..., Built], arguments: tuple, threads: int, pipe: A
 class Systems:
     """Systems in processes of their own.
 
+    All of them have the allocator's settings with which the command `flax-transformer` starts itself, unless the
+    environment has others in GLIBC_TUNABLES; an empty value is how it is without.
+
     Args:
         threads: of each.
     """
@@ -127,7 +132,13 @@ class Systems:
         """Builds a system by `build(*arguments)`, a module's function, and returns its facts."""
         context = multiprocessing.get_context("spawn")
         self.pipes[name], end = context.Pipe()
-        context.Process(target=_worker, args=(build, arguments, self.threads, end), daemon=True).start()
+        worker = context.Process(target=_worker, args=(build, arguments, self.threads, end), daemon=True)
+        theirs = os.environ.get("GLIBC_TUNABLES")
+        if theirs is None:
+            os.environ["GLIBC_TUNABLES"] = KEPT_MEMORY  # read when a process starts
+        worker.start()
+        if theirs is None:
+            del os.environ["GLIBC_TUNABLES"]
         end.close()  # so that a worker that dies ends the wait
         return self.pipes[name].recv()
 
