@@ -86,8 +86,9 @@ def keep_memory() -> None:
     """Starts this process anew with `KEPT_MEMORY`, once, unless the user has set GLIBC_TUNABLES; elsewhere no effect.
 
     XLA for CPU allocates what a step needs in every step. By default the system takes such large blocks back at once
-    and gives them out again in pages of 4 KiB, each of them cleared: a fifth of a training step (docs/lab_book.md,
-    2026-11-24). The allocator reads its settings when a process starts, and only then.
+    and gives them out again in pages of 4 KiB, each of them cleared: a third of a training step on two cores
+    (docs/lab_book.md, 2026-11-24). The allocator reads its settings when a process starts, and only then; so call this
+    before anything heavy is imported.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return
