@@ -1,0 +1,64 @@
+"""How the command sets up its process, each time in a process of its own."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from flax_transformer.cli import main as cli
+
+
+def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
+    """In processes of their own, since the setting belongs to the process."""
+    code = (
+        "import jax; from flax_transformer.cli.main import use_compilation_cache; use_compilation_cache(); "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    for more, expected in (
+        ({"XDG_CACHE_HOME": str(tmp_path)}, str(tmp_path / "flax_transformer" / "compiled")),
+        ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None"),
+    ):
+        found = subprocess.run([sys.executable, "-c", code], env=os.environ | more, capture_output=True, text=True)
+        assert found.stdout.strip() == expected, found.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc's allocator")
+def test_a_training_keeps_its_memory_unless_the_user_says_otherwise():
+    """In processes of their own, since the process is started anew."""
+    code = (
+        "from flax_transformer.cli.main import keep_memory; keep_memory(); "
+        "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for more, expected in (({}, cli.KEPT_MEMORY), ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},) * 2):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, "two words"], env=plain | more, stdout=subprocess.PIPE, text=True
+        ) as process:
+            found = process.communicate()[0].strip()
+        expected = expected if isinstance(expected, str) else expected["GLIBC_TUNABLES"]
+        assert found == f"{process.pid} {expected} ['two words']"
+
+
+def test_each_core_is_a_device_unless_the_user_says_otherwise():
+    """In processes of their own, since devices are made once."""
+    code = (
+        "import os; from flax_transformer.cli.main import use_every_core; use_every_core(); "
+        "import jax; print(len(jax.devices()), len(os.sched_getaffinity(0)), os.environ.get('XLA_FLAGS'))"
+    )
+    for more, expected in (
+        ({}, None),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ):
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | more
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        devices, cores, flags = done.stdout.split(maxsplit=2)
+        if expected is None:
+            assert int(devices) <= min(int(cores), 8) < 2 * int(devices) or int(devices) == 8
+            assert "terminate_timeout_seconds=86400" in flags
+        else:
+            assert int(devices) == expected and "terminate_timeout" not in flags
