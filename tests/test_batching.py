@@ -7,17 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_transformer.config import Config, from_dict
+from flax_transformer.data import packing
 from flax_transformer.data.batching import (
     BatchingConfig,
     BatchShape,
     Position,
     TokenizedPairs,
+    index_dtype,
     make_batch,
     round_up,
 )
 from flax_transformer.data.bucketing import BucketedPlan, assign_shapes, choose_shapes
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
-from flax_transformer.data.packing import PackedPlan, packed_shape
+from flax_transformer.data.packing import PackedPlan, pack, packed_shape
 from flax_transformer.data.tokenizer import END_ID, TokenizedText
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.training.step import batch_loss
@@ -206,6 +208,27 @@ def test_packed_bucketed_and_single_pairs_have_the_same_loss():
     assert bucketed[3] == packed[3] == single[3] == pairs.lengths[:, 1].sum()
     np.testing.assert_allclose(packed, single, rtol=1e-5)
     np.testing.assert_allclose(bucketed, single, rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 200, 201])
+def test_packing_in_pieces_is_packing(monkeypatch, at_once):
+    lengths = random_pairs(4, 200).lengths
+    shape = BatchShape(8, 64, 64)
+    whole = pack(lengths, shape)
+    monkeypatch.setattr(packing, "PAIRS_AT_ONCE", at_once)
+    np.testing.assert_array_equal(pack(lengths, shape), whole)
+    assert whole.max() > 2 * packing.OPEN_ROWS  # rows are closed while pairs are yet to come
+
+
+def test_what_is_kept_of_every_pair_is_small():
+    pairs = random_pairs(4, 200)
+    shapes = [BatchShape(8, 16, 16), BatchShape(8, 64, 64)]
+    assert pairs.kept.dtype == pairs.lengths.dtype == np.int32
+    assert assign_shapes(pairs.lengths, shapes).dtype == np.uint8
+    assert assign_shapes(pairs.lengths, shapes * 150).dtype == np.uint16
+    for plan in (BucketedPlan(pairs.lengths, shapes, 0), PackedPlan(pairs.lengths, shapes[1], 0)):
+        assert {batch.pairs.dtype for batch in plan.epoch(0)} == {np.dtype(np.int32)}
+    assert (index_dtype(2**31 - 1), index_dtype(2**31)) == (np.int32, np.int64)
 
 
 def test_a_pair_longer_than_a_packed_row_is_explained():

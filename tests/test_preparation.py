@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 
 from flax_transformer.cli import main as cli
@@ -22,13 +24,14 @@ from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
 from flax_transformer.data.loader import training_batches, training_plan
 from flax_transformer.data.packing import PackedPlan
 from flax_transformer.data.parallel_text import (
+    Corpus,
     ParallelFiles,
     ParallelText,
     ParallelTextConfig,
     read_corpus,
     read_parallel_text,
 )
-from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
+from flax_transformer.data.preparation import held_out_pairs, prepare_tokenizers, prepare_training_pairs
 from flax_transformer.data.synthetic import NumberWordsConfig, english_number_words, number_words_corpus
 from flax_transformer.data.token_cache import tokenized_parts
 from flax_transformer.data.tokenizer import (
@@ -39,7 +42,10 @@ from flax_transformer.data.tokenizer import (
     TokenizerPair,
 )
 from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.experiment import _description
 from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.training.state import make_layout
+from tests import tiny
 
 SOURCE = [english_number_words(n) for n in range(400)]
 TARGET = SOURCE[::-1]
@@ -125,16 +131,88 @@ def test_every_filter_counts_what_it_leaves_out():
             FilterConfig(max_length_ratio=ratio)
 
 
+def test_a_duplicate_stays_in_the_corpus_of_the_largest_weight():
+    lengths = np.full((10, 2), 4)
+    ends = (4, 7, 10)
+    marks = PairMarks(np.zeros(10, bool), np.array([1, 2, 1, 3, 3, 1, 4, 4, 2, 4], np.uint64))
+    config = FilterConfig(drop_duplicates=True)
+    assert filter_pairs(lengths, marks, 8, 8, config)[0].tolist() == [0, 1, 3, 6]  # the first, in one corpus
+    for weights, expected in (
+        ((1.0, 1.0, 1.0), [0, 1, 3, 6]),
+        ((0.5, 4.0, 4.0), [4, 5, 6, 8]),
+        ((0.5, 1.0, 4.0), [4, 5, 7, 8]),
+        ((4.0, 1.0, 1.5), [0, 1, 3, 7]),
+    ):
+        kept, dropped = filter_pairs(lengths, marks, 8, 8, config, ends, weights)
+        assert kept.tolist() == expected and dropped["duplicate"] == 6
+    web, ours = ParallelText(SOURCE, TARGET, "web", 0.5), ParallelText(SOURCE[:30], TARGET[:30], "ours", 4.0)
+    (pairs,) = prepare_training_pairs((web, ours), TOKENIZERS, config, 64, 64)
+    assert pairs.kept.tolist() == list(range(30, 430)) and pairs.mixture.ends == (370, 400)
+
+
 def test_a_corpus_of_which_nothing_is_left_is_named():
-    empty = ParallelText(["", ""], ["a", "b"])
-    with pytest.raises(InputError, match=r"no sentence pair of corpus 2 of 2 is left: .* left out were 2 empty"):
-        prepare_training_pairs((TEXT, empty), TOKENIZERS, FilterConfig(), 64, 64)
+    empty = ParallelText(["", ""], ["a", "b"], "web.en and web.de")
+    for filters, advice in (
+        (FilterConfig(), r"Check the files, or raise the limits\.$"),
+        (FilterConfig(4.0), r"Check the files, or raise the limits, or loosen section 'filters'\.$"),
+    ):
+        with pytest.raises(
+            InputError,
+            match=r"no sentence pair of web.en and web.de \(corpus 2 of 2\) is left: .* out were 2 empty.* " + advice,
+        ):
+            prepare_training_pairs((TEXT, empty), TOKENIZERS, filters, 64, 64)
+
+
+def test_held_out_text_of_which_nothing_is_left_is_named():
+    with pytest.raises(
+        InputError,
+        match=r"no sentence pair of dev.en and dev.de is left: of 400 pairs in all, .*, 400 too long. "
+        r".*max_source_length \(2\).* Check the files, or raise the limits\.$",
+    ):
+        held_out_pairs(ParallelText(SOURCE, TARGET, "dev.en and dev.de"), TOKENIZERS, 2, 2)
 
 
 def test_a_weight_too_small_for_one_pair_is_explained():
-    text = ParallelText(SOURCE[:100], TARGET[:100], weight=0.001)
-    with pytest.raises(InputError, match=r"data.train_weights: 0.001 of the 100 pairs of corpus 2 is less than one"):
+    text = ParallelText(SOURCE[:100], TARGET[:100], "our.tsv", 0.009)
+    with pytest.raises(
+        InputError,
+        match=r"data.train_weights: 0.009 of the 100 pairs of our.tsv \(corpus 2 of 2\) is less than one pair an epoch",
+    ):
         prepare_training_pairs((TEXT, text), TOKENIZERS, FilterConfig(), 64, 64)
+
+
+def test_what_is_left_out_is_told_with_its_place():
+    text = ParallelText(["", *SOURCE[20:25], ""], ["a", *TARGET[20:25], "b"], "dev.tsv")
+    pairs = held_out_pairs(text, TOKENIZERS, 64, 64)
+    assert pairs.left_out == "2 empty" and held_out_pairs(TEXT, TOKENIZERS, 64, 64).left_out == ""
+    assert pairs.place(0) == "dev.tsv, line 2" and pairs.place(4) == "dev.tsv, line 6"
+    (both,) = prepare_training_pairs((TEXT, text), TOKENIZERS, FilterConfig(), 64, 64)
+    assert both.place(399) == "text (corpus 1 of 2), line 400"
+    assert both.place(400) == "dev.tsv (corpus 2 of 2), line 2"
+    # The line of the longest pair is named where it fits in no batch.
+    lines = [" ".join(["one"] * n) for n in (3, 2, 20, 4)]
+    last = ParallelText(["", *lines], ["a", *lines], "long.tsv")
+    (long,) = prepare_training_pairs((last,), TOKENIZERS, FilterConfig(), 200, 200)
+    tokens = int(long.lengths.max())
+    with pytest.raises(ConfigError, match=rf"longest pair \({tokens} tokens on one side, long.tsv, line 4\)"):
+        training_plan([long], BatchingConfig("packed", row_length=16), 0)
+    for variants in ([long], [pairs, long], [long, pairs]):
+        with pytest.raises(ConfigError, match=r"tokens on one side, for the pair of long.tsv, line 4. Give at least"):
+            training_plan(variants, BatchingConfig(tokens_per_batch=100), 0)
+
+
+def test_a_started_run_tells_what_the_validation_loss_leaves_out(one_device):
+    text = ParallelText(["", *SOURCE[:5]], ["a", *TARGET[:5]], "dev.tsv")
+    corpus = Corpus((TEXT,), text, TEXT)
+    (train,) = prepare_training_pairs(corpus.train, TOKENIZERS, FilterConfig(), 64, 64)
+    plan = training_plan([train], BatchingConfig(tokens_per_batch=640, num_shapes=2), 0)
+    config = Config(data=ParallelTextConfig())
+    layout = make_layout(tiny.config(), tiny.VOCABULARY, optax.sgd(1.0), one_device)
+    for held_out, expected in (
+        (held_out_pairs(text, TOKENIZERS, 64, 64), "400 training pairs, 6 validation (1 empty left out of the loss), "),
+        (held_out_pairs(ParallelText(SOURCE[:6], TARGET[:6]), TOKENIZERS, 64, 64), "pairs, 6 validation, 400 test"),
+    ):
+        assert expected in _description(config, corpus, train, held_out, plan, layout, one_device)
 
 
 # --- mixtures
@@ -142,16 +220,48 @@ def test_a_weight_too_small_for_one_pair_is_explained():
 
 def test_an_epoch_holds_each_corpus_as_often_as_it_weighs():
     mixture = Mixture((10, 30, 70), (1.0, 2.5, 0.25))
-    rng = np.random.default_rng(0)
-    epochs = [np.bincount(mixture.shuffled(rng), minlength=70) for _ in range(40)]
+    epochs = [np.bincount(mixture.pairs_of_epoch(0, epoch), minlength=70) for epoch in range(40)]
     for counts in epochs:
         assert (counts[:10] == 1).all()
         assert set(counts[10:30]) == {2, 3} and counts[10:30].sum() == 50
         assert set(counts[30:]) == {0, 1} and counts[30:].sum() == 10
-    assert (np.sum(epochs, axis=0)[30:] > 0).all()  # each epoch takes another quarter
-    np.testing.assert_array_equal(
-        Mixture((50,), (1.0,)).shuffled(np.random.default_rng(3)), np.random.default_rng(3).permutation(50)
-    )
+    assert (np.sum(epochs[4:8], axis=0)[30:] == 1).all()  # each epoch takes another quarter
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.4, 1.5, 0.07, 2.9])
+def test_a_fraction_is_of_every_pair_before_it_is_of_one_again(weight):
+    mixture = Mixture((50, 91), (1.0, weight))  # 41 pairs: no weight here divides them
+    seen = np.zeros(41, int)
+    whole = int(weight)
+    orders = []
+    for epoch in range(60):
+        pairs = mixture.pairs_of_epoch(7, epoch)
+        np.testing.assert_array_equal(pairs, mixture.pairs_of_epoch(7, epoch))
+        counts = np.bincount(pairs, minlength=91)
+        assert (counts[:50] == 1).all() and abs(counts[50:].sum() - weight * 41) < 1
+        seen += counts[50:] - whole
+        assert seen.max() - seen.min() <= 1 and abs(seen.sum() - (epoch + 1) * (weight - whole) * 41) < 1
+        if epoch + 1 == math.ceil(1 / (weight - whole)):
+            assert seen.min() == 1
+        orders += pairs[50 + 41 * whole :].tolist()
+    first, second = orders[:41], orders[41:82]  # two permutations, and other ones with another seed
+    assert first != second and sorted(first) == sorted(second) == list(range(50, 91))
+    assert not np.array_equal(mixture.pairs_of_epoch(8, 0), mixture.pairs_of_epoch(7, 0))
+
+
+def test_without_fractions_an_epoch_is_one_shuffle():
+    # Of the pairs, then of the batches: nothing else is drawn, so that runs go on as they began.
+    for ends, weights, pairs in (
+        ((50,), (1.0,), np.arange(50)),
+        ((20, 50), (3.0, 1.0), np.concatenate([np.tile(np.arange(20), 3), np.arange(20, 50)])),
+    ):
+        plan = BucketedPlan(np.full((50, 2), 16), [BatchShape(8, 16, 16)], 3, Mixture(ends, weights))
+        rng = np.random.default_rng((3, 5))
+        order = rng.permutation(pairs)
+        batches = [order[start : start + 8] for start in range(0, len(order), 8)]
+        expected = [batches[i] for i in rng.permutation(len(batches))]
+        for planned, of_batch in zip(plan.epoch(5), expected, strict=True):
+            np.testing.assert_array_equal(planned.pairs, of_batch)
 
 
 @pytest.mark.parametrize("form", ["bucketed", "packed"])
@@ -193,6 +303,20 @@ def test_tokenizers_are_learnt_once(monkeypatch):
     for text, other in ((TEXT, TokenizerConfig(vocab_size=41)), (ParallelText(SOURCE, SOURCE), config)):
         with pytest.raises(TypeError):
             prepare_tokenizers((text,), other)
+
+
+@pytest.mark.parametrize(
+    "source, target, joint, name",
+    [
+        (["a"] * 400, TARGET, False, "the source side of a.en and a.de, b.tsv"),
+        (SOURCE, ["a"] * 400, False, "the target side of a.en and a.de, b.tsv"),
+        (["a"], ["b"], True, "both sides of a.en and a.de, b.tsv"),
+    ],
+)
+def test_text_with_too_few_pieces_is_named(source, target, joint, name):
+    parts = [ParallelText(source, target, part) for part in ("a.en and a.de", "b.tsv")]
+    with pytest.raises(InputError, match=f"cannot learn tokenizer.vocab_size = 40 pieces from {name}: "):
+        prepare_tokenizers(parts, TokenizerConfig(vocab_size=40, joint=joint))
 
 
 @pytest.mark.parametrize("most", [1, 7, 100, 399, 400, 1000])

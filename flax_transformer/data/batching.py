@@ -6,7 +6,7 @@ position in the data is then two integers, exact, and independent of the number 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -70,21 +70,45 @@ class Mixture:
     Attributes:
         ends: index of the pair after the last of each corpus.
         weights: see `TextPart.weight`.
+        names: what messages call them; no part of the data, since files may be moved.
     """
 
     ends: tuple[int, ...]
     weights: tuple[float, ...]
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """Returns the pairs of an epoch in random order."""
+    def name_of(self, corpus: int) -> str:
+        """Returns what messages call a corpus, counted from 0."""
+        number = f"corpus {corpus + 1} of {len(self.ends)}"
+        if not self.names:
+            return number
+        return self.names[corpus] if len(self.ends) == 1 else f"{self.names[corpus]} ({number})"
+
+    def pairs_of_epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Returns the pairs of an epoch, corpus by corpus, the same at every call.
+
+        Epochs take the fraction of a weight from one permutation of the corpus after the other, each where the one
+        before it stopped, so that every pair has been seen once before any is seen twice. (Variants of the text that
+        keep different numbers of pairs, see `SubwordSamplingConfig`, have permutations of their own.)
+        """
+        dtype = index_dtype(self.ends[-1])
         chosen, start = [], 0
-        for end, weight in zip(self.ends, self.weights, strict=True):
+        for corpus, (end, weight) in enumerate(zip(self.ends, self.weights, strict=True)):
             whole, size = int(weight), end - start
-            chosen.append(np.tile(np.arange(start, end), whole))
-            if weight != whole:
-                chosen.append(start + rng.permutation(size)[: round((weight - whole) * size)])
+            chosen.append(np.tile(np.arange(start, end, dtype=dtype), whole))
+            first, last = (int(e * (weight - whole) * size + 0.5) for e in (epoch, epoch + 1))
+            for cycle in range(first // size, -(-last // size)):
+                # The last number is not 0, else the stream might be that of the epoch's own shuffle.
+                permutation = np.random.default_rng((seed, cycle, corpus + 1)).permutation(size)
+                share = permutation[max(first - cycle * size, 0) : last - cycle * size]
+                chosen.append(share.astype(dtype) + start)
             start = end
-        return rng.permutation(np.concatenate(chosen))
+        return np.concatenate(chosen)
+
+
+def index_dtype(num: int) -> type[np.signedinteger]:
+    """Returns the smaller integer type that holds indices of so many: there is an array entry for each pair."""
+    return np.int32 if num < 2**31 else np.int64
 
 
 class TokenizedPairs:
@@ -99,12 +123,12 @@ class TokenizedPairs:
     Args:
         source, target: the two sides.
         max_source_length, max_target_length: of the model.
-        filters: what to leave out beside empty and too long pairs.
+        filters: what to leave out beside empty and too long pairs; nothing when left out.
         marks: what filters must know of the text.
         mixture: of the corpora, over the original lines; one of weight 1 when left out.
 
     Raises:
-        InputError: no pair is left, of one of the corpora.
+        InputError: no pair is left, of one of the corpora, or less than one in an epoch.
     """
 
     def __init__(
@@ -120,25 +144,28 @@ class TokenizedPairs:
         self.source = source
         self.target = target
         lengths = np.stack([source.lengths, target.lengths], axis=1)
-        self.kept, self.dropped = filter_pairs(
-            lengths, marks, max_source_length, max_target_length, filters or FilterConfig()
+        filters = filters or FilterConfig()
+        self._lines = mixture or Mixture((len(lengths),), (1.0,))
+        kept, self.dropped = filter_pairs(
+            lengths, marks, max_source_length, max_target_length, filters, self._lines.ends, self._lines.weights
         )
-        ends, weights = ((len(lengths),), (1.0,)) if mixture is None else (mixture.ends, mixture.weights)
-        self.mixture = Mixture(tuple(np.searchsorted(self.kept, ends).tolist()), weights)
-        for number, size in enumerate(np.diff((0, *self.mixture.ends)), start=1):
-            if 0 < size and round(weights[number - 1] * size) == 0:
+        self.mixture = replace(self._lines, ends=tuple(np.searchsorted(kept, self._lines.ends).tolist()))
+        self.kept = kept.astype(index_dtype(len(lengths)))
+        for corpus, size in enumerate(np.diff((0, *self.mixture.ends)).tolist()):
+            name, weight = self._lines.name_of(corpus), self._lines.weights[corpus]
+            if 0 < size and weight * size < 1:
                 raise InputError(
-                    f"data.train_weights: {weights[number - 1]} of the {size} pairs of corpus {number} is less than "
-                    "one pair an epoch. Give it a larger weight, or leave it out."
+                    f"data.train_weights: {weight} of the {size} pairs of {name} is less than one pair an epoch. Give "
+                    "it a larger weight, or leave it out."
                 )
             if size == 0:
-                reasons = ", ".join(f"{count} {name}" for name, count in self.dropped.items())
-                which = "" if len(ends) == 1 else f" of corpus {number} of {len(ends)}"
+                reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+                loosen = "" if filters == FilterConfig() else ", or loosen section 'filters'"
                 raise InputError(
-                    f"no sentence pair{which} is left: of {len(lengths)} pairs in all, left out were {reasons}. Pairs "
-                    f"are empty when a side is, and too long beyond model.max_source_length ({max_source_length}) or "
-                    f"model.max_target_length ({max_target_length}) tokens. Check the files, raise the limits, or "
-                    "loosen section 'filters'."
+                    f"no sentence pair of {name} is left: of {len(lengths)} pairs in all, left out were {reasons}. "
+                    f"Pairs are empty when a side is, and too long beyond model.max_source_length "
+                    f"({max_source_length}) or model.max_target_length ({max_target_length}) tokens. Check the files, "
+                    f"or raise the limits{loosen}."
                 )
 
     def __len__(self) -> int:
@@ -150,14 +177,29 @@ class TokenizedPairs:
         digest = hashlib.sha256()
         if self.mixture != Mixture((len(self),), (1.0,)):
             digest.update(repr(self.mixture).encode())
-        for array in (self.source.ids, self.source.offsets, self.target.ids, self.target.offsets, self.kept):
+        if any(weight % 1 for weight in self.mixture.weights):
+            digest.update(b"slices of permutations")  # each epoch drew its share anew once, so positions differ
+        for array in (self.source.ids, self.source.offsets, self.target.ids, self.target.offsets):
             digest.update(np.ascontiguousarray(array).data)
+        digest.update(self.kept.astype(np.int64).data)
         return digest.hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """How many pairs were left out for which reason, as in "1,203 empty, 2 too long"; "" when none was."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
+
+    def place(self, pair: int) -> str:
+        """Returns what messages call the place of a kept pair: its corpus, and the line there."""
+        line = int(self.kept[pair])
+        corpus = int(np.searchsorted(self._lines.ends, line, side="right"))
+        return f"{self._lines.name_of(corpus)}, line {line - (0, *self._lines.ends)[corpus] + 1}"
 
     @property
     def lengths(self) -> np.ndarray:
         """[number of pairs, 2], source and target lengths with the end token."""
-        return np.stack([self.source.lengths[self.kept], self.target.lengths[self.kept]], axis=1)
+        sides = [self.source.lengths[self.kept], self.target.lengths[self.kept]]
+        return np.stack(sides, axis=1, dtype=np.int32)
 
 
 def data_fingerprint(variants: Sequence[TokenizedPairs]) -> str:
@@ -195,8 +237,14 @@ class Plan(Protocol):
         ...
 
 
-def rows_within(budget: int, length: int, pieces: int) -> int:
+def rows_within(budget: int, length: int, pieces: int, longest: str = "") -> int:
     """Returns how many rows of `length` tokens a budget holds, as a multiple of `ROW_MULTIPLE` for each of the pieces.
+
+    Args:
+        budget: padded tokens of a batch.
+        length: of a row, in tokens.
+        pieces: see `BatchingConfig.micro_batches`.
+        longest: where the pair stands that makes rows so long, for the message.
 
     Raises:
         ConfigError: not even one such multiple.
@@ -206,7 +254,8 @@ def rows_within(budget: int, length: int, pieces: int) -> int:
     if rows < multiple:
         raise ConfigError(
             f"batching.tokens_per_batch ({budget}) is too small: a batch has at least {multiple} rows, and a row has "
-            f"{length} tokens on one side. Give at least {multiple * length}, or lower the longest row: "
+            f"{length} tokens on one side{longest and f', for the pair of {longest}'}. Give at least "
+            f"{multiple * length}, or lower the longest row: "
             "model.max_source_length and model.max_target_length (bucketed), batching.row_length (packed)."
         )
     return rows

@@ -4,6 +4,8 @@ Every shape is one compiled program, so there are few; every padded token costs 
 chosen from the lengths that the corpus has.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from flax_transformer.data.batching import (
@@ -16,7 +18,9 @@ from flax_transformer.data.batching import (
 from flax_transformer.errors import InputError
 
 
-def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int, pieces: int = 1) -> list[BatchShape]:
+def choose_shapes(
+    lengths: np.ndarray, most: int, tokens_per_batch: int, pieces: int = 1, place: Callable[[int], str] | None = None
+) -> list[BatchShape]:
     """Returns at most `most` shapes, shortest first, with the least padding that so many shapes allow.
 
     Pairs are ordered by their longer side; a shape holds a range of that order and is as long, on each side, as the
@@ -27,6 +31,7 @@ def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int, pieces:
         most: number of shapes.
         tokens_per_batch: padded tokens at most, on the longer side.
         pieces: into which rows will be cut, see `BatchingConfig.micro_batches`.
+        place: of a pair, by its index, for messages.
 
     Raises:
         ConfigError: the budget does not hold `ROW_MULTIPLE` of the longest pairs for each piece.
@@ -54,7 +59,8 @@ def choose_shapes(lengths: np.ndarray, most: int, tokens_per_batch: int, pieces:
     while j:
         i = int(cut[k, j])
         source_length, target_length = (int(n) for n in rounded[i:j].max(axis=0))
-        rows = rows_within(tokens_per_batch, max(source_length, target_length), pieces)
+        longest = place(int(lengths.max(axis=1).argmax())) if place and not shapes else ""
+        rows = rows_within(tokens_per_batch, max(source_length, target_length), pieces, longest)
         shapes.append(BatchShape(rows, source_length, target_length))
         k, j = k - 1, i
     return shapes[::-1]
@@ -71,7 +77,7 @@ def assign_shapes(lengths: np.ndarray, shapes: list[BatchShape]) -> np.ndarray:
         raise InputError(
             f"pair {int(np.flatnonzero(~fits.any(axis=0))[0])} is longer than the largest batch shape {shapes[-1]}."
         )
-    return fits.argmax(axis=0)
+    return fits.argmax(axis=0).astype(np.min_scalar_type(len(shapes)))
 
 
 class BucketedPlan:
@@ -92,8 +98,11 @@ class BucketedPlan:
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
         """Returns the batches of an epoch; the last of each shape may be part full."""
-        rng = None if self.seed is None else np.random.default_rng((self.seed, epoch))
-        order = np.arange(len(self._shape_of_pair)) if rng is None else self.mixture.shuffled(rng)
+        if self.seed is None:
+            rng, order = None, np.arange(len(self._shape_of_pair))
+        else:
+            rng = np.random.default_rng((self.seed, epoch))
+            order = rng.permutation(self.mixture.pairs_of_epoch(self.seed, epoch))
         batches = []
         for index, shape in enumerate(self.shapes):
             members = order[self._shape_of_pair[order] == index]

@@ -1,5 +1,7 @@
 """Which training pairs are left out. Validation and test text is never filtered."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +17,8 @@ class FilterConfig:
     Attributes:
         max_length_ratio: pairs in which one side has more than so many times the other's tokens; 0 leaves none out.
         drop_identical: pairs whose two sides are the same text.
-        drop_duplicates: pairs that have occurred before.
+        drop_duplicates: pairs that occur elsewhere, too: each is kept once, in the corpus with the largest weight
+            (`data.train_weights`), of equal weights in the first, and there at its first place.
     """
 
     max_length_ratio: float = 0.0
@@ -47,6 +50,8 @@ def filter_pairs(
     max_source_length: int,
     max_target_length: int,
     config: FilterConfig,
+    ends: Sequence[int] = (),
+    weights: Sequence[float] = (),
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Returns the indices of the pairs that stay, and how many were left out for which reason (the first that holds).
 
@@ -55,6 +60,7 @@ def filter_pairs(
         marks: may be None when neither identical pairs nor duplicates are looked for.
         max_source_length, max_target_length: of the model.
         config: what else to leave out.
+        ends, weights: of the corpora, as in `Mixture`; one corpus when left out.
     """
     keep = np.ones(len(lengths), bool)
     dropped: dict[str, int] = {}
@@ -73,7 +79,24 @@ def filter_pairs(
         drop("identical", marks.identical)
     if config.drop_duplicates:
         assert marks is not None, "duplicates are known by their marks"
-        first = np.zeros(len(lengths), bool)
-        first[np.unique(marks.digests, return_index=True)[1]] = True
-        drop("duplicate", ~first)
+        drop("duplicate", ~_kept_of_equals(marks.digests, ends or (len(lengths),), weights or (1.0,)))
     return np.flatnonzero(keep), dropped
+
+
+def _kept_of_equals(digests: np.ndarray, ends: Sequence[int], weights: Sequence[float]) -> np.ndarray:
+    """Returns [number of pairs] bool, whether each is the one that stays of those that equal it."""
+    corpora = [slice(*bounds) for bounds in itertools.pairwise((0, *ends))]
+    looked_at = [corpora[i] for i in sorted(range(len(corpora)), key=lambda i: -weights[i])]  # equal ones as they stand
+    values = np.concatenate([digests[corpus] for corpus in looked_at])
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    first = np.ones(len(values), bool)  # of its equals, in order of value
+    first[1:] = values[1:] != values[:-1]
+    stays = np.empty_like(first)  # in the order that was looked at
+    stays[order] = first
+    kept, start = np.empty_like(first), 0
+    for corpus in looked_at:
+        size = corpus.stop - corpus.start
+        kept[corpus] = stays[start : start + size]
+        start += size
+    return kept

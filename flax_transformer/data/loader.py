@@ -49,10 +49,16 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
         ConfigError: the budget is too small for the longest pairs.
     """
     lengths = np.concatenate([pairs.lengths for pairs in variants])
+
+    def place(index: int) -> str:
+        starts = np.cumsum([0, *(len(pairs) for pairs in variants)])
+        variant = int(np.searchsorted(starts, index, side="right")) - 1
+        return variants[variant].place(index - int(starts[variant]))
+
     if config.form == "packed":
-        row = packed_shape(lengths, config)
+        row = packed_shape(lengths, config, place)
         return AlternatingPlan([PackedPlan(pairs.lengths, row, seed, pairs.mixture) for pairs in variants])
-    shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.micro_batches)
+    shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.micro_batches, place)
     return AlternatingPlan([BucketedPlan(pairs.lengths, shapes, seed, pairs.mixture) for pairs in variants])
 
 

@@ -4,6 +4,8 @@ References:
     Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (segments and restarting positions).
 """
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 
 from flax_transformer.data.batching import (
@@ -12,6 +14,7 @@ from flax_transformer.data.batching import (
     BatchShape,
     Mixture,
     PlannedBatch,
+    index_dtype,
     round_up,
     rows_within,
 )
@@ -19,24 +22,29 @@ from flax_transformer.errors import ConfigError
 
 # Rows that are filled side by side. More would leave less padding and draw pairs of one row from farther apart.
 OPEN_ROWS = 32
+# Pairs whose lengths are Python's integers at the same time.
+PAIRS_AT_ONCE = 65_536
 
 
-def packed_shape(lengths: np.ndarray, config: BatchingConfig) -> BatchShape:
+def packed_shape(lengths: np.ndarray, config: BatchingConfig, place: Callable[[int], str] | None = None) -> BatchShape:
     """Returns the one shape of packed batches: rows are as long as asked on the longer side, and on the other side as
     much shorter as that side is in the whole corpus.
 
     Args:
         lengths: [number of pairs, 2].
         config: budget and length of a row.
+        place: of a pair, by its index, for messages.
 
     Raises:
         ConfigError: a pair is longer than a row, or the budget does not hold `ROW_MULTIPLE` rows.
     """
     longest = lengths.max(axis=0)
     if longest.max() > config.row_length:
+        where = "" if place is None else f", {place(int(lengths.max(axis=1).argmax()))}"
         raise ConfigError(
             f"batching.row_length ({config.row_length}) is shorter than the longest pair ({longest.max()} tokens on "
-            "one side). Raise it, or lower model.max_source_length and model.max_target_length to drop such pairs."
+            f"one side{where}). Raise it, or lower model.max_source_length and model.max_target_length to drop such "
+            "pairs."
         )
     share = lengths.sum(axis=0) / lengths.sum(axis=0).max()
     sides = [
@@ -58,9 +66,9 @@ def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:
     # Plain integers: over 32 rows a loop is five times as fast as NumPy's calls.
     source_room, target_room = [shape.source_length] * OPEN_ROWS, [shape.target_length] * OPEN_ROWS
     members: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
-    row_of_pair = np.empty(len(lengths), np.int64)
+    row_of_pair = np.empty(len(lengths), index_dtype(len(lengths)))
     closed = 0
-    for pair, (source, target) in enumerate(lengths.tolist()):
+    for pair, (source, target) in enumerate(_plain(lengths)):
         chosen, least = -1, shape.source_length + shape.target_length + 1
         for row in range(OPEN_ROWS):
             if source <= source_room[row] and target <= target_room[row]:
@@ -80,6 +88,12 @@ def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:
         row_of_pair[last] = closed
         closed += 1
     return row_of_pair
+
+
+def _plain(lengths: np.ndarray) -> Iterator[list[int]]:
+    """Yields the rows of an array as lists of integers, of which few are in memory."""
+    for start in range(0, len(lengths), PAIRS_AT_ONCE):
+        yield from lengths[start : start + PAIRS_AT_ONCE].tolist()
 
 
 class PackedPlan:
@@ -102,7 +116,7 @@ class PackedPlan:
         """Returns the batches of an epoch, of which the last may be part full."""
         (shape,) = self.shapes
         rng = np.random.default_rng((self.seed, epoch))
-        order = self.mixture.shuffled(rng)
+        order = rng.permutation(self.mixture.pairs_of_epoch(self.seed, epoch))
         rows = pack(self.lengths[order], shape)
         by_row = np.argsort(rows, kind="stable")
         order, rows = order[by_row], rows[by_row]

@@ -24,7 +24,8 @@ class TextPart(Protocol):
 
     @property
     def weight(self) -> float:
-        """How many times an epoch holds its pairs; the fraction is another share of them in every epoch."""
+        """How many times an epoch holds its pairs; the fraction is another share of them in every epoch, until all have
+        been taken."""
         ...
 
     @property
@@ -80,7 +81,7 @@ class ParallelTextConfig:
         folder: where the files lie that are not given with an absolute path; relative to the working directory.
         train_source, train_target: training text, one file or several.
         train_weights: one for each of several training files: 2 has every pair twice in an epoch, 0.25 another quarter
-            of them in each; all 1 when left out.
+            of them in each, so that four epochs hold all; all 1 when left out.
         validation_source, validation_target: text for choosing and watching.
         test_source, test_target: text for the final figures.
         source_column, target_column: of .tsv files, from 1.

@@ -41,7 +41,8 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
             if kept.source.vocab_size and kept.target.vocab_size:
                 return kept
         shutil.rmtree(folder / key, ignore_errors=True)
-    tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config)
+    names = ", ".join(part.name for part in parts)
+    tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config, names)
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
     try:
@@ -99,7 +100,7 @@ def prepare_training_pairs(
     variants = []
     for sample in samples:
         tokens = tokenized_parts(parts, tokenizers, user_cache("tokens"), sample)
-        mixture = Mixture(tokens.ends, tuple(float(part.weight) for part in parts))
+        mixture = Mixture(tokens.ends, tuple(float(part.weight) for part in parts), tuple(part.name for part in parts))
         variants.append(
             TokenizedPairs(
                 tokens.source, tokens.target, max_source_length, max_target_length, filters, tokens.marks, mixture
@@ -111,7 +112,7 @@ def prepare_training_pairs(
 def held_out_pairs(
     text: ParallelText, tokenizers: TokenizerPair, max_source_length: int, max_target_length: int
 ) -> TokenizedPairs:
-    """Returns pairs of validation or test text; of its loss alone, empty and too long ones are no part.
+    """Returns pairs of validation or test text; of its loss alone, empty and too long ones are no part (`dropped`).
 
     Raises:
         InputError: no pair that is left.
@@ -121,4 +122,5 @@ def held_out_pairs(
         TokenizedText.from_lines(text.target, tokenizers.target),
         max_source_length,
         max_target_length,
+        mixture=Mixture((len(text.source),), (1.0,), (text.name,)),
     )

@@ -117,10 +117,14 @@ def number_words_corpus(config: NumberWordsConfig) -> Corpus:
         train.append(np.resize(rest, count))
         left -= count
 
-    def pairs(parts: list[np.ndarray]) -> ParallelText:
+    def pairs(parts: list[np.ndarray], name: str) -> ParallelText:
         numbers = rng.permutation(np.concatenate(parts))
         return ParallelText(
-            [english_number_words(int(n)) for n in numbers], [german_number_words(int(n)) for n in numbers]
+            [english_number_words(int(n)) for n in numbers], [german_number_words(int(n)) for n in numbers], name
         )
 
-    return Corpus(train=(pairs(train),), validation=pairs(validation), test=pairs(test))
+    return Corpus(
+        train=(pairs(train, "the number words for training"),),
+        validation=pairs(validation, "the number words for validation"),
+        test=pairs(test, "the number words for testing"),
+    )

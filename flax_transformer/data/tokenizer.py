@@ -2,10 +2,11 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
@@ -16,6 +17,8 @@ PAD_ID, START_ID, END_ID, UNKNOWN_ID = 0, 1, 2, 3
 NUM_SPECIAL = 4
 # Where this piece stands a vocabulary ends: text may be cut into the pieces after it, but they are unknown to a model.
 END_OF_VOCABULARY = "<end of vocabulary>"
+# What stands before a text that is meant for a model of many languages, such as ">>deu<<".
+LANGUAGE = re.compile(">>.*?<<", re.DOTALL)
 
 # A unigram model depends on the number of threads that trained it; a fixed number makes it reproducible.
 TRAINING_THREADS = 1
@@ -124,10 +127,18 @@ class Tokenizer:
         self._num_pieces = self._processor.get_piece_size()
         end = self._processor.piece_to_id(END_OF_VOCABULARY)
         self._vocab_size = self._num_pieces if end == self._processor.unk_id() else end
+        unused = [i for i in range(self._vocab_size) if self._processor.is_unused(i)]
+        names = dict(zip(self.pieces(unused), unused, strict=True))
+        self._languages = {name: i for name, i in names.items() if LANGUAGE.fullmatch(name)}
 
     @classmethod
-    def train(cls, lines: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
+    def train(cls, lines: Iterable[str], config: TokenizerConfig, name: str = "this text") -> "Tokenizer":
         """Returns a tokenizer learnt from `lines`.
+
+        Args:
+            lines: the text.
+            config: how to learn.
+            name: what messages call the text.
 
         Raises:
             InputError: the text holds fewer pieces than `vocab_size` asks for, or nothing at all.
@@ -152,7 +163,7 @@ class Tokenizer:
         except RuntimeError as error:
             reason = str(error).split("] ")[-1].strip()
             raise InputError(
-                f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from this text: "
+                f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from {name}: "
                 f"{reason} Give it more text, or a vocab_size between its number of distinct characters and the limit "
                 "it names."
             ) from error
@@ -169,7 +180,14 @@ class Tokenizer:
         return hashlib.sha256(self.model).hexdigest()
 
     def encode(self, lines: Sequence[str], sample: SubwordSample | None = None) -> list[list[int]]:
-        """Returns the ids of each line, without start and end token: the best segmentation, or a random one."""
+        """Returns the ids of each line, without start and end token: the best segmentation, or a random one.
+
+        Where the vocabulary has language tokens that no text is cut into, one that a line begins with is taken off
+        before the line is cut; one that the vocabulary does not have is a single unknown token.
+        """
+        languages = [LANGUAGE.match(line) for line in lines] if self._languages else []
+        if any(languages):
+            lines = [line[found.end() :] if found else line for line, found in zip(lines, languages, strict=True)]
         if sample is None:
             encoded = self._processor.encode(list(lines), out_type=int)
         else:
@@ -177,9 +195,12 @@ class Tokenizer:
             encoded = self._processor.encode(  # one thread, since each has a generator of its own
                 list(lines), out_type=int, enable_sampling=True, nbest_size=-1, alpha=sample.alpha, num_threads=1
             )
-        if self._vocab_size == self._num_pieces:
-            return encoded
-        return [[i if i < self._vocab_size else UNKNOWN_ID for i in ids] for ids in encoded]
+        if self._vocab_size < self._num_pieces:
+            encoded = [[i if i < self._vocab_size else UNKNOWN_ID for i in ids] for ids in encoded]
+        for ids, found in zip(encoded, languages, strict=False):
+            if found:
+                ids.insert(0, self._languages.get(found[0], UNKNOWN_ID))
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids; special ids other than unknown give nothing."""
@@ -188,6 +209,27 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the surface form of each id."""
         return [self._processor.id_to_piece(i) for i in ids]
+
+    def encoded_spans(self, line: str) -> list[tuple[int, int]]:
+        """Returns which bytes (of UTF-8) of a line each of its ids, as of `encode`, stands for: begin and end."""
+        found = LANGUAGE.match(line) if self._languages else None
+        language = found[0] if found else ""
+        size = len(language.encode())
+        spans = _spans(self._processor.encode(line.removeprefix(language), out_type="serialized_proto"))
+        return [(0, size)] * bool(found) + [(begin + size, end + size) for begin, end in spans]
+
+    def decoded_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns which bytes (of UTF-8) of the text of ids, as of `decode`, each of them became: begin and end."""
+        return _spans(self._processor.decode(list(ids), out_type="serialized_proto"))
+
+
+def _spans(serialized: bytes) -> list[tuple[int, int]]:
+    """Returns begin and end of each piece of what SentencePiece has done."""
+    from sentencepiece import sentencepiece_pb2 as made_by_protobuf
+
+    sentencepiece_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
+    text = sentencepiece_pb2.SentencePieceText.FromString(serialized)
+    return [(piece.begin, piece.end) for piece in text.pieces]
 
 
 class TokenizerPair:
@@ -208,12 +250,17 @@ class TokenizerPair:
         return f"{self.source.fingerprint}-{self.target.fingerprint}"
 
     @classmethod
-    def train(cls, source: Sequence[str], target: Sequence[str], config: TokenizerConfig) -> "TokenizerPair":
-        """Returns tokenizers learnt from the two sides of the training text; errors as `Tokenizer.train`."""
+    def train(
+        cls, source: Sequence[str], target: Sequence[str], config: TokenizerConfig, name: str = "this text"
+    ) -> "TokenizerPair":
+        """Returns tokenizers learnt from the two sides of the training text; for the rest see `Tokenizer.train`."""
         if config.joint:
-            both = Tokenizer.train([*source, *target], config)
+            both = Tokenizer.train([*source, *target], config, f"both sides of {name}")
             return cls(both, both)
-        return cls(Tokenizer.train(source, config), Tokenizer.train(target, config))
+        return cls(
+            Tokenizer.train(source, config, f"the source side of {name}"),
+            Tokenizer.train(target, config, f"the target side of {name}"),
+        )
 
     def save(self, folder: Path) -> None:
         """Writes joint.model, or source.model and target.model, into `folder`."""
