@@ -246,7 +246,9 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     layout = make_layout(model, vocabulary, make_optimizer(OptimizerConfig(), schedule), mesh)
     step = jit_train_step(layout, schedule, 0.1, 0, mesh)
     shape = BatchShape(options.rows, options.length, options.length)
-    train = compile_logged("train step", log_folder, lambda: compile_steps(step, layout, [shape], mesh)[tuple(shape)])
+    train = compile_logged(
+        "train step", log_folder, lambda: compile_steps(step, layout.abstract, [shape], mesh)[tuple(shape)]
+    )
 
     # --- the search, whose caches are whole, as on a TPU: jax itself runs on a CPU here
     kv_cache.SHORTEST_PIECE = output_length

@@ -85,7 +85,7 @@ def trainer(work: Work, options: Options) -> Any:
     layout = make_layout(model, vocabulary, make_optimizer(optimizer, schedule), mesh)
     step = jit_train_step(layout, schedule, 0.1, 0, mesh)
     rows = work.tokens // work.length
-    (compiled,) = compile_steps(step, layout, [BatchShape(rows, work.length, work.length)], mesh).values()
+    (compiled,) = compile_steps(step, layout.abstract, [BatchShape(rows, work.length, work.length)], mesh).values()
     rng = np.random.default_rng(0)
 
     def side() -> tuple[np.ndarray, ...]:

@@ -78,7 +78,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), mesh)
     step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
     shapes = [(*b.source_tokens.shape, b.target_tokens.shape[1]) for b in batches]
-    compiled = compile_steps(step, layout, plan.shapes, mesh)
+    compiled = compile_steps(step, layout.abstract, plan.shapes, mesh)
     state = init_state(config.model, vocabulary, layout, config.training.seed)
 
     def train() -> None:

@@ -77,6 +77,15 @@ class TrainingConfig:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
 
 
+Method = Literal["beam", "sampling"]
+
+# Fields of `DecodingConfig` that one method alone looks at.
+METHOD_FIELDS: dict[Method, tuple[str, ...]] = {
+    "beam": ("coverage_penalty", "stop", "patience"),
+    "sampling": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility"),
+}
+
+
 @dataclass(frozen=True)
 class DecodingConfig:
     """How to translate.
@@ -94,6 +103,8 @@ class DecodingConfig:
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch.
         min_length: fewest tokens of an output, end token not counted.
+        force_end: whether an output that reaches its maximum length is closed there by the end token, which then costs
+            nothing, as Hugging Face's forced_eos_token_id does; without it such an output is unfinished.
         no_repeat_ngram: no sequence of so many tokens occurs twice in an output; 0 allows all.
         repetition_penalty: factor on the log-probabilities of tokens that have occurred, at least 1; part of the score.
         ban_unknown: whether outputs may not hold the unknown token.
@@ -106,7 +117,7 @@ class DecodingConfig:
         batch_rows: sentences decoded together; a part-full batch is filled up with padding.
     """
 
-    method: Literal["beam", "sampling"] = "beam"
+    method: Method = "beam"
     beam_size: int = 5
     length_penalty: str = "gnmt:0.6"
     coverage_penalty: float = 0.0
@@ -115,6 +126,7 @@ class DecodingConfig:
     max_length_factor: float = 2.0
     max_length_offset: int = 10
     min_length: int = 0
+    force_end: bool = False
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
     ban_unknown: bool = False
@@ -164,17 +176,24 @@ class DecodingConfig:
     def _check_method(self) -> None:
         """Raises a `ConfigError` if a field is set that the method does not look at."""
         SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
-        others = {
-            "beam": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility"),
-            "sampling": ("coverage_penalty", "stop", "patience"),
-        }[self.method]
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in others:
+        if self.mbr_utility != defaults["mbr_utility"] and not self.mbr_samples:
+            raise ConfigError(
+                f"decoding.mbr_utility ({self.mbr_utility}) compares the samples of decoding.mbr_samples, and that is "
+                "0. Say how many to draw, or leave mbr_utility out."
+            )
+        for name in METHOD_FIELDS["sampling" if self.method == "beam" else "beam"]:
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"decoding.{name} ({getattr(self, name)}) and decoding.method: {self.method} contradict each "
                     f"other: that method does not use it. Leave {name} out, or choose the other method."
                 )
+
+    def with_method(self, method: Method) -> "DecodingConfig":
+        """Returns these settings for a method, without those that the other one alone looks at."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        others = [name for other, names in METHOD_FIELDS.items() if other != method for name in names]
+        return dataclasses.replace(self, method=method, **{name: defaults[name] for name in others})
 
     @property
     def sampling(self) -> SamplingConfig | None:

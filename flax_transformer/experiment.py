@@ -1,5 +1,6 @@
 """A whole run: corpus, tokenizer, training, evaluation, pictures."""
 
+import functools
 import platform
 import time
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
-from flax_transformer.training.loop import compile_steps, train_loop
+from flax_transformer.training.loop import compile_steps, shape_of, train_loop
 from flax_transformer.training.metrics import LossSummary
 from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
@@ -81,6 +82,9 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     corpus = load_corpus(config.data)
     parent = None if config.init_from is None or resume else _parent(config)
     tokenizers = folder.tokenizers() if resume else tokenizers_of_new_run(config, corpus)
+    if resume:
+        with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
+            checkpoints.check_tokenizers()
     limits = config.model.max_source_length, config.model.max_target_length
     train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits, config.subword_sampling)
     fingerprint = data_fingerprint(train)
@@ -99,7 +103,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
-    start = None if parent is None else _best_params(parent, layout)
+    start = None if parent is None else _best_params(parent, layout, tokenizers)
     step = jit_train_step(
         layout,
         schedule,
@@ -108,16 +112,25 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         mesh,
         config.batching.micro_batches,
     )
+    # Made of shapes: what is evaluated gets its copies of the parameters when it is, and gives them back.
+    translator = Translator(config.model, tokenizers, layout.abstract.params, config.decoding, mesh)
+    watch = Validation(config, corpus.validation, validation, validation_plan, translator, layout)
+
+    def compile_all() -> tuple[dict[tuple[int, ...], Any], float]:
+        clock = time.monotonic()
+        compiled = compile_steps(step, layout.abstract, plan.shapes, mesh)
+        watch.compile()
+        translator.compile(corpus.test.source)
+        return compiled, time.monotonic() - clock
+
     compiled, compile_seconds = {}, 0.0
     if not resume:
-        clock = time.monotonic()
-        compiled = compile_steps(step, layout, plan.shapes, mesh)
-        compile_seconds = time.monotonic() - clock
+        compiled, compile_seconds = compile_all()
         # Everything that the user can get wrong has been looked at: now there is a run.
         folder.create(config, tokenizers)
 
     keep = config.training.keep_newest, config.training.keep_best
-    with Checkpoints(folder.checkpoints, keep) as checkpoints:
+    with Checkpoints(folder.checkpoints, keep, tokenizers.fingerprint) as checkpoints:
         if resume and checkpoints.latest_step() is not None:
             restored = checkpoints.restore(layout)
             state, position = restored.state, restored.position
@@ -128,32 +141,28 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 )
         else:
             if resume and config.init_from is not None:  # stopped before its first checkpoint
-                start = _best_params(_parent(config), layout)
+                start = _best_params(_parent(config), layout, tokenizers)
             state = init_state(config.model, vocabulary, layout, config.training.seed)
             state = state if start is None else state.starting_from(start)
             position = Position(0, 0)
         first_step = int(state.step)
         if resume:
             if first_step < config.training.steps:
-                clock = time.monotonic()
-                compiled = compile_steps(step, layout, plan.shapes, mesh)
-                compile_seconds = time.monotonic() - clock
+                compiled, compile_seconds = compile_all()
                 folder.card_file.unlink(missing_ok=True)  # it tells of a training that was shorter
             folder.update_config(config)
 
         with RunLog(folder, first_step) as log:
-            log.say(_description(config, corpus, train[0], plan, layout, mesh))
+            log.say(_description(config, corpus, train[0], validation, plan, layout, mesh))
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
             if compiled:
                 largest = max(needed_bytes(program) for program in compiled.values())
                 log.say(
-                    f"compiled {len(compiled)} shapes in {compile_seconds:.1f} s; a step needs at most "
-                    f"{largest / 2**20:,.0f} MiB on each device"
+                    f"compiled {len(compiled)} shapes, and evaluation, in {compile_seconds:.1f} s; a step needs at "
+                    f"most {largest / 2**20:,.0f} MiB on each device"
                 )
 
-            translator = Translator(config.model, tokenizers, state.usable, config.decoding, mesh)
-            watch = Validation(config, corpus.validation, validation, validation_plan, translator, layout, log)
             clock = time.monotonic()
             state, signal = train_loop(
                 state,
@@ -163,7 +172,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 mesh,
                 log,
                 save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
-                evaluate=watch,
+                evaluate=functools.partial(watch, log),
                 history=watch.history(folder),
                 cost=ProductCost.of(layout.shapes.params),
                 peak=peak_flops(mesh, config.model.compute_dtype),
@@ -199,17 +208,17 @@ class Validation:
         plan: Plan,
         translator: Translator,
         layout: StateLayout,
-        log: RunLog,
     ):
         num = config.training.evaluate_sentences
         self.source, self.target = text.source[:num], text.target[:num]
         self.pairs = pairs
         self.plan = plan
+        self.params = layout.abstract.params
         self.step = jit_evaluation_step(layout, config.training.label_smoothing, translator.mesh)
+        self.compiled: dict[tuple[int, ...], Any] = {}
         self.translator = translator
         self.bleu_tokenizer = config.evaluation.bleu_tokenizer
         self.best_by = config.training.best_by
-        self.log = log
 
     def quality(self, record: dict[str, Any]) -> float:
         """Returns what `training.best_by` makes of an evaluation's figures, the higher the better."""
@@ -219,14 +228,23 @@ class Validation:
         """Returns the qualities of the evaluations that a run has had so far."""
         return [self.quality(r) for r in read_metrics(folder.metrics_file) if r["kind"] == "validation"]
 
-    def __call__(self, params: Any, step: int) -> float:
+    def compile(self) -> None:
+        """Compiles all that an evaluation needs.
+
+        Raises:
+            ConfigError: it needs more memory than a device has.
+        """
+        self.compiled = compile_steps(self.step, self.params, self.plan.shapes, self.translator.mesh)
+        self.translator.compile(self.source)
+
+    def __call__(self, log: RunLog, params: Any, step: int) -> float:
         """Logs loss and scores of `params`, and returns their quality."""
         clock = time.monotonic()
-        with jax.set_mesh(self.translator.mesh):
-            sums = [  # one after the other: see `MOST_UNDER_WAY` of the training loop
-                jax.device_get(self.step(params, jax.device_put(batch, batch_sharding(self.translator.mesh))))
-                for batch in evaluation_batches(self.pairs, self.plan)
-            ]
+        sharding = batch_sharding(self.translator.mesh)
+        sums = [  # one after the other: see `MOST_UNDER_WAY` of the training loop
+            jax.device_get(self.compiled[shape_of(batch)](params, jax.device_put(batch, sharding)))
+            for batch in evaluation_batches(self.pairs, self.plan)
+        ]
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*sums, strict=True)))
         hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
         scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
@@ -239,8 +257,8 @@ class Validation:
             "chrf": scores.chrf,
             "exact_match": scores.exact_match,
         }
-        self.log.record("validation", record)
-        self.log.say(
+        log.record("validation", record)
+        log.say(
             f"validation at step {step}: loss {loss.loss:.3f} ppl {loss.perplexity:.2f} acc {100 * loss.accuracy:.1f}% "
             f"BLEU {scores.bleu:.2f} chrF {scores.chrf:.2f} exact {scores.exact_match:.1f}% "
             f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
@@ -276,9 +294,9 @@ def _parent(config: Config) -> RunFolder:
     return parent
 
 
-def _best_params(parent: RunFolder, layout: StateLayout) -> Any:
-    """Returns the parameters of a run's best checkpoint, in the shardings of `layout`."""
-    with Checkpoints(parent.checkpoints) as checkpoints:
+def _best_params(parent: RunFolder, layout: StateLayout, tokenizers: TokenizerPair) -> Any:
+    """Returns the parameters of a run's best checkpoint, in the shardings of `layout`; it must have the tokenizers."""
+    with Checkpoints(parent.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
         return checkpoints.restore_params(checkpoints.choose("best"), layout.abstract.params)
 
 
@@ -301,8 +319,7 @@ def _check_same(folder: RunFolder, name: str, before: Any, now: Any) -> None:
 
 def describe_pairs(pairs: TokenizedPairs) -> str:
     """Returns how many training pairs there are, and how many were left out for which reason."""
-    left_out = ", ".join(f"{count:,} {name}" for name, count in pairs.dropped.items() if count)
-    return f"{len(pairs):,} training pairs" + (f" ({left_out} left out)" if left_out else "")
+    return f"{len(pairs):,} training pairs" + (f" ({pairs.left_out} left out)" if pairs.left_out else "")
 
 
 def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
@@ -319,11 +336,18 @@ def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
 
 
 def _description(
-    config: Config, corpus: Corpus, train: TokenizedPairs, plan: Plan, layout: StateLayout, mesh: Mesh
+    config: Config,
+    corpus: Corpus,
+    train: TokenizedPairs,
+    validation: TokenizedPairs,
+    plan: Plan,
+    layout: StateLayout,
+    mesh: Mesh,
 ) -> str:
+    without = f" ({validation.left_out} left out of the loss)" if validation.left_out else ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
-        f"run {config.run}: {describe_pairs(train)}, {len(corpus.validation.source):,} validation, "
+        f"run {config.run}: {describe_pairs(train)}, {len(corpus.validation.source):,} validation{without}, "
         f"{len(corpus.test.source):,} test\n"
         f"model {config.model.description}: {layout.num_parameters:,} parameters; mesh {axes} on "
         f"{jax.devices()[0].device_kind}\n" + describe_batches(train, plan)

@@ -49,8 +49,8 @@ MODELS = {
 DECODING = DecodingConfig(beam_size=3, batch_rows=4, max_length_factor=0.5, max_length_offset=6)
 
 
-def params_of(model, seed: int):
-    graphdef, abstract = abstract_model(model, vocabulary_info(TOKENIZERS))
+def params_of(model, seed: int, tokenizers: TokenizerPair = TOKENIZERS):
+    graphdef, abstract = abstract_model(model, vocabulary_info(tokenizers))
     return nnx.to_pure_dict(nnx.state(randomised(nnx.merge(graphdef, abstract), seed)))
 
 
@@ -97,13 +97,31 @@ def test_no_composition_of_a_batch_changes_a_bit(translator):
         seen += len(chosen)
 
 
-def test_samples_hold_neither_padding_nor_start_and_end_with_an_error_where_nothing_is_allowed(translators):
+def test_samples_hold_neither_padding_nor_start(translators):
     sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_rows=4, temperature=5.0))
     for found in sampler.translate(ALIKE[:4], num_hypotheses=16):
         assert not {"<pad>", "<s>"} & {token for h in found.hypotheses for token in h.tokens}
-    spoilt = jax.tree.map(lambda leaf: leaf * np.nan, sampler.params)
-    with pytest.raises(DivergenceError, match="found no output at all"):
-        sampler.with_params(spoilt).translate(ALIKE[:1])
+
+
+@pytest.mark.parametrize("method", ["beam", "sampling"])
+def test_a_sentence_without_any_output_is_named_with_the_cause(method):
+    # With four tokens beside padding, start and end, an output of 20 that are all different cannot be.
+    tokenizers = TokenizerPair.train(["ab ba"] * 3, ["ab ba"] * 3, TokenizerConfig("char", 8))
+    assert tokenizers.target.vocab_size == 7
+    model, mesh = MODELS["transformer"], make_mesh(MeshConfig(), jax.devices()[:1])
+    decoding = DecodingConfig(method, beam_size=2, length_penalty="average:1.0", batch_rows=2)
+    translator = Translator(model, tokenizers, params_of(model, 1, tokenizers), decoding, mesh)
+    spoilt = translator.with_params(jax.tree.map(lambda leaf: leaf * np.nan, translator.params))
+    rules: dict[str, Any] = {"min_length": 20, "no_repeat_ngram": 1}
+    by_rules = r"the rules that are set \(decoding.min_length: 20, decoding.no_repeat_ngram: 1\) leave no token"
+    for made, changes, error, cause in (
+        (translator, rules, ConfigError, by_rules),
+        (spoilt, rules, DivergenceError, "the model's scores are not finite: the training has diverged"),
+        (spoilt, {}, DivergenceError, "the model's scores are not finite: the training has diverged"),
+    ):
+        with pytest.raises(error, match=r"sentence 2 \('ba b'\): the search found no output at all, since " + cause):
+            made.translate(["", "ba b"], **changes)
+    assert translator.translate(["", "ba b"])[1].tokens
 
 
 def test_samples_do_not_depend_on_the_batch(translators):
@@ -155,8 +173,6 @@ def test_score_gives_what_translate_gave_token_by_token(translator):
     for sentence, found in zip(ALIKE[:12], translator.translate(ALIKE[:12], num_hypotheses=3), strict=True):
         source = TOKENIZERS.source.encode([sentence])[0]
         for hypothesis in found.hypotheses:
-            if not hypothesis.tokens:
-                continue
             (score,) = scorer.score_ids([source], [ids_of(hypothesis)], end=hypothesis.finished)
             np.testing.assert_allclose(score.token_scores, hypothesis.token_scores, rtol=1e-5, atol=2e-6)
             assert score.score == pytest.approx(hypothesis.score, rel=1e-5)
@@ -172,11 +188,23 @@ def test_scores_of_text_and_perplexity(translator):
     assert corpus_perplexity(scores) == pytest.approx(np.exp(-sum(s.log_prob for s in scores) / count))
     for sources, targets, message in (
         (["one"], [], "1 sources and 0 targets"),
-        (["one", "two"], ["eins", ""], "target line 2 has 0 tokens, and a line that is scored has between 1 and 47"),
-        (["one " * 60], ["eins"], "source line 1 has .* tokens, and a line that is scored has between 1 and 47"),
+        (["one", ""], ["eins", "zwei"], "source line 2 is empty, and its target is not"),
+        (["one"], ["eins " * 60], "target line 1 has .* tokens, and the model's outputs have at most 47"),
     ):
         with pytest.raises(InputError, match=message):
             scorer.score(sources, targets)
+
+
+def test_what_translate_makes_of_an_empty_and_of_a_long_line_is_scored_as_it_was(translator):
+    long, end_at_once = "one " * 60, translator.tokenizers.source.encode(["one"])
+    (empty, cut) = translator.translate(["", long])
+    scores = Scorer(translator).score(["", long, "one"], [empty.text, cut.text, ""])
+    assert (scores[0].score, scores[0].tokens, scores[0].token_scores) == (empty.score, [], [])
+    assert [score.truncated for score in scores] == [False, True, False]
+    if cut.hypotheses[0].finished and scores[1].tokens == cut.tokens:
+        assert scores[1].score == pytest.approx(cut.score, rel=1e-5)
+    (nothing,) = Scorer(translator).score_ids(end_at_once, [[]])
+    assert len(nothing.token_scores) == 1 and nothing == scores[2] and nothing.score < 0
 
 
 # --- options
@@ -225,6 +253,29 @@ def test_outputs_obey_what_is_asked(translators):
     assert different(repeated) > different(usual)
 
 
+def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(translators):
+    translator = translators["transformer"]
+    limits: dict[str, Any] = {"max_length_factor": 0.0, "max_length_offset": 5}
+    text, prefixes = ALIKE[:8], ["ein", ""] * 4
+    cut = translator.translate(text, num_hypotheses=3, prefixes=prefixes, **limits)
+    closed = translator.translate(text, num_hypotheses=3, prefixes=prefixes, force_end=True, **limits)
+    assert any(not h.finished for t in cut for h in t.hypotheses)
+    hypotheses = [h for t in closed for h in t.hypotheses]
+    assert all(h.finished and len(h.tokens) < 5 for h in hypotheses)
+    at_limit = [h for h in hypotheses if len(h.tokens) == 4]
+    assert at_limit and all(h.token_scores[-1] == 0.0 for h in at_limit)
+    assert all(h.token_scores[-1] < 0.0 for h in hypotheses if len(h.tokens) < 4)
+    pieces = TOKENIZERS.target.pieces(TOKENIZERS.target.encode(["ein"])[0])
+    assert all(h.tokens[: len(pieces)] == pieces for t in closed[::2] for h in t.hypotheses)
+    sampler = translator.with_decoding(DecodingConfig("sampling", batch_rows=4, force_end=True, **limits))
+    assert all(h.finished for t in sampler.translate(text[:4], num_hypotheses=8) for h in t.hypotheses)
+    # One that must hold phrases is not closed, since it may lack some.
+    required = [["neunhundert", "zwanzig"]] * 2
+    assert translator.translate(text[:2], required=required, force_end=True, **limits) == translator.translate(
+        text[:2], required=required, **limits
+    )
+
+
 def test_outputs_hold_what_is_required_or_say_that_they_do_not(translators):
     translator = translators["transformer"]
     asked = [["neun"], [], ["ein", "zwei"], ["zwanzig", "dreihundert"]]
@@ -246,11 +297,14 @@ def holds(tokens: list[str], text: str) -> bool:
     return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens)))
 
 
+def with_probable_unknown(translator: Translator) -> Translator:
+    """A translator whose outputs hold the unknown token."""
+    table = translator.params["target_embedding"]["table"]
+    return translator.with_params(translator.params | {"target_embedding": {"table": table.at[3].multiply(9.0)}})
+
+
 def test_unknown_tokens_are_banned(translators):
-    translator = translators["transformer"]
-    params = translator.params
-    sharpened = params | {"target_embedding": {"table": params["target_embedding"]["table"].at[3].multiply(9.0)}}
-    unsure = translator.with_params(sharpened)
+    unsure = with_probable_unknown(translators["transformer"])
     assert any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30]))
     assert not any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30], ban_unknown=True))
 
@@ -267,16 +321,21 @@ def test_coverage_lowers_the_scores_by_what_the_attention_missed(translators):
 
 
 def test_attention_comes_with_the_search_and_becomes_an_alignment(translator):
-    (found,) = translator.translate(ALIKE[:1], attention=True, num_hypotheses=2)
-    for hypothesis in found.hypotheses:
-        assert hypothesis.attention.shape == (len(hypothesis.token_scores), len(found.source) + 1)
-        np.testing.assert_allclose(hypothesis.attention.sum(axis=1), 1.0, rtol=1e-5)
-        text = word_alignment(found.source, hypothesis.tokens, hypothesis.attention)
-        pairs = [tuple(map(int, pair.split("-"))) for pair in text.split()]
-        words = ALIKE[0].split()
-        assert all(0 <= s < len(words) for s, _ in pairs) and pairs == sorted(pairs, key=lambda p: (p[1], p[0]))
-    weights = np.array([[0.1, 0.2, 0.7, 0.0], [0.8, 0.1, 0.1, 0.0], [0.0, 0.0, 0.1, 0.9]])
-    assert word_alignment(["\u2581a", "\u2581ro", "se"], ["\u2581x", "\u2581y"], weights) == "1-0 0-1"
+    sentence = f"{ALIKE[0]} \u4e2d one"  # a character that the vocabulary does not hold
+    for made in (translator, with_probable_unknown(translator)):
+        (found,) = made.translate([sentence], attention=True, num_hypotheses=2)
+        assert [len(words) for words in found.source_words] == [1] * len(found.source)
+        for hypothesis in found.hypotheses:
+            weights = hypothesis.attention
+            assert weights is not None and weights.shape == (len(hypothesis.token_scores), len(found.source) + 1)
+            np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-5)
+            text = word_alignment(found.source_words, hypothesis.words, weights)
+            pairs = [tuple(map(int, pair.split("-"))) for pair in text.split()]
+            assert pairs == sorted(pairs, key=lambda p: (p[1], p[0]))
+            assert {s for s, _ in pairs} <= set(range(len(sentence.split())))
+            assert {t for _, t in pairs} == set(range(len(hypothesis.text.split())))
+    assert "<unk>" in found.tokens
+    assert translator.translate([sentence])[0].source_words == []  # nobody asked
 
 
 def test_an_ensemble_averages_probabilities(translators, tmp_path):
@@ -299,6 +358,9 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             )
             each.append(np.exp(scores[0].token_scores))
         np.testing.assert_allclose(np.exp(found.hypotheses[0].token_scores), np.mean(each, axis=0), rtol=1e-4)
+        best = found.hypotheses[0]
+        (score,) = Scorer(both).score_ids(source, [ids_of(best)], end=best.finished)
+        np.testing.assert_allclose(score.token_scores, best.token_scores, rtol=1e-5, atol=2e-6)
     with pytest.raises(RunFolderError, match="cannot be an ensemble: all need the same section 'model'"):
         Translator.load([tmp_path / "transformer_1", tmp_path / "recurrent_1"], mesh)
 
@@ -349,6 +411,23 @@ def make_run(path: Path, model, seed: int) -> Path:
         (
             {"required": [["ein"], []], "banned_phrases": ("ein",)},
             r"required phrase 'ein' of sentence 1 and decoding.banned_phrases \('ein'\) contradict each other",
+        ),
+        (
+            {"required": [[], ["neun neun"]], "no_repeat_ngram": 2},
+            r"required phrase 'neun neun' of sentence 2 and decoding.no_repeat_ngram \(2\) contradict each other, "
+            "since it holds '\u2581 neun' twice: leave out one of them",
+        ),
+        (
+            {"prefixes": ["", "neun neun"], "no_repeat_ngram": 2},
+            r"prefix 2 \('neun neun'\) and decoding.no_repeat_ngram \(2\) contradict each other, since it holds",
+        ),
+        (
+            {"prefixes": ["ein", ""], "banned_phrases": ("ein",)},
+            r"prefix 1 \('ein'\) and decoding.banned_phrases \('ein'\) contradict each other: leave out one of them",
+        ),
+        (
+            {"banned_phrases": ("ein", "ein\u4e2d")},
+            "decoding.banned_phrases: 'ein\u4e2d' has characters that the target vocabulary does not hold",
         ),
         ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
     ],
@@ -410,7 +489,9 @@ def test_objects_and_scores(monkeypatch, capsys, run):
     found = [json.loads(line) for line in out.splitlines()]
     assert [len(f["hypotheses"]) for f in found] == [2, 1, 2]
     best = found[2]["hypotheses"][0]
-    assert sum(best["token_scores"]) < 0 and "-" in best["alignment"] and not found[2]["truncated"]
+    assert sum(best["token_scores"]) < 0 and not found[2]["truncated"]
+    aligned = [("-" in h["alignment"], h["text"].strip() != "") for f in found for h in f["hypotheses"]]
+    assert (True, True) in aligned and all(has_pairs == has_words for has_pairs, has_words in aligned)
     code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run), "--scores"], b"twenty-one\n")
     score, text = out.rstrip("\n").split("\t")
     assert float(score) == pytest.approx(best["score"], abs=1e-6) and text == best["text"]
@@ -429,11 +510,11 @@ def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
     assert holds(best["tokens"], "zwei") and holds(best["tokens"], "neun")
     assert free[0] == free[1] and free[0]["missing"] == []
 
-    phrases.write_text("\nein zwei\tein neun\n\nzwei\n")  # no token may occur twice, so one phrase cannot be held
+    phrases.write_text("\nzwei\tneun\n\nzwei\n")  # no token may occur twice, so one phrase cannot be held
     code, out, err = command(monkeypatch, capsys, [*arguments, "--no-repeat-ngram", "1"], b"one\none\none\n\n")
     found = [json.loads(line)["hypotheses"][0] for line in out.splitlines()]
     assert code == 4 and found[1]["missing"] and not found[1]["finished"]
-    assert "the output of line 2 lacks 'ein " in err
+    assert "the output of line 2 lacks '" in err
     assert found[3]["missing"] == ["zwei"] and "the output of line 4 lacks 'zwei'" in err  # nothing in, nothing out
 
     # Gone on with, each line keeps its phrases.
@@ -443,7 +524,10 @@ def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
     assert command(monkeypatch, capsys, arguments)[0] == 0
     whole = (tmp_path / "out").read_text()
     (tmp_path / "out").unlink()
-    (tmp_path / "out.partial").write_text(whole.splitlines(keepends=True)[0])
+    monkeypatch.setattr("flax_transformer.cli.translate.LINES_AT_ONCE", 1)
+    (tmp_path / "in").write_bytes(b"one\n\xff\nthree\n")
+    assert command(monkeypatch, capsys, arguments)[0] == 2
+    (tmp_path / "in").write_text("one\ntwo\nthree\n")
     assert command(monkeypatch, capsys, [*arguments, "--resume"])[0] == 0
     assert (tmp_path / "out").read_text() == whole
 
@@ -464,31 +548,6 @@ def test_a_bad_file_of_phrases_is_explained(monkeypatch, capsys, run, tmp_path, 
     arguments = ["translate", "--run", str(run), "--required", str(tmp_path / "phrases")]
     code, _, err = command(monkeypatch, capsys, arguments, b"one\ntwo\n")
     assert code == 2 and message in err
-
-
-def test_an_interrupted_file_is_gone_on_with(monkeypatch, capsys, run, tmp_path):
-    (tmp_path / "in").write_text("".join(f"{s}\n" for s in ALIKE[:20]))
-    arguments = ["translate", "--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, capsys, arguments)[0] == 0
-    whole = (tmp_path / "out").read_text()
-    assert whole.count("\n") == 20
-    (tmp_path / "out").unlink()
-    partial = tmp_path / "out.partial"
-    partial.write_text("".join(whole.splitlines(keepends=True)[:7]) + whole.splitlines()[7][:2])  # cut in a line
-    code, _, err = command(monkeypatch, capsys, arguments)
-    assert code == 2 and "Go on with it by --resume" in err and not (tmp_path / "out").exists()
-    code, _, err = command(monkeypatch, capsys, [*arguments, "--resume"])
-    assert code == 0 and "13 sentences" in err
-    assert (tmp_path / "out").read_text() == whole and not partial.exists()
-    code, _, err = command(monkeypatch, capsys, arguments)
-    assert code == 2 and "is there already" in err
-    (tmp_path / "out").rename(partial)  # as if of a longer file
-    (tmp_path / "in").write_text("one\n")
-    code, _, err = command(monkeypatch, capsys, [*arguments, "--resume"])
-    assert code == 2 and "has fewer lines than the 20 that have been translated" in err
-    partial.unlink()
-    code, _, err = command(monkeypatch, capsys, [*arguments, "--json", "--num-hypotheses", "9"])
-    assert code == 2 and not partial.exists()  # nothing was begun
 
 
 @pytest.mark.parametrize(
@@ -517,3 +576,7 @@ def test_score_command(monkeypatch, capsys, run, tmp_path):
     assert "5 pairs, " in err and "perplexity " in err
     code, out, _ = command(monkeypatch, capsys, ["score", "--run", str(run), *files, "--json"])
     assert json.loads(out.splitlines()[0])["tokens"] == expected[0].tokens
+    (tmp_path / "source").write_text("".join(f"{s}\n" for s in [*SOURCES[:4], "one " * 60]))
+    code, out, err = command(monkeypatch, capsys, ["score", "--run", str(run), *files])
+    assert code == 4 and len(out.splitlines()) == 5
+    assert "warning: source line 5 is longer than the model's 47 tokens; only its beginning was read." in err

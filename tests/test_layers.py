@@ -26,7 +26,7 @@ from flax_transformer.nn.masks import causal_mask
 from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
 from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
 
-FLOAT32 = jnp.dtype("float32")
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 DTYPES = {"param_dtype": FLOAT32, "compute_dtype": FLOAT32}
 ONE_OP = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -74,6 +74,42 @@ def test_linear_has_the_gradients_of_its_equation():
     np.testing.assert_allclose(by_x, np.einsum("btmf,nhmf->btnh", weight, float64(layer.kernel[...])), **ONE_OP)
     np.testing.assert_allclose(by_params.kernel[...], np.einsum("btnh,btmf->nhmf", float64(x), weight), **ONE_OP)
     np.testing.assert_allclose(by_params.bias[...], float64(weight).sum((0, 1)), **ONE_OP)
+
+
+def test_gradients_of_a_bfloat16_product_are_summed_in_float32():
+    """Over 20,000 rows; bfloat16 keeps 8 bits: a sum in it would stand still, and a rounding to it is 0.2 % or so."""
+    layer = Linear(
+        (4,), (3, 2), ("embed", "heads", "head_dim"), param_dtype=FLOAT32, compute_dtype=BFLOAT16, rngs=nnx.Rngs(0)
+    )
+    rng = np.random.default_rng(1)
+    x, weight = (jnp.asarray(rng.uniform(0.01, 1, (20_000, *dims)), BFLOAT16) for dims in ((4,), (3, 2)))
+    graphdef, params = nnx.split(layer)
+
+    def weighted(params, x):
+        y = nnx.merge(graphdef, params)(x)
+        assert y.dtype == BFLOAT16
+        return jnp.sum((y * weight).astype(jnp.float32))
+
+    by_params, by_x = jax.grad(weighted, argnums=(0, 1))(params, x)
+    assert (by_params.kernel[...].dtype, by_params.bias[...].dtype, by_x.dtype) == (FLOAT32, FLOAT32, BFLOAT16)
+    # The terms are exact: 20,000 of them, added up one after the other in float32, would be off by 1e-5 or so.
+    np.testing.assert_allclose(by_params.bias[...], float64(weight).sum(0), rtol=1e-4)
+    expected = np.einsum("bd,bnh->dnh", float64(x), float64(weight))
+    np.testing.assert_allclose(by_params.kernel[...], expected, rtol=1e-4)
+
+
+def test_gradients_of_bfloat16_tables_are_summed_in_float32():
+    """Of 20,000 ones, where a sum in bfloat16 would stand still at 256; the last rounding is to the table's type."""
+    tokens = jnp.tile(jnp.array([[3, 5]]), (10_000, 1))
+    tables = Embedding(8, 4, param_dtype=BFLOAT16, rngs=nnx.Rngs(0))
+    positions = LearnedPositions(8, 4, param_dtype=BFLOAT16, rngs=nnx.Rngs(0))
+    for module, scale in ((tables, 2.0), (positions, 1.0)):
+        graphdef, params = nnx.split(module)
+        total = jax.grad(lambda p, of=graphdef: jnp.sum(nnx.merge(of, p)(tokens).astype(jnp.float32)))(params)
+        assert total.table[...].dtype == BFLOAT16
+        expected = np.zeros((8, 4))
+        expected[[3, 5]] = 10_000 * scale
+        np.testing.assert_allclose(float64(total.table[...]), expected, rtol=2**-8)
 
 
 def test_linear_is_xavier_uniform_over_the_flattened_matrix():

@@ -1,12 +1,14 @@
-"""The training loop by itself: how far the host runs ahead of the devices."""
+"""The training loop by itself: how far the host runs ahead of the devices, and what is said when it gives up."""
 
 from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from flax_transformer.config import TrainingConfig
 from flax_transformer.data.batching import Position
+from flax_transformer.errors import DivergenceError
 from flax_transformer.training import loop
 from flax_transformer.training.loss import LossSums
 from flax_transformer.training.run_log import RunLog
@@ -14,6 +16,32 @@ from flax_transformer.training.state import TrainState
 from flax_transformer.training.step import StepMetrics
 from flax_transformer.training.throughput import ProductCost
 from tests import tiny
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_divergence_says_whether_there_is_a_checkpoint(one_device, saved_before):
+    def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+        one = jnp.float32(1.0)
+        metrics = StepMetrics(LossSums(jnp.float32(jnp.nan), one, one, one), one, one, jnp.asarray(True))
+        return TrainState(state.step + 1, {}, {}, None), metrics
+
+    first = 20 if saved_before else 0
+    batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
+    message = "The last checkpoint is whole. Try" if saved_before else "No checkpoint had been saved. Try"
+    with pytest.raises(DivergenceError, match=message):
+        loop.train_loop(
+            TrainState(jnp.int32(first), {}, {}, None),
+            {(8, 8, 8): step},
+            iter([(batch, Position(0, number)) for number in range(60)]),
+            TrainingConfig(steps=60, log_every_steps=10, evaluate_every_steps=60, checkpoint_every_steps=60),
+            one_device,
+            MagicMock(spec=RunLog),
+            save=lambda state, position, quality: None,
+            evaluate=lambda params, step: 0.0,
+            history=[],
+            cost=ProductCost(1, 1),
+            peak=None,
+        )
 
 
 def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch):

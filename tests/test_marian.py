@@ -16,19 +16,30 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.cli import main as cli
-from flax_transformer.data.tokenizer import END_ID, Tokenizer, TokenizerConfig, TokenizerPair
+from flax_transformer.config import DecodingConfig
+from flax_transformer.data.tokenizer import END_ID, UNKNOWN_ID, SubwordSample, Tokenizer, TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.translator import Translator
+from flax_transformer.inference.translator import Translator, vocabulary_info
 from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
+from flax_transformer.interop.marian_generation import export_generation, read_generation
 from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
-from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from flax_transformer.training.state import abstract_model
+from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, make_run, params_of
+from tests.tiny import randomised
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
 MODEL = MODELS["transformer"]
 SEPARATE = TokenizerPair.train(SOURCES, TARGETS, TokenizerConfig(vocab_size=45, joint=False))
+
+
+def convert(monkeypatch, *arguments: str | Path) -> int:
+    """The exit code of `flax-transformer convert`."""
+    monkeypatch.setattr(sys, "argv", ["flax-transformer", "convert", *map(str, arguments)])
+    return cli.main()
 
 
 def pieces_to_marian(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -124,20 +135,23 @@ def test_options_that_marian_does_not_have_are_named(translator, tmp_path, model
 # --- and back
 
 
-@pytest.mark.parametrize("share", ["all", "target_output", "none"])
-def test_a_run_comes_back_to_the_bit(share, tmp_path, one_device):
+@pytest.mark.parametrize(
+    "share, tokenizers",
+    [("all", TOKENIZERS), ("target_output", TOKENIZERS), ("none", TOKENIZERS), ("target_output", SEPARATE)],
+)
+def test_a_run_comes_back_to_the_bit(share, tokenizers, tmp_path, one_device):
     model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2)
-    params = params_of(model, 2)
+    graphdef, abstract = abstract_model(model, vocabulary_info(tokenizers))
+    params: Any = nnx.to_pure_dict(nnx.state(randomised(nnx.merge(graphdef, abstract), 2)))
     for table in ("source_embedding", "target_embedding", "output_embedding"):  # rows of padding are not the model's
         if table in params:
-            params[table]["table"] = params[table]["table"].at[60:].set(0.0)
-    decoding = dataclasses.replace(DECODING, stop="finished" if share == "all" else "sure")
-    write_marian(Translator(model, TOKENIZERS, params, decoding, one_device), model, tmp_path / "marian")
-    run = read_marian(tmp_path / "marian", tmp_path / "run")
+            params[table]["table"] = params[table]["table"].at[tokenizers.target.vocab_size :].set(0.0)
+    write_marian(Translator(model, tokenizers, params, DECODING, one_device), model, tmp_path / "marian")
+    run, lost = read_marian(tmp_path / "marian", tmp_path / "run")
     back = Translator.load(run.path, one_device)
     chex.assert_trees_all_equal(back.params, params)
-    assert back.tokenizers.fingerprint == TOKENIZERS.fingerprint
-    assert run.read_config().decoding.stop == decoding.stop
+    assert back.tokenizers.fingerprint == tokenizers.fingerprint and back.tokenizers.joint == tokenizers.joint
+    assert (tmp_path / "marian" / "target_vocab.json").exists() == (share != "all") and lost == []
     changed = {"max_source_length": 48, "max_target_length": 48, "vocab_multiple": 8}
     assert dataclasses.replace(run.read_config().model, **changed) == model
 
@@ -145,13 +159,11 @@ def test_a_run_comes_back_to_the_bit(share, tmp_path, one_device):
 def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_device, monkeypatch, capsys):
     """Made by hand: no <unused>, an output bias, a language token, a zero start, one vocabulary over two models."""
     folder = foreign_marian(tmp_path / "theirs")
-    run = read_marian(folder, tmp_path / "run")
+    run, lost = read_marian(folder, tmp_path / "run")
     config: Any = run.read_config()
     assert config.model.output_bias and config.model.zero_start and config.tokenizer.joint
-    (ids,) = run.tokenizers().source.encode([">>deu<< " + SOURCES[0]])
+    assert config.decoding.force_end and lost == []
     words = json.loads((folder / "vocab.json").read_text())
-    named = run.tokenizers().source.pieces(ids)
-    assert named[0] == "\u2581>>deu<<" and set(named[1:]) <= set(words)
     translator = Translator.load(run.path, one_device)
     tokens = {token for found in translator.translate(SOURCES[:9], min_length=3) for token in found.tokens}
     assert tokens and not {"<pad>", "<s>"} & tokens
@@ -161,10 +173,25 @@ def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_d
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value, err_msg=name)
     assert json.loads((tmp_path / "again" / "vocab.json").read_text()) == words
-    arguments = ["from-hf", "--folder", str(folder), "--output", str(run.path)]
-    monkeypatch.setattr(sys, "argv", ["flax-transformer", "convert", *arguments])
-    assert cli.main() == 2
+    assert convert(monkeypatch, "from-hf", folder, "--output", run.path) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_language_token_is_taken_off_before_the_text_is_cut(tmp_path):
+    folder = foreign_marian(tmp_path / "theirs")
+    words = json.loads((folder / "vocab.json").read_text())
+    order, pieces = our_order(words, words["<pad>"], words["</s>"])
+    tokenizer = renumbered((folder / "source.spm").read_bytes(), pieces)
+    (plain,) = tokenizer.encode([SOURCES[0]])
+    german = int(order[words[">>deu<<"]])
+    for code, first in ((">>deu<< ", german), (">>deu<<", german), (">>x<<", UNKNOWN_ID)):
+        text = [code + SOURCES[0], SOURCES[0], ">>deu<<"]
+        assert tokenizer.encode(text) == [[first, *plain], plain, [german]]
+        assert tokenizer.encode(text[:1], SubwordSample(0.5, 1))[0][0] == first
+    assert tokenizer.pieces([german]) == [">>deu<<"] and tokenizer.decode([german, *plain]) == f">>deu<< {SOURCES[0]}"
+    assert german not in tokenizer.encode([f"{SOURCES[0]} >>deu<<"])[0]
+    # A tokenizer of our own, which knows no languages, cuts the same text as any other.
+    assert TOKENIZERS.source.encode([f">>deu<< {SOURCES[0]}"])[0][:2] != [UNKNOWN_ID, *plain][:2]
 
 
 def without_pieces(folder: Path, dropped: int) -> tuple[dict[str, int], list[str]]:
@@ -279,6 +306,132 @@ def test_models_that_cannot_be_taken_over_are_explained(tmp_path, changes, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("size", [0, 20, -5])
+def test_weights_that_are_not_whole_are_explained(tmp_path, size):
+    folder = foreign_marian(tmp_path / "theirs")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(InputError, match=r"model.safetensors is damaged or not whole \(.*\). Copy or download"):
+        read_marian(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- the settings of generate
+
+ORDER = marian_order(TOKENIZERS.target)
+INSIDE = [vocabulary(TOKENIZERS.target)["neun"]]
+LONGEST = 48
+
+
+def ids_of(text: str) -> list[int]:
+    """Their ids of a text."""
+    return pieces_to_marian(TOKENIZERS.target, TOKENIZERS.target.encode([text])[0])
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ({}, {}),
+        ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
+        ({"early_stopping": True}, {"stop": "finished"}),
+        # Theirs count the start token.
+        ({"max_length": 20}, {"max_length_factor": 0.0, "max_length_offset": 19}),
+        ({"max_length": 512}, {"max_length_factor": 0.0, "max_length_offset": LONGEST}),
+        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_factor": 0.0, "max_length_offset": 19}),
+        ({"min_length": 5}, {"min_length": 4}),
+        ({"min_length": 0}, {"min_length": 0}),
+        ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
+        ({"no_repeat_ngram_size": 3}, {"no_repeat_ngram": 3}),
+        ({"num_beams": 2, "repetition_penalty": 1.5}, {"beam_size": 2, "repetition_penalty": 1.5}),
+        ({"forced_eos_token_id": 0}, {"force_end": True}),
+        ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_end": True}),
+        ({"bad_words_ids": [[59], [58], [0]]}, {}),  # padding, <unused>, and the end, which they leave out themselves
+        (
+            {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty")]},
+            {"ban_unknown": True, "banned_phrases": ("neun", "thirty")},
+        ),
+        ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
+    ],
+)
+def test_settings_of_generate_become_those_of_a_run(theirs, ours):
+    neutral = DecodingConfig(beam_size=1, length_penalty="average:1.0")
+    expected = dataclasses.replace(neutral, **ours)
+    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    "theirs, lost",
+    [
+        (
+            {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+            ["num_beam_groups: 2", "diversity_penalty: 0.5"],
+        ),
+        ({"do_sample": True, "top_k": 5, "top_p": 1.0}, ["do_sample: True", "top_k: 5"]),
+        ({"forced_bos_token_id": 7}, ["forced_bos_token_id: 7"]),
+        ({"forced_eos_token_id": 7, "eos_token_id": [0, 7]}, ["eos_token_id: [0, 7]", "forced_eos_token_id: 7"]),
+        ({"decoder_start_token_id": 0}, ["decoder_start_token_id: 0"]),
+        ({"num_beams": 2, "repetition_penalty": 0.5}, ["repetition_penalty: 0.5"]),
+        ({"repetition_penalty": 1.5}, ["repetition_penalty: 1.5"]),  # of logits, where there is no beam
+        ({"length_penalty": -1.0}, ["length_penalty: -1.0"]),
+        ({"exponential_decay_length_penalty": [9, 1.1]}, ["exponential_decay_length_penalty: [9, 1.1]"]),
+        ({"renormalize_logits": True}, ["renormalize_logits: True"]),
+        # No text is cut into the inside of a word alone, nor into padding, and there is no token 60.
+        ({"bad_words_ids": [[59], INSIDE, [59, 5], [60]]}, [f"bad_words_ids: [{INSIDE}, [59, 5], [60]]"]),
+    ],
+)
+def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
+    decoding, found = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
+    assert found == lost
+    neutral = DecodingConfig(beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty)
+    assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
+
+
+@pytest.mark.parametrize(
+    "changes, lost",
+    [
+        ({}, []),
+        ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
+        ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
+        (
+            {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
+            ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
+        ),
+        ({"length_penalty": "gnmt:0.6", "beam_size": 1, "repetition_penalty": 1.2}, ["repetition_penalty: 1.2"]),
+        ({"method": "sampling", "top_k": 5}, ["method: sampling", "top_k: 5"]),
+    ],
+)
+def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
+    plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=20)
+    decoding = dataclasses.replace(plain, **changes)
+    made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST)
+    assert found == lost and made["max_length"] == (49 if decoding.max_length_factor else 21)
+    if not lost:
+        assert read_generation(made, ORDER, TOKENIZERS.target, LONGEST) == (decoding, [])
+
+
+def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
+    """Settings are taken from generation_config.json alone where it is there, else from config.json."""
+    folder = foreign_marian(tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text()) | {"max_length": 9, "num_beam_groups": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "first") == 0
+    warning = "warning: outputs may be other than Hugging Face's, since these settings of .* have no equivalent here: "
+    assert re.fullmatch(f"{warning}num_beam_groups: 2.\n", capsys.readouterr().err)
+    assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 8
+
+    (folder / "generation_config.json").write_text('{"num_beams": 2, "top_p": 0.5, "max_length": 7}')
+    assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "second") == 0
+    assert not capsys.readouterr().err
+    decoding = RunFolder.open(tmp_path / "second").read_config().decoding
+    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_end) == (2, 6, False)
+
+    run = make_run(tmp_path / "ours", MODEL, 1)
+    assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0
+    warning = "warning: Hugging Face's generate may give other outputs than this run, since it does not have: "
+    expected = f"{warning}length_penalty: gnmt:0.6; max_length_factor: 0.5 (of section 'decoding').\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "source.spm", "model.safetensors"])
 def test_files_that_are_missing_are_named(tmp_path, name):
     folder = foreign_marian(tmp_path / "theirs")
@@ -295,7 +448,8 @@ REFERENCE = Path(__file__).parent / "reference" / "marian"
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     expected = json.loads((REFERENCE / "expected.json").read_text(encoding="utf-8"))
-    ours = Translator.load(read_marian(REFERENCE, tmp_path_factory.mktemp("reference") / "run").path)
+    run, _ = read_marian(REFERENCE, tmp_path_factory.mktemp("reference") / "run")
+    ours = Translator.load(run.path)
     words = json.loads((REFERENCE / "vocab.json").read_text(encoding="utf-8"))
     order, _ = our_order(words, words["<pad>"], words["</s>"])
     return ours, expected, order
@@ -326,7 +480,7 @@ def test_a_beam_of_four_finds_what_transformers_does(reference, stop, enough):
     ours, expected, order = reference
     settings = {"beam_size": 4, "length_penalty": "average:1.0", "max_length_factor": 0.0, "max_length_offset": 24}
     compared = []
-    found = ours.translate(expected["sources"], stop=stop, **settings)
+    found = ours.translate(expected["sources"], stop=stop, force_end=False, **settings)
     for translation, row in zip(found, expected["outputs"][stop], strict=True):
         best = translation.hypotheses[0]
         if best.finished and row is not None:

@@ -1,8 +1,12 @@
 """A run that was converted, in Hugging Face's own MarianMT: token ids, logits, and what a beam search finds."""
 
+import collections
 import dataclasses
 import json
+import pathlib
+import shutil
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from flax import nnx
 
 from flax_transformer.data.synthetic import english_number_words
 from flax_transformer.data.tokenizer import END_ID, START_ID, UNKNOWN_ID
+from flax_transformer.errors import InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
 from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
@@ -110,7 +115,8 @@ def foreign(tmp_path_factory):
     saved = folder.parent / "saved"
     theirs.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
-    run = read_marian(saved, folder.parent / "run")
+    run, lost = read_marian(saved, folder.parent / "run")
+    assert run.read_config().decoding.force_end and lost == []
     ours = Translator.load(run.path, make_mesh(MeshConfig()))
     words = json.loads((saved / "vocab.json").read_text())
     order, _ = our_order(words, theirs.config.pad_token_id, 0)
@@ -120,10 +126,41 @@ def foreign(tmp_path_factory):
 def test_a_model_of_theirs_has_equal_ids(foreign):
     ours, _, tokenizer, order = foreign
     text = [*SOURCES, *(f">>deu<< {s}" for s in SOURCES[:20]), "unknown: \u4e2d\u6587 x"]
+    text += [f">>deu<<{SOURCES[0]}", ">>deu<<", ">>deu<<  two", ">>fra<< two", ">>fra<<two", ">><<two", ">>two"]
+    text += [" >>deu<< two", "two >>deu<< two", ">>deu<<>>deu<< two", ">>a>>deu<< two<<", ">>two<"]
     found = [order[ids].tolist() for ids in tokenizer(text)["input_ids"]]
     assert found == [[*ids, END_ID] for ids in ours.tokenizers.source.encode(text)]
-    found = [order[ids].tolist() for ids in tokenizer(text_target=TARGETS)["input_ids"]]
-    assert found == [[*ids, END_ID] for ids in ours.tokenizers.target.encode(TARGETS)]
+    text = [*TARGETS, ">>deu<<ein", ">>fra<< ein"]
+    found = [order[ids].tolist() for ids in tokenizer(text_target=text)["input_ids"]]
+    assert found == [[*ids, END_ID] for ids in ours.tokenizers.target.encode(text)]
+
+
+def test_a_pytorch_file_is_read_by_weights_only_loading_or_refused(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    folder = foreign_marian(tmp_path / "theirs")
+    run, _ = read_marian(folder, tmp_path / "first")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(tensors, file)
+    again, _ = read_marian(folder, tmp_path / "second")
+    chex.assert_trees_all_equal(*(Translator.load(r.path, make_mesh(MeshConfig())).params for r in (run, again)))
+    whole = file.read_bytes()
+    torch.save(tensors | {"model.shared.weight": pathlib.PurePosixPath("x")}, file)
+    refused = file.read_bytes()
+    torch.save(tensors | {"model.shared.weight": [1.0]}, file)
+    unloadable = r"pytorch_model.bin cannot be read by weights-only loading \(.*\): it is damaged, or holds more than"
+    for content, message in (
+        (refused, unloadable),
+        (whole[:-9], unloadable),
+        (b"", unloadable),
+        (file.read_bytes(), "must hold tensors by their names, and model.shared.weight is of type list. Copy or"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_marian(folder, tmp_path / "third")
 
 
 def test_pieces_that_the_vocabulary_lacks_are_unknown_to_both(tmp_path):
@@ -137,21 +174,64 @@ def test_pieces_that_the_vocabulary_lacks_are_unknown_to_both(tmp_path):
     assert len(gone) == 5 and sum(UNKNOWN_ID in ids for ids in ours) > 5
 
 
-@pytest.mark.parametrize("stop, early_stopping, enough", [("sure", "never", 80), ("finished", True, 180)])
-def test_a_model_of_theirs_finds_the_same(foreign, stop, early_stopping, enough):
+def test_generate_does_what_was_written_of_the_settings(tmp_path):
+    """Without an argument: limits, repetition, banned phrases and a forced end are in generation_config.json."""
+    import torch
+
+    transformers = pytest.importorskip("transformers")
+    folder = foreign_marian(tmp_path / "theirs")
+    shutil.copy(folder / "source.spm", folder / "target.spm")  # most of its outputs are of these pieces
+    run, _ = read_marian(folder, tmp_path / "run")
+    loaded = Translator.load(run.path, make_mesh(MeshConfig()))
+    source, target = loaded.tokenizers.source, loaded.tokenizers.target
+    text = [s for s, ids in zip(SOURCES, source.encode(SOURCES), strict=True) if 17 <= len(ids) + 1 <= 24]
+    decoding = dataclasses.replace(
+        loaded.decoding, beam_size=4, stop="finished", max_length_factor=0.0, max_length_offset=7, min_length=3,
+        force_end=True, no_repeat_ngram=2, repetition_penalty=1.3, ban_unknown=True,
+    )  # fmt: skip
+    usual = loaded.with_decoding(decoding).translate(text)
+    # What outputs like to say, one piece or two in a row, as far as a text is cut into them.
+    said = [found.tokens[n : n + size] for found in usual for size in (1, 2) for n in range(len(found.tokens))]
+    often = collections.Counter(target.decode(target._processor.piece_to_id(pieces)) for pieces in said)
+    phrases = [text for text, _ in often.most_common() if target.pieces(target.encode([text])[0]) in said][:4]
+    ours = loaded.with_decoding(dataclasses.replace(decoding, banned_phrases=tuple(phrases)))
+    assert any(" " in phrase for phrase in phrases) and write_marian(ours, run.read_config().model, tmp_path / "marian") == []
+
+    theirs = transformers.MarianMTModel.from_pretrained(tmp_path / "marian").eval()
+    tokenizer = transformers.MarianTokenizer.from_pretrained(tmp_path / "marian")
+    words = json.loads((tmp_path / "marian" / "vocab.json").read_text())
+    order, _ = our_order(words, theirs.config.pad_token_id, 0)
+    with torch.no_grad():
+        made = theirs.generate(**tokenizer(text, return_tensors="pt", padding=True)).tolist()
+    changed = closed = 0
+    for found, before, row in zip(ours.translate(text), usual, made, strict=True):
+        ids = target._processor.piece_to_id(found.tokens)
+        assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, END_ID]
+        changed += found.tokens != before.tokens
+        closed += len(ids) == 6
+    assert len(text) >= 100 and changed >= 10 and closed >= 10
+
+
+@pytest.mark.parametrize(
+    "stop, early_stopping, forced, enough",
+    [("sure", "never", None, 80), ("finished", True, None, 180), ("sure", "never", 0, 240), ("finished", True, 0, 240)],
+)
+def test_a_model_of_theirs_finds_the_same(foreign, stop, early_stopping, forced, enough):
+    """With a forced end all is compared, without one what has ended."""
     import torch
 
     ours, theirs, tokenizer, order = foreign
-    compared = 0
+    compared = closed = 0
     for start in range(0, 240, 60):
         chunk = SOURCES[start : start + 60]
         with torch.no_grad():
             made = theirs.generate(
                 **tokenizer(chunk, return_tensors="pt", padding=True), num_beams=4, length_penalty=1.0,
-                early_stopping=early_stopping, max_length=LONGEST + 1, forced_eos_token_id=None,
+                early_stopping=early_stopping, max_length=LONGEST + 1, forced_eos_token_id=forced,
                 bad_words_ids=[[theirs.config.pad_token_id]],
             )  # fmt: skip
         settings = {"beam_size": 4, "length_penalty": "average:1.0", "max_length_factor": 0.0, "stop": stop}
+        settings |= {"force_end": forced == 0}
         for found, row in zip(ours.translate(chunk, max_length_offset=LONGEST, **settings), made.tolist(), strict=True):
             best = found.hypotheses[0]
             if not best.finished or theirs.config.eos_token_id not in row[1:]:  # cut at the limit, as above
@@ -159,4 +239,5 @@ def test_a_model_of_theirs_finds_the_same(foreign, stop, early_stopping, enough)
             ids = [ours.tokenizers.target._processor.piece_to_id(piece) for piece in best.tokens]
             assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, END_ID]
             compared += 1
-    assert compared >= enough
+            closed += forced is not None and len(ids) + 1 == LONGEST
+    assert compared >= enough and (forced is None or closed >= 10)

@@ -208,6 +208,49 @@ def test_each_device_draws_only_its_own_share_of_random_bits(sizes):
     assert words <= max(math.prod(shape) for shape in shapes) <= 4 * words
 
 
+BFLOAT16 = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "sizes, model",
+    [
+        ((2, 2, 2), BFLOAT16),
+        pytest.param(
+            (8, 1, 1), dataclasses.replace(BFLOAT16, output_bias=True, scan_layers=True), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (4, 2, 1),
+            dataclasses.replace(BFLOAT16, param_dtype="bfloat16", positions="learned"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (8, 1, 1),
+            RecurrentConfig(model_dim=16, hidden_dim=16, cell="gru", compute_dtype="bfloat16"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_gradients_are_summed_over_devices_in_float32(sizes, model, tmp_path):
+    """In bfloat16 compute too, as the partitioner leaves the program: later XLA for CPU makes float32 of all sums.
+
+    Nothing else is summed over devices unless tensor is above 1: then products over heads, hidden units and the
+    vocabulary are, which have a dimension for rows and one for tokens.
+    """
+    mesh = make_mesh(MeshConfig(*sizes))
+    layout, step = prepared(mesh, model)
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)), random_batch(0)
+    )
+    options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    with jax.set_mesh(mesh):
+        step.lower(layout.abstract, batch).compile(compiler_options=options)
+    (program,) = tmp_path.glob("*after_spmd-partitioning*")
+    sums = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-reduce\(", program.read_text())
+    assert len(sums) > 20
+    low = [shape for dtype, shape in sums if dtype == "bf16"]
+    assert all(shape.count(",") == 2 for shape in low) if mesh.shape["tensor"] > 1 else not low
+
+
 def test_sizes_that_do_not_divide_are_explained():
     mesh = make_mesh(MeshConfig(1, 1, 8))
     with pytest.raises(ConfigError, match=r"mesh.tensor \(8\) must divide every dimension .* parameter .* has shape"):

@@ -71,7 +71,7 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), one_device)
     assert layout.num_parameters / 1e6 == pytest.approx(millions, rel=0.03)
     step = jit_train_step(layout, schedule, config.training.label_smoothing, 0, one_device)
-    compiled = compile_steps(step, layout, plan.shapes, one_device)
+    compiled = compile_steps(step, layout.abstract, plan.shapes, one_device)
     state = init_state(config.model, vocabulary, layout, 0)
     losses = []
     for batch, _ in itertools.islice(training_batches(pairs, plan, Position(0, 0)), 10):

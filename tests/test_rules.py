@@ -1,6 +1,7 @@
 """Rules of a search, each against plain Python over random hypotheses, and sampling against the distribution."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,59 @@ def test_a_prefix_is_forced_and_the_other_rules_come_after_it():
             assert left == ({prefix[len(so_far)]} if len(so_far) < len(prefix) else EVERY - {3})
 
 
+def test_the_last_place_belongs_to_the_end_token():
+    lengths = jnp.array([1, 3, 5, 7, 9])
+    seen = set()
+    for seed in range(6):
+        progress, log_probs = random_progress(seed)
+        steps, sentences = np.asarray(progress.steps).tolist(), np.asarray(progress.sentences).tolist()
+        ruled = np.asarray(rules.forced_end(lengths, END)(log_probs, progress))
+        for slot, (step, sentence) in enumerate(zip(steps, sentences, strict=True)):
+            if is_last := step + 1 == int(lengths[sentence]):
+                only_end = np.where(np.arange(VOCAB) == END, 0.0, MASKED)
+                np.testing.assert_array_equal(ruled[slot], np.broadcast_to(only_end.astype(np.float32), (3, VOCAB)))
+            else:
+                np.testing.assert_array_equal(ruled[slot], np.asarray(log_probs)[slot])
+            seen.add(is_last)
+    assert seen == {False, True}
+
+
+@pytest.mark.parametrize("prefix", [[], [5, 5]])
+def test_a_search_that_forces_the_end_closes_what_reaches_its_limit_for_nothing(prefix):
+    """As wide as the space: all outputs that end before the limit, and all others with an end that costs nothing."""
+    rng = np.random.default_rng(3)
+    chain = np.asarray(rng.normal(size=(3, 3)), np.float32)  # start, END and one more
+    chain = np.pad(chain, ((0, VOCAB - 3), (0, VOCAB - 3)), constant_values=10 * MASKED)
+    chain[5], chain[:, 5] = chain[2], chain[:, 2]
+    limits = [4, 3]
+    config = BeamSearchConfig(32, 2, 4, START, END, LengthPenalty.parse("average:1.0"))
+    asked: list[rules.Rule] = [rules.minimum_lengths(jnp.array([9, 0]), END)]  # what is forced comes after it
+    asked.append(rules.forced_end(jnp.asarray(limits), END))
+    if prefix:
+        asked = [rules.forced_prefixes(jnp.array([[5, 5], [-1, -1]]), asked)]
+    run = jax.jit(
+        lambda chain: beam_search(
+            lambda t, s: (chain[t], None, s), lambda s, _: s, lambda s, *_: s, None, jnp.array(limits), config, asked
+        )
+    )
+    found = jax.device_get(run(jnp.asarray(chain)))
+    log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(chain)), np.float64)
+    for sentence, (limit, first, ends) in enumerate(((4, prefix, False), (3, [], True))):
+        expected: dict[tuple[int, ...], float] = {}
+        for size in range(limit):
+            for body in itertools.product((0, 2, 5), repeat=size):
+                forced = size + 1 == limit
+                if list(body[: len(first)]) != first[: len(body)] or len(body) < len(first) or not (forced or ends):
+                    continue
+                steps = body if forced else (*body, END)
+                total = sum(log_p[a, b] for a, b in zip((START, *steps), steps, strict=False))
+                expected[(*body, END)] = total / (size + 1)
+        hypotheses = outputs(found, sentence)
+        assert {tokens for tokens, _, _ in hypotheses} == set(expected) and all(ended for _, _, ended in hypotheses)
+        for tokens, score, _ in hypotheses:
+            assert score == pytest.approx(expected[tokens], rel=1e-4)
+
+
 def test_what_has_occurred_is_less_probable():
     progress, log_probs = random_progress(1)
     ruled = rules.repetition_penalty(1.5)(log_probs, progress)
@@ -120,7 +174,7 @@ def test_a_search_obeys_its_rules_and_keeps_the_models_log_probabilities():
 # --- sampling
 
 
-def draw(chain, seeds, num: int, config: SamplingConfig | None = None, asked=(), max_length: int = 6):
+def draw(chain, seeds, num: int, config: SamplingConfig | None = None, asked=(), max_length: int = 6, penalty=NONE):
     seeds = jnp.asarray(seeds, jnp.int32)
 
     @jax.jit
@@ -135,7 +189,7 @@ def draw(chain, seeds, num: int, config: SamplingConfig | None = None, asked=(),
             max_length,
             START,
             END,
-            NONE,
+            penalty,
             config or SamplingConfig(),
             asked,
         )
@@ -155,6 +209,28 @@ def test_samples_follow_the_distribution_and_score_what_the_model_says():
     assert scores[(2, 2, 1)] == pytest.approx(np.log(0.05625), rel=1e-5)
     found_scores = [score for _, score, _ in outputs(found)]
     assert found_scores == sorted(found_scores, reverse=True)
+
+
+@pytest.mark.parametrize("penalty", ["none", "gnmt:3.0", "average:1.0"])
+def test_a_sample_that_no_token_is_left_for_is_no_output(penalty):
+    """What begins with 3 has no token to go on with; what begins with 2 has 2 and the end."""
+
+    def rule(log_probs, progress):
+        stuck = (progress.tokens[:, :, 0] == 3) & (progress.steps >= 1)[:, None]
+        return jnp.where(stuck[:, :, None], MASKED, log_probs)
+
+    chain = np.full((4, 4), MASKED)
+    chain[START, [2, 3]] = np.log(0.5)
+    chain[2, [2, END]] = chain[3, [2, END]] = np.log(0.5)
+    found = draw(chain, [5], 64, asked=[rule], penalty=LengthPenalty.parse(penalty))
+    there = found.lengths[0] > 0
+    num = there.sum()  # at random: 1 in 2^63 that all are alike
+    assert 0 < num < 64 and there[:num].all() and (found.tokens[0, :, 0] == np.where(there, 2, 3)).all()
+    assert (found.scores[0, :num] > -100).all() and (np.diff(found.scores[0, found.finished[0]]) <= 0).all()
+    assert (found.scores[0, num:] == np.float32(MASKED)).all() and not found.finished[0, num:].any()
+    # The others are what is drawn without the rule.
+    free = draw(chain, [5], 64, penalty=LengthPenalty.parse(penalty))
+    assert {o for o in outputs(found) if o[0][:1] == (2,)} == {o for o in outputs(free) if o[0][0] == 2}
 
 
 def test_a_sentence_draws_the_same_beside_others():

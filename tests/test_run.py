@@ -25,7 +25,7 @@ from flax_transformer.cli import main as cli
 from flax_transformer.config import read_config
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
-from flax_transformer.data.tokenizer import END_ID, START_ID
+from flax_transformer.data.tokenizer import END_ID, START_ID, TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import Validation, run_experiment
 from flax_transformer.inference.attention_map import attention_map
@@ -202,11 +202,41 @@ def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_
 
 
 def test_a_step_that_does_not_fit_the_memory_is_explained_before_the_first(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "available_bytes", lambda mesh: 1000)
+    monkeypatch.setattr("flax_transformer.parallel.memory.available_bytes", lambda mesh: 1000)
     assert command("train", "--config", str(recipe), "--run", str(tmp_path / "large")) == 2
     message = capsys.readouterr().err
     assert re.search(r"on batches of 8 rows x 28/44 tokens needs 0.0 GiB on each device, and there are 0.0", message)
     assert "Raise batching.micro_batches, lower batching.tokens_per_batch" in message
+
+
+def test_a_beam_that_does_not_fit_the_memory_is_explained(run, recipe, tmp_path, monkeypatch, capsys):
+    """In a training before its first step, and for translation before anything is written."""
+    wide = ["--decoding.beam-size", "30000"]
+    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "wide"), *wide) == 2
+    message = capsys.readouterr().err
+    needs = r"with 30000 hypotheses of at most \d+ tokens for each, needs [\d.]+ GiB on each device, and there are "
+    assert re.search(f"a search of 8 sentences at a time, {needs}", message) and "Lower decoding.beam_size" in message
+    assert not (tmp_path / "wide").exists()
+    code, out, err = translate(monkeypatch, capsys, run, b"one\n", "--beam-size", "30000")
+    assert (code, out) == (2, "") and "Lower decoding.beam_size (of sampling: the number of samples)" in err
+
+
+def test_nothing_is_compiled_once_training_has_begun(recipe, tmp_path, monkeypatch):
+    """Evaluations included: training ends with the second of them."""
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    around = []
+
+    def train_loop(*arguments, **named):
+        around.append(events.count("/jax/compilation_cache/compile_requests_use_cache"))
+        result = loop.train_loop(*arguments, **named)
+        around.append(events.count("/jax/compilation_cache/compile_requests_use_cache"))
+        return result
+
+    monkeypatch.setattr("flax_transformer.experiment.train_loop", train_loop)
+    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "run")) == 0
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 2
+    assert around[0] > 2 and around[0] == around[1]
 
 
 @pytest.mark.slow
@@ -312,6 +342,35 @@ def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
         Translator.load(copy, one_device, checkpoint="last")
 
 
+def test_a_tokenizer_that_was_exchanged_is_noticed(run, tmp_path, capsys):
+    """One of the same size, with which all arrays fit; of a checkpoint from an earlier version nothing is known."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    settings = read_config(run / "config.yaml").tokenizer
+    (train,) = number_words_corpus(NumberWordsConfig(300, 20, 24, seed=5)).train
+    assert isinstance(train, ParallelText)
+    other = TokenizerPair.train(train.source, train.target, settings)
+    before = RunFolder(run).tokenizers()
+    assert other.source.vocab_size == before.source.vocab_size and other.fingerprint != before.fingerprint
+    other.save(copy / "tokenizer")
+    message = (
+        r"the checkpoint \S+ was saved with other tokenizers than the run folder now has in tokenizer/joint.model, .*"
+        rf"\(of source and target\) {before.fingerprint}, got {other.fingerprint}\. .*Put back the files"
+    )
+    with pytest.raises(RunFolderError, match=message):
+        Translator.load(copy)
+    assert command("train", "--run", str(copy), "--resume", "--training.steps", "10") == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert command("average", "--run", str(copy), "--output", str(tmp_path / "mean"), "--num", "1") == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert not (tmp_path / "mean").exists()
+    for file in copy.glob("checkpoints/*/meta/metadata"):
+        meta = json.loads(file.read_text())
+        assert meta.pop("tokenizers") == before.fingerprint
+        file.write_text(json.dumps(meta))
+    assert Translator.load(copy).tokenizers.fingerprint == other.fingerprint
+
+
 # --- translating
 
 
@@ -363,8 +422,9 @@ def test_one_beam_is_greedy_and_nothing_is_compiled_twice(translator):
         greedy.append(previous)
     assert found.tokens == translator.tokenizers.target.pieces([t for t in greedy if t != END_ID])
     assert (greedy[-1] == END_ID) == found.finished
+    programs = dict(translator._programs)
     translator.translate([source, "nine hundred million"], beam_size=1)
-    assert all(search._cache_size() == 1 for search in translator._searches.values())
+    assert translator._programs == programs
 
 
 def test_a_sentence_beyond_the_limit_is_cut_and_said_to_be(translator):
@@ -400,9 +460,9 @@ class Stdin(io.TextIOWrapper):
         return False
 
 
-def translate(monkeypatch, capsys, run, data: bytes) -> tuple[int, str, str]:
+def translate(monkeypatch, capsys, run, data: bytes, *options: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(data)))
-    code = command("translate", "--run", str(run))
+    code = command("translate", "--run", str(run), *options)
     output = capsys.readouterr()
     return code, output.out, output.err
 
@@ -520,6 +580,10 @@ def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path
     best, last = (Translator.load(folder, checkpoint=which).params for which in ("best", "last"))
     chex.assert_trees_all_equal(jax.device_get(best), checkpoint_params(folder, 4))
     chex.assert_trees_all_equal(jax.device_get(last), checkpoint_params(folder, 8))
+    # Step 6 is gone, so that 8 and 4 are not the newest two.
+    assert command("average", "--run", str(folder), "--output", str(tmp_path / "mean"), "--num", "2") == 2
+    assert "of the steps 8, 6 it lacks 6 (training.keep_newest is 1)" in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists()
     # Going on does not begin to count anew.
     assert command("train", "--run", str(folder), "--resume") == 0
     assert json.loads((folder / "run_card.json").read_text())["steps"] == 8
@@ -532,6 +596,8 @@ def test_an_average_translates_but_is_not_resumed(run, tmp_path, capsys):
     sixth, eighth = checkpoint_params(run, 6), checkpoint_params(run, 8)
     mean = jax.device_get(Translator.load(output).params)
     chex.assert_trees_all_close(mean, jax.tree.map(lambda a, b: (a + b) / 2, sixth, eighth), rtol=1e-6, atol=1e-8)
+    meta = json.loads((output / "checkpoints" / "8" / "meta" / "metadata").read_text())
+    assert meta["tokenizers"] == RunFolder(run).tokenizers().fingerprint
     before = (output / "config.yaml").read_bytes()
     assert command("train", "--run", str(output), "--resume", "--training.steps", "10") == 2
     assert (output / "config.yaml").read_bytes() == before

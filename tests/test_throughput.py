@@ -3,13 +3,16 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.training.loop import Window
+from flax_transformer.training.loss import LossSums
 from flax_transformer.training.metrics import TokenCounts
 from flax_transformer.training.state import abstract_model
+from flax_transformer.training.step import StepMetrics
 from flax_transformer.training.throughput import ProductCost, Throughput, peak_flops
 from tests import tiny
 
@@ -49,6 +52,18 @@ def test_a_progress_line_gives_the_share_of_the_peak_where_it_is_known(one_devic
     assert speed.text == "src 200 tgt 100 tok/s 2.4e-09 TFLOP/s (25% of peak)"
     assert peak_flops(one_device, "bfloat16") is None  # of a CPU
     assert "peak" not in Throughput.of(TokenCounts(100, 50, 200), 0.5, ProductCost(6, 12), None).text
+
+
+def test_a_progress_line_records_the_operations_of_a_step():
+    """The mean over all updates of a window, those of the warm-up and those that were skipped included."""
+    one = jnp.float32(1.0)
+    made = StepMetrics(LossSums(one, one, one, one), one, one, jnp.asarray(False))
+    window = Window(fetched=[made] * 3, skipped=1)
+    window.tokens += TokenCounts(30, 20, 60)
+    window.end_warm_up()
+    window.tokens += TokenCounts(20, 10, 40)
+    report = window.report(4, 10, 0.0, ProductCost(6, 12), None)
+    assert report.record["flops_per_step"] == report.flops_per_step == (6 * 50 + 12 * 30) / 4
 
 
 def test_the_first_steps_are_not_counted(monkeypatch):

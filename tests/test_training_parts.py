@@ -1,13 +1,22 @@
-"""Small parts of a training: memory that is counted, checksums of what is saved, patience."""
+"""Small parts of a training: memory that is counted, checksums of what is saved, which ones are kept, patience."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 
+from flax_transformer.config import Config, TrainingConfig
 from flax_transformer.data.batching import Position
+from flax_transformer.errors import RunFolderError
 from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.training import averaging
 from flax_transformer.training.checkpoint import Checkpoints, checksums
 from flax_transformer.training.loop import Patience
 from flax_transformer.training.state import TrainState
@@ -61,3 +70,85 @@ def test_the_best_is_known_as_soon_as_it_is_saved(tmp_path, monkeypatch):
             checkpoints.save(state, Position(0, step), "data", quality)
         waited.clear()
         assert checkpoints.best_steps() == [2, 1]
+
+
+def save_all(folder: Path, keep: tuple[int, int], qualities: dict[int, float | None], tokenizers: str | None = None):
+    """Saves a checkpoint of hardly anything at each step."""
+    tree = {"w": jnp.arange(4.0)}
+    with Checkpoints(folder, keep, tokenizers) as checkpoints:
+        for step, quality in qualities.items():
+            checkpoints.save(TrainState(jnp.asarray(step, jnp.int32), tree, tree, None), Position(0, step), "", quality)
+
+
+def without(folder: Path, entry: str) -> None:
+    """Takes an entry out of the newest checkpoint of a folder, as if an earlier version had saved it."""
+    (file,) = max(folder.iterdir(), key=lambda path: int(path.name)).glob("meta/metadata")
+    meta = json.loads(file.read_text())
+    del meta[entry]
+    file.write_text(json.dumps(meta))
+
+
+def test_an_average_is_of_what_was_newest_or_best_of_all_that_was_saved(tmp_path):
+    """Steps 4 and 5 are kept as the newest and 2 as the best; 3 is gone, which was nearly as good."""
+    folder = tmp_path / "run" / "checkpoints"
+    config: Any = dataclasses.replace(Config(), training=TrainingConfig(keep_newest=2, keep_best=1))
+    save_all(folder, (2, 1), {1: 0.1, 2: 0.9, 3: 0.8, 4: None, 5: 0.5})
+
+    def chosen(of, num: int) -> list[int]:
+        with Checkpoints(folder) as checkpoints:
+            return averaging._chosen_steps(of, num, checkpoints, config)
+
+    with Checkpoints(folder) as checkpoints:
+        assert (checkpoints.newest_steps(), checkpoints.best_steps()) == ([5, 4, 2], [2, 5])
+        assert checkpoints.saved == [(1, 0.1), (2, 0.9), (3, 0.8), (4, None), (5, 0.5)]
+    assert (chosen("newest", 2), chosen("best", 1)) == ([5, 4], [2])
+    with pytest.raises(
+        RunFolderError,
+        match=r"run no longer has all of its 3 newest checkpoints: of the steps 5, 4, 3 it lacks 3 "
+        r"\(training.keep_newest is 2\). Ask for fewer by --num, or train with training.keep_newest: 3",
+    ):
+        chosen("newest", 3)
+    with pytest.raises(RunFolderError, match=r"its 2 best checkpoints: of the steps 2, 3 it lacks 3 .*keep_best is 1"):
+        chosen("best", 2)
+    with pytest.raises(RunFolderError, match="run has 3 checkpoints to choose the 4 newest from. Ask for fewer"):
+        chosen("newest", 4)
+
+    # Settings that were raised later bring nothing back.
+    save_all(folder, (9, 9), {6: 0.7})
+    config = dataclasses.replace(config, training=TrainingConfig(keep_newest=9, keep_best=9))
+    assert (chosen("newest", 3), chosen("best", 1)) == ([6, 5, 4], [2])
+    for of in ("newest", "best"):
+        with pytest.raises(RunFolderError, match="no longer has all"):
+            chosen(of, 4 if of == "newest" else 2)
+
+
+def test_of_checkpoints_of_an_earlier_version_the_settings_say_which_are_newest_and_best(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    config = dataclasses.replace(Config(), training=TrainingConfig(keep_newest=2, keep_best=1))
+    save_all(folder, (2, 1), {1: 0.1, 2: 0.9, 3: 0.8, 4: None, 5: 0.5})
+    without(folder, "saved")
+    with Checkpoints(folder) as checkpoints:
+        assert averaging._chosen_steps("newest", 2, checkpoints, config) == [5, 4]
+        assert averaging._chosen_steps("best", 1, checkpoints, config) == [2]
+        with pytest.raises(RunFolderError, match=r"promises no more than its 2 newest .*, or train with .*newest: 3"):
+            averaging._chosen_steps("newest", 3, checkpoints, config)
+        with pytest.raises(RunFolderError, match=r"promises no more than its 1 best .*, or train with .*best: 2"):
+            averaging._chosen_steps("best", 2, checkpoints, config)
+
+
+def test_checkpoints_know_the_tokenizers_that_they_were_saved_with(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    save_all(folder, (2, 1), {1: 0.1}, "a-b")
+    target = {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    for tokenizers in ("a-b", None):
+        with Checkpoints(folder, tokenizers=tokenizers) as checkpoints:
+            checkpoints.check_tokenizers()
+            np.testing.assert_array_equal(checkpoints.restore_params(1, target)["w"], np.arange(4.0))
+    with Checkpoints(folder, tokenizers="a-c") as checkpoints:
+        message = r"in tokenizer/joint.model, or .*: expected SHA-256 \(of source and target\) a-b, got a-c.* Put back"
+        for check in (checkpoints.check_tokenizers, lambda: checkpoints.restore_params(1, target)):
+            with pytest.raises(RunFolderError, match=message):
+                check()
+    without(folder, "tokenizers")
+    with Checkpoints(folder, tokenizers="a-c") as checkpoints:
+        checkpoints.restore_params(1, target)

@@ -13,13 +13,14 @@ from flax_transformer.training.averaging import average_checkpoints
 class AverageOptions:
     """Averages the parameters of checkpoints of a run and writes a run folder to translate with or to start from.
 
-    A run keeps few checkpoints unless training.keep_newest or training.keep_best says more.
+    A run keeps few checkpoints unless training.keep_newest or training.keep_best says more; where one of those that are
+    asked for is gone, nothing is averaged.
 
     Attributes:
         run: run folder.
         output: the folder to make.
         num: how many checkpoints.
-        of: the newest that the run has kept, or those that were best on validation text.
+        of: the newest that the run has saved, or those that were best on validation text.
     """
 
     run: Path
@@ -32,7 +33,8 @@ def main(arguments: list[str], program: str) -> int:
     """Returns the exit code.
 
     Raises:
-        InputError: a bad run folder, too few checkpoints, or an output folder that is in use.
+        InputError: a bad run folder, too few checkpoints, some of the newest or best no longer kept, or an output
+            folder that is in use.
     """
     options = tyro.cli(AverageOptions, args=arguments, prog=program)
     steps = average_checkpoints(options.run, options.output, options.num, options.of)

@@ -1,5 +1,6 @@
 """convert: a run as another system's model, and the other way round."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
-USAGE = "flax-transformer convert to-hf --run RUN --output FOLDER, or convert from-hf --folder FOLDER --output RUN"
+USAGE = "flax-transformer convert to-hf RUN --output FOLDER, or flax-transformer convert from-hf FOLDER --output RUN"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ToHfOptions:
         checkpoint: the one that was best on validation text, or the last.
     """
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     output: Path
     checkpoint: Choice = "best"
 
@@ -40,7 +41,7 @@ class FromHfOptions:
         output: run folder to make; it must not be there yet.
     """
 
-    folder: Path
+    folder: tyro.conf.Positional[Path]
     output: Path
 
 
@@ -48,14 +49,26 @@ def to_hf(arguments: list[str], program: str) -> None:
     """Writes a run as a MarianMT folder."""
     options = tyro.cli(ToHfOptions, args=arguments, prog=program)
     model = RunFolder.open(options.run).read_config().model
-    write_marian(Translator.load(options.run, checkpoint=options.checkpoint), model, options.output)
+    lost = write_marian(Translator.load(options.run, checkpoint=options.checkpoint), model, options.output)
+    if lost:
+        print(
+            f"warning: Hugging Face's generate may give other outputs than this run, since it does not have: "
+            f"{'; '.join(lost)} (of section 'decoding').",
+            file=sys.stderr,
+        )
     print(f"{options.output}: a MarianMT model of {options.run}")
 
 
 def from_hf(arguments: list[str], program: str) -> None:
     """Makes a run of a MarianMT folder."""
     options = tyro.cli(FromHfOptions, args=arguments, prog=program)
-    run = read_marian(options.folder, options.output)
+    run, lost = read_marian(options.folder, options.output)
+    if lost:
+        print(
+            f"warning: outputs may be other than Hugging Face's, since these settings of {options.folder} have no "
+            f"equivalent here: {'; '.join(lost)}.",
+            file=sys.stderr,
+        )
     print(f"{options.output}: {run.read_config().model.description} of {options.folder}")
 
 

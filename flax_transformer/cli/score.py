@@ -19,11 +19,12 @@ from flax_transformer.training.checkpoint import Choice
 class ScoreOptions:
     """Prints a score for each pair of a source and a target file, one a line, and sums them up on standard error.
 
-    The score of a pair is its log-probability (nats, end token included) divided by the length penalty: the number that
-    translate prints for the same output.
+    The score of a pair is its log-probability (nats, end token included) divided by the length penalty. That is the
+    number that translate prints for an output that has ended, unless a repetition penalty, a coverage penalty or a
+    forced end had a part in it, or the output's text is cut into other tokens than it was made of.
 
     Attributes:
-        run: run folder of the model.
+        run: run folder of the model, or several as an ensemble.
         source: one sentence a line, plain or .gz; or .tsv or .jsonl, in the run's columns or keys.
         target: its translation, line by line.
         checkpoint: the one that was best on validation text, or the last.
@@ -32,7 +33,7 @@ class ScoreOptions:
         json: print an object for each pair, with the log-probability of every token.
     """
 
-    run: Path
+    run: tuple[Path, ...]
     source: Path
     target: Path
     checkpoint: Choice = "best"
@@ -42,18 +43,22 @@ class ScoreOptions:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code.
+    """Returns the exit code: 0, or 4 when lines were shortened.
 
     Raises:
         InputError: a bad run folder, setting or file, or a pair that cannot be scored.
     """
     options = tyro.cli(ScoreOptions, args=arguments, prog=program)
-    config = RunFolder.open(options.run).read_config()
+    config = RunFolder.open(options.run[0]).read_config()
     columns = config.data if isinstance(config.data, ParallelTextConfig) else None
     text = read_parallel_text(options.source, options.target, columns)
     scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
     scores = scorer.score(text.source, text.target, options.length_penalty)
-    for score in scores:
+    for number, score in enumerate(scores, start=1):
+        if score.truncated:
+            limit = scorer.translator.max_source_length - 1
+            words = f"source line {number} is longer than the model's {limit} tokens; only its beginning was read."
+            print(f"warning: {words}", file=sys.stderr)
         if options.json:
             print(
                 json.dumps(
@@ -74,4 +79,4 @@ def main(arguments: list[str], program: str) -> int:
         f"{sum(score.log_prob for score in scores):.2f}, perplexity {corpus_perplexity(scores):.4f}",
         file=sys.stderr,
     )
-    return 0
+    return 4 if any(score.truncated for score in scores) else 0

@@ -1,25 +1,25 @@
 """translate: lines to lines, one out for each one in."""
 
-import contextlib
+import hashlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from flax_transformer.config import DecodingConfig
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
+from flax_transformer.config import METHOD_FIELDS, DecodingConfig
+from flax_transformer.errors import ConfigError, DivergenceError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.quantize import Quantize
 from flax_transformer.inference.translator import Hypothesis, Translation, Translator
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.checkpoint import Choice
+from flax_transformer.training.checkpoint import Checkpoints, Choice
 
 # Lines read, translated and written together: enough to fill batches of like length, few enough to hold in memory.
 LINES_AT_ONCE = 4_096
@@ -34,11 +34,14 @@ class TranslateOptions:
         checkpoint: the one that was best on validation text, or the last.
         input: file to translate; standard input when left out.
         output: file to write; standard output when left out.
-        resume: go on with an --output that was interrupted, with the same options; warnings are of the rest alone.
+        resume: go on with an --output that was interrupted, with the same input and options; warnings are of the rest
+            alone, and the exit code is of all.
         scores: put the score and a tab before each line.
         json: write an object for each line, with all hypotheses, their tokens and token scores.
         num_hypotheses: at most so many of each line; more than one needs --json.
-        alignment: add to each object which source word each target word was made from (Moses format); needs --json.
+        alignment: add to each output which source word each target word was made from (Moses format); needs --json.
+        attention: add to each output its attention, a row for each of its token scores and a column for each source
+            token and the end token, and to each object the source tokens; needs --json.
         quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them.
         prefix: what every output begins with.
         required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
@@ -55,13 +58,15 @@ class TranslateOptions:
     json: bool = False
     num_hypotheses: int = 1
     alignment: bool = False
+    attention: bool = False
     quantize: Quantize = "none"
     prefix: str | None = None
     required: Path | None = None
     decoding: Annotated[DecodingConfig, tyro.conf.arg(name="")] = field(default_factory=DecodingConfig)
 
     def __post_init__(self):
-        for name, value in (("num-hypotheses", self.num_hypotheses > 1), ("alignment", self.alignment)):
+        needs = {"num-hypotheses": self.num_hypotheses > 1, "alignment": self.alignment, "attention": self.attention}
+        for name, value in needs.items():
             if value and not self.json:
                 raise ConfigError(f"--{name} needs --json: a line of text holds one translation and nothing else.")
         if self.scores and self.json:
@@ -122,72 +127,49 @@ def as_line(options: TranslateOptions, translation: Translation) -> str:
             values["missing"] = hypothesis.missing
         if options.alignment:
             weights = hypothesis.attention
-            words = "" if weights is None else word_alignment(translation.source, hypothesis.tokens, weights)
+            words = "" if weights is None else word_alignment(translation.source_words, hypothesis.words, weights)
             values["alignment"] = words
+        if options.attention:
+            weights = hypothesis.attention
+            values["attention"] = [] if weights is None else [[round(float(w), 6) for w in row] for row in weights]
         return values
 
-    found = {
+    found: dict[str, Any] = {
         "hypotheses": [record(h) for h in translation.hypotheses],
         "truncated": translation.truncated,
     }
+    if options.attention:
+        found["source"] = translation.source
     return json.dumps(found, ensure_ascii=False)
 
 
-def complete_lines(partial: Path) -> int:
-    """Returns the number of whole lines in a file, and cuts off what stands behind the last of them."""
-    if not partial.exists():
-        return 0
-    lines = end = 0
-    with partial.open("rb+") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                lines, end = lines + 1, end + len(line)
-        file.truncate(end)
-    return lines
-
-
-@contextlib.contextmanager
-def opened(options: TranslateOptions) -> Iterator[tuple[Any, Any, int]]:
-    """Yields input, output, and the number of lines that have been done; an output file gets its name when all is done.
+def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
+    """Returns where translations go.
 
     Raises:
-        InputError: a file that is not there, or an output that is there already.
+        InputError: see `PartialOutput`.
     """
-    with contextlib.ExitStack() as stack:
-        source: Any = sys.stdin.buffer
-        if options.input is not None:
-            if not options.input.is_file():
-                raise InputError(f"--input {options.input}: there is no such file.")
-            source = stack.enter_context(options.input.open("rb"))
-        if options.output is None:
-            yield source, sys.stdout.buffer, 0
-            return
-        partial = options.output.with_name(options.output.name + ".partial")
-        if options.output.exists():
-            raise InputError(f"--output {options.output} is there already. Choose another name, or remove it.")
-        if partial.exists() and not options.resume:
-            raise InputError(
-                f"{partial} is there from a translation that was interrupted. Go on with it by --resume, or remove it."
-            )
-        if not options.output.parent.is_dir():
-            raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
-        done = complete_lines(partial)
-        try:
-            with partial.open("ab") as output:
-                yield source, output, done
-        finally:
-            if partial.stat().st_size == 0:  # nothing was translated that could be gone on with
-                partial.unlink()
-        partial.touch()
-        os.replace(partial, options.output)
+    if options.output is None:
+        return StandardOutput(sys.stdout.buffer)
+    settings: dict[str, Any] = asdict(options)
+    settings |= settings.pop("decoding")
+    for name in ("input", "output", "resume"):  # the input is known by its lines
+        del settings[name]
+    settings["run"] = []
+    for run in options.run:  # a run may be trained on in the meantime
+        with Checkpoints(RunFolder.open(run).checkpoints) as checkpoints:
+            settings["run"].append([str(run.resolve()), checkpoints.choose(options.checkpoint)])
+    if options.required is not None:
+        settings["required"] = hashlib.sha256(options.required.read_bytes()).hexdigest()
+    return PartialOutput(options.output, settings, options.resume)
 
 
-def runs_of(arguments: list[str]) -> list[str]:
-    """Returns the values of --run."""
+def values_of(arguments: list[str], option: str) -> list[str]:
+    """Returns the values of an option, nothing when it is not there."""
     for position, argument in enumerate(arguments):
-        if argument.startswith("--run="):
-            return [argument.removeprefix("--run=")]
-        if argument == "--run":
+        if argument.startswith(f"{option}="):
+            return [argument.removeprefix(f"{option}=")]
+        if argument == option:
             return list(itertools.takewhile(lambda value: not value.startswith("--"), arguments[position + 1 :]))
     return []
 
@@ -199,17 +181,34 @@ def main(arguments: list[str], program: str) -> int:
         InputError: a bad run folder, setting, file or line.
     """
     defaults = TranslateOptions(run=())
-    if runs := runs_of(arguments):  # the run says what is used where nothing is said
+    if runs := values_of(arguments, "--run"):  # the run says what is used where nothing is said
         decoding = RunFolder.open(runs[0]).read_config().decoding
+        if (method := "".join(values_of(arguments, "--method"))) in METHOD_FIELDS:
+            decoding = decoding.with_method(method)  # what the run says of the other is not asked of this one
         defaults = replace(defaults, run=tuple(map(Path, runs)), decoding=decoding)
     options = tyro.cli(TranslateOptions, args=arguments, prog=program, default=defaults)
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     phrases = None if options.required is None else read_phrases(options.required)
-    with opened(options) as (source, output, done):
-        translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
-        translator = translator.with_decoding(options.decoding)
-        return translate_stream(options, translator, phrases, source, output, done)
+    if options.input is not None and not options.input.is_file():
+        raise InputError(f"--input {options.input}: there is no such file.")
+    output = output_of(options)
+    translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
+    translator = translator.with_decoding(options.decoding)
+    if options.input is None:
+        with output:
+            return translate_stream(options, translator, phrases, sys.stdin.buffer, output)
+    with options.input.open("rb") as source, output:
+        return translate_stream(options, translator, phrases, source, output)
+
+
+def missing_words(line: int, translation: Translation) -> Iterator[str]:
+    """Yields a warning for each required phrase that the output of a line lacks."""
+    best = translation.hypotheses[0]
+    empty = not translation.source
+    reason = "the line is empty, and so is its output" if empty else "it reached its maximum length first"
+    for phrase in best.missing:
+        yield f"the output of line {line} lacks {phrase!r}: {reason}."
 
 
 def translate_stream(
@@ -217,23 +216,30 @@ def translate_stream(
     translator: Translator,
     phrases: list[list[str]] | None,
     source: Any,
-    output: Any,
-    skipped: int,
+    output: PartialOutput | StandardOutput,
 ) -> int:
     """Translates a stream piece by piece, and returns the exit code.
 
     Raises:
         InputError: a bad line; what stands before it is translated. Phrases that no output can hold, or more or fewer
-            lines of them.
+            lines of them. An output that was made of another text.
     """
-    if phrases is not None:
-        translator.encode_required(phrases)  # raises now, rather than in the middle
+    if phrases is not None:  # raises now, rather than in the middle
+        prefix = [] if options.prefix is None else translator.tokenizers.target.encode([options.prefix])[0]
+        translator.demands.required_phrases(phrases, [prefix] * len(phrases))
     at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
     name = "standard input" if options.input is None else str(options.input)
     lines = read_lines(source, name)
-    if skipped > sum(1 for _ in itertools.islice(lines, skipped)):
-        raise InputError(f"{name} has fewer lines than the {skipped:,} that have been translated: it is another file.")
-    done, faulty, tokens, error = skipped, False, 0, None
+    done = skipped = output.progress.lines
+    digest = digest_of([])
+    for start in range(0, skipped, LINES_AT_ONCE):
+        digest_of(list(itertools.islice(lines, min(LINES_AT_ONCE, skipped - start))), digest)
+    if digest.hexdigest() != output.progress.source:
+        raise InputError(
+            f"--resume: {name} does not begin with the {skipped:,} lines that have been translated: it is another "
+            "file, or it has been changed."
+        )
+    tokens, error, faulty = 0, None, output.progress.faulty
     started = time.monotonic()
     while error is None:
         chunk: list[str] = []
@@ -241,37 +247,44 @@ def translate_stream(
             chunk.extend(itertools.islice(lines, at_once))
         except InputError as bad_line:  # what was read before it is still translated
             error = bad_line
-        if phrases is not None and (done + len(chunk) > len(phrases) or not chunk and done < len(phrases)):
+        ended = not chunk and error is None
+        if phrases is not None and (done + len(chunk) > len(phrases) or ended and done < len(phrases)):
             raise InputError(
                 f"--required {options.required} has {len(phrases):,} lines, and {name} has "
-                f"{'fewer' if not chunk else 'more'}: line n of one belongs to line n of the other."
+                f"{'fewer' if ended else 'more'}: line n of one belongs to line n of the other."
             )
-        if not chunk and error is None:
+        if not chunk:
             break
-        translations = translator.translate(
-            chunk,
-            num_hypotheses=options.num_hypotheses,
-            prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
-            required=None if phrases is None else phrases[done : done + len(chunk)],
-            attention=options.alignment,
-        )
+        try:
+            translations = translator.translate(
+                chunk,
+                num_hypotheses=options.num_hypotheses,
+                prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
+                required=None if phrases is None else phrases[done : done + len(chunk)],
+                attention=options.alignment or options.attention,
+            )
+        except (InputError, DivergenceError) as without_output:
+            if done:  # it counts sentences from the first of this piece
+                where = f"in lines {done + 1:,} to {done + len(chunk):,}"
+                raise type(without_output)(f"{where}: {without_output}") from without_output
+            raise
+        warnings: list[str] = []
         for number, translation in enumerate(translations, start=done + 1):
-            output.write(f"{as_line(options, translation)}\n".encode())  # UTF-8 whatever the locale, as the input is
             tokens += len(translation.tokens)
-            faulty |= translation.truncated or bool(translation.hypotheses[0].missing)
-            for phrase in translation.hypotheses[0].missing:
-                print(
-                    f"warning: the output of line {number} lacks {phrase!r}: it reached its maximum length first.",
-                    file=sys.stderr,
-                )
+            warnings.extend(missing_words(number, translation))
             if translation.truncated:
                 limit = translator.max_source_length - 1
-                print(
-                    f"warning: line {number} is longer than the model's {limit} tokens; only its beginning was "
-                    "translated.",
-                    file=sys.stderr,
+                warnings.append(
+                    f"line {number} is longer than the model's {limit} tokens; only its beginning was translated."
                 )
-        output.flush()
+        output.write(
+            [as_line(options, translation) for translation in translations],
+            digest_of(chunk, digest).hexdigest(),
+            bool(warnings),
+        )
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        faulty = faulty or bool(warnings)
         done += len(chunk)
     if error is not None:
         raise error

@@ -2,7 +2,7 @@
 
 A rule takes the log-probabilities of the next token and what has been decoded so far, and returns log-probabilities
 that are lower or the same; MASKED forbids a token. None makes the others more probable in return, so that a score stays
-what the model says of an output.
+what the model says of an output; but an end that is forced costs nothing.
 
 Legend: N sentences, B slots, K hypotheses a slot, V vocabulary, T maximum length, P prefix length, Q phrases.
 """
@@ -129,6 +129,22 @@ def banned_phrases(phrases: Sequence[Sequence[int]]) -> Rule:
         found = jnp.all(matches, axis=-1)  # [B, K, Q]
         final = jnp.broadcast_to(finals[None, None, :], found.shape)
         return jnp.where(_mark(final, found, log_probs.shape[-1]), MASKED, log_probs)
+
+    return rule
+
+
+def forced_end(lengths: Int[Array, "N"], end_token: int) -> Rule:
+    """Returns the rule that the end token closes an output at its sentence's maximum length, and costs nothing there.
+
+    Whatever the model and the rules before it say, its log-probability is 0 and no other token is left; so it comes
+    after all others.
+    """
+
+    def rule(log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
+        limits = jnp.take(lengths, progress.sentences, mode="fill", fill_value=0)
+        is_last = (progress.steps + 1 == limits)[:, None, None]
+        is_end = (jnp.arange(log_probs.shape[-1]) == end_token)[None, None, :]
+        return jnp.where(is_last, jnp.where(is_end, 0.0, MASKED), log_probs)
 
     return rule
 

@@ -85,7 +85,7 @@ class SamplingState:
     Attributes:
         step: tokens drawn so far.
         tokens, log_probs: [B, K, T].
-        lengths: [B, K], 0 while a sample is not finished.
+        lengths: [B, K], 0 while a sample is not finished; one that no token was left for is, and is no output.
         extras: tree of [B, K, T, ...].
         decoder: the state of the step function.
     """
@@ -112,6 +112,8 @@ def sample(
     rules: Sequence[Rule] = (),
 ) -> Hypotheses:
     """Returns K outputs of each sentence, drawn independently of each other, best score first; some may be equal.
+
+    A sample that the rules leave no token for is no output: it has length 0 and stands last.
 
     Args:
         step: see `beam_search.Step`.
@@ -147,6 +149,7 @@ def sample(
         runs = running(state)
         drawn = jnp.where(runs, drawn, end_token).astype(jnp.int32)
         chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED where nothing was allowed
+        ends = (drawn == end_token) | (chosen <= MASKED / 2)
 
         def put(history: Any, new: Any) -> Any:
             return jax.lax.dynamic_update_index_in_dim(history, new, state.step, axis=2)
@@ -155,7 +158,7 @@ def sample(
             state.step + 1,
             put(state.tokens, drawn),
             put(state.log_probs, jnp.where(runs, chosen, 0.0)),
-            jnp.where(runs & (drawn == end_token), state.step + 1, state.lengths),
+            jnp.where(runs & ends, state.step + 1, state.lengths),
             jax.tree.map(put, state.extras, extras),
             decoder,
         )
@@ -172,8 +175,10 @@ def sample(
     )
     final = jax.lax.while_loop(lambda state: jnp.any(running(state)), body, start)
 
-    finished = final.lengths > 0
+    stuck = jnp.any(final.log_probs <= MASKED / 2, axis=2)  # no token was left, so there is no output
+    finished = (final.lengths > 0) & ~stuck
     lengths = jnp.where(finished, final.lengths, jnp.broadcast_to(max_lengths[:, None], shape[:2]))
+    lengths = jnp.where(stuck, 0, lengths)
     scores = jnp.sum(final.log_probs, axis=2) / penalty.divisor(jnp.maximum(lengths, 1))
     scores = jnp.where(lengths > 0, scores, MASKED)
     order = jnp.lexsort((-scores, ~finished), axis=-1)

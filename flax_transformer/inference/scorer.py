@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flax_transformer.data.tokenizer import END_ID
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import InputError
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator, length_bucket
 from flax_transformer.parallel.mesh import all_devices_sharding
@@ -28,15 +27,18 @@ class PairScore:
 
     Attributes:
         score: `log_prob` divided by the length penalty: the number that `translate` gives the same output.
-        log_prob: of the target given the source, end token included; nats.
+        log_prob: of the target given the source, end token included; nats. Of an empty source and an empty target it is
+            0, as in `translate`.
         tokens: target pieces, without the end token.
         token_scores: log-probability of each token and of the end token.
+        truncated: whether the source was longer than the model takes and was cut.
     """
 
     score: float
     log_prob: float
     tokens: list[str]
     token_scores: list[float]
+    truncated: bool = False
 
 
 def corpus_perplexity(scores: Sequence[PairScore]) -> float:
@@ -45,17 +47,26 @@ def corpus_perplexity(scores: Sequence[PairScore]) -> float:
     return math.exp(-sum(score.log_prob for score in scores) / tokens) if tokens else math.nan
 
 
-def _token_log_probs(graphdef: Any, params: Any, batch: Batch) -> Float[Array, "B T"]:
-    """Returns the log-probability of each target token under teacher forcing."""
-    model = nnx.merge(graphdef, params)
-    projection = model.output_projection()
+def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
+    """Returns the log-probability of each target token under teacher forcing.
 
-    def of_row(row: tuple[Float[Array, "T D"], Int[Array, "T"]]) -> Float[Array, "T"]:
-        hidden, tokens = row
-        logits = projection.logits(hidden[None])[0]  # one row at a time: [B, T, V] is never made
-        return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+    That of an ensemble, whose parameters are stacked, is of the mean of its models' probabilities, as in a search.
+    """
 
-    return jax.lax.map(of_row, (model(batch), batch.target_tokens))
+    def of_model(params: Any) -> Float[Array, "B T"]:
+        model = nnx.merge(graphdef, params)
+        projection = model.output_projection()
+
+        def of_row(row: tuple[Float[Array, "T D"], Int[Array, "T"]]) -> Float[Array, "T"]:
+            hidden, tokens = row
+            logits = projection.logits(hidden[None])[0]  # one row at a time: [B, T, V] is never made
+            return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+
+        return jax.lax.map(of_row, (model(batch), batch.target_tokens))
+
+    if num_models == 1:
+        return of_model(params)
+    return jax.nn.logsumexp(jax.vmap(of_model)(params), axis=0) - jnp.log(jnp.float32(num_models))
 
 
 class Scorer:
@@ -67,28 +78,28 @@ class Scorer:
     """
 
     def __init__(self, translator: Translator):
-        if translator.num_models > 1:
-            raise ConfigError("an ensemble cannot be scored with; take one of its runs.")
         self.translator = translator
-        self._program = self._compiled(translator.graphdef, translator.mesh)
-
-    @staticmethod
-    def _compiled(graphdef: Any, mesh: Mesh) -> Any:
         rows = jax.P(ALL_AXES)
-        function = functools.partial(_token_log_probs, graphdef)
-        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False))
+        function = functools.partial(_token_log_probs, translator.graphdef, translator.num_models)
+        self._program = jax.jit(
+            jax.shard_map(function, mesh=translator.mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)
+        )
 
     def score(
         self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None
     ) -> list[PairScore]:
         """Returns the score of each pair.
 
+        A target is scored as the tokens that its text is cut into, and as an output that has ended.
+
         Args:
-            sources, targets: equally many lines of raw text.
+            sources, targets: equally many lines of raw text. A source that is longer than the model takes is cut, as it
+                is in `translate`; an empty one has an empty target.
             length_penalty: such as "gnmt:0.6"; the run's own when None.
 
         Raises:
-            InputError: unequal numbers of lines, an empty side, or one that is longer than the model takes.
+            InputError: unequal numbers of lines, a target for an empty source, or one that is longer than the model's
+                outputs.
             ConfigError: a bad length penalty.
         """
         if len(sources) != len(targets):
@@ -110,28 +121,36 @@ class Scorer:
         """Returns the score of each pair of token ids; `end` says whether the end token closes the targets.
 
         Raises:
-            InputError: an empty side, or one that is longer than the model takes.
+            InputError: a target for an empty source, or one that is longer than the model's outputs.
             ConfigError: a bad length penalty.
         """
         translator = self.translator
         penalty = LengthPenalty.parse(translator.decoding.length_penalty if length_penalty is None else length_penalty)
-        limits = {"source": translator.max_source_length - 1, "target": translator.max_target_length - int(end)}
-        for number, pair in enumerate(zip(sources, targets, strict=True), start=1):
-            for (side, limit), ids in zip(limits.items(), pair, strict=True):
-                if not 1 <= len(ids) <= limit:
-                    raise InputError(
-                        f"{side} line {number} has {len(ids)} tokens, and a line that is scored has between 1 and "
-                        f"{limit} (model.max_{side}_length, less the end token). Take the pair out."
-                    )
+        room, limit = translator.max_source_length - 1, translator.max_target_length - int(end)
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True), start=1):
+            if len(target) > limit:
+                raise InputError(
+                    f"target line {number} has {len(target)} tokens, and the model's outputs have at most {limit} "
+                    "(model.max_target_length, less the end token). Take the pair out."
+                )
+            if target and not source:
+                raise InputError(
+                    f"source line {number} is empty, and its target is not: an empty line has an empty translation. "
+                    "Take the pair out."
+                )
+        long = [len(source) > room for source in sources]
+        sources = [source[:room] for source in sources]
+        results = [PairScore(0.0, 0.0, [], [], truncated) for truncated in long]
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            if not source or not target and not end:  # nothing that could be asked of the model
+                continue
             shape = (
                 length_bucket(len(source) + 1, translator.max_source_length),
                 length_bucket(len(target) + int(end), translator.max_target_length),
             )
             groups.setdefault(shape, []).append(index)
 
-        results: list[PairScore | None] = [None] * len(sources)
         for shape, members in sorted(groups.items()):
             for start in range(0, len(members), translator.rows):
                 chunk = members[start : start + translator.rows]
@@ -143,8 +162,9 @@ class Scorer:
                     log_prob = float(token_scores.sum(dtype=np.float32))
                     divisor = float(penalty.divisor(jnp.asarray(len(token_scores))))
                     pieces = translator.tokenizers.target.pieces(targets[index])
-                    results[index] = PairScore(log_prob / divisor, log_prob, pieces, token_scores.tolist())
-        return [result for result in results if result is not None]
+                    scores = token_scores.tolist()
+                    results[index] = PairScore(log_prob / divisor, log_prob, pieces, scores, long[index])
+        return results
 
     def _batch(self, sources: list[list[int]], targets: list[list[int]], shape: tuple[int, int]) -> Batch:
         def side(sentences: list[list[int]], length: int) -> list[np.ndarray]:

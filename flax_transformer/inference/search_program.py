@@ -36,6 +36,8 @@ class SearchSpec:
         no_repeat_ngram: size of n-grams that occur once at most; 0 allows all.
         repetition_penalty: on tokens that have occurred, at least 1.
         banned_phrases: as ids.
+        force_end: whether the end token closes outputs at their maximum length, and costs nothing there; an output that
+            must hold phrases is not closed, since it may lack some.
         coverage_penalty: weight of the source tokens that little attention was given to.
         keep_attention: whether the attention over the source is returned.
         num_models: of an ensemble, E; their parameters are stacked on a leading axis if there are several.
@@ -46,6 +48,7 @@ class SearchSpec:
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
     banned_phrases: tuple[tuple[int, ...], ...] = ()
+    force_end: bool = False
     coverage_penalty: float = 0.0
     keep_attention: bool = False
     num_models: int = 1
@@ -227,6 +230,8 @@ def _rules(spec: SearchSpec, inputs: SearchInputs) -> tuple[rules.Rule, ...]:
         asked.append(rules.no_repeated_ngrams(spec.no_repeat_ngram))
     if spec.banned_phrases:
         asked.append(rules.banned_phrases(spec.banned_phrases))
+    if spec.force_end and not inputs.required.shape[1]:
+        asked.append(rules.forced_end(inputs.max_lengths, spec.beam.end_token))
     if inputs.prefixes.shape[1]:
         return (rules.forced_prefixes(inputs.prefixes, asked),)
     return tuple(asked)

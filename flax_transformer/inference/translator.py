@@ -21,11 +21,14 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
-from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError, did_you_mean
+from flax_transformer.errors import ConfigError, DivergenceError, RunFolderError, did_you_mean
+from flax_transformer.inference.alignment import word_numbers
+from flax_transformer.inference.demands import Demands, holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
+from flax_transformer.parallel.memory import compiled_within_memory
 from flax_transformer.parallel.mesh import (
     MeshConfig,
     all_devices_sharding,
@@ -43,6 +46,10 @@ SENTENCES_A_ROW = 64
 SENTENCES_A_ROW_WITH_ATTENTION = 8
 # Empty slots are refilled when they are this share of all: 1 / REFILL_SHARE.
 REFILL_SHARE = 16
+# Fields of section 'decoding' that may leave no token to go on with.
+BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases")
+# Of a sentence that an error names.
+SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Hypothesis:
         missing: required phrases that it does not hold.
         count: how often it was drawn; 1 where nothing is.
         utility: its agreement with all that were drawn, if it was chosen by that (`decoding.mbr_samples`).
+        words: for each token the numbers of its words of the text, see `alignment.word_numbers`; empty without
+            attention.
     """
 
     text: str
@@ -71,6 +80,7 @@ class Hypothesis:
     missing: list[str] = field(default_factory=list)
     count: int = 1
     utility: float | None = None
+    words: list[list[int]] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,14 @@ class Translation:
         hypotheses: at least one, at most as many as asked for.
         truncated: whether the source was longer than the model takes and was cut.
         source: source pieces, without the end token.
+        source_words: for each of them the numbers of its words of the sentence, see `alignment.word_numbers`; empty
+            without attention.
     """
 
     hypotheses: list[Hypothesis]
     truncated: bool = False
     source: list[str] = field(default_factory=list)
+    source_words: list[list[int]] = field(default_factory=list, compare=False)
 
     @property
     def text(self) -> str:
@@ -167,8 +180,8 @@ class Translator:
         self.bans_start = model.may_output_start
         self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
-        self.params = jax.device_put(params, replicated_sharding(mesh))
-        self._searches: dict[SearchSpec, Any] = {}
+        self.params = _replicated(params, mesh)
+        self._programs: dict[Any, Any] = {}
 
     @classmethod
     def load(
@@ -210,7 +223,7 @@ class Translator:
                     f"{folder.path} and {folders[0].path} cannot be an ensemble: all need the same section 'model' and "
                     "the same tokenizers. Train them from one recipe, with other values of training.seed."
                 )
-            with Checkpoints(folder.checkpoints) as checkpoints:
+            with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
                 restored.append(checkpoints.restore_params(checkpoints.choose(checkpoint), target))
         params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
         made = cls(config.model, tokenizers, params, config.decoding, mesh, len(restored))
@@ -219,7 +232,7 @@ class Translator:
     def with_params(self, params: Any) -> "Translator":
         """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
-        return self._copy(params=jax.device_put(params, replicated_sharding(self.mesh)))
+        return self._copy(params=_replicated(params, self.mesh))
 
     def quantized(self) -> "Translator":
         """Returns a translator with 8-bit integers for weights: itself if it has them."""
@@ -240,6 +253,11 @@ class Translator:
     def rows(self) -> int:
         """Sentences worked on at the same time; rounded up, so that a run can be used on any number of devices."""
         return -(-self.decoding.batch_rows // self.mesh.size) * self.mesh.size
+
+    @property
+    def demands(self) -> Demands:
+        """What can be demanded of outputs beside the sentence."""
+        return Demands(self.tokenizers.target, self.decoding, self.max_target_length - 1)
 
     def translate(
         self,
@@ -263,9 +281,10 @@ class Translator:
             **changes: fields of `DecodingConfig` in place of the run's own, such as `beam_size=1`.
 
         Raises:
-            ConfigError: a setting out of range, unknown or contradicted by another, or one string in place of a list.
+            ConfigError: a setting out of range, unknown or contradicted by another, or one string in place of a list;
+                rules that leave a sentence without any output.
             InputError: a prefix or a required phrase that no output can have.
-            DivergenceError: the model's scores are not finite.
+            DivergenceError: a sentence without any output, since the model's scores are not finite.
         """
         if isinstance(sentences, str):
             raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
@@ -274,10 +293,7 @@ class Translator:
             return other.translate(
                 sentences, num_hypotheses=num_hypotheses, prefixes=prefixes, required=required, attention=attention
             )
-        decoding = self.decoding
-        beams = decoding.beam_size
-        if decoding.method == "sampling":
-            beams = max(num_hypotheses, decoding.mbr_samples)
+        decoding, beams = self.decoding, self._num_beams(num_hypotheses)
         if not 1 <= num_hypotheses <= beams:
             raise ConfigError(
                 f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
@@ -286,42 +302,31 @@ class Translator:
         if attention and not self.has_attention or decoding.coverage_penalty and not self.has_attention:
             what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
             raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
-        forced = self._encode_prefixes(sentences, prefixes, decoding)
+        forced = self.demands.prefixes(prefixes, len(sentences))
         if required is None:
             phrases: list[list[list[int]]] = [[] for _ in sentences]
         else:
             if isinstance(required, str) or len(required) != len(sentences):
                 raise ConfigError(f"required must be a list with one for each of the {len(sentences)} sentences.")
-            phrases = self.encode_required(required, forced)
+            phrases = self.demands.required_phrases(required, forced)
 
         encoded = self.tokenizers.source.encode(sentences)
         room = self.max_source_length - 1  # for the end token
         groups: dict[Shape, list[int]] = {}  # by what the shapes depend on: a sentence and what is asked of its outputs
         for index, ids in enumerate(encoded):
             if ids:
-                bucket = length_bucket(min(len(ids), room) + 1, self.max_source_length)
-                prefix, asked = forced[index], phrases[index]
-                shape = Shape(
-                    bucket,
-                    length_bucket(len(prefix), self.max_target_length) if prefix else 0,
-                    1 << (len(asked) - 1).bit_length() if asked else 0,
-                    length_bucket(max(map(len, asked)), self.max_target_length) if asked else 0,
-                )
-                groups.setdefault(shape, []).append(index)
+                groups.setdefault(self._shape(ids, forced[index], phrases[index]), []).append(index)
 
         results = [EMPTY] * len(sentences)
         for index, asked in enumerate(required or ()):
             if asked and not encoded[index]:  # an empty output lacks whatever is required
                 nothing = dataclasses.replace(EMPTY.hypotheses[0], missing=list(asked))
                 results[index] = Translation([nothing])
-        keeps_attention = attention or decoding.coverage_penalty > 0
-        a_row = SENTENCES_A_ROW_WITH_ATTENTION if keeps_attention else SENTENCES_A_ROW
-        at_once = self.rows * (1 if decoding.method == "sampling" else a_row)
+        at_once = self._sentences_at_once(attention)
         for shape, members in sorted(groups.items()):
             # The longest first: what is left for the end, when slots fall empty, is short.
             members = sorted(members, key=lambda index: -len(encoded[index]))
-            max_length = self._max_length(shape.source, shape.prefix + shape.phrases * shape.phrase, decoding)
-            program = self._search_for(self._spec(decoding, beams, max_length, attention))
+            spec = self._spec(decoding, beams, shape, attention)
             pending = collections.deque()
             num_calls = -(-len(members) // at_once)
             for call in range(num_calls):  # of nearly as many sentences each
@@ -335,7 +340,7 @@ class Translator:
                     shape,
                     decoding,
                 )
-                pending.append((chunk, places, program(self.params, inputs)))
+                pending.append((chunk, places, self._program(spec, inputs)(self.params, inputs)))
                 # While one is searched the next is made and the one before is read; more would only fill memory.
                 while len(pending) > (1 if call + 1 < num_calls else 0):
                     chunk, places, found = pending.popleft()
@@ -343,21 +348,25 @@ class Translator:
                     for place, index in zip(places, chunk, strict=True):
                         most = num_hypotheses if required is None else beams
                         hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
+                        if not hypotheses:
+                            raise self._without_output(index + 1, sentences[index])
                         if required is not None:  # one that was cut but holds more stands before one that holds less
                             named = list(zip(phrases[index], required[index], strict=True))
                             hypotheses = [self._with_missing(h, named) for h in hypotheses]
                             hypotheses.sort(key=lambda h: (not h.finished, len(h.missing)))
                             hypotheses = hypotheses[:num_hypotheses]
-                        source = self.tokenizers.source.pieces(encoded[index][:room])
-                        results[index] = Translation(hypotheses, len(encoded[index]) > room, source)
+                        tokenizer, sentence = self.tokenizers.source, sentences[index]
+                        source = tokenizer.pieces(encoded[index][:room])
+                        words = word_numbers(sentence, tokenizer.encoded_spans(sentence)[:room]) if attention else []
+                        results[index] = Translation(hypotheses, len(encoded[index]) > room, source, words)
         return results
 
     def _chosen(self, found: Hypotheses, row: int, num: int, source_length: int) -> list[Hypothesis]:
-        """Returns at most `num` outputs of a sentence, best first."""
+        """Returns at most `num` outputs of a sentence, best first; none if it has none."""
         if self.decoding.method == "beam":
             return self._hypotheses(found, row, num, source_length)
         hypotheses = self._hypotheses(found, row, found.lengths.shape[1], source_length)  # some are drawn twice
-        if self.decoding.mbr_samples:
+        if self.decoding.mbr_samples and hypotheses:
             utilities = expected_utilities(
                 [h.text for h in hypotheses], [h.count for h in hypotheses], self.decoding.mbr_utility
             )
@@ -367,27 +376,42 @@ class Translator:
 
     def _with_missing(self, hypothesis: Hypothesis, phrases: list[tuple[list[int], str]]) -> Hypothesis:
         """Returns a hypothesis that says which phrases it lacks."""
-        tokens = hypothesis.tokens
-
-        def holds(pieces: list[str]) -> bool:
-            return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens) - len(pieces) + 1))
-
         pieces = self.tokenizers.target.pieces
-        return dataclasses.replace(hypothesis, missing=[text for ids, text in phrases if not holds(pieces(ids))])
+        missing = [text for ids, text in phrases if not holds(hypothesis.tokens, pieces(ids))]
+        return dataclasses.replace(hypothesis, missing=missing)
 
     def _max_length(self, source_length: int, asked_length: int, decoding: DecodingConfig) -> int:
         """Returns the most target tokens for so many source and required tokens, end tokens included."""
         limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
         return min(max(limit, decoding.min_length + 1, asked_length + 1), self.max_target_length)
 
-    def _spec(self, decoding: DecodingConfig, beams: int, max_length: int, attention: bool) -> SearchSpec:
+    def _shape(self, ids: list[int], prefix: list[int], phrases: list[list[int]]) -> Shape:
+        """Returns the shape of a sentence with what its outputs begin with and what they must hold."""
+        longest = self.max_target_length
+        return Shape(
+            length_bucket(min(len(ids) + 1, self.max_source_length), self.max_source_length),
+            length_bucket(len(prefix), longest) if prefix else 0,
+            1 << (len(phrases) - 1).bit_length() if phrases else 0,
+            length_bucket(max(map(len, phrases)), longest) if phrases else 0,
+        )
+
+    def _num_beams(self, num_hypotheses: int) -> int:
+        """Returns how many hypotheses a search keeps, or draws, to find so many."""
+        decoding = self.decoding
+        return decoding.beam_size if decoding.method == "beam" else max(num_hypotheses, decoding.mbr_samples)
+
+    def _sentences_at_once(self, attention: bool) -> int:
+        """Returns how many sentences a call of a program takes."""
+        if self.decoding.method == "sampling":
+            return self.rows
+        keeps_attention = attention or self.decoding.coverage_penalty > 0
+        return self.rows * (SENTENCES_A_ROW_WITH_ATTENTION if keeps_attention else SENTENCES_A_ROW)
+
+    def _spec(self, decoding: DecodingConfig, beams: int, shape: Shape, attention: bool) -> SearchSpec:
+        max_length = self._max_length(shape.source, shape.prefix + shape.phrases * shape.phrase, decoding)
         penalty = LengthPenalty.parse(decoding.length_penalty)
         slots = self.rows // self.mesh.size
         refill_at = max(1, slots // REFILL_SHARE)
-        phrases = self.tokenizers.target.encode(decoding.banned_phrases)
-        for text, phrase in zip(decoding.banned_phrases, phrases, strict=True):
-            if not phrase:
-                raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
         return SearchSpec(
             BeamSearchConfig(
                 beams, slots, max_length, START_ID, END_ID, penalty, decoding.stop, decoding.patience, refill_at
@@ -395,92 +419,45 @@ class Translator:
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,
-            tuple(tuple(phrase) for phrase in phrases),
+            tuple(tuple(phrase) for phrase in self.demands.banned_phrases().values()),
+            decoding.force_end,
             decoding.coverage_penalty,
             attention,
             self.num_models,
         )
 
-    def _search_for(self, spec: SearchSpec) -> Any:
-        if spec not in self._searches:
-            self._searches[spec] = jit_search(self.graphdef, spec, self.mesh)
-        return self._searches[spec]
-
-    def _encode_prefixes(
-        self, sentences: Sequence[str], prefixes: Sequence[str] | None, decoding: DecodingConfig
-    ) -> list[list[int]]:
-        """Returns the ids of each sentence's prefix.
+    def _program(self, spec: SearchSpec, inputs: SearchInputs) -> Any:
+        """Returns the compiled search for inputs, and parameters, of these shapes.
 
         Raises:
-            ConfigError: not as many prefixes as sentences, or an output that must be longer than the model makes any.
-            InputError: a prefix with characters that the vocabulary does not hold, or one that is too long.
+            ConfigError: it needs more memory than a device has.
         """
-        longest = self.max_target_length - 1
-        if decoding.min_length > longest:
-            raise ConfigError(
-                f"decoding.min_length ({decoding.min_length}) is more than the {longest} tokens that the model's "
-                "outputs have at most (model.max_target_length, less the end token)."
+        arguments = self.params, inputs
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+        key = spec, jax.tree.structure(arguments), shapes
+        if key not in self._programs:
+            beam = spec.beam
+            self._programs[key] = compiled_within_memory(
+                jit_search(self.graphdef, spec, self.mesh).lower(*arguments),
+                self.mesh,
+                f"a search of {beam.num_slots * self.mesh.size} sentences at a time, with {beam.beam_size} hypotheses "
+                f"of at most {beam.max_length} tokens for each,",
+                "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_rows, or the limits on "
+                "the length, decoding.max_length_factor and max_length_offset.",
             )
-        if prefixes is None:
-            return [[] for _ in sentences]
-        if isinstance(prefixes, str) or len(prefixes) != len(sentences):
-            raise ConfigError(f"prefixes must be a list with one for each of the {len(sentences)} sentences.")
-        encoded = self.tokenizers.target.encode(prefixes)
-        for number, (text, ids) in enumerate(zip(prefixes, encoded, strict=True), start=1):
-            if UNKNOWN_ID in ids:
-                raise InputError(
-                    f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
-                    "can begin with it."
-                )
-            if len(ids) > longest:
-                raise InputError(
-                    f"prefix {number} has {len(ids)} tokens, and the model's outputs have at most {longest} "
-                    "(model.max_target_length, less the end token)."
-                )
-        return encoded
+        return self._programs[key]
 
-    def encode_required(
-        self, required: Sequence[Sequence[str]], prefixes: Sequence[Sequence[int]] | None = None
-    ) -> list[list[list[int]]]:
-        """Returns the ids of each sentence's required phrases.
-
-        Args:
-            required: phrases of each sentence.
-            prefixes: ids that each sentence's outputs begin with.
+    def compile(self, sentences: Sequence[str]) -> None:
+        """Compiles all that `translate(sentences)` needs, so that a lack of memory shows now and nothing waits later.
 
         Raises:
-            ConfigError: not lists, or another setting contradicts them.
-            InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
+            ConfigError: a search needs more memory than a device has.
         """
-        decoding, target, longest = self.decoding, self.tokenizers.target, self.max_target_length - 1
-        if decoding.method != "beam":
-            raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
-        banned = dict(zip(decoding.banned_phrases, target.encode(decoding.banned_phrases), strict=True))
-        encoded = []
-        for number, texts in enumerate(required, start=1):
-            if isinstance(texts, str):
-                raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
-            phrases = target.encode(list(texts))
-            for text, ids in zip(texts, phrases, strict=True):
-                named = f"required phrase {text!r} of sentence {number}"
-                if not ids or UNKNOWN_ID in ids:
-                    what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
-                    raise InputError(f"{named} {what}")
-                for banned_text, ban in banned.items():
-                    if ban and any(ids[n : n + len(ban)] == ban for n in range(len(ids) - len(ban) + 1)):
-                        raise ConfigError(
-                            f"{named} and decoding.banned_phrases ({banned_text!r}) contradict each other: leave out "
-                            "one of them."
-                        )
-            total = len(prefixes[number - 1] if prefixes else ()) + sum(map(len, phrases))
-            if total > longest:
-                raise InputError(
-                    f"the prefix and the required phrases of sentence {number} have {total} tokens, one after the "
-                    f"other, and the model's outputs have at most {longest} (model.max_target_length, less the end "
-                    "token)."
-                )
-            encoded.append(phrases)
-        return encoded
+        encoded = self.tokenizers.source.encode(sentences)
+        for shape in sorted({self._shape(ids, [], []) for ids in encoded if ids}):
+            spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
+            padding, _ = self._inputs([], [], [], [], self._sentences_at_once(False), shape, self.decoding)
+            self._program(spec, padding)
 
     def _inputs(
         self,
@@ -540,7 +517,7 @@ class Translator:
         return inputs, places
 
     def _hypotheses(self, found: Hypotheses, row: int, most: int, source_length: int) -> list[Hypothesis]:
-        """Returns the different ones of the first `most` outputs of a sentence."""
+        """Returns the different ones of the first `most` outputs of a sentence; none if it has none."""
         results: dict[tuple[int, ...], Hypothesis] = {}
         for beam in range(most):
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
@@ -551,23 +528,42 @@ class Translator:
                 results[(*ids, finished)] = dataclasses.replace(before, count=before.count + 1)
                 continue
             target = self.tokenizers.target
-            attention = None
+            text, attention, words = target.decode(ids), None, []
             if found.extras is not None:
                 attention = found.extras["attention"][row, beam, :length, :source_length].copy()  # not the whole batch
+                words = word_numbers(text, target.decoded_spans(ids))
             results[(*ids, finished)] = Hypothesis(
-                target.decode(ids),
+                text,
                 target.pieces(ids),
                 float(found.scores[row, beam]),
                 finished,
                 found.log_probs[row, beam, :length].tolist(),
                 attention,
-            )
-        if not results:
-            raise DivergenceError(
-                "the search found no output at all: the model's scores are not finite (the training has diverged; "
-                "train again with a lower learning rate), or the rules of section 'decoding' allow none."
+                words=words,
             )
         return list(results.values())
+
+    def _without_output(self, number: int, sentence: str) -> ConfigError | DivergenceError:
+        """Returns the error for a sentence without any output: the rules are why, if there is one without them."""
+        shown = sentence if len(sentence) <= SHOWN_CHARACTERS else sentence[:SHOWN_CHARACTERS] + "..."
+        problem = f"sentence {number} ({shown!r}): the search found no output at all"
+        unset = DecodingConfig()
+        rules = [name for name in BANNING if getattr(self.decoding, name) != getattr(unset, name)]
+        if rules:
+            free = dataclasses.replace(self.decoding, **{name: getattr(unset, name) for name in rules})
+            named = ", ".join(f"decoding.{name}: {getattr(self.decoding, name)}" for name in rules)
+            try:
+                self.with_decoding(free).translate([sentence])
+                return ConfigError(
+                    f"{problem}, since the rules that are set ({named}) leave no token to go on with. Loosen one of "
+                    "them, or leave this sentence out."
+                )
+            except DivergenceError:
+                pass  # and so without rules
+        return DivergenceError(
+            f"{problem}, since the model's scores are not finite: the training has diverged. Train again with a lower "
+            "learning rate."
+        )
 
 
 def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig:
@@ -580,9 +576,24 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
     for name in changes:
         if name not in known:
             raise ConfigError(f"unknown decoding option {name!r}.{did_you_mean(name, known)}")
-    return dataclasses.replace(decoding, **{name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "method" in given:  # what was set for the other method is not asked of this one
+        decoding = decoding.with_method(given["method"])
+    return dataclasses.replace(decoding, **given)
 
 
 def _seed(seed: int, sentence: str) -> int:
     """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
     return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
+
+
+def _replicated(params: Any, mesh: Mesh) -> Any:
+    """Returns parameters, or the shapes of some, with a copy on every device."""
+    sharding = replicated_sharding(mesh)
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, params)

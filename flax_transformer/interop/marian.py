@@ -21,11 +21,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer, TokenizerPair
-from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import WORD_START
 from flax_transformer.inference.quantize import is_quantized
 from flax_transformer.inference.translator import Translator
+from flax_transformer.interop.marian_generation import export_generation
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 
@@ -254,26 +254,11 @@ def export_config(config: TransformerConfig, tokenizers: TokenizerPair, with_unu
     }
 
 
-def export_generation(translator: Translator, with_unused: bool) -> dict[str, Any]:
-    """Returns the contents of their generation_config.json; a length penalty that they do not have is left out."""
-    size = len(marian_order(translator.tokenizers.target, with_unused))
-    penalty = LengthPenalty.parse(translator.decoding.length_penalty)
-    values: dict[str, Any] = {
-        "eos_token_id": 0,
-        "pad_token_id": size - 1,
-        "decoder_start_token_id": size - 1,
-        "bad_words_ids": [[size - 1], *([[size - 2]] if with_unused else [])],
-        "num_beams": translator.decoding.beam_size,
-        "early_stopping": True if translator.decoding.stop == "finished" else "never",
-        "max_length": translator.max_target_length + 1,  # theirs counts the start token
-    }
-    if penalty.name != "gnmt":
-        values["length_penalty"] = penalty.exponent
-    return values
-
-
-def write_marian(translator: Translator, model: ModelConfig, output: Path) -> None:
+def write_marian(translator: Translator, model: ModelConfig, output: Path) -> list[str]:
     """Writes a folder that `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` read.
+
+    Returns the settings of section `decoding` that their `generate` does not have: without them it may give other
+    outputs.
 
     Raises:
         ConfigError: an option of the model that Marian does not have, weights that are integers, or the package
@@ -298,6 +283,9 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
         )
     weights = export_weights(config, tokenizers, translator.params)
     unused = knows_unused(config, translator.params)
+    generation, lost = export_generation(
+        translator.decoding, marian_order(tokenizers.target, unused), tokenizers.target, config.max_target_length
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     try:
@@ -306,7 +294,7 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
         (partial / "target.spm").write_bytes(tokenizers.target.model)
         files: dict[str, Any] = {
             "config.json": export_config(config, tokenizers, unused),
-            "generation_config.json": export_generation(translator, unused),
+            "generation_config.json": generation,
             "vocab.json": vocabulary(tokenizers.source, unused),
             "tokenizer_config.json": {
                 "tokenizer_class": "MarianTokenizer",
@@ -323,3 +311,4 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> No
         os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return lost

@@ -1,6 +1,7 @@
 """A MarianMT folder of Hugging Face as a run folder, which every verb takes and a training can start from."""
 
 import json
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config import Config
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.tokenizer import (
     END_ID,
@@ -24,9 +25,9 @@ from flax_transformer.data.tokenizer import (
     TokenizerPair,
 )
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.alignment import WORD_START
 from flax_transformer.inference.translator import vocabulary_info
 from flax_transformer.interop.marian import NEVER, UNUSED, parameter_table
+from flax_transformer.interop.marian_generation import read_generation
 from flax_transformer.models.build import build_model
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.nn.feed_forward import Activation
@@ -110,28 +111,64 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
     )
 
 
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file.
+
+    Raises:
+        InputError: it is damaged.
+        ConfigError: the package safetensors is missing.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise ConfigError("reading a MarianMT model needs the package safetensors: pip install safetensors.") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or not whole ({error}). Copy or download it again.") from error
+
+
+def read_pickled(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file that PyTorch wrote, read in a way that runs no code in it.
+
+    Raises:
+        InputError: it is damaged, or holds something else.
+        ConfigError: PyTorch is missing.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError(f"reading {path} needs PyTorch: pip install torch.") from error
+    advice = "Copy or download it again, or take a model.safetensors of the same model."
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).partition(". ")[0] or "it is empty"
+        raise InputError(
+            f"{path} cannot be read by weights-only loading ({reason}): it is damaged, or holds more than tensors. "
+            f"{advice}"
+        ) from error
+    tensors = loaded if isinstance(loaded, dict) else {"the file": loaded}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{path} must hold tensors by their names, and {name} is of type {type(value).__name__}. {advice}"
+            )
+    return {name: value.float().numpy() for name, value in tensors.items()}
+
+
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """Returns their parameters, in float32.
 
     Raises:
-        InputError: no file with weights.
+        InputError: no file with weights, or one that cannot be read.
         ConfigError: a package that is needed to read it is missing.
     """
     if (folder / "model.safetensors").is_file():
-        try:
-            from safetensors.numpy import load_file
-        except ImportError as error:
-            raise ConfigError(
-                "reading a MarianMT model needs the package safetensors: pip install safetensors."
-            ) from error
-        weights = load_file(folder / "model.safetensors")
+        weights = read_safetensors(folder / "model.safetensors")
     elif (folder / "pytorch_model.bin").is_file():
-        try:
-            import torch
-        except ImportError as error:
-            raise ConfigError(f"reading {folder / 'pytorch_model.bin'} needs PyTorch: pip install torch.") from error
-        loaded = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        weights = {name: value.float().numpy() for name, value in loaded.items()}
+        weights = read_pickled(folder / "pytorch_model.bin")
     else:
         raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
@@ -163,8 +200,9 @@ def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>")
 def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
     """Returns a tokenizer that cuts text as a SentencePiece model does, with the ids of a vocabulary.
 
-    Pieces that the vocabulary has and the model has not are never cut; a language token is, with the space before it.
-    Those that the model has and the vocabulary has not are cut all the same, and unknown.
+    Pieces that the vocabulary has and the model has not are never cut; language tokens, such as ">>deu<<", are taken
+    off a text before it is cut (see `Tokenizer.encode`). Pieces that the model has and the vocabulary has not are cut
+    all the same, and unknown.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(model)
@@ -176,9 +214,8 @@ def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
     taken = {name for name, _ in made}
     new = [Piece(piece=name, score=0.0, type=kind) for name, kind in made]
     for name in pieces:
-        if name.startswith(">>") and name.endswith("<<"):
-            new.append(Piece(piece=f"{WORD_START}{name}", score=0.0, type=Piece.Type.USER_DEFINED))
-        elif name in known and name not in taken and known[name].type in CUT:
+        is_language = name.startswith(">>") and name.endswith("<<")
+        if name in known and name not in taken and known[name].type in CUT and not is_language:
             new.append(known[name])
         else:
             name = f"<{name}>" if name in taken else name
@@ -195,8 +232,8 @@ def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
     return Tokenizer(proto.SerializeToString())
 
 
-def read_marian(folder: Path, output: Path) -> RunFolder:
-    """Makes a run folder of a MarianMT folder, and returns it.
+def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
+    """Makes a run folder of a MarianMT folder, and returns it with the settings of their `generate` that are left out.
 
     Raises:
         ConfigError: an option that our Transformer does not have, or a package is missing.
@@ -247,15 +284,10 @@ def read_marian(folder: Path, output: Path) -> RunFolder:
     if has_bias and not has_unused:
         params["output_bias"][PAD_ID] = NEVER
 
-    generation = dict(theirs)  # where older folders have it
+    generation = theirs  # in older folders
     if (folder / "generation_config.json").is_file():
-        generation |= read_json(folder, "generation_config.json")
-    exponent = generation.get("length_penalty")
-    decoding = DecodingConfig(
-        beam_size=generation.get("num_beams") or 1,
-        length_penalty=f"average:{1.0 if exponent is None else float(exponent)}",
-        stop="finished" if generation.get("early_stopping") is True else "sure",
-    )
+        generation = read_json(folder, "generation_config.json")
+    decoding, lost = read_generation(generation, orders["target"], pair.target, model.max_target_length)
     config = Config(
         run=str(output),
         data=ParallelTextConfig(),
@@ -267,12 +299,12 @@ def read_marian(folder: Path, output: Path) -> RunFolder:
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as partial:
         made = RunFolder(Path(partial) / "run")
         made.create(config, pair)
-        with Checkpoints(made.checkpoints, (1, 1)) as checkpoints:
+        with Checkpoints(made.checkpoints, (1, 1), pair.fingerprint) as checkpoints:
             checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
         if output.is_dir():  # and empty
             output.rmdir()
         made.path.rename(output)
-    return run
+    return run, lost
 
 
 def place_weights(

@@ -22,6 +22,26 @@ def padded_rows(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+@jax.custom_vjp
+def _rows_of(table: Float[Array, "V D"], rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+    """Returns the `rows` of a table; its gradient is summed in float32, whatever the table's type."""
+    return jnp.take(table, rows, axis=0, mode="clip")
+
+
+def _rows_of_forward(table, rows):
+    return _rows_of(table, rows), (table, rows)
+
+
+def _rows_of_backward(kept, cotangent):
+    table, rows = kept
+    wide = jax.ShapeDtypeStruct(table.shape, jnp.float32)
+    back = jax.linear_transpose(lambda table: jnp.take(table, rows, axis=0, mode="clip"), wide)
+    return back(cotangent.astype(jnp.float32))[0].astype(table.dtype), None
+
+
+_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
+
+
 class Embedding(nnx.Module):
     """A table of token vectors [V, D], drawn from N(0, 1/D) and multiplied by sqrt(D) when read.
 
@@ -43,7 +63,7 @@ class Embedding(nnx.Module):
         if isinstance(table, Int8Weights):
             vectors = looked_up(table, tokens)
         else:
-            vectors = jnp.take(table, tokens, axis=0, mode="clip")
+            vectors = _rows_of(table, tokens)
         # In two steps, since the partitioner knows no way from the one sharding to the other in one.
         vectors = constrain(vectors, "lookup_batch", "length", "embed")
         vectors = constrain(vectors, "batch", "length", "activation_embed")

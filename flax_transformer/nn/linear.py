@@ -30,23 +30,30 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_in_dims: in
 
     The gradient by the kernel is x^T g, of the two as matrices. JAX's own rule makes g^T x and turns it round, for
     which XLA for CPU first writes g transposed, and computes it anew in that order (docs/lab_book.md, 2026-11-24).
+
+    The kernel is cast to the type of `x`, which the product has, in here. So its gradient never has that type: it is
+    summed over rows, and over devices, in float32.
     """
     contract = tuple(range(x.ndim - num_in_dims, x.ndim)), tuple(range(num_in_dims))
-    return jax.lax.dot_general(x, kernel, (contract, ((), ())))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
 
 
 def _product_forward(x, kernel, num_in_dims):
-    return product(x, kernel, num_in_dims), (x, kernel)
+    like_kernel = jnp.zeros((), kernel.dtype)
+    kernel = kernel.astype(x.dtype)  # kept as it is multiplied: what is split over devices is then gathered once
+    return product(x, kernel, num_in_dims), (x, kernel, like_kernel)
 
 
 def _product_backward(num_in_dims, kept, cotangent):
-    x, kernel = kept
+    x, kernel, like_kernel = kept
     out_axes = tuple(range(num_in_dims, kernel.ndim))
     contract = tuple(range(cotangent.ndim - len(out_axes), cotangent.ndim)), out_axes
     by_x = jax.lax.dot_general(cotangent, kernel, (contract, ((), ())))
     rows = x.reshape(-1, math.prod(kernel.shape[:num_in_dims]))
-    by_kernel = jax.lax.dot_general(rows, cotangent.reshape(len(rows), -1), (((0,), (0,)), ((), ())))
-    return by_x, by_kernel.reshape(kernel.shape)
+    by_kernel = jax.lax.dot_general(
+        rows, cotangent.reshape(len(rows), -1), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return by_x, by_kernel.reshape(kernel.shape).astype(like_kernel.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -90,8 +97,8 @@ class Linear(nnx.Module):
         if isinstance(kernel, Int8Weights):
             y = int8_product(x, kernel, in_axes).astype(self.compute_dtype)
         else:
-            y = product(x.astype(self.compute_dtype), kernel.astype(self.compute_dtype), self.num_in_dims)
+            y = product(x.astype(self.compute_dtype), kernel, self.num_in_dims)
         if self.bias is None:
             return y
-        bias = self.bias[...].astype(self.compute_dtype)
-        return y + jnp.broadcast_to(bias, y.shape)
+        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)  # float32, in which its gradient is summed
+        return y + bias.astype(self.compute_dtype)

@@ -51,5 +51,5 @@ class LearnedPositions(nnx.Module):
         self.table = nnx.Param(table.astype(param_dtype), logical_axes=("position", "embed"))
 
     def __call__(self, positions: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        """Returns the encodings of 0-based `positions`."""
-        return jnp.take(self.table[...], positions, axis=0, mode="clip")
+        """Returns the encodings of 0-based `positions`, in float32, in which the table's gradient is summed."""
+        return jnp.take(self.table[...].astype(jnp.float32), positions, axis=0, mode="clip")

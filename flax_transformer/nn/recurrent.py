@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from flax_transformer.nn.linear import xavier_uniform
+from flax_transformer.nn.linear import product, xavier_uniform
 
 CellKind = Literal["lstm", "gru"]
 State = tuple[Any, ...]
@@ -101,7 +101,8 @@ class RecurrentCell(nnx.Module):
     def project(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows GU"]:
         """Returns W x + b for all gates; it needs no state, so a layer does it for all time steps at once."""
         gates = self._product(x, self.input_kernel)
-        return gates + jnp.broadcast_to(self.bias[...].astype(self.compute_dtype).ravel(), gates.shape)
+        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32).ravel(), gates.shape)  # as in `Linear`
+        return gates + bias.astype(self.compute_dtype)
 
     def project_context(self, context: Float[Array, "*rows C"]) -> Float[Array, "*rows GU"]:
         """Returns C c for all gates, to be added to `project`."""
@@ -114,8 +115,7 @@ class RecurrentCell(nnx.Module):
 
     def _product(self, x: jax.Array, kernel: Any) -> jax.Array:
         """Returns the gates side by side: cutting them apart in the last axis is cheap, in a middle one it is not."""
-        flat = kernel[...].astype(self.compute_dtype).reshape(kernel.shape[0], -1)
-        return jnp.dot(x.astype(self.compute_dtype), flat)
+        return product(x.astype(self.compute_dtype), kernel[...].reshape(kernel.shape[0], -1), 1)
 
     def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns the state after one more token, from `project` of that token."""
@@ -170,8 +170,8 @@ class GRUCell(RecurrentCell):
 
     def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns (hidden,) after one more token."""
-        bias = jnp.broadcast_to(self.candidate_bias[...].astype(self.compute_dtype), state[0].shape)
-        return _gru_gates(state, projected, self.recur(state[0]), bias)
+        bias = jnp.broadcast_to(self.candidate_bias[...].astype(jnp.float32), state[0].shape)  # as in `Linear`
+        return _gru_gates(state, projected, self.recur(state[0]), bias.astype(self.compute_dtype))
 
 
 CELLS: dict[str, type[RecurrentCell]] = {"lstm": LSTMCell, "gru": GRUCell}

@@ -1,10 +1,16 @@
 """How much memory a compiled program needs on each device, and how much there is."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+
+from flax_transformer.errors import ConfigError
+
+# Where Linux says how much memory a container may have: control groups of version 2, and of version 1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def needed_bytes(compiled: Any) -> int:
@@ -22,14 +28,44 @@ def needed_bytes(compiled: Any) -> int:
 def available_bytes(mesh: Mesh) -> int | None:
     """Returns the memory of one device of a mesh, or None when nobody says.
 
-    The devices of a CPU share the machine's memory, each with an equal part.
+    The devices of a CPU share the memory of the machine, or of the container, each with an equal part.
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
             return None
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.size
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        for path in CONTAINER_LIMITS:
+            text = path.read_text().strip() if path.is_file() else "max"
+            limits += [int(text)] if text.isdigit() else []  # "max" is none
+        return min(limits) // mesh.size
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a device that is described but not there, to compile for
         return None
+
+
+def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str) -> Any:
+    """Compiles a program, and makes sure that a device can run it.
+
+    Args:
+        lowered: the program, as `jax.jit(...).lower(...)` gives it.
+        mesh: the devices.
+        what: names the program in an error.
+        advice: what makes it smaller.
+
+    Raises:
+        ConfigError: it needs more memory than a device has.
+    """
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"{what} does not fit the memory of a device. {advice} The compiler says: {error}") from error
+    needed, available = needed_bytes(program), available_bytes(mesh)
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"{what} needs {needed / 2**30:.1f} GiB on each device, and there are {available / 2**30:.1f} GiB. {advice}"
+        )
+    return program

@@ -13,12 +13,48 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_transformer.config import Config
 from flax_transformer.data.tokenizer import START_ID
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.state import abstract_model
+
+
+def _chosen_steps(of: Literal["newest", "best"], num: int, checkpoints: Checkpoints, config: Config) -> list[int]:
+    """Returns the steps of the newest or best `num` of all checkpoints that the run has ever saved.
+
+    A run keeps some checkpoints as its newest and others as its best, so that those it still has are more than either.
+
+    Raises:
+        RunFolderError: there are fewer, or one of them is no longer kept.
+    """
+    kept = checkpoints.newest_steps() if of == "newest" else checkpoints.best_steps()
+    advice = f"Ask for fewer by --num, or train with training.keep_{of}: {num}."
+    run = checkpoints.folder.parent
+    if len(kept) < num:
+        raise RunFolderError(f"{run} has {len(kept)} checkpoints to choose the {num} {of} from. {advice}")
+    limit = getattr(config.training, f"keep_{of}")
+    if checkpoints.saved is None:  # by an earlier version: which ones were deleted is not known
+        if num > limit:
+            raise RunFolderError(
+                f"{run} promises no more than its {limit} {of} checkpoints (training.keep_{of}); what else it has is "
+                f"kept for another reason, so the {num} {of} may not be among it. {advice}"
+            )
+        return kept[:num]
+    if of == "newest":
+        ranked = sorted((step for step, _ in checkpoints.saved), reverse=True)
+    else:
+        known = [(quality, step) for step, quality in checkpoints.saved if quality is not None]
+        ranked = [step for _, step in sorted(known, reverse=True)]
+    gone = [step for step in ranked[:num] if step not in kept]
+    if gone:
+        raise RunFolderError(
+            f"{run} no longer has all of its {num} {of} checkpoints: of the steps {', '.join(map(str, ranked[:num]))} "
+            f"it lacks {', '.join(map(str, gone))} (training.keep_{of} is {limit}). {advice}"
+        )
+    return ranked[:num]
 
 
 def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest", "best"]) -> list[int]:
@@ -28,7 +64,8 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
 
     Raises:
         ConfigError: `num` below 1.
-        RunFolderError: no run, too few checkpoints in it, or `output` in use.
+        RunFolderError: no run, too few checkpoints in it, some of the newest or best no longer kept, others than its
+            tokenizers in it, or `output` in use.
     """
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}.")
@@ -38,13 +75,8 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
     sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
     _, abstract = abstract_model(config.model, VocabularyInfo(*sizes, START_ID))
     total: Any = None
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        steps = (checkpoints.newest_steps() if of == "newest" else checkpoints.best_steps())[:num]
-        if len(steps) < num:
-            raise RunFolderError(
-                f"{run} has {len(steps)} checkpoints to choose the {num} {of} from. Ask for fewer by --num, or train "
-                f"with training.keep_{of}: {num}."
-            )
+    with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
+        steps = _chosen_steps(of, num, checkpoints, config)
         abstract_params = nnx.to_pure_dict(abstract)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params)
@@ -54,6 +86,6 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
             total = params if total is None else jax.tree.map(np.add, total, params)
     mean = jax.tree.map(lambda a, like: jnp.asarray(a / len(steps), like.dtype), total, abstract_params)
     made.create(dataclasses.replace(config, run=str(output)), tokenizers)
-    with Checkpoints(made.checkpoints, (1, 1)) as checkpoints:
+    with Checkpoints(made.checkpoints, (1, 1), tokenizers.fingerprint) as checkpoints:
         checkpoints.save_params(max(steps), mean)
     return steps

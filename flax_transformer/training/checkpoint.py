@@ -76,10 +76,13 @@ class Checkpoints:
         folder: where they lie, one sub-folder a step.
         keep: how many are kept when others are saved, (newest, best); None only reads, and leaves alone what a training
             that goes on beside it is writing.
+        tokenizers: fingerprint of those at hand, which is saved with the parameters and must be the one that those
+            which are restored were saved with; None saves none and takes any, and so do checkpoints without one.
     """
 
-    def __init__(self, folder: Path, keep: tuple[int, int] | None = None):
+    def __init__(self, folder: Path, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
         self.folder = folder
+        self.tokenizers = tokenizers
         best = {"best_fn": _quality, "best_mode": "max"}
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0, **best)
@@ -123,6 +126,26 @@ class Checkpoints:
         """Returns all steps, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
+    @functools.cached_property
+    def saved(self) -> list[tuple[int, float | None]] | None:
+        """Step and quality of each checkpoint that the run has ever saved, whether it is still kept or not.
+
+        None where that was not written down, as by earlier versions.
+        """
+        newest = self.latest_step()
+        saved = [] if newest is None else self._meta(newest).get("saved")
+        return None if saved is None else [(step, quality) for step, quality in saved]
+
+    def check_tokenizers(self) -> None:
+        """Returns if the newest checkpoint was saved with the tokenizers at hand, or there is none.
+
+        Raises:
+            RunFolderError: it was saved with others.
+        """
+        newest = self.latest_step()
+        if newest is not None:
+            self._check_tokenizers(newest, self._meta(newest))
+
     def _newest(self) -> int:
         step = self.latest_step()
         if step is None:
@@ -147,8 +170,12 @@ class Checkpoints:
         trees = {"params": state.usable, "optimizer": state.optimizer}
         if state.average is not None:
             trees["trained"] = state.params
+        if self.saved is not None:
+            self.saved.append((step, quality))
         meta = {
             "step": step,
+            "saved": None if self.saved is None else [*self.saved],
+            "tokenizers": self.tokenizers,
             "data": data,
             "epoch": position.epoch,
             "batch": position.batch,
@@ -163,7 +190,7 @@ class Checkpoints:
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves parameters alone, which is enough to translate and to start another run from; waits for the disk."""
-        meta = {"step": step, "checksums": {"params": checksums(params)}}
+        meta = {"step": step, "tokenizers": self.tokenizers, "checksums": {"params": checksums(params)}}
         self._manager.save(
             step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
         )
@@ -173,11 +200,13 @@ class Checkpoints:
         """Returns the newest checkpoint in the shardings of `layout`.
 
         Raises:
-            RunFolderError: there is no checkpoint, it holds parameters alone, its shapes are not those of `layout`, or
-                it is damaged.
+            RunFolderError: there is no checkpoint, it was saved with other tokenizers, it holds parameters alone, its
+                shapes are not those of `layout`, or it is damaged.
         """
         step = self._newest()
         abstract = layout.abstract
+        meta = self._meta(step)
+        self._check_tokenizers(step, meta)
         self._check_shapes(step, abstract.params)
         if not (self.folder / str(step) / "optimizer").is_dir():
             raise RunFolderError(
@@ -188,8 +217,7 @@ class Checkpoints:
         if abstract.average is not None:
             trees["trained"] = abstract.params
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
-        meta = restored["meta"]
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self._check_sums(step, {name: restored[name] for name in trees}, meta)
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         average = None if abstract.average is None else restored["params"]
@@ -211,16 +239,31 @@ class Checkpoints:
         """Returns the parameters of a checkpoint alone, in the shardings of `abstract_params`.
 
         Raises:
-            RunFolderError: their shapes are not those of `abstract_params`, or they are damaged.
+            RunFolderError: they were saved with other tokenizers, their shapes are not those of `abstract_params`, or
+                they are damaged.
         """
         self._manager.wait_until_finished()
+        meta = self._meta(step)
+        self._check_tokenizers(step, meta)
         self._check_shapes(step, abstract_params)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params), meta=ocp.args.JsonRestore()),
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
+        params = self._manager.restore(step, args=items)["params"]
+        self._check_sums(step, {"params": params}, meta)
+        return params
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def _check_tokenizers(self, step: int, meta: dict[str, Any]) -> None:
+        saved = meta.get("tokenizers")
+        if self.tokenizers is None or saved is None or saved == self.tokenizers:
+            return
+        raise RunFolderError(
+            f"the checkpoint {self.folder / str(step)} was saved with other tokenizers than the run folder now has in "
+            "tokenizer/joint.model, or in tokenizer/source.model and tokenizer/target.model: expected SHA-256 (of "
+            f"source and target) {saved}, got {self.tokenizers}. Its parameters mean nothing with others. Put back the "
+            "files that the run began with, from a copy of its folder."
         )
-        self._check_sums(step, {"params": restored["params"]}, restored["meta"])
-        return restored["params"]
 
     def _check_shapes(self, step: int, abstract_params: Any) -> None:
         """Compares the saved parameters' shapes and types with what the model wants: merging a model does not."""

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from flax_transformer.config import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
-from flax_transformer.errors import ConfigError, DivergenceError
-from flax_transformer.parallel.memory import available_bytes, needed_bytes
+from flax_transformer.errors import DivergenceError
+from flax_transformer.parallel.memory import compiled_within_memory
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.shapes import Batch
 from flax_transformer.training.metrics import LossSummary, TokenCounts
 from flax_transformer.training.run_log import ProgressReport, RunLog
-from flax_transformer.training.state import StateLayout, TrainState
+from flax_transformer.training.state import TrainState
 from flax_transformer.training.step import StepMetrics
 from flax_transformer.training.throughput import ProductCost, Throughput
 
@@ -52,6 +52,7 @@ class Window:
         skipped_in_a_row: of them, those up to now without one between that was not; carried from window to window.
         started: when the window began, moved on by every pause.
         warm_up_seconds: how long the warm-up took.
+        saved: whether the run has a checkpoint; carried from window to window.
     """
 
     pending: list[tuple[StepMetrics, Batch]] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Window:
     skipped_in_a_row: int = 0
     started: float = field(default_factory=time.monotonic)
     warm_up_seconds: float = 0.0
+    saved: bool = False
 
     def end_warm_up(self) -> None:
         """Leaves what has happened so far out of the throughput."""
@@ -91,8 +93,9 @@ class Window:
                 kept = log.keep_batch(batch)
                 raise DivergenceError(
                     f"training diverged: {MOST_SKIPPED} steps in a row were skipped, the last is step {number}: "
-                    f"{what}. Its batch is kept in {kept}. The last checkpoint is whole. Try a lower learning rate "
-                    "(section optimizer), more optimizer.warmup_steps, or model.norm_order: pre."
+                    f"{what}. Its batch is kept in {kept}. "
+                    f"{'The last checkpoint is whole' if self.saved else 'No checkpoint had been saved'}. Try a lower "
+                    "learning rate (section optimizer), more optimizer.warmup_steps, or model.norm_order: pre."
                 )
         self.pending = []
 
@@ -115,6 +118,7 @@ class Window:
             tokens=self.tokens,
             skipped=self.skipped,
             throughput=Throughput.of(timed, timed_seconds, cost, peak),
+            flops_per_step=cost.total(self.tokens) / max(len(self.fetched) + self.skipped, 1),
             seconds=seconds,
             seconds_left=seconds_left,
         )
@@ -176,13 +180,19 @@ class StopRequest:
 
 def compile_steps(
     step: Any,
-    layout: StateLayout,
+    state: Any,
     shapes: list[BatchShape],
     mesh: Mesh,
 ) -> dict[tuple[int, ...], Any]:
     """Returns the compiled form of a jitted step for each batch shape, by (rows, source length, target length).
 
     Nothing is compiled once training has begun: a batch of any other shape is an error, not a pause.
+
+    Args:
+        step: of training or evaluation, (state or parameters, batch) -> ...
+        state: shapes of the first of these.
+        shapes: of the batches.
+        mesh: the devices.
 
     Raises:
         ConfigError: a step needs more memory than a device has.
@@ -194,19 +204,18 @@ def compile_steps(
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
         with jax.set_mesh(mesh):
-            program = compiled[tuple(shape)] = step.lower(layout.abstract, batch).compile()
-        needed, available = needed_bytes(program), available_bytes(mesh)
-        if available is not None and needed > available:
-            raise ConfigError(
-                f"a training step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens "
-                f"needs {needed / 2**30:.1f} GiB on each device, and there are {available / 2**30:.1f} GiB. Raise "
-                "batching.micro_batches, lower batching.tokens_per_batch, or split the parameters over more devices by "
-                "mesh.fsdp."
+            compiled[tuple(shape)] = compiled_within_memory(
+                step.lower(state, batch),
+                mesh,
+                f"a step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens",
+                "Raise batching.micro_batches, lower batching.tokens_per_batch, set model.rematerialize, or split the "
+                "parameters over more devices by mesh.fsdp.",
             )
     return compiled
 
 
-def _shape_of(batch: Batch) -> tuple[int, ...]:
+def shape_of(batch: Batch) -> tuple[int, ...]:
+    """Returns the key that `compile_steps` gives the step for a batch."""
     return (*batch.source_tokens.shape, batch.target_tokens.shape[1])
 
 
@@ -251,7 +260,7 @@ def train_loop(
     sharding = batch_sharding(mesh)
     step = first_step = int(state.step)
     position = None
-    window, loop_start = Window(), time.monotonic()
+    window, loop_start = Window(saved=first_step > 0), time.monotonic()
     patience = Patience(config.patience, history)
 
     with StopRequest() as stop:
@@ -259,7 +268,7 @@ def train_loop(
             # --- one update; the host runs ahead and makes the next batch while the device computes
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
-            state, metrics = compiled[_shape_of(batch)](state, jax.device_put(batch, sharding))
+            state, metrics = compiled[shape_of(batch)](state, jax.device_put(batch, sharding))
             window.pending.append((metrics, batch))
             if len(window.pending) > MOST_UNDER_WAY:
                 jax.block_until_ready(window.pending[-1 - MOST_UNDER_WAY][0])
@@ -277,7 +286,7 @@ def train_loop(
                 window.fetch(step, log)
                 pace = (time.monotonic() - loop_start) / (step - first_step)
                 log.progress(window.report(step, config.steps, pace * (config.steps - step), cost, peak))
-                window = Window(skipped_in_a_row=window.skipped_in_a_row)
+                window = Window(skipped_in_a_row=window.skipped_in_a_row, saved=window.saved)
 
             # --- evaluate, then save with what came out; neither counts as training time
             pause, quality = time.monotonic(), None
@@ -286,6 +295,7 @@ def train_loop(
                 patience.note(quality)
             if to_save:
                 save(state, position, quality)
+                window.saved = True
             window.started += time.monotonic() - pause
 
         if patience.exhausted:

@@ -68,10 +68,9 @@ def cross_entropy(
     bias = projection.bias
     if isinstance(projection.kernel, Int8Weights):
         raise TypeError("the loss needs weights that are not quantised: integers have no gradient.")
-    kernel = constrain(projection.kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
     static = (projection.num_real_rows, label_smoothing)
     bias = None if bias is None else bias.astype(jnp.float32)
-    return _fused_sums(static, hidden, kernel, bias, targets, mask)
+    return _fused_sums(static, hidden, projection.kernel, bias, targets, mask)
 
 
 class _Chunks(NamedTuple):
@@ -168,17 +167,18 @@ def _sum_shares(tree):
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
 
-def _columns(static, kernel):
-    """Returns the mean of the kernel's real rows, and the kernel as [D, V].
+def _for_products(static, hidden, kernel):
+    """Returns the kernel in the type of `hidden`; the mean of its real rows, in float32; and the kernel as [D, V].
 
     Both products with logits are made with V as the last axis, or XLA copies the logits transposed for each.
     """
-    return jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0), constrain(kernel.T, None, "vocab")
+    kernel = constrain(kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
+    return kernel, jnp.mean(kernel[: static[0]].astype(jnp.float32), axis=0), constrain(kernel.T, None, "vocab")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
-    mean_row, columns = _columns(static, kernel)
+    kernel, mean_row, columns = _for_products(static, hidden, kernel)
     chunks = _chunks(hidden, targets, mask, kernel.shape[0])
 
     def body(number, total):
@@ -189,9 +189,10 @@ def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
 
 
 def _forward(static, hidden, kernel, bias, targets, mask):
-    """Returns the sums, and the gradient of `loss` by hidden, kernel and bias."""
+    """Returns the sums; the gradient of `loss` by hidden, and in float32 by kernel and bias; and the kernel's type."""
     num_real_rows, smoothing = static
-    mean_row, columns = _columns(static, kernel)
+    like_kernel = jnp.zeros((), kernel.dtype)
+    kernel, mean_row, columns = _for_products(static, hidden, kernel)
     chunks = _chunks(hidden, targets, mask, kernel.shape[0])
     shares = len(chunks.mask)
 
@@ -226,15 +227,15 @@ def _forward(static, hidden, kernel, bias, targets, mask):
     tokens = targets.size // shares
     back = jax.vmap(lambda rows, order: jnp.zeros((tokens, rows.shape[1]), rows.dtype).at[order].set(rows, mode="drop"))
     by_hidden = constrain(back(by_hidden, chunks.places), "batch", None, None).reshape(hidden.shape)
-    return total, (by_hidden, column_gradient.T.astype(kernel.dtype), bias_gradient)
+    return total, (by_hidden, column_gradient.T, bias_gradient, like_kernel)
 
 
 def _backward(static, gradients, cotangents: LossSums):
-    by_hidden, by_kernel, by_bias = gradients
+    by_hidden, by_kernel, by_bias, like_kernel = gradients
     scale = cotangents.loss
     return (
         by_hidden * scale.astype(by_hidden.dtype),
-        by_kernel * scale.astype(by_kernel.dtype),
+        constrain(by_kernel * scale, "vocab", None).astype(like_kernel.dtype),
         None if by_bias is None else by_bias * scale,
         None,
         None,

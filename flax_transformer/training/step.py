@@ -117,7 +117,7 @@ def train_step(
     else:
         gradients, sums = _gradient_in_pieces(graphdef, state.params, batch, label_smoothing, key, micro_batches)
     count = jnp.maximum(sums.count, 1.0)
-    gradients = jax.tree.map(lambda g, p: (g / count.astype(g.dtype)).astype(p.dtype), gradients, state.params)
+    gradients = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), gradients, state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with float32
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

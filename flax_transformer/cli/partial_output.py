@@ -1,0 +1,133 @@
+"""A file that gets its name when it is whole, and can be gone on with until then."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_transformer.errors import InputError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an output is.
+
+    Attributes:
+        lines: done and written.
+        source: SHA-256 of the lines that they were made from.
+        faulty: whether one of them was shortened, or lacks a phrase that was required.
+        settings: all else that makes them what they are.
+    """
+
+    lines: int
+    source: str
+    faulty: bool
+    settings: dict[str, Any]
+
+
+def digest_of(lines: list[str], digest: Any = None) -> Any:
+    """Returns a digest of lines, or of those of another and these."""
+    digest = hashlib.sha256() if digest is None else digest
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest
+
+
+class StandardOutput:
+    """Writes lines to a stream that is not ours; nothing of it can be gone on with."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.progress = Progress(0, digest_of([]).hexdigest(), False, {})
+
+    def __enter__(self) -> "StandardOutput":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def write(self, lines: list[str], source: str, faulty: bool) -> None:
+        """Writes lines. For the rest see `PartialOutput.write`."""
+        self.stream.write("".join(f"{line}\n" for line in lines).encode())  # UTF-8 whatever the locale, as the input is
+        self.stream.flush()
+
+
+class PartialOutput:
+    """Writes lines to NAME.partial, and keeps beside them in NAME.partial.json how far they are.
+
+    Use it in a `with` statement: NAME is there when that ends without an error. What was written before one can be gone
+    on with, from the last `write` that came to its end, with the same settings and the same source.
+
+    Args:
+        path: the file.
+        settings: what is written is made by them; JSON.
+        resume: whether to go on with what is there.
+
+    Raises:
+        InputError: the file is there already, or there is one that is not whole and `resume` is not set, or it was made
+            by other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool):
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._record = path.with_name(path.name + ".partial.json")
+        if path.exists():
+            raise InputError(f"--output {path} is there already. Choose another name, or remove it.")
+        if self._partial.exists() and not resume:
+            raise InputError(
+                f"{self._partial} is there from a translation that was interrupted. Go on with it by --resume, or "
+                "remove it."
+            )
+        if not path.parent.is_dir():
+            raise InputError(f"--output {path}: there is no folder {path.parent}. Make it first.")
+        self.progress = Progress(0, digest_of([]).hexdigest(), False, json.loads(json.dumps(settings)))
+        if self._partial.exists() and self._record.exists():
+            before = Progress(**json.loads(self._record.read_text()))
+            changed = [name for name, value in self.progress.settings.items() if before.settings.get(name) != value]
+            if changed:
+                name = changed[0]
+                raise InputError(
+                    f"--resume: {self._partial} was made with other settings: {name} was {before.settings.get(name)!r} "
+                    f"and is {self.progress.settings[name]!r}. Use the same, or remove the file to begin anew."
+                )
+            self.progress = before
+
+    def __enter__(self) -> "PartialOutput":
+        self._file = self._partial.open("ab+")
+        self._file.seek(0)
+        if any(not self._file.readline().endswith(b"\n") for _ in range(self.progress.lines)):
+            self._file.close()
+            raise InputError(
+                f"--resume: {self._partial} has fewer lines than the {self.progress.lines:,} that were written. It has "
+                "been changed; remove it to begin anew."
+            )
+        self._file.truncate(self._file.tell())  # what was written after the last that is known to be whole
+        return self
+
+    def __exit__(self, kind: Any, *_) -> None:
+        self._file.close()
+        if kind is None:
+            os.replace(self._partial, self.path)
+        elif self.progress.lines == 0:  # nothing that could be gone on with
+            self._partial.unlink()
+        if kind is None or self.progress.lines == 0:
+            self._record.unlink(missing_ok=True)
+
+    def write(self, lines: list[str], source: str, faulty: bool) -> None:
+        """Writes lines, and that they are whole.
+
+        Args:
+            lines: without their ends.
+            source: SHA-256 of what these and all before them were made from.
+            faulty: whether one of these was shortened, or lacks a phrase that was required.
+        """
+        before = self.progress
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
+        self._file.flush()
+        self.progress = Progress(before.lines + len(lines), source, before.faulty or faulty, before.settings)
+        new = self._record.with_name(self._record.name + ".new")
+        new.write_text(json.dumps(asdict(self.progress)))
+        os.replace(new, self._record)

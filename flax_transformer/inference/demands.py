@@ -1,0 +1,142 @@
+"""What is demanded of outputs, as ids: what they begin with, what they hold and what not; and what contradicts what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax_transformer.config import DecodingConfig
+from flax_transformer.data.tokenizer import UNKNOWN_ID, Tokenizer
+from flax_transformer.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True)
+class Demands:
+    """Turns what is demanded as text into ids.
+
+    Attributes:
+        target: tokenizer of the outputs.
+        decoding: settings that a demand may contradict.
+        longest: tokens that the model's outputs have at most, end token not counted.
+    """
+
+    target: Tokenizer
+    decoding: DecodingConfig
+    longest: int
+
+    def banned_phrases(self) -> dict[str, list[int]]:
+        """Returns the ids of each banned phrase.
+
+        Raises:
+            ConfigError: one that has no token, or characters that the vocabulary does not hold.
+        """
+        texts = self.decoding.banned_phrases
+        phrases = dict(zip(texts, self.target.encode(texts), strict=True))
+        for text, ids in phrases.items():
+            if not ids:
+                raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
+            if UNKNOWN_ID in ids:
+                raise ConfigError(
+                    f"decoding.banned_phrases: {text!r} has characters that the target vocabulary does not hold, so no "
+                    "output can hold it: leave it out (decoding.ban_unknown bans all that is unknown)."
+                )
+        return phrases
+
+    def prefixes(self, prefixes: Sequence[str] | None, num_sentences: int) -> list[list[int]]:
+        """Returns the ids of each sentence's prefix, which is empty without one.
+
+        Raises:
+            ConfigError: not as many prefixes as sentences, an output that must be longer than the model makes any, or
+                another setting contradicts a prefix.
+            InputError: a prefix with characters that the vocabulary does not hold, or one that is too long.
+        """
+        longest, decoding = self.longest, self.decoding
+        if decoding.min_length > longest:
+            raise ConfigError(
+                f"decoding.min_length ({decoding.min_length}) is more than the {longest} tokens that the model's "
+                "outputs have at most (model.max_target_length, less the end token)."
+            )
+        if prefixes is None:
+            return [[] for _ in range(num_sentences)]
+        if isinstance(prefixes, str) or len(prefixes) != num_sentences:
+            raise ConfigError(f"prefixes must be a list with one for each of the {num_sentences} sentences.")
+        encoded, banned = self.target.encode(prefixes), self.banned_phrases()
+        for number, (text, ids) in enumerate(zip(prefixes, encoded, strict=True), start=1):
+            if UNKNOWN_ID in ids:
+                raise InputError(
+                    f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
+                    "can begin with it."
+                )
+            self._check_allowed(f"prefix {number} ({text!r})", ids, banned)
+            if len(ids) > longest:
+                raise InputError(
+                    f"prefix {number} has {len(ids)} tokens, and the model's outputs have at most {longest} "
+                    "(model.max_target_length, less the end token)."
+                )
+        return encoded
+
+    def required_phrases(
+        self, required: Sequence[Sequence[str]], prefixes: Sequence[Sequence[int]] | None = None
+    ) -> list[list[list[int]]]:
+        """Returns the ids of each sentence's required phrases.
+
+        Args:
+            required: phrases of each sentence.
+            prefixes: ids that each sentence's outputs begin with.
+
+        Raises:
+            ConfigError: not lists, or another setting contradicts them.
+            InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
+        """
+        target, longest = self.target, self.longest
+        if self.decoding.method != "beam":
+            raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
+        encoded, banned = [], self.banned_phrases()
+        for number, texts in enumerate(required, start=1):
+            if isinstance(texts, str):
+                raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
+            phrases = target.encode(list(texts))
+            for text, ids in zip(texts, phrases, strict=True):
+                named = f"required phrase {text!r} of sentence {number}"
+                if not ids or UNKNOWN_ID in ids:
+                    what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
+                    raise InputError(f"{named} {what}")
+                self._check_allowed(named, ids, banned)
+            total = len(prefixes[number - 1] if prefixes else ()) + sum(map(len, phrases))
+            if total > longest:
+                raise InputError(
+                    f"the prefix and the required phrases of sentence {number} have {total} tokens, one after the "
+                    f"other, and the model's outputs have at most {longest} (model.max_target_length, less the end "
+                    "token)."
+                )
+            encoded.append(phrases)
+        return encoded
+
+    def _check_allowed(self, named: str, ids: list[int], banned: dict[str, list[int]]) -> None:
+        """Raises a `ConfigError` if every output that holds these ids, those of what is named, is against the rules."""
+        for text, ban in banned.items():
+            if holds(ids, ban):
+                raise ConfigError(
+                    f"{named} and decoding.banned_phrases ({text!r}) contradict each other: leave out one of them."
+                )
+        size = self.decoding.no_repeat_ngram
+        if size and (twice := _repeated(ids, size)):
+            raise ConfigError(
+                f"{named} and decoding.no_repeat_ngram ({size}) contradict each other, since it holds "
+                f"{' '.join(self.target.pieces(twice))!r} twice: leave out one of them."
+            )
+
+
+def holds(tokens: list[Any], phrase: list[Any]) -> bool:
+    """Returns whether the tokens of a phrase occur one after the other."""
+    return any(tokens[n : n + len(phrase)] == phrase for n in range(len(tokens) - len(phrase) + 1))
+
+
+def _repeated(tokens: list[int], size: int) -> list[int]:
+    """Returns the first sequence of `size` tokens that has occurred before, or nothing."""
+    seen: set[tuple[int, ...]] = set()
+    for place in range(len(tokens) - size + 1):
+        ngram = tokens[place : place + size]
+        if tuple(ngram) in seen:
+            return ngram
+        seen.add(tuple(ngram))
+    return []

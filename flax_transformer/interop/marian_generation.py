@@ -1,0 +1,164 @@
+"""How a run decodes as the settings of Hugging Face's `generate`, and those settings as a section `decoding`.
+
+Both directions also return what the other side cannot do, so that nothing is lost without a word.
+"""
+
+import dataclasses
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from flax_transformer.config import DecodingConfig
+from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer
+from flax_transformer.decoding.length_penalty import LengthPenalty
+
+# Fields of ours that their beam search does not have.
+NOT_THEIRS = (
+    "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty", "patience",
+)  # fmt: skip
+
+# Settings of theirs that change outputs and that we do not take over, with the value that changes nothing.
+NOT_OURS = {
+    "do_sample": False,
+    "num_return_sequences": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "penalty_alpha": 0.0,
+    "constraints": None,
+    "force_words_ids": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "renormalize_logits": False,
+    "forced_bos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "stop_strings": None,
+    "max_time": None,
+}
+# Those that they look at when they draw.
+NOT_OURS_OF_SAMPLING = {
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+
+
+def named(settings: dict[str, Any]) -> list[str]:
+    """Returns each setting as "name: value", long values shortened."""
+    return [f"{name}: {value if isinstance(value, str) else reprlib.repr(value)}" for name, value in settings.items()]
+
+
+def export_generation(
+    decoding: DecodingConfig, order: np.ndarray, target: Tokenizer, longest: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the contents of their generation_config.json, and the settings of ours that it cannot hold.
+
+    Args:
+        decoding: how the run decodes.
+        order: our id of each of their ids.
+        target: tokenizer of the outputs.
+        longest: most tokens of the model's outputs, end token included.
+    """
+    theirs = {ours: number for number, ours in enumerate(order.tolist())}
+    defaults = DecodingConfig()
+    penalty = LengthPenalty.parse(decoding.length_penalty)
+    lost: dict[str, Any] = {}
+    if penalty.name == "gnmt" and decoding.beam_size > 1:
+        lost["length_penalty"] = decoding.length_penalty
+    most = longest
+    if decoding.max_length_factor:
+        lost["max_length_factor"] = decoding.max_length_factor
+    else:
+        most = min(max(decoding.max_length_offset, decoding.min_length + 1), longest)
+    lost |= {name: getattr(decoding, name) for name in NOT_THEIRS if getattr(decoding, name) != getattr(defaults, name)}
+
+    banned = [[START_ID], [PAD_ID]] + [[UNKNOWN_ID]] * decoding.ban_unknown
+    banned += [ids for ids in target.encode(decoding.banned_phrases) if ids]
+    values: dict[str, Any] = {
+        "eos_token_id": theirs[END_ID],
+        "pad_token_id": theirs[START_ID],
+        "decoder_start_token_id": theirs[START_ID],
+        "bad_words_ids": [[theirs[i] for i in ids] for ids in banned if ids != [PAD_ID] or PAD_ID in theirs],
+        "num_beams": decoding.beam_size,
+        "early_stopping": True if decoding.stop == "finished" else "never",
+        "max_length": most + 1,  # theirs counts the start token
+    }
+    if penalty.name != "gnmt":
+        values["length_penalty"] = penalty.exponent
+    if decoding.min_length:
+        values["min_length"] = decoding.min_length + 1
+    if decoding.force_end:
+        values["forced_eos_token_id"] = theirs[END_ID]
+    if decoding.no_repeat_ngram:
+        values["no_repeat_ngram_size"] = decoding.no_repeat_ngram
+    if decoding.repetition_penalty != 1.0:
+        if decoding.beam_size > 1:
+            values["repetition_penalty"] = decoding.repetition_penalty
+        else:  # without a beam theirs is a factor on logits
+            lost["repetition_penalty"] = decoding.repetition_penalty
+    return values, named(lost)
+
+
+def read_generation(
+    theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int
+) -> tuple[DecodingConfig, list[str]]:
+    """Returns a section `decoding` that does what their settings say, and those of them that it cannot hold.
+
+    Without a maximum length it is our default's. Their `early_stopping: false` ends a search by a rule of thumb; it
+    becomes `stop: sure`, which never ends it sooner.
+
+    Args:
+        theirs: contents of their generation_config.json, or of their config.json where that is not there.
+        order: our id of each of their ids.
+        target: tokenizer of the outputs.
+        longest: most tokens of the model's outputs, end token included.
+    """
+    given = {name: value for name, value in theirs.items() if value is not None}
+    neutral = NOT_OURS | (NOT_OURS_OF_SAMPLING if given.get("do_sample") else {})
+    lost = {name: given[name] for name, value in neutral.items() if given.get(name, value) not in (value, [], {})}
+
+    # --- tokens
+    end, start = (int(np.flatnonzero(order == token)[0]) for token in (END_ID, START_ID))
+    for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
+        if given.get(name, token) not in (token, [token]):
+            lost[name] = given[name]
+    ban_unknown, phrases, others = False, [], []
+    for ids in given.get("bad_words_ids", ()):
+        ours = order[ids].tolist() if ids and max(ids) < len(order) else []
+        if ours == [UNKNOWN_ID]:
+            ban_unknown = True
+        elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
+            phrases.append(text)
+        elif ours not in ([PAD_ID], [START_ID], [END_ID]):  # never there, or never banned, in both
+            others.append(ids)
+    if others:
+        lost["bad_words_ids"] = others
+
+    # --- numbers
+    beam_size = given.get("num_beams") or 1
+    exponent, penalty = given.get("length_penalty", 1.0), given.get("repetition_penalty", 1.0)
+    if exponent < 0:
+        lost["length_penalty"], exponent = exponent, 0.0
+    if penalty < 1 or (penalty != 1 and beam_size == 1):  # without a beam theirs is a factor on logits
+        lost["repetition_penalty"], penalty = penalty, 1.0
+    # Theirs count the start token; of the end token all say the same: a maximum counts it, a minimum does not.
+    most = given.get("max_new_tokens", given.get("max_length", 1) - 1)
+    fewest = given.get("min_new_tokens", given.get("min_length", 1) - 1)
+    decoding = DecodingConfig(
+        beam_size=beam_size,
+        length_penalty=f"average:{float(exponent)}",
+        stop="finished" if given.get("early_stopping") is True else "sure",
+        min_length=max(0, min(fewest, longest - 1)),
+        force_end=given.get("forced_eos_token_id") in (end, [end]),
+        no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
+        repetition_penalty=float(penalty),
+        ban_unknown=ban_unknown,
+        banned_phrases=tuple(phrases),
+    )
+    if most > 0:
+        decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
+    return decoding, named(lost)

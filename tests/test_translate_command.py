@@ -1,0 +1,169 @@
+"""The command translate beyond the contract: files that are gone on with, methods, attention, a person who types."""
+
+import io
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from flax_transformer.cli import translate
+from flax_transformer.errors import ConfigError
+from flax_transformer.inference.translator import Translator
+from flax_transformer.run_folder import RunFolder
+from tests.test_decoding_contract import ALIKE, MODELS, TOKENIZERS, command, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run", MODELS["transformer"], 1)
+
+
+@pytest.fixture
+def files(run, tmp_path, monkeypatch):
+    """Arguments that translate a file of 20 lines, one of them too long, in pieces of 8 lines."""
+    monkeypatch.setattr(translate, "LINES_AT_ONCE", 8)
+    (tmp_path / "in").write_text("".join(f"{s}\n" for s in ["one " * 60, *ALIKE[:19]]))
+    return ["translate", "--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+
+
+def killed_after(pieces: int, monkeypatch):
+    """A translator that is interrupted after so many pieces."""
+    whole = Translator.translate
+    count = itertools.count()
+
+    def translate_some(self, *arguments, **named):
+        if next(count) == pieces:
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(Translator, "translate", translate_some)
+
+
+def test_pieces_of_a_stream_are_as_the_whole(monkeypatch, capsys, files, tmp_path):
+    code, _, err = command(monkeypatch, capsys, files)
+    assert code == 4 and "20 sentences" in err
+    alone = command(monkeypatch, capsys, files[:3], (tmp_path / "in").read_bytes())
+    assert alone[:2] == (4, (tmp_path / "out").read_text()) and len(alone[1].splitlines()) == 20
+
+
+def test_an_interrupted_file_is_gone_on_with(monkeypatch, capsys, files, tmp_path):
+    out, partial, record = (tmp_path / name for name in ("out", "out.partial", "out.partial.json"))
+    assert command(monkeypatch, capsys, files)[0] == 4
+    whole = out.read_text()
+    assert not partial.exists() and not record.exists()
+    code, _, err = command(monkeypatch, capsys, files)
+    assert code == 2 and "is there already" in err
+    out.unlink()
+    with monkeypatch.context() as patch:
+        killed_after(1, patch)
+        with pytest.raises(KeyboardInterrupt):
+            command(patch, capsys, files)
+    assert partial.read_text() == "".join(whole.splitlines(keepends=True)[:8])
+    with partial.open("a") as file:  # written, but not known to be whole
+        file.write("a line\nand half of one")
+    code, _, err = command(monkeypatch, capsys, files)
+    assert code == 2 and "Go on with it by --resume" in err and not out.exists()
+    code, _, err = command(monkeypatch, capsys, [*files, "--resume"])
+    assert code == 4 and "12 sentences" in err  # a line of the first eight was shortened
+    assert out.read_text() == whole and not partial.exists() and not record.exists()
+
+
+def test_a_file_is_gone_on_with_by_the_same_settings_and_text_alone(monkeypatch, capsys, files, run, tmp_path):
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            command(patch, capsys, files)
+    capsys.readouterr()
+    code, _, err = command(monkeypatch, capsys, [*files, "--resume", "--beam-size", "2"])
+    assert code == 2 and "was made with other settings: beam_size was 3 and is 2. Use the same" in err
+    other = make_run(tmp_path / "other", MODELS["transformer"], 2)
+    code, _, err = command(monkeypatch, capsys, [*files, "--resume", "--run", str(other)])
+    assert code == 2 and "was made with other settings: run was [[" in err
+    text = (tmp_path / "in").read_text()
+    for changed in (text.replace("one", "two", 1), "one\n"):
+        (tmp_path / "in").write_text(changed)
+        code, _, err = command(monkeypatch, capsys, [*files, "--resume"])
+        assert code == 2 and "does not begin with the 16 lines that have been translated" in err
+    (tmp_path / "in").write_text(text)
+    lines = (tmp_path / "out.partial").read_text().splitlines(keepends=True)
+    (tmp_path / "out.partial").write_text("".join(lines[:3]))
+    code, _, err = command(monkeypatch, capsys, [*files, "--resume"])
+    assert code == 2 and "has fewer lines than the 16 that were written" in err
+    (tmp_path / "out.partial").unlink()
+    (tmp_path / "out.partial.json").unlink()
+    code, _, _ = command(monkeypatch, capsys, [*files, "--json", "--num-hypotheses", "9"])
+    assert code == 2 and not (tmp_path / "out.partial").exists()  # nothing was begun
+
+
+def test_lines_are_answered_one_at_a_time_when_a_person_types(monkeypatch, capsys, run):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    seen: list[list[str]] = []
+    whole = Translator.translate
+
+    def translate_some(self, sentences, **named):
+        seen.append(list(sentences))
+        return whole(self, sentences, **named)
+
+    monkeypatch.setattr(Translator, "translate", translate_some)
+    monkeypatch.setattr(sys.modules["tests.test_decoding_contract"], "Stdin", Terminal)
+    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n")
+    assert code == 0 and seen == [["one"], ["two"]] and len(out.splitlines()) == 2
+
+
+def test_an_object_holds_the_attention_that_was_asked_for(monkeypatch, capsys, run):
+    arguments = ["translate", "--run", str(run), "--json", "--attention"]
+    code, out, _ = command(monkeypatch, capsys, arguments, f"{ALIKE[0]}\n\n".encode())
+    found, empty = (json.loads(line) for line in out.splitlines())
+    (hypothesis,) = found["hypotheses"]
+    weights = np.array(hypothesis["attention"])
+    assert code == 0 and weights.shape == (len(hypothesis["token_scores"]), len(found["source"]) + 1)
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-4)
+    expected = Translator.load(run).translate([ALIKE[0]], attention=True)[0]
+    assert found["source"] == expected.source
+    attention = expected.hypotheses[0].attention
+    assert attention is not None
+    np.testing.assert_allclose(weights, attention, atol=1e-6)
+    assert empty["source"] == [] and empty["hypotheses"][0]["attention"] == []
+
+
+def test_several_runs_translate_as_an_ensemble(monkeypatch, capsys, run, tmp_path):
+    runs = [run, make_run(tmp_path / "other", MODELS["transformer"], 2)]
+    arguments = ["translate", "--run", *map(str, runs), "--scores"]
+    code, out, _ = command(monkeypatch, capsys, arguments, f"{ALIKE[0]}\n".encode())
+    best = Translator.load(runs).translate([ALIKE[0]])[0]
+    assert code == 0 and out == f"{best.score:.6f}\t{best.text}\n"
+
+
+def test_a_method_is_asked_for_nothing_that_the_run_says_of_the_other(monkeypatch, capsys, tmp_path):
+    run = make_run(tmp_path / "run", MODELS["transformer"], 1)
+    config = RunFolder.open(run).config_file
+    config.write_text(config.read_text().replace("stop: sure", "stop: finished"))
+    assert Translator.load(run).decoding.stop == "finished"
+    code, out, err = command(monkeypatch, capsys, ["translate", "--run", str(run), "--method", "sampling"], b"one\n")
+    assert (code, len(out.splitlines())) == (0, 1), err
+    assert len(Translator.load(run).translate(["one"], method="sampling", mbr_samples=3)) == 1
+    code, _, err = command(
+        monkeypatch, capsys, ["translate", "--run", str(run), "--method", "sampling", "--stop", "finished"], b"one\n"
+    )
+    assert code == 2 and "contradict each other" in err.replace("\n", " ")
+    with pytest.raises(ConfigError, match="decoding.mbr_utility .bleu. compares the samples of decoding.mbr_samples"):
+        Translator.load(run).translate(["one"], method="sampling", mbr_utility="bleu")
+
+
+def test_what_is_wrong_with_phrases_is_said_rightly(monkeypatch, capsys, run, tmp_path):
+    (tmp_path / "phrases").write_text("zwei\n")
+    arguments = ["translate", "--run", str(run), "--required", str(tmp_path / "phrases")]
+    code, _, err = command(monkeypatch, capsys, arguments, b"\xff\n")
+    assert code == 2 and "standard input, line 1: not valid UTF-8" in err
+    code, _, err = command(monkeypatch, capsys, arguments, b"\n")
+    assert code == 4 and "the output of line 1 lacks 'zwei': the line is empty, and so is its output." in err
+    texts = [" ".join(["zwei"] * count) for count in range(1, 47)]
+    long = [text for text, ids in zip(texts, TOKENIZERS.target.encode(texts), strict=True) if len(ids) < 47][-1]
+    (tmp_path / "phrases").write_text("\n" * 9 + "zwei\n")
+    code, out, err = command(monkeypatch, capsys, [*arguments, "--prefix", long], b"one\n" * 10)
+    assert code == 2 and out == "" and "of sentence 10" in err  # before anything is written
