@@ -33,7 +33,6 @@ from flax_transformer.inference.translator import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
-from flax_transformer.training import loop
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.run_log import read_metrics
 
@@ -168,21 +167,6 @@ def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path, capsys):
-    folder = tmp_path / "never"
-    for mistake, message in (
-        (["--tokenizer.vocab-size", "9000"], "cannot learn tokenizer.vocab_size = 9000"),
-        (["--batching.tokens-per-batch", "40"], "batching.tokens_per_batch (40) is too small"),
-        (["--mesh.tensor", "8"], "mesh.tensor (8) must divide"),
-        (["--mesh.data", "9"], "but JAX has 8"),
-        (["--training.seed", "-1"], "training.seed must lie between 0"),
-        (["--data.kind", "parallel_text", "--data.folder", str(tmp_path)], "no text file at"),
-    ):
-        assert command("train", "--config", str(recipe), "--run", str(folder), *mistake) == 2
-        assert message in capsys.readouterr().err
-        assert not folder.exists()
-
-
 def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_path, capsys):
     folder = tmp_path / "diverged"
     arguments = ["--config", str(recipe), "--run", str(folder), "--optimizer.learning-rate-scale", "1e30"]
@@ -199,44 +183,6 @@ def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_
     with Checkpoints(folder / "checkpoints") as checkpoints:
         latest = checkpoints.latest_step()
     assert latest is not None and all(np.isfinite(a).all() for a in jax.tree.leaves(checkpoint_params(folder, latest)))
-
-
-def test_a_step_that_does_not_fit_the_memory_is_explained_before_the_first(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("flax_transformer.parallel.memory.available_bytes", lambda mesh: 1000)
-    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "large")) == 2
-    message = capsys.readouterr().err
-    assert re.search(r"on batches of 8 rows x 28/44 tokens needs 0.0 GiB on each device, and there are 0.0", message)
-    assert "Raise batching.micro_batches, lower batching.tokens_per_batch" in message
-
-
-def test_a_beam_that_does_not_fit_the_memory_is_explained(run, recipe, tmp_path, monkeypatch, capsys):
-    """In a training before its first step, and for translation before anything is written."""
-    wide = ["--decoding.beam-size", "30000"]
-    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "wide"), *wide) == 2
-    message = capsys.readouterr().err
-    needs = r"with 30000 hypotheses of at most \d+ tokens for each, needs [\d.]+ GiB on each device, and there are "
-    assert re.search(f"a search of 8 sentences at a time, {needs}", message) and "Lower decoding.beam_size" in message
-    assert not (tmp_path / "wide").exists()
-    code, out, err = translate(monkeypatch, capsys, run, b"one\n", "--beam-size", "30000")
-    assert (code, out) == (2, "") and "Lower decoding.beam_size (of sampling: the number of samples)" in err
-
-
-def test_nothing_is_compiled_once_training_has_begun(recipe, tmp_path, monkeypatch):
-    """Evaluations included: training ends with the second of them."""
-    events: list[str] = []
-    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    around = []
-
-    def train_loop(*arguments, **named):
-        around.append(events.count("/jax/compilation_cache/compile_requests_use_cache"))
-        result = loop.train_loop(*arguments, **named)
-        around.append(events.count("/jax/compilation_cache/compile_requests_use_cache"))
-        return result
-
-    monkeypatch.setattr("flax_transformer.experiment.train_loop", train_loop)
-    assert command("train", "--config", str(recipe), "--run", str(tmp_path / "run")) == 0
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 2
-    assert around[0] > 2 and around[0] == around[1]
 
 
 @pytest.mark.slow
@@ -460,9 +406,9 @@ class Stdin(io.TextIOWrapper):
         return False
 
 
-def translate(monkeypatch, capsys, run, data: bytes, *options: str) -> tuple[int, str, str]:
+def translate(monkeypatch, capsys, run, data: bytes) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(data)))
-    code = command("translate", "--run", str(run), *options)
+    code = command("translate", "--run", str(run))
     output = capsys.readouterr()
     return code, output.out, output.err
 

@@ -167,3 +167,9 @@ def test_what_is_wrong_with_phrases_is_said_rightly(monkeypatch, capsys, run, tm
     (tmp_path / "phrases").write_text("\n" * 9 + "zwei\n")
     code, out, err = command(monkeypatch, capsys, [*arguments, "--prefix", long], b"one\n" * 10)
     assert code == 2 and out == "" and "of sentence 10" in err  # before anything is written
+
+
+def test_a_beam_that_does_not_fit_the_memory_is_explained(monkeypatch, capsys, run):
+    arguments = ["translate", "--run", str(run), "--beam-size", "30000"]
+    code, out, err = command(monkeypatch, capsys, arguments, b"one\n")
+    assert (code, out) == (2, "") and "Lower decoding.beam_size (of sampling: the number of samples)" in err
