@@ -18,6 +18,24 @@ from flax_transformer.training.throughput import ProductCost
 from tests import tiny
 
 
+def train(step, mesh, first_step: int = 0, log_every_steps: int = 60) -> tuple[TrainState, int | None]:
+    """Runs the loop up to step 60 with a made-up step; nothing is evaluated, saved or logged."""
+    batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
+    return loop.train_loop(
+        TrainState(jnp.int32(first_step), {}, {}, None),
+        {(8, 8, 8): step},
+        iter([(batch, Position(0, number)) for number in range(60)]),
+        TrainingConfig(steps=60, log_every_steps=log_every_steps, evaluate_every_steps=60, checkpoint_every_steps=60),
+        mesh,
+        MagicMock(spec=RunLog),
+        save=lambda state, position, quality: None,
+        evaluate=lambda params, step: 0.0,
+        history=[],
+        cost=ProductCost(1, 1),
+        peak=None,
+    )
+
+
 @pytest.mark.parametrize("saved_before", [False, True])
 def test_divergence_says_whether_there_is_a_checkpoint(one_device, saved_before):
     def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
@@ -26,22 +44,9 @@ def test_divergence_says_whether_there_is_a_checkpoint(one_device, saved_before)
         return TrainState(state.step + 1, {}, {}, None), metrics
 
     first = 20 if saved_before else 0
-    batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
     message = "The last checkpoint is whole. Try" if saved_before else "No checkpoint had been saved. Try"
     with pytest.raises(DivergenceError, match=message):
-        loop.train_loop(
-            TrainState(jnp.int32(first), {}, {}, None),
-            {(8, 8, 8): step},
-            iter([(batch, Position(0, number)) for number in range(60)]),
-            TrainingConfig(steps=60, log_every_steps=10, evaluate_every_steps=60, checkpoint_every_steps=60),
-            one_device,
-            MagicMock(spec=RunLog),
-            save=lambda state, position, quality: None,
-            evaluate=lambda params, step: 0.0,
-            history=[],
-            cost=ProductCost(1, 1),
-            peak=None,
-        )
+        train(step, one_device, first_step=first, log_every_steps=10)
 
 
 def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch):
@@ -67,19 +72,6 @@ def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch
 
     for name in real:
         monkeypatch.setattr(loop.jax, name, waiting(name))
-    batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
-    state, stopped = loop.train_loop(
-        TrainState(jnp.int32(0), {}, {}, None),
-        {(8, 8, 8): step},
-        iter([(batch, Position(0, number)) for number in range(60)]),
-        TrainingConfig(steps=60, log_every_steps=60, evaluate_every_steps=60, checkpoint_every_steps=60),
-        one_device,
-        MagicMock(spec=RunLog),
-        save=lambda state, position, quality: None,
-        evaluate=lambda params, step: 0.0,
-        history=[],
-        cost=ProductCost(1, 1),
-        peak=None,
-    )
+    state, stopped = train(step, one_device)
     assert (int(state.step), stopped) == (60, None)
     assert most == loop.MOST_UNDER_WAY + 1
