@@ -93,8 +93,8 @@ def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[
     return sorted(found, key=lambda item: -item[1])
 
 
-def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enough: int):
-    """A search of the same kind in plain Python, up to the step at which `enough` outputs have ended; best first."""
+def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enough: int, stop: str):
+    """A search of the same kind in plain Python, best first, by the rule "finished" or "likely"."""
     log_p = float64(logits) - np.log(np.exp(float64(logits)).sum(-1, keepdims=True))
     rule = LengthPenalty.parse(penalty)
     live, finished = [((), 0.0)], []
@@ -107,9 +107,12 @@ def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enoug
         candidates = sorted(candidates, key=lambda c: -c[1])[: 2 * beams]
         finished += [(t, s / divisor(rule, length)) for t, s in candidates[:beams] if t[-1] == END]
         live = [c for c in candidates if c[0][-1] != END][:beams]
+        finished = sorted(finished, key=lambda f: -f[1])[:beams]
         if len(finished) >= enough:
-            break
-    return sorted(finished, key=lambda f: -f[1])[:beams]
+            as_it_is = max((score / divisor(rule, length) for _, score in live), default=-np.inf)
+            if stop == "finished" or as_it_is <= finished[enough - 1][1]:
+                break
+    return finished
 
 
 # --- worked by hand
@@ -253,26 +256,32 @@ def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
 @given(CHAINS, PENALTIES)
 def test_stopping_early_changes_nothing(chain, penalty):
     """Against the plain search, which never stops before the limit here."""
-    expected = plain_search(chain, 3, 8, penalty, enough=1_000)
+    expected = plain_search(chain, 3, 8, penalty, 1_000, "finished")
     found = [o for o in outputs(search(chain, 3, 8, penalty)) if o[2]]
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(CHAINS, PENALTIES)
-def test_the_rule_finished_stops_at_so_many_finished_hypotheses(chain, penalty):
-    """Against the plain search: with a patience of 1 it ends at three of them, with 1/3 at the first."""
-    for patience, enough in ((1.0, 3), (1 / 3, 1)):
-        expected = plain_search(chain, 3, 8, penalty, enough)
-        found = [o for o in outputs(search(chain, 3, 8, penalty, stop="finished", patience=patience)) if o[2]]
+def test_the_rules_finished_and_likely_stop_where_a_plain_search_does(chain, penalty):
+    """With a patience of 1 three outputs are awaited, with 1/3 one."""
+    for stop, (patience, enough) in itertools.product(("finished", "likely"), ((1.0, 3), (1 / 3, 1))):
+        expected = plain_search(chain, 3, 8, penalty, enough, stop)
+        found = [o for o in outputs(search(chain, 3, 8, penalty, stop=stop, patience=patience)) if o[2]]
         np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
-def test_the_rule_finished_does_not_wait_for_a_later_better_output():
-    # After two steps END, ln(.4) = -0.92, and a END, ln(.06)/2 = -1.41, are there; a a a a a END, ln(.039)/6 = -0.54.
+def test_only_the_rule_sure_waits_for_every_later_better_output():
+    stops = ("finished", "likely", "sure")
+    # After two steps END, ln(.4) = -0.92, and a END, ln(.06)/2 = -1.41, are there; a a, ln(.54)/2 = -0.31, may go on.
     chain = log_probabilities(np.array([[0, 0.4, 0.6], [0, 1, 0], [0, 0.1, 0.9]]))
-    found = [outputs(search(chain, 2, 6, "average:1.0", stop=stop))[0][0] for stop in ("finished", "sure")]
-    assert found == [(END,), (2, 2, 2, 2, 2, END)]
+    found = [outputs(search(chain, 2, 6, "average:1.0", stop=stop))[0][0] for stop in stops]
+    assert found == [(END,), (2, 2, 2, 2, 2, END), (2, 2, 2, 2, 2, END)]  # ln(.039)/6 = -0.54
+    # END, ln(.5) = -0.69, and a END, ln(.3)/2 = -0.60, are better than a b as it is, ln(.2)/2 = -0.80.
+    table = [[0, 0.5, 0.5, 0], [0, 1, 0, 0], [0, 0.6, 0, 0.4], [0, 0.1, 0, 0.9]]
+    chain = log_probabilities(np.array(table))
+    found = [outputs(search(chain, 2, 12, "average:1.0", stop=stop))[0][0] for stop in stops]
+    assert found == [(2, END), (2, END), (2, *[3] * 10, END)]  # ln(.5 * .4 * .9 ** 9 * .1)/12 = -0.41
 
 
 def test_sentences_do_not_influence_one_another():

@@ -17,8 +17,17 @@ from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.cli import main as cli
 from flax_transformer.config import DecodingConfig
-from flax_transformer.data.tokenizer import END_ID, UNKNOWN_ID, SubwordSample, Tokenizer, TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import (
+    END_ID,
+    START_ID,
+    UNKNOWN_ID,
+    SubwordSample,
+    Tokenizer,
+    TokenizerConfig,
+    TokenizerPair,
+)
 from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator, vocabulary_info
 from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
 from flax_transformer.interop.marian_generation import export_generation, read_generation
@@ -175,6 +184,46 @@ def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_d
     assert json.loads((tmp_path / "again" / "vocab.json").read_text()) == words
     assert convert(monkeypatch, "from-hf", folder, "--output", run.path) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def as_published(folder: Path) -> Path:
+    """Gives a folder what published OPUS-MT models have: padding that is likelier than most tokens, and excluded."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    weights["final_logits_bias"] -= 12.0
+    weights["final_logits_bias"][0, config["pad_token_id"]] = 0.0  # its row of the table is zeros, too
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "bad_words_ids": [[config["pad_token_id"]]], "decoder_start_token_id": config["pad_token_id"],
+        "eos_token_id": 0, "forced_eos_token_id": 0, "max_length": 25, "num_beams": 4,
+        "pad_token_id": config["pad_token_id"], "renormalize_logits": True,
+    }  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_padding_that_their_settings_exclude_has_no_share_in_the_probabilities(tmp_path, one_device):
+    folder = as_published(foreign_marian(tmp_path / "theirs"))
+    run, lost = read_marian(folder, tmp_path / "run")
+    assert lost == []
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"renormalize_logits": False}))
+    with_share, lost = read_marian(folder, tmp_path / "with_share")
+    assert lost == []
+
+    # Without its share all others are more probable by what that was, token by token.
+    translators = [Translator.load(path, one_device) for path in (run.path, with_share.path)]
+    text = SOURCES[:4], TARGETS[:4]
+    without, with_it = ([s.token_scores for s in Scorer(t).score(*text)] for t in translators)
+    differences = [a - b for x, y in zip(without, with_it, strict=True) for a, b in zip(x, y, strict=True)]
+    assert min(differences) > 0 and max(differences) > 1.0
+
+    config: Any = run.read_config()
+    assert write_marian(translators[0], config.model, tmp_path / "again") == []
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["renormalize_logits"]
+    first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value, err_msg=name)
 
 
 def test_a_language_token_is_taken_off_before_the_text_is_cut(tmp_path):
@@ -334,6 +383,7 @@ def ids_of(text: str) -> list[int]:
         ({}, {}),
         ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
         ({"early_stopping": True}, {"stop": "finished"}),
+        ({"early_stopping": "never"}, {"stop": "sure"}),
         # Theirs count the start token.
         ({"max_length": 20}, {"max_length_factor": 0.0, "max_length_offset": 19}),
         ({"max_length": 512}, {"max_length_factor": 0.0, "max_length_offset": LONGEST}),
@@ -351,12 +401,21 @@ def ids_of(text: str) -> list[int]:
             {"ban_unknown": True, "banned_phrases": ("neun", "thirty")},
         ),
         ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
+        ({"renormalize_logits": True}, {}),  # nothing is banned whose probability could be shared out
     ],
 )
 def test_settings_of_generate_become_those_of_a_run(theirs, ours):
-    neutral = DecodingConfig(beam_size=1, length_penalty="average:1.0")
+    neutral = DecodingConfig(beam_size=1, length_penalty="average:1.0", stop="likely")
     expected = dataclasses.replace(neutral, **ours)
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, [])
+    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
+
+
+@pytest.mark.parametrize("more, lost", [({}, []), ({"min_length": 3}, ["renormalize_logits: True"])])
+def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, lost):
+    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)]], "renormalize_logits": True} | more
+    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == (True, lost)
+    theirs["renormalize_logits"] = False
+    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == (False, [])
 
 
 @pytest.mark.parametrize(
@@ -371,18 +430,19 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
         ({"forced_eos_token_id": 7, "eos_token_id": [0, 7]}, ["eos_token_id: [0, 7]", "forced_eos_token_id: 7"]),
         ({"decoder_start_token_id": 0}, ["decoder_start_token_id: 0"]),
         ({"num_beams": 2, "repetition_penalty": 0.5}, ["repetition_penalty: 0.5"]),
+        ({"early_stopping": "soon"}, ["early_stopping: soon"]),
         ({"repetition_penalty": 1.5}, ["repetition_penalty: 1.5"]),  # of logits, where there is no beam
         ({"length_penalty": -1.0}, ["length_penalty: -1.0"]),
         ({"exponential_decay_length_penalty": [9, 1.1]}, ["exponential_decay_length_penalty: [9, 1.1]"]),
-        ({"renormalize_logits": True}, ["renormalize_logits: True"]),
         # No text is cut into the inside of a word alone, nor into padding, and there is no token 60.
         ({"bad_words_ids": [[59], INSIDE, [59, 5], [60]]}, [f"bad_words_ids: [{INSIDE}, [59, 5], [60]]"]),
     ],
 )
 def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
-    decoding, found = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
-    assert found == lost
-    neutral = DecodingConfig(beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty)
+    decoding, start_excluded, found = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
+    assert found == lost and not start_excluded
+    stop = "sure" if "early_stopping" in theirs else "likely"
+    neutral = DecodingConfig(beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty, stop=stop)
     assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
 
 
@@ -392,6 +452,7 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
         ({}, []),
         ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
         ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
+        ({"stop": "likely"}, []),
         (
             {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
             ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
@@ -403,10 +464,11 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
 def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
     plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=20)
     decoding = dataclasses.replace(plain, **changes)
-    made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST)
+    made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST, start_excluded=not lost)
     assert found == lost and made["max_length"] == (49 if decoding.max_length_factor else 21)
     if not lost:
-        assert read_generation(made, ORDER, TOKENIZERS.target, LONGEST) == (decoding, [])
+        decoding_again, start_excluded, _ = read_generation(made, ORDER, TOKENIZERS.target, LONGEST)
+        assert decoding_again == decoding and start_excluded
 
 
 def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
@@ -474,7 +536,10 @@ def test_logits_are_those_of_transformers(reference):
     assert len(expected["logits"]) == 5
 
 
-@pytest.mark.parametrize("stop, enough", [pytest.param("sure", 100, marks=pytest.mark.slow), ("finished", 200)])
+@pytest.mark.parametrize(
+    "stop, enough",
+    [*(pytest.param(stop, 100, marks=pytest.mark.slow) for stop in ("sure", "likely")), ("finished", 200)],
+)
 def test_a_beam_of_four_finds_what_transformers_does(reference, stop, enough):
     """Under the same stop rule; what is cut at its limit is left out, since theirs ranks it with what has ended."""
     ours, expected, order = reference

@@ -21,7 +21,7 @@ from flax_transformer.interop.marian_reader import our_order, read_marian, renum
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
-from tests.test_marian import foreign_marian, pieces_to_marian, without_pieces
+from tests.test_marian import as_published, foreign_marian, pieces_to_marian, without_pieces
 
 pytestmark = [
     pytest.mark.parity,
@@ -123,6 +123,32 @@ def foreign(tmp_path_factory):
     return ours, theirs, tokenizer, order
 
 
+def test_a_set_up_as_published_finds_the_same(tmp_path):
+    """By the settings in its folder: padding excluded, a forced end, and their usual stop rule."""
+    import torch
+
+    transformers = pytest.importorskip("transformers")
+    folder = as_published(foreign_marian(tmp_path / "theirs"))
+    theirs = transformers.MarianMTModel.from_pretrained(folder).eval()
+    tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
+    run, lost = read_marian(folder, tmp_path / "run")
+    assert lost == []
+    inputs = tokenizer(SOURCES, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        made = theirs.generate(**inputs).tolist()
+        otherwise = theirs.generate(**inputs, renormalize_logits=False).tolist()
+    ours = Translator.load(run.path, make_mesh(MeshConfig()))
+    words = json.loads((folder / "vocab.json").read_text())
+    order, _ = our_order(words, theirs.config.pad_token_id, 0)
+    outputs = set()
+    for found, row in zip(ours.translate(SOURCES), made, strict=True):
+        ids = [ours.tokenizers.target._processor.piece_to_id(piece) for piece in found.tokens]
+        assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, END_ID]
+        outputs.add(tuple(ids))
+    assert len(SOURCES) >= 200 and len(outputs) >= 20
+    assert sum(a != b for a, b in zip(made, otherwise, strict=True)) >= 20
+
+
 def test_a_model_of_theirs_has_equal_ids(foreign):
     ours, _, tokenizer, order = foreign
     text = [*SOURCES, *(f">>deu<< {s}" for s in SOURCES[:20]), "unknown: \u4e2d\u6587 x"]
@@ -215,7 +241,14 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
 
 @pytest.mark.parametrize(
     "stop, early_stopping, forced, enough",
-    [("sure", "never", None, 80), ("finished", True, None, 180), ("sure", "never", 0, 240), ("finished", True, 0, 240)],
+    [
+        ("sure", "never", None, 80),
+        ("likely", False, None, 80),
+        ("finished", True, None, 180),
+        ("sure", "never", 0, 240),
+        ("likely", False, 0, 240),
+        ("finished", True, 0, 240),
+    ],
 )
 def test_a_model_of_theirs_finds_the_same(foreign, stop, early_stopping, forced, enough):
     """With a forced end all is compared, without one what has ended."""

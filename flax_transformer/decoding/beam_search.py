@@ -14,7 +14,8 @@ What it promises:
     - A sentence stops as soon as enough hypotheses are finished (K, or a share of them) and no unfinished one can still
       beat the worst of them: a log-probability never rises, the bonus is never positive, and the length penalty's
       divisor is monotone, so the best score that a live hypothesis can still reach is known. That is the stop rule
-      "sure". By the rule "finished" it stops as soon as enough are finished, though a longer one might be better.
+      "sure". By the rule "likely" it stops as soon as enough are finished and no unfinished one would beat the worst of
+      them if it ended where it is, by "finished" as soon as enough are finished; a longer one might be better.
     - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
@@ -56,7 +57,7 @@ Candidates = Callable[
     tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
 ]
 
-StopRule = Literal["sure", "finished"]
+StopRule = Literal["sure", "likely", "finished"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class BeamSearchConfig:
         start_token: what the first step reads.
         end_token: what closes a hypothesis.
         length_penalty: how scores of different lengths are compared.
-        stop: when a sentence stops: once its finished hypotheses are "sure" to stay, or once they are "finished".
+        stop: when a sentence stops: once its finished hypotheses are "sure" to stay, once it is "likely", or once they
+            are "finished".
         patience: how many finished hypotheses that takes, as a share of the beam. When they must be sure, all K are the
             best that the search can find with 1, and the first is with 1/K.
         refill_at: slots that stand empty before they are refilled, while there are sentences left.
@@ -305,6 +307,8 @@ def beam_search(
         awaited = finished_scores[:, config.num_awaited - 1]
         if config.stop == "finished" or beams == 1:  # greedy search does not look for longer ones that score better
             undecided = awaited < MASKED / 2
+        elif config.stop == "likely":
+            undecided = jnp.max(live_scores, axis=1) / penalty.divisor(jnp.maximum(steps, 1)) > awaited
         else:
             undecided = best_reachable(live_scores, steps, limits, penalty) > awaited
         some_live = jnp.max(live_scores, axis=1) > MASKED / 2

@@ -4,7 +4,8 @@ One table says which of their parameters is which of ours, and how it is laid ou
 an error. The vocabulary is written in Marian's order: `</s>` first, then `<unk>` and the pieces, our padding token as
 `<unused>`, and the start token last, which there is `<pad>`: the decoder begins with it in both. What is read may have
 any order; our four special tokens come first then, and the others keep theirs. A model that knows no `<unused>` gets a
-row for it that is as good as never chosen, and is written without it.
+row for it that is as good as never chosen, and is written without it. Nor did Marian's models know a `<pad>` when they
+were trained; where the settings of `generate` say so, the start token is made as good as never chosen, too.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ Flat = dict[str, np.ndarray]
 
 # Their name for our padding token, which no output has.
 UNUSED = "<unused>"
-# Output bias of a padding token that was added to a model: as good as never, and small enough for a mean over tokens.
-NEVER = np.float32(-30.0)
+# Output bias of a token that a model was not taught: as good as never, and small enough for a mean over tokens.
+NEVER = np.float32(-100.0)
 
 # Ours (within a layer) -> theirs.
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
@@ -192,6 +193,11 @@ def knows_unused(config: TransformerConfig, params: Any) -> bool:
     return not config.output_bias or bool(np.asarray(params["output_bias"])[PAD_ID] != NEVER)
 
 
+def excludes_start(config: TransformerConfig, params: Any) -> bool:
+    """Returns whether the start token was made as good as never chosen when the model was read."""
+    return config.output_bias and bool(np.asarray(params["output_bias"])[START_ID] == NEVER)
+
+
 def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params: Any) -> Flat:
     """Returns Marian's parameters by their names, in float32.
 
@@ -212,6 +218,8 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
         value = ours[entry.ours] if entry.layer is None else ours[entry.ours][entry.layer]
         weights[entry.theirs] = np.asarray(entry.export(value), np.float32)
     bias = weights.get("final_logits_bias", np.zeros(len(order["target"]), np.float32))
+    if excludes_start(config, params):
+        bias[order["target"] == START_ID] = 0.0
     return weights | {"final_logits_bias": bias[None]}
 
 
@@ -283,8 +291,10 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
         )
     weights = export_weights(config, tokenizers, translator.params)
     unused = knows_unused(config, translator.params)
+    order = marian_order(tokenizers.target, unused)
+    without_start = excludes_start(config, translator.params)
     generation, lost = export_generation(
-        translator.decoding, marian_order(tokenizers.target, unused), tokenizers.target, config.max_target_length
+        translator.decoding, order, tokenizers.target, config.max_target_length, without_start
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))

@@ -5,7 +5,7 @@ Both directions also return what the other side cannot do, so that nothing is lo
 
 import dataclasses
 import reprlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ NOT_THEIRS = (
     "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty", "patience",
 )  # fmt: skip
 
+EARLY_STOPPING = {"sure": "never", "likely": False, "finished": True}  # theirs for our `decoding.stop`
+
 # Settings of theirs that change outputs and that we do not take over, with the value that changes nothing.
 NOT_OURS = {
     "do_sample": False,
@@ -29,7 +31,6 @@ NOT_OURS = {
     "force_words_ids": None,
     "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
-    "renormalize_logits": False,
     "forced_bos_token_id": None,
     "exponential_decay_length_penalty": None,
     "suppress_tokens": None,
@@ -47,13 +48,27 @@ NOT_OURS_OF_SAMPLING = {
 }  # fmt: skip
 
 
+class Generation(NamedTuple):
+    """What their settings say.
+
+    Attributes:
+        decoding: how the run decodes.
+        start_excluded: whether the start token, which no output has, has no share in the probabilities either.
+        lost: settings that the two above cannot hold, each as "name: value".
+    """
+
+    decoding: DecodingConfig
+    start_excluded: bool
+    lost: list[str]
+
+
 def named(settings: dict[str, Any]) -> list[str]:
     """Returns each setting as "name: value", long values shortened."""
     return [f"{name}: {value if isinstance(value, str) else reprlib.repr(value)}" for name, value in settings.items()]
 
 
 def export_generation(
-    decoding: DecodingConfig, order: np.ndarray, target: Tokenizer, longest: int
+    decoding: DecodingConfig, order: np.ndarray, target: Tokenizer, longest: int, start_excluded: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the contents of their generation_config.json, and the settings of ours that it cannot hold.
 
@@ -62,6 +77,7 @@ def export_generation(
         order: our id of each of their ids.
         target: tokenizer of the outputs.
         longest: most tokens of the model's outputs, end token included.
+        start_excluded: as in `Generation`.
     """
     theirs = {ours: number for number, ours in enumerate(order.tolist())}
     defaults = DecodingConfig()
@@ -84,9 +100,11 @@ def export_generation(
         "decoder_start_token_id": theirs[START_ID],
         "bad_words_ids": [[theirs[i] for i in ids] for ids in banned if ids != [PAD_ID] or PAD_ID in theirs],
         "num_beams": decoding.beam_size,
-        "early_stopping": True if decoding.stop == "finished" else "never",
+        "early_stopping": EARLY_STOPPING[decoding.stop],
         "max_length": most + 1,  # theirs counts the start token
     }
+    if start_excluded:
+        values["renormalize_logits"] = True
     if penalty.name != "gnmt":
         values["length_penalty"] = penalty.exponent
     if decoding.min_length:
@@ -103,13 +121,11 @@ def export_generation(
     return values, named(lost)
 
 
-def read_generation(
-    theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int
-) -> tuple[DecodingConfig, list[str]]:
-    """Returns a section `decoding` that does what their settings say, and those of them that it cannot hold.
+def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int) -> Generation:
+    """Returns what their settings say.
 
-    Without a maximum length it is our default's. Their `early_stopping: false` ends a search by a rule of thumb; it
-    becomes `stop: sure`, which never ends it sooner.
+    Without a maximum length it is our default's. Where they ban their padding, which is the start token, and share out
+    its probability (`renormalize_logits`), it is as if the model did not know it, which is how Marian trained it.
 
     Args:
         theirs: contents of their generation_config.json, or of their config.json where that is not there.
@@ -126,19 +142,25 @@ def read_generation(
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
-    ban_unknown, phrases, others = False, [], []
+    ban_unknown, ban_start, phrases, others = False, False, [], []
     for ids in given.get("bad_words_ids", ()):
         ours = order[ids].tolist() if ids and max(ids) < len(order) else []
-        if ours == [UNKNOWN_ID]:
+        if ours == [START_ID]:
+            ban_start = True
+        elif ours == [UNKNOWN_ID]:
             ban_unknown = True
         elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
             phrases.append(text)
-        elif ours not in ([PAD_ID], [START_ID], [END_ID]):  # never there, or never banned, in both
+        elif ours not in ([PAD_ID], [END_ID]):  # never there, or never banned, in both
             others.append(ids)
     if others:
         lost["bad_words_ids"] = others
 
     # --- numbers
+    early_stopping = given.get("early_stopping", False)
+    stops = [ours for ours, value in EARLY_STOPPING.items() if value == early_stopping]
+    if not stops:
+        lost["early_stopping"] = early_stopping
     beam_size = given.get("num_beams") or 1
     exponent, penalty = given.get("length_penalty", 1.0), given.get("repetition_penalty", 1.0)
     if exponent < 0:
@@ -151,7 +173,7 @@ def read_generation(
     decoding = DecodingConfig(
         beam_size=beam_size,
         length_penalty=f"average:{float(exponent)}",
-        stop="finished" if given.get("early_stopping") is True else "sure",
+        stop=stops[0] if stops else "sure",
         min_length=max(0, min(fewest, longest - 1)),
         force_end=given.get("forced_eos_token_id") in (end, [end]),
         no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
@@ -161,4 +183,8 @@ def read_generation(
     )
     if most > 0:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
-    return decoding, named(lost)
+    renormalize = given.get("renormalize_logits", False)
+    others_banned = ban_unknown or phrases or others or decoding.min_length or decoding.no_repeat_ngram
+    if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
+        lost["renormalize_logits"] = renormalize
+    return Generation(decoding, renormalize and ban_start, named(lost))

@@ -267,13 +267,18 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     same = tokenizers["source"].fingerprint == tokenizers["target"].fingerprint
     pair = TokenizerPair(tokenizers["source"], tokenizers["source"] if same else tokenizers["target"])
 
+    settings = theirs  # in older folders
+    if (folder / "generation_config.json").is_file():
+        settings = read_json(folder, "generation_config.json")
+    generation = read_generation(settings, orders["target"], pair.target, model.max_target_length)
+
     # --- options that the weights show
     start = theirs["decoder_start_token_id"]
     if start != theirs["pad_token_id"]:
         raise ConfigError("config.json: decoder_start_token_id is not pad_token_id, which cannot be taken over.")
     bias = weights.pop("final_logits_bias", np.zeros(len(orders["target"]), np.float32))
     has_unused = UNUSED in words["target"]
-    has_bias = bool(np.any(bias != 0)) or not has_unused
+    has_bias = bool(np.any(bias != 0)) or not has_unused or generation.start_excluded
     table_name = "model.shared.weight" if not separate else "model.decoder.embed_tokens.weight"
     zero_start = table_name in weights and not np.any(weights[table_name][start])
     model = TransformerConfig(**(vars(model) | {"output_bias": has_bias, "zero_start": zero_start}))
@@ -281,19 +286,17 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
         weights["final_logits_bias"] = bias
 
     params = place_weights(model, pair, orders, weights)
-    if has_bias and not has_unused:
+    if not has_unused:
         params["output_bias"][PAD_ID] = NEVER
+    if generation.start_excluded:
+        params["output_bias"][START_ID] = NEVER  # what theirs says of it has no part in anything
 
-    generation = theirs  # in older folders
-    if (folder / "generation_config.json").is_file():
-        generation = read_json(folder, "generation_config.json")
-    decoding, lost = read_generation(generation, orders["target"], pair.target, model.max_target_length)
     config = Config(
         run=str(output),
         data=ParallelTextConfig(),
         tokenizer=TokenizerConfig(vocab_size=pair.target.vocab_size, joint=not separate or same),
         model=model,
-        decoding=decoding,
+        decoding=generation.decoding,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as partial:
@@ -304,7 +307,7 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
         if output.is_dir():  # and empty
             output.rmdir()
         made.path.rename(output)
-    return run, lost
+    return run, generation.lost
 
 
 def place_weights(

@@ -15,12 +15,12 @@ import torch
 import transformers
 
 from flax_transformer.data.synthetic import english_number_words, german_number_words
+from flax_transformer.interop.marian_generation import EARLY_STOPPING
 from tests.test_marian import foreign_marian, sentencepiece_model_pb2
 
 FOLDER = Path(__file__).with_name("marian")
 LONGEST = 24  # tokens of an output
 NUMBERS = range(1, 1_000, 2)  # short enough for one compiled shape
-EARLY_STOPPING = {"sure": "never", "finished": True}  # theirs for our `decoding.stop`
 
 
 def make_reference() -> dict:
