@@ -95,12 +95,13 @@ class DecodingConfig:
         beam_size: hypotheses kept at each step; 1 is greedy search.
         length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
         coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
-        stop: when the search of a sentence ends: "sure", once nothing can beat what it has found; "likely", once
-            nothing would if it ended where it is, as Hugging Face does unless told otherwise; "finished", as soon as so
-            many hypotheses have ended, as CTranslate2, and Hugging Face with early_stopping, do. The last two are
-            faster with a penalty like "average:1.0", and a longer output might score better.
-        patience: share of the beam that must be sure, or finished, before a sentence stops; with less than 1 it stops
-            sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
+        stop: when the search of a sentence ends: "sure", once nothing can beat what it has found; "likely", once no
+            unfinished output, scored as it stands, beats it, as Hugging Face does unless told otherwise; "finished", as
+            soon as so many hypotheses have ended, as CTranslate2, and Hugging Face with early_stopping, do. Each ends
+            no later than the one before, and by the last two a longer output might score better; "finished" is much
+            faster with a penalty like "average:1.0".
+        patience: share of the beam that must be sure, likely or finished before a sentence stops; with less than 1 it
+            stops sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch.
         min_length: fewest tokens of an output, end token not counted.

@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search, best_candidates, best_of_vocabulary
+from flax_transformer.decoding.beam_search import (
+    BeamSearchConfig,
+    Bonus,
+    beam_search,
+    best_candidates,
+    best_of_vocabulary,
+)
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress
 from flax_transformer.errors import ConfigError
@@ -32,7 +38,7 @@ def log_probabilities(table: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def compiled_search(config: BeamSearchConfig):
+def compiled_search(config: BeamSearchConfig, bonus: Bonus | None):
     """The search over N chains, compiled once for a configuration and shape; the state is which chain a slot holds."""
 
     @jax.jit
@@ -45,13 +51,20 @@ def compiled_search(config: BeamSearchConfig):
             return jnp.where(fresh, sentences, slots)
 
         start = jnp.zeros((config.num_slots,), jnp.int32)
-        return beam_search(step, lambda state, parents: state, refill, start, limits, config)
+        return beam_search(step, lambda state, parents: state, refill, start, limits, config, bonus=bonus)
 
     return run
 
 
 def search(
-    logits: np.ndarray, beam_size: int, max_length: int, penalty: str = "none", max_lengths=None, slots=None, **changes
+    logits: np.ndarray,
+    beam_size: int,
+    max_length: int,
+    penalty: str = "none",
+    max_lengths=None,
+    slots=None,
+    bonus: Bonus | None = None,
+    **changes,
 ):
     """Searches a chain given as logits [V, V] (or [N, V, V], one chain a sentence)."""
     chains = jnp.asarray(logits if logits.ndim == 3 else logits[None], jnp.float32)
@@ -59,7 +72,7 @@ def search(
     config = BeamSearchConfig(
         beam_size, slots or len(chains), max_length, START, END, LengthPenalty.parse(penalty), **changes
     )
-    return jax.device_get(compiled_search(config)(chains, limits))
+    return jax.device_get(compiled_search(config, bonus)(chains, limits))
 
 
 def outputs(found, sentence: int = 0) -> list[tuple[tuple[int, ...], float, bool]]:
@@ -282,6 +295,11 @@ def test_only_the_rule_sure_waits_for_every_later_better_output():
     chain = log_probabilities(np.array(table))
     found = [outputs(search(chain, 2, 12, "average:1.0", stop=stop))[0][0] for stop in stops]
     assert found == [(2, END), (2, END), (2, *[3] * 10, END)]  # ln(.5 * .4 * .9 ** 9 * .1)/12 = -0.41
+
+    def worse(extras, sentences, lengths):  # all alike, so it changes nothing
+        return jnp.full((len(lengths), 1), -2.0)
+
+    assert outputs(search(chain, 2, 12, "average:1.0", stop="likely", bonus=worse))[0][0] == (2, END)
 
 
 def test_sentences_do_not_influence_one_another():

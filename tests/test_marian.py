@@ -218,12 +218,21 @@ def test_padding_that_their_settings_exclude_has_no_share_in_the_probabilities(t
     differences = [a - b for x, y in zip(without, with_it, strict=True) for a, b in zip(x, y, strict=True)]
     assert min(differences) > 0 and max(differences) > 1.0
 
+    # It is written with the bias that says so, also when a training has moved that a little.
     config: Any = run.read_config()
-    assert write_marian(translators[0], config.model, tmp_path / "again") == []
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["renormalize_logits"]
-    first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
-    for name, value in first.items():
-        np.testing.assert_array_equal(second[name], value, err_msg=name)
+    params = translators[0].params
+    moved = params | {"output_bias": params["output_bias"] + 0.25}
+    trained = Translator(config.model, translators[0].tokenizers, moved, config.decoding, one_device)
+    for translator, change, name in ((translators[0], 0.0, "again"), (trained, 0.25, "trained")):
+        assert write_marian(translator, config.model, tmp_path / name) == []
+        first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / name))
+        first["final_logits_bias"] += np.float32(change)
+        first["final_logits_bias"][0, -1] = -100.0 + change
+        for key, value in first.items():
+            np.testing.assert_array_equal(second[key], value, err_msg=key)
+    back, lost = read_marian(tmp_path / "again", tmp_path / "back")
+    chex.assert_trees_all_equal(Translator.load(back.path, one_device).params, params)
+    assert lost == []
 
 
 def test_a_language_token_is_taken_off_before_the_text_is_cut(tmp_path):
@@ -410,10 +419,23 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
     assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
 
 
-@pytest.mark.parametrize("more, lost", [({}, []), ({"min_length": 3}, ["renormalize_logits: True"])])
-def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, lost):
-    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)]], "renormalize_logits": True} | more
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == (True, lost)
+@pytest.mark.parametrize(
+    "more, phrases, lost",
+    [
+        ({}, [], False),
+        ({"forced_eos_token_id": 0}, [], False),
+        ({"min_length": 3}, [], True),
+        ({"no_repeat_ngram_size": 2}, [], True),
+        ({"num_beams": 2, "repetition_penalty": 1.5}, [], True),
+        ({}, [[1]], True),
+        ({}, [ids_of("neun")], True),
+    ],
+)
+def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
+    """What other rules take away is shared out there, too, and not here."""
+    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | more
+    expected = (True, ["renormalize_logits: True"] if lost else [])
+    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == expected
     theirs["renormalize_logits"] = False
     assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == (False, [])
 
@@ -464,11 +486,10 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
 def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
     plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=20)
     decoding = dataclasses.replace(plain, **changes)
-    made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST, start_excluded=not lost)
+    made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST)
     assert found == lost and made["max_length"] == (49 if decoding.max_length_factor else 21)
     if not lost:
-        decoding_again, start_excluded, _ = read_generation(made, ORDER, TOKENIZERS.target, LONGEST)
-        assert decoding_again == decoding and start_excluded
+        assert read_generation(made, ORDER, TOKENIZERS.target, LONGEST) == (decoding, False, [])
 
 
 def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):

@@ -138,6 +138,9 @@ def test_a_set_up_as_published_finds_the_same(tmp_path):
         made = theirs.generate(**inputs).tolist()
         otherwise = theirs.generate(**inputs, renormalize_logits=False).tolist()
     ours = Translator.load(run.path, make_mesh(MeshConfig()))
+    assert write_marian(ours, run.read_config().model, tmp_path / "again") == []
+    with torch.no_grad():
+        assert transformers.MarianMTModel.from_pretrained(tmp_path / "again").eval().generate(**inputs).tolist() == made
     words = json.loads((folder / "vocab.json").read_text())
     order, _ = our_order(words, theirs.config.pad_token_id, 0)
     outputs = set()

@@ -14,8 +14,8 @@ What it promises:
     - A sentence stops as soon as enough hypotheses are finished (K, or a share of them) and no unfinished one can still
       beat the worst of them: a log-probability never rises, the bonus is never positive, and the length penalty's
       divisor is monotone, so the best score that a live hypothesis can still reach is known. That is the stop rule
-      "sure". By the rule "likely" it stops as soon as enough are finished and no unfinished one would beat the worst of
-      them if it ended where it is, by "finished" as soon as enough are finished; a longer one might be better.
+      "sure". By the rule "likely" it stops as soon as enough are finished and no unfinished one, scored as it stands,
+      beats the worst of them; by "finished" as soon as enough are finished. A longer one might be better then.
     - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
@@ -71,8 +71,7 @@ class BeamSearchConfig:
         start_token: what the first step reads.
         end_token: what closes a hypothesis.
         length_penalty: how scores of different lengths are compared.
-        stop: when a sentence stops: once its finished hypotheses are "sure" to stay, once it is "likely", or once they
-            are "finished".
+        stop: when a sentence stops: once its finished hypotheses are "sure" to stay, "likely" to, or just "finished".
         patience: how many finished hypotheses that takes, as a share of the beam. When they must be sure, all K are the
             best that the search can find with 1, and the first is with 1/K.
         refill_at: slots that stand empty before they are refilled, while there are sentences left.
@@ -308,7 +307,11 @@ def beam_search(
         if config.stop == "finished" or beams == 1:  # greedy search does not look for longer ones that score better
             undecided = awaited < MASKED / 2
         elif config.stop == "likely":
-            undecided = jnp.max(live_scores, axis=1) / penalty.divisor(jnp.maximum(steps, 1)) > awaited
+            lengths = jnp.maximum(steps, 1)
+            as_they_stand = live_scores / penalty.divisor(lengths)[:, None]
+            if bonus is not None:
+                as_they_stand = as_they_stand + bonus(live.extras, state.sentences, lengths)
+            undecided = jnp.max(as_they_stand, axis=1) > awaited
         else:
             undecided = best_reachable(live_scores, steps, limits, penalty) > awaited
         some_live = jnp.max(live_scores, axis=1) > MASKED / 2

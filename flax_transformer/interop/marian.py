@@ -5,7 +5,8 @@ an error. The vocabulary is written in Marian's order: `</s>` first, then `<unk>
 `<unused>`, and the start token last, which there is `<pad>`: the decoder begins with it in both. What is read may have
 any order; our four special tokens come first then, and the others keep theirs. A model that knows no `<unused>` gets a
 row for it that is as good as never chosen, and is written without it. Nor did Marian's models know a `<pad>` when they
-were trained; where the settings of `generate` say so, the start token is made as good as never chosen, too.
+were trained; where the settings of `generate` exclude it, the start token is made as good as never chosen, too, and is
+written as that: without the setting the outputs are the same then.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ Flat = dict[str, np.ndarray]
 
 # Their name for our padding token, which no output has.
 UNUSED = "<unused>"
-# Output bias of a token that a model was not taught: as good as never, and small enough for a mean over tokens.
+# Output bias of a token that a model was not taught: as good as never, and next to nothing in a mean over a vocabulary.
 NEVER = np.float32(-100.0)
 
 # Ours (within a layer) -> theirs.
@@ -190,12 +191,8 @@ def code_of(piece: str) -> str | None:
 
 def knows_unused(config: TransformerConfig, params: Any) -> bool:
     """Returns whether our padding token is one of the model's own, and not a row that was added when it was read."""
-    return not config.output_bias or bool(np.asarray(params["output_bias"])[PAD_ID] != NEVER)
-
-
-def excludes_start(config: TransformerConfig, params: Any) -> bool:
-    """Returns whether the start token was made as good as never chosen when the model was read."""
-    return config.output_bias and bool(np.asarray(params["output_bias"])[START_ID] == NEVER)
+    # A training from a model that was read may have moved the bias a little.
+    return not config.output_bias or bool(np.asarray(params["output_bias"])[PAD_ID] > NEVER / 2)
 
 
 def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params: Any) -> Flat:
@@ -218,8 +215,6 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
         value = ours[entry.ours] if entry.layer is None else ours[entry.ours][entry.layer]
         weights[entry.theirs] = np.asarray(entry.export(value), np.float32)
     bias = weights.get("final_logits_bias", np.zeros(len(order["target"]), np.float32))
-    if excludes_start(config, params):
-        bias[order["target"] == START_ID] = 0.0
     return weights | {"final_logits_bias": bias[None]}
 
 
@@ -291,10 +286,8 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
         )
     weights = export_weights(config, tokenizers, translator.params)
     unused = knows_unused(config, translator.params)
-    order = marian_order(tokenizers.target, unused)
-    without_start = excludes_start(config, translator.params)
     generation, lost = export_generation(
-        translator.decoding, order, tokenizers.target, config.max_target_length, without_start
+        translator.decoding, marian_order(tokenizers.target, unused), tokenizers.target, config.max_target_length
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))

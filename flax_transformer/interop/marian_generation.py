@@ -11,6 +11,7 @@ import numpy as np
 
 from flax_transformer.config import DecodingConfig
 from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer
+from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 
 # Fields of ours that their beam search does not have.
@@ -18,7 +19,8 @@ NOT_THEIRS = (
     "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty", "patience",
 )  # fmt: skip
 
-EARLY_STOPPING = {"sure": "never", "likely": False, "finished": True}  # theirs for our `decoding.stop`
+# Theirs for our `decoding.stop`.
+EARLY_STOPPING: dict[StopRule, bool | str] = {"sure": "never", "likely": False, "finished": True}
 
 # Settings of theirs that change outputs and that we do not take over, with the value that changes nothing.
 NOT_OURS = {
@@ -68,7 +70,7 @@ def named(settings: dict[str, Any]) -> list[str]:
 
 
 def export_generation(
-    decoding: DecodingConfig, order: np.ndarray, target: Tokenizer, longest: int, start_excluded: bool
+    decoding: DecodingConfig, order: np.ndarray, target: Tokenizer, longest: int
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the contents of their generation_config.json, and the settings of ours that it cannot hold.
 
@@ -77,7 +79,6 @@ def export_generation(
         order: our id of each of their ids.
         target: tokenizer of the outputs.
         longest: most tokens of the model's outputs, end token included.
-        start_excluded: as in `Generation`.
     """
     theirs = {ours: number for number, ours in enumerate(order.tolist())}
     defaults = DecodingConfig()
@@ -103,8 +104,6 @@ def export_generation(
         "early_stopping": EARLY_STOPPING[decoding.stop],
         "max_length": most + 1,  # theirs counts the start token
     }
-    if start_excluded:
-        values["renormalize_logits"] = True
     if penalty.name != "gnmt":
         values["length_penalty"] = penalty.exponent
     if decoding.min_length:
@@ -183,8 +182,8 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     )
     if most > 0:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
-    renormalize = given.get("renormalize_logits", False)
+    renormalize = given.get("renormalize_logits") is True
     others_banned = ban_unknown or phrases or others or decoding.min_length or decoding.no_repeat_ngram
     if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
-        lost["renormalize_logits"] = renormalize
+        lost["renormalize_logits"] = True
     return Generation(decoding, renormalize and ban_start, named(lost))
