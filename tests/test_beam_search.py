@@ -274,7 +274,7 @@ def test_stopping_early_changes_nothing(chain, penalty):
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(CHAINS, PENALTIES)
 def test_the_rules_finished_and_likely_stop_where_a_plain_search_does(chain, penalty):
     """With a patience of 1 three outputs are awaited, with 1/3 one."""
@@ -348,6 +348,7 @@ def test_a_slot_costs_nothing_once_its_sentence_is_done():
     assert [len(outputs(jax.device_get(found), n)[0][0]) for n in range(9)] == [40] + [1] * 8
 
 
+@pytest.mark.slow
 def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
     """With a quarter of four beams the first output is that of the usual search, with half the first two are."""
     rng = np.random.default_rng(5)

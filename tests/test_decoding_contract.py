@@ -215,6 +215,7 @@ def different(translations) -> float:
     return sum(len(set(t.tokens)) for t in translations) / sum(len(t.tokens) for t in translations)
 
 
+@pytest.mark.slow
 def test_outputs_obey_what_is_asked(translators):
     translator = translators["transformer"]
     usual = translator.translate(ALIKE[:8], num_hypotheses=3)
@@ -253,6 +254,7 @@ def test_outputs_obey_what_is_asked(translators):
     assert different(repeated) > different(usual)
 
 
+@pytest.mark.slow
 def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(translators):
     translator = translators["transformer"]
     limits: dict[str, Any] = {"max_length_factor": 0.0, "max_length_offset": 5}
@@ -338,6 +340,7 @@ def test_attention_comes_with_the_search_and_becomes_an_alignment(translator):
     assert translator.translate([sentence])[0].source_words == []  # nobody asked
 
 
+@pytest.mark.slow
 def test_an_ensemble_averages_probabilities(translators, tmp_path):
     for name, model in MODELS.items():
         mesh = translators[name].mesh
@@ -500,6 +503,7 @@ def test_objects_and_scores(monkeypatch, capsys, run):
     assert code == 0 and out.startswith("ein")
 
 
+@pytest.mark.slow
 def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
     phrases = tmp_path / "phrases"
     arguments = ["translate", "--run", str(run), "--json", "--required", str(phrases)]

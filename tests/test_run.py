@@ -501,6 +501,7 @@ def test_an_experiment_on_eight_devices_equals_one(run, recipe, tmp_path, one_de
 # --- best checkpoints, averages, starting from another run
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path, monkeypatch, capsys):
     """Made-up qualities, best at step 4; patience ends the training two evaluations later."""
     qualities = {2: 1.0, 4: 3.0, 6: 2.0, 8: 3.0, 10: 2.5}
@@ -555,6 +556,7 @@ def test_an_average_translates_but_is_not_resumed(run, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_with_its_tokenizer(run, recipe, tmp_path, capsys):
     folder = tmp_path / "tuned"
     arguments = ["--config", str(recipe), "--run", str(folder), "--init-from", str(run)]
