@@ -278,6 +278,7 @@ def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(transla
     )
 
 
+@pytest.mark.slow
 def test_outputs_hold_what_is_required_or_say_that_they_do_not(translators):
     translator = translators["transformer"]
     asked = [["neun"], [], ["ein", "zwei"], ["zwanzig", "dreihundert"]]

@@ -164,7 +164,7 @@ def test_multi_head_attention_equals_its_equation():
     np.testing.assert_allclose(layer(x, memory, mask), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("length", [6, 40])  # one piece on a CPU, and three
+@pytest.mark.parametrize("length", [6, pytest.param(40, marks=pytest.mark.slow)])  # one piece on a CPU, and three
 def test_cached_attention_equals_attention_over_what_the_ancestors_wrote(length):
     batch, beams, heads, dim = 2, 3, 2, 4
     q, k, v = (normal(s, length, batch, beams, heads, dim) for s in (1, 2, 3))

@@ -69,7 +69,7 @@ def single(one_device, on_one):
     return losses(one_device, *on_one)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow), (2, 2, 2)])
 def test_eight_devices_give_the_losses_of_one(sizes, single):
     mesh = make_mesh(MeshConfig(*sizes))
     found = losses(mesh, *prepared(mesh))

@@ -59,7 +59,8 @@ def test_zeros_stay_zeros_and_rows_are_looked_up():
     assert not np.asarray(looked_up(emptied, jnp.array([4]))).any()
 
 
-@pytest.mark.parametrize("kind", ["transformer", pytest.param("recurrent", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "recurrent"])
 def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind, one_device):
     """Its weights are integers, scores stay near, and results do not depend on the batch."""
     changes: Any = {}
