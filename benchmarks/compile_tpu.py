@@ -220,7 +220,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from flax_transformer.training.loop import compile_steps
     from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
     from flax_transformer.training.state import abstract_model, make_layout
-    from flax_transformer.training.step import jit_train_step
+    from flax_transformer.training.step import Objective, jit_train_step
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
     mesh = make_mesh(MeshConfig(options.data, options.fsdp, options.tensor), devices=list(topology.devices))
@@ -244,7 +244,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     # --- the train step, by the function that the training itself calls
     schedule = make_schedule(OptimizerConfig(), model.model_dim)
     layout = make_layout(model, vocabulary, make_optimizer(OptimizerConfig(), schedule), mesh)
-    step = jit_train_step(layout, schedule, 0.1, 0, mesh)
+    step = jit_train_step(layout, schedule, Objective(0.1), 0, mesh)
     shape = BatchShape(options.rows, options.length, options.length)
     train = compile_logged(
         "train step", log_folder, lambda: compile_steps(step, layout.abstract, [shape], mesh)[tuple(shape)]

@@ -29,7 +29,7 @@ from flax_transformer.shapes import Batch
 from flax_transformer.training.loop import compile_steps
 from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
-from flax_transformer.training.step import jit_train_step
+from flax_transformer.training.step import Objective, jit_train_step
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def trainer(work: Work, options: Options) -> Any:
     vocabulary = VocabularyInfo(options.vocab_size, options.vocab_size, 1)
     schedule = make_schedule(optimizer, model.model_dim)
     layout = make_layout(model, vocabulary, make_optimizer(optimizer, schedule), mesh)
-    step = jit_train_step(layout, schedule, 0.1, 0, mesh)
+    step = jit_train_step(layout, schedule, Objective(0.1), 0, mesh)
     rows = work.tokens // work.length
     (compiled,) = compile_steps(step, layout.abstract, [BatchShape(rows, work.length, work.length)], mesh).values()
     rng = np.random.default_rng(0)

@@ -61,7 +61,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.training.metrics import TokenCounts
     from flax_transformer.training.optimizer import make_optimizer, make_schedule
     from flax_transformer.training.state import init_state, make_layout
-    from flax_transformer.training.step import jit_train_step
+    from flax_transformer.training.step import Objective, jit_train_step
     from flax_transformer.training.throughput import ProductCost, peak_flops
 
     use_every_core()  # as the command does
@@ -76,7 +76,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), mesh)
-    step = jit_train_step(layout, schedule, config.training.label_smoothing, config.training.seed, mesh)
+    step = jit_train_step(layout, schedule, Objective(config.training.label_smoothing), config.training.seed, mesh)
     shapes = [(*b.source_tokens.shape, b.target_tokens.shape[1]) for b in batches]
     compiled = compile_steps(step, layout.abstract, plan.shapes, mesh)
     state = init_state(config.model, vocabulary, layout, config.training.seed)

@@ -38,6 +38,8 @@ class TrainingConfig:
         steps: updates in all.
         seed: of the parameters, the order of the data and dropout.
         label_smoothing: share of the target distribution that is uniform over the vocabulary, in [0, 1).
+        r_drop: weight of R-Drop (Liang et al. 2021): each row is computed twice, with different dropout, and the
+            divergence between both predictions is added to the loss; 0 computes each row once.
         ema_decay: of an exponential moving average of the parameters, which is what is evaluated, kept as the best, and
             translated with; in [0, 1), 0 keeps none.
         log_every_steps: distance of progress lines.
@@ -53,6 +55,7 @@ class TrainingConfig:
     steps: int = 2_000
     seed: int = 0
     label_smoothing: float = 0.1
+    r_drop: float = 0.0
     ema_decay: float = 0.0
     log_every_steps: int = 50
     evaluate_every_steps: int = 500
@@ -75,6 +78,9 @@ class TrainingConfig:
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+        check_finite("training", self)
+        if self.r_drop < 0:
+            raise ConfigError(f"training.r_drop must not be negative (0 turns it off), got {self.r_drop}.")
 
 
 Method = Literal["beam", "sampling"]
@@ -257,6 +263,13 @@ class Config:
             raise ConfigError(
                 f"batching.form: packed puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
                 "them apart. Set batching.form: bucketed."
+            )
+        if self.training.r_drop and not any(
+            getattr(self.model, f.name) for f in dataclasses.fields(self.model) if f.name.endswith("dropout")
+        ):
+            raise ConfigError(
+                f"training.r_drop: {self.training.r_drop} compares two passes with different dropout, and section "
+                "'model' has none. Set model.dropout, or training.r_drop: 0."
             )
         if self.training.ema_decay and self.model.param_dtype != "float32":
             raise ConfigError(

@@ -34,7 +34,7 @@ from flax_transformer.training.metrics import LossSummary
 from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
 from flax_transformer.training.state import StateLayout, init_state, make_layout
-from flax_transformer.training.step import jit_evaluation_step, jit_train_step
+from flax_transformer.training.step import Objective, jit_evaluation_step, jit_train_step
 from flax_transformer.training.throughput import ProductCost, peak_flops
 
 NUM_SAMPLES = 10
@@ -104,10 +104,11 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     vocabulary = vocabulary_info(tokenizers)
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     start = None if parent is None else _best_params(parent, layout, tokenizers)
+    objective = Objective(config.training.label_smoothing, config.training.r_drop)
     step = jit_train_step(
         layout,
         schedule,
-        config.training.label_smoothing,
+        objective,
         config.training.seed,
         mesh,
         config.batching.micro_batches,
@@ -174,7 +175,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
                 evaluate=functools.partial(watch, log),
                 history=watch.history(folder),
-                cost=ProductCost.of(layout.shapes.params),
+                cost=ProductCost.of(layout.shapes.params, objective.num_passes),
                 peak=peak_flops(mesh, config.model.compute_dtype),
             )
             training_seconds = time.monotonic() - clock
@@ -214,7 +215,7 @@ class Validation:
         self.pairs = pairs
         self.plan = plan
         self.params = layout.abstract.params
-        self.step = jit_evaluation_step(layout, config.training.label_smoothing, translator.mesh)
+        self.step = jit_evaluation_step(layout, Objective(config.training.label_smoothing), translator.mesh)
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.translator = translator
         self.bleu_tokenizer = config.evaluation.bleu_tokenizer
@@ -305,7 +306,7 @@ def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     before = RunFolder.open(folder.path).read_config()
     for section in SECTIONS_KEPT:
         _check_same(folder, section, getattr(before, section), getattr(config, section))
-    for name in ("seed", "label_smoothing", "ema_decay", "best_by", "evaluate_sentences"):
+    for name in ("seed", "label_smoothing", "r_drop", "ema_decay", "best_by", "evaluate_sentences"):
         _check_same(folder, f"training.{name}", getattr(before.training, name), getattr(config.training, name))
 
 

@@ -22,7 +22,7 @@ from flax_transformer.data.loader import evaluation_batches, evaluation_plan, tr
 from flax_transformer.data.packing import PackedPlan, pack, packed_shape
 from flax_transformer.data.tokenizer import END_ID, TokenizedText
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.training.step import batch_loss
+from flax_transformer.training.step import Objective, batch_loss
 from tests import tiny
 
 
@@ -196,7 +196,7 @@ def test_packed_bucketed_and_single_pairs_have_the_same_loss():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 12, (2, 40))
     pairs = TokenizedPairs(random_text(rng, lengths[0], 19), random_text(rng, lengths[1], 19), 32, 24)
-    step = jax.jit(lambda m, b: batch_loss(m, b, 0.1, None))
+    step = jax.jit(lambda m, b: batch_loss(m, b, Objective(0.1), None))
 
     def losses(plan) -> list[float]:
         sums = [step(model, make_batch(pairs, planned)) for planned in plan.epoch(0)]

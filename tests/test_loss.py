@@ -70,6 +70,59 @@ def test_gradients_equal_those_of_the_plain_form(chunk_elements, monkeypatch):
     assert not gradient[1][11:].any() and not gradient[2][11:].any()  # padding rows learn nothing
 
 
+def plain_r_drop(hidden, kernel, bias, targets, mask, real, smoothing, weight):
+    """R-Drop's loss as its paper writes it, rows 2i and 2i + 1 being the two passes."""
+    logits = jnp.einsum("btd,vd->btv", hidden, kernel[:real]) + bias[:real][None, None]
+    log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.sum(jnp.where(mask, (1 - smoothing) * nll - smoothing * log_p.mean(-1), 0.0))
+    first, second = log_p[::2], log_p[1::2]
+    forward = jnp.sum(jnp.exp(first) * (first - second), axis=-1)  # KL(p || q)
+    backward = jnp.sum(jnp.exp(second) * (second - first), axis=-1)
+    return loss + weight * jnp.sum(jnp.where(mask[::2], (forward + backward) / 2, 0.0))
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 21, 2 * 5 * 16, 1])
+def test_two_passes_are_drawn_together_as_r_drop_writes_it(chunk_elements, monkeypatch):
+    """Chunks of an odd number of tokens, too, in which a pair would be cut in two."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+    rng = np.random.default_rng(3)
+    _, kernel, bias, targets, mask = example()
+    hidden = jnp.asarray(rng.normal(size=(4, 6, 4)), jnp.float32)
+    targets, mask = jnp.repeat(targets, 2, axis=0), jnp.repeat(mask, 2, axis=0)
+
+    def fused(h, k, b):
+        return cross_entropy(h, OutputProjection(k, b, 11), targets, mask, 0.1, 2.5).loss
+
+    def plain(h, k, b):
+        return plain_r_drop(h, k, b, targets, mask, 11, 0.1, 2.5)
+
+    assert plain_r_drop(hidden, kernel, bias, targets, mask, 11, 0.1, 0.0) < 0.9 * plain(hidden, kernel, bias)
+    np.testing.assert_allclose(fused(hidden, kernel, bias), plain(hidden, kernel, bias), rtol=1e-5)
+    value, gradient = jax.value_and_grad(fused, argnums=(0, 1, 2))(hidden, kernel, bias)
+    expected_value, expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(hidden, kernel, bias)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert not gradient[1][11:].any() and not gradient[2][11:].any()
+    # The other sums are those of the same rows without the divergence.
+    chex.assert_trees_all_close(
+        cross_entropy(hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1, 2.5)[1:],
+        cross_entropy(hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1)[1:],
+        rtol=1e-5,
+    )
+
+
+def test_two_passes_that_agree_diverge_by_nothing():
+    hidden, kernel, bias, targets, mask = example()
+    hidden, targets, mask = (jnp.repeat(x, 2, axis=0) for x in (hidden, targets, mask))
+    projection = OutputProjection(kernel, bias, 11)
+    chex.assert_trees_all_close(
+        cross_entropy(hidden, projection, targets, mask, 0.1, 5.0),
+        cross_entropy(hidden, projection, targets, mask, 0.1),
+        rtol=1e-6,
+    )
+
+
 def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products():
     """20,000 tokens in bfloat16, each with a gradient of one sign, against the same numbers in float32."""
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_row
 from flax_transformer.shapes import Batch
 from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
-from flax_transformer.training.step import jit_train_step
+from flax_transformer.training.step import Objective, jit_train_step
 
 MODEL = TransformerConfig(
     model_dim=32, num_heads=4, feed_forward_dim=64, num_encoder_layers=1, num_decoder_layers=1,
@@ -40,11 +40,18 @@ def random_batch(seed: int) -> Batch:
     return Batch(*(a.astype(np.int32) for a in arrays))
 
 
-def prepared(mesh: Mesh, model: ModelConfig = MODEL, seed: int = 0, micro_batches: int = 1, ema_decay: float = 0.0):
+def prepared(
+    mesh: Mesh,
+    model: ModelConfig = MODEL,
+    seed: int = 0,
+    micro_batches: int = 1,
+    ema_decay: float = 0.0,
+    objective: Objective = Objective(0.1),
+):
     optimizer_config = OptimizerConfig(warmup_steps=10)
     schedule = make_schedule(optimizer_config, model.model_dim)
     layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh, ema_decay)
-    return layout, jit_train_step(layout, schedule, 0.1, seed, mesh, micro_batches)
+    return layout, jit_train_step(layout, schedule, objective, seed, mesh, micro_batches)
 
 
 def losses(mesh: Mesh, layout, step, steps: int = 4) -> tuple[list[float], list[float]]:
@@ -108,6 +115,33 @@ def test_gradients_summed_over_pieces_equal_those_of_the_whole_batch(one_device)
                 state, metrics = step(state, jax.device_put(random_batch(i), batch_sharding(mesh)))
                 made.append([float(x) for x in (*metrics.sums, metrics.gradient_norm)])
     np.testing.assert_allclose(made[2:], made[:2], rtol=1e-4)
+
+
+def test_r_drop_computes_each_row_twice_and_has_the_same_losses_on_eight_devices(one_device):
+    """In pieces on the mesh, too; without dropout there the two passes agree, and the loss is that of one."""
+    made = []
+    for mesh in (one_device, make_mesh(MeshConfig(2, 2, 2))):
+        layout, step = prepared(mesh, objective=Objective(0.1, 5.0))
+        state = init_state(MODEL, VOCABULARY, layout, seed=0)
+        with jax.set_mesh(mesh):
+            for i in range(2):
+                state, metrics = step(state, jax.device_put(random_batch(i), batch_sharding(mesh)))
+                made.append([float(x) for x in metrics.sums])
+    np.testing.assert_allclose(made[2:], made[:2], rtol=2e-5)
+    tokens = int((random_batch(0).target_segments > 0).sum())
+    assert made[0][3] == 2 * tokens
+    loss, likelihood = made[0][0] / made[0][3], made[0][1] / made[0][3]
+    assert loss > likelihood + 0.01  # what both passes disagree on
+
+    model = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    alike = []
+    for mesh, objective, pieces in ((one_device, Objective(0.1), 1), (one_device, Objective(0.1, 5.0), 2)):
+        layout, step = prepared(mesh, model, micro_batches=pieces, objective=objective)
+        state = init_state(model, VOCABULARY, layout, seed=0)
+        with jax.set_mesh(mesh):
+            _, metrics = step(state, jax.device_put(random_batch(0), batch_sharding(mesh)))
+        alike.append([float(metrics.sums.loss / metrics.sums.count), float(metrics.gradient_norm)])
+    np.testing.assert_allclose(alike[1], alike[0], rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(one_device):

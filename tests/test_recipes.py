@@ -25,7 +25,7 @@ from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.training.loop import compile_steps
 from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
-from flax_transformer.training.step import jit_train_step
+from flax_transformer.training.step import Objective, jit_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -70,7 +70,7 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     vocabulary = dataclasses.replace(vocabulary_info(tokenizers), source_size=size, target_size=size)
     layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), one_device)
     assert layout.num_parameters / 1e6 == pytest.approx(millions, rel=0.03)
-    step = jit_train_step(layout, schedule, config.training.label_smoothing, 0, one_device)
+    step = jit_train_step(layout, schedule, Objective(config.training.label_smoothing), 0, one_device)
     compiled = compile_steps(step, layout.abstract, plan.shapes, one_device)
     state = init_state(config.model, vocabulary, layout, 0)
     losses = []

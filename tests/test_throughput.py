@@ -45,6 +45,8 @@ def test_the_cost_of_a_recurrent_model_is_its_kernels():
     decoder = 4 * (6 * 8 + 8 * 8) + 8 * 6
     rows = 24  # 19 ids, padded to a multiple of 8
     assert cost(small) == ProductCost(6 * encoder, 6 * (decoder + rows * 6))
+    params = nnx.to_pure_dict(abstract_model(small, tiny.VOCABULARY)[1])
+    assert ProductCost.of(params, num_passes=2) == ProductCost(12 * encoder, 12 * (decoder + rows * 6))
 
 
 def test_a_progress_line_gives_the_share_of_the_peak_where_it_is_known(one_device):

@@ -19,7 +19,7 @@ from flax import nnx, traverse_util
 from flax_transformer.models.transformer import Transformer, TransformerConfig
 from flax_transformer.shapes import Batch
 from flax_transformer.training.loss import LossSums
-from flax_transformer.training.step import batch_loss
+from flax_transformer.training.step import Objective, batch_loss
 
 REFERENCE_PATH = Path(__file__).parent / "reference" / "transformer_reference.npz"
 
@@ -92,7 +92,7 @@ def run_reference(reference: Mapping[str, np.ndarray]) -> Outcome:
     # Not compiled as one program: compiling that takes longer than the small operations that cases have in common.
     def compute(parameters: Any, batch: Batch) -> tuple[jax.Array, LossSums, Any]:
         def loss(parameters: Any) -> tuple[jax.Array, LossSums]:
-            sums = batch_loss(nnx.merge(graphdef, parameters), batch, case["label_smoothing"], None)
+            sums = batch_loss(nnx.merge(graphdef, parameters), batch, Objective(case["label_smoothing"]), None)
             return sums.loss, sums
 
         gradients, sums = jax.grad(loss, has_aux=True)(parameters)

@@ -36,26 +36,64 @@ class StepMetrics:
     skipped: Bool[Array, ""]
 
 
-def batch_loss(model: Seq2Seq, batch: Batch, label_smoothing: float, key: jax.Array | None) -> LossSums:
-    """Returns the sums over a batch; `key` is for dropout, None means evaluation."""
-    hidden = model(batch, key)
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a training makes small.
+
+    Attributes:
+        label_smoothing: as for `cross_entropy`.
+        r_drop: weight of the divergence between two passes over each row, by different dropout; 0 makes one pass.
+
+    References:
+        Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", section 2, equation 4.
+    """
+
+    label_smoothing: float
+    r_drop: float = 0.0
+
+    @property
+    def num_passes(self) -> int:
+        """How often each row is computed."""
+        return 2 if self.r_drop else 1
+
+
+def batch_loss(model: Seq2Seq, batch: Batch, objective: Objective, key: jax.Array | None) -> LossSums:
+    """Returns the sums over a batch, each row as often as it is computed.
+
+    Args:
+        model: the model.
+        batch: the rows.
+        objective: what is summed; without a key there is nothing by which two passes could differ, and one is made.
+        key: for dropout; None means evaluation.
+    """
+    divergence_weight = 0.0
+    if objective.r_drop and key is not None:  # both passes of a row are neighbours, and on the same device
+        divergence_weight = objective.r_drop
+        batch = jax.tree.map(lambda x: constrain(jnp.repeat(x, 2, axis=0), "batch", "length"), batch)
     return cross_entropy(
-        hidden, model.output_projection(), batch.target_tokens, batch.target_segments > 0, label_smoothing
+        model(batch, key),
+        model.output_projection(),
+        batch.target_tokens,
+        batch.target_segments > 0,
+        objective.label_smoothing,
+        divergence_weight,
     )
 
 
-def _gradient(graphdef: Any, params: Any, batch: Batch, label_smoothing: float, key: jax.Array) -> tuple[Any, LossSums]:
+def _gradient(
+    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array
+) -> tuple[Any, LossSums]:
     """Returns the gradient of the summed loss, and the sums."""
 
     def loss(params):
-        sums = batch_loss(nnx.merge(graphdef, params), batch, label_smoothing, key)
+        sums = batch_loss(nnx.merge(graphdef, params), batch, objective, key)
         return sums.loss, sums
 
     return jax.grad(loss, has_aux=True)(params)
 
 
 def _gradient_in_pieces(
-    graphdef: Any, params: Any, batch: Batch, label_smoothing: float, key: jax.Array, pieces: int
+    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, pieces: int
 ) -> tuple[Any, LossSums]:
     """Returns what `_gradient` does, computed for a share of the rows at a time: the same sums in less memory.
 
@@ -68,7 +106,7 @@ def _gradient_in_pieces(
 
     def body(total: Any, at_piece: Any) -> tuple[Any, None]:
         piece, number = at_piece
-        made = _gradient(graphdef, params, piece, label_smoothing, jax.random.fold_in(key, number))
+        made = _gradient(graphdef, params, piece, objective, jax.random.fold_in(key, number))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, made), None
 
     zeros = (
@@ -97,7 +135,7 @@ def _moved_average(average: Any, params: Any, step: jax.Array, decay: float) -> 
 def train_step(
     layout: StateLayout,
     schedule: optax.Schedule,
-    label_smoothing: float,
+    objective: Objective,
     seed: int,
     micro_batches: int,
     state: TrainState,
@@ -113,9 +151,9 @@ def train_step(
     graphdef, optimizer = layout.graphdef, layout.optimizer
 
     if micro_batches == 1:
-        gradients, sums = _gradient(graphdef, state.params, batch, label_smoothing, key)
+        gradients, sums = _gradient(graphdef, state.params, batch, objective, key)
     else:
-        gradients, sums = _gradient_in_pieces(graphdef, state.params, batch, label_smoothing, key, micro_batches)
+        gradients, sums = _gradient_in_pieces(graphdef, state.params, batch, objective, key, micro_batches)
     count = jnp.maximum(sums.count, 1.0)
     gradients = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), gradients, state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with float32
@@ -139,7 +177,7 @@ def train_step(
 def jit_train_step(
     layout: StateLayout,
     schedule: optax.Schedule,
-    label_smoothing: float,
+    objective: Objective,
     seed: int,
     mesh: Mesh,
     micro_batches: int = 1,
@@ -150,7 +188,7 @@ def jit_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(layout, schedule, label_smoothing, seed, micro_batches, state, batch)
+        return train_step(layout, schedule, objective, seed, micro_batches, state, batch)
 
     return jax.jit(
         step,
@@ -160,11 +198,11 @@ def jit_train_step(
     )
 
 
-def jit_evaluation_step(layout: StateLayout, label_smoothing: float, mesh: Mesh) -> Any:
+def jit_evaluation_step(layout: StateLayout, objective: Objective, mesh: Mesh) -> Any:
     """Returns a jitted function (params, batch) -> `LossSums`, without dropout."""
 
     def step(params: Any, batch: Batch) -> LossSums:
-        return batch_loss(nnx.merge(layout.graphdef, params), batch, label_smoothing, None)
+        return batch_loss(nnx.merge(layout.graphdef, params), batch, objective, None)
 
     return jax.jit(
         step,

@@ -45,8 +45,13 @@ class ProductCost:
     target: int
 
     @classmethod
-    def of(cls, params: Any) -> "ProductCost":
-        """Returns the cost for a model's parameters, given as a nested dict of arrays or of their shapes."""
+    def of(cls, params: Any, num_passes: int = 1) -> "ProductCost":
+        """Returns the cost for a model's parameters.
+
+        Args:
+            params: nested dict of arrays or of their shapes.
+            num_passes: how often a step computes each token.
+        """
         source = target = 0
         for path, leaf in jax.tree.leaves_with_path(params):
             names = [str(getattr(key, "key", key)) for key in path]
@@ -57,7 +62,7 @@ class ProductCost:
             else:
                 target += leaf.size
         output = params.get("output_embedding") or params["target_embedding"]
-        return cls(6 * source, 6 * (target + output["table"].size))
+        return cls(6 * num_passes * source, 6 * num_passes * (target + output["table"].size))
 
     def total(self, tokens: TokenCounts) -> float:
         """Returns the operations for so many tokens."""
