@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from flax_transformer.errors import ConfigError
+from flax_transformer.nn import embedding as embedding_module
 from flax_transformer.nn.attention import MultiHeadAttention, dot_product_attention, masked_softmax
 from flax_transformer.nn.dropout import dropout, random_bytes
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection
@@ -295,7 +296,10 @@ def test_embeddings_start_with_variance_one_over_width():
     assert table.std() == pytest.approx(1 / 8, rel=0.01)  # 262,144 draws: standard error 0.14 %
 
 
-def test_output_projection_gives_padding_rows_no_probability():
+@pytest.mark.parametrize("first", [True, False])
+def test_output_projection_gives_padding_rows_no_probability(first, monkeypatch):
+    """However its logits lie in memory."""
+    monkeypatch.setattr(embedding_module, "vocabulary_first", lambda: first)
     kernel, bias, hidden = normal(1, 8, 4), normal(2, 8), normal(3, 2, 4)
     logits = OutputProjection(kernel, bias, num_real_rows=6).logits(hidden)
     expected = float64(hidden) @ float64(kernel).T + float64(bias)

@@ -34,11 +34,12 @@ def test_weights_are_off_by_half_a_step_at_most(shape, in_axes):
     assert np.abs(np.asarray(found.values)).max(axis=in_axes).min() == 127  # every channel uses its whole range
 
 
+@pytest.mark.parametrize("weights_left", [False, True])
 @pytest.mark.parametrize("shape, in_axes", [((6, 4), (0,)), ((2, 3, 5), (0, 1)), ((6, 2, 4), (0,)), ((7, 6), (1,))])
-def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes):
+def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes, weights_left):
     weights = quantized(jnp.asarray(RNG.normal(size=shape).astype(np.float32)), in_axes)
     x = RNG.normal(size=(3, 2, *(shape[axis] for axis in in_axes))).astype(np.float32) * 10
-    found = int8_product(jnp.asarray(x), weights, in_axes)
+    found = int8_product(jnp.asarray(x), weights, in_axes, weights_left)
     x_axes = tuple(range(2, x.ndim))
     steps = np.abs(x).max(axis=x_axes, keepdims=True).astype(np.float64) / 127
     expected = np.tensordot(np.round(x / steps) * steps, dequantized(weights, in_axes), (x_axes, in_axes))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.nn.dropout import dropout
 from flax_transformer.nn.positions import LearnedPositions, PositionKind, SinusoidalPositions
 from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up
+from flax_transformer.parallel.layout import vocabulary_first
 from flax_transformer.parallel.rules import constrain
 from flax_transformer.shapes import MASKED
 
@@ -157,9 +158,13 @@ class OutputProjection:
     num_real_rows: int
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Returns float32 logits of `hidden`."""
+        """Returns float32 logits of `hidden`; they may lie in memory as `vocabulary_first` says."""
         if isinstance(self.kernel, Int8Weights):
-            logits = int8_product(hidden, self.kernel, (1,))
+            logits = int8_product(hidden, self.kernel, (1,), weights_left=vocabulary_first())
+        elif vocabulary_first():
+            kernel, contract = self.kernel.astype(hidden.dtype), (((1,), (hidden.ndim - 1,)), ((), ()))
+            logits = jax.lax.dot_general(kernel, hidden, contract, preferred_element_type=jnp.float32)
+            logits = jnp.moveaxis(logits, 0, -1)
         else:
             kernel = self.kernel.astype(hidden.dtype)
             logits = jax.lax.dot_general(

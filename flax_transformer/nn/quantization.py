@@ -47,14 +47,23 @@ def quantized(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Wei
     return Int8Weights(_rounded(weights, scales), jnp.squeeze(scales, in_axes))
 
 
-def int8_product(x: Float[Array, "..."], weights: Int8Weights, in_axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """Returns the float32 product of `x`, whose last axes are summed with the axes `in_axes` of the weights."""
+def int8_product(
+    x: Float[Array, "..."], weights: Int8Weights, in_axes: tuple[int, ...], weights_left: bool = False
+) -> Float[Array, "..."]:
+    """Returns the float32 product of `x`, whose last axes are summed with the axes `in_axes` of the weights.
+
+    With `weights_left` the product of integers has the weights as its left side, and its axes are exchanged afterwards.
+    """
     x_axes = tuple(range(x.ndim - len(in_axes), x.ndim))
     x = x.astype(jnp.float32)
     scales = _scales(x, x_axes)
-    total = jax.lax.dot_general(
-        _rounded(x, scales), weights.values, ((x_axes, in_axes), ((), ())), preferred_element_type=jnp.int32
-    )
+    sides, contract = (_rounded(x, scales), weights.values), (x_axes, in_axes)
+    if weights_left:
+        sides, contract = sides[::-1], contract[::-1]
+    total = jax.lax.dot_general(*sides, (contract, ((), ())), preferred_element_type=jnp.int32)
+    if weights_left:
+        num_out = weights.values.ndim - len(in_axes)
+        total = jnp.moveaxis(total, range(num_out), range(-num_out, 0))
     rows = scales.reshape(*x.shape[: x_axes[0]], *(1,) * weights.scales.ndim)
     return total.astype(jnp.float32) * rows * jnp.broadcast_to(weights.scales, total.shape)
 
