@@ -7,14 +7,22 @@ RUN is a post-norm Transformer with `model.zero_start: true`, which is what CTra
 MarianMT folder, and that is made into a CTranslate2 model. All have two CPU cores, float32, the same beam, the
 length-normalised score of `average:1.0`, the same limit on the number of tokens and the same stop rule (as many
 finished hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. CTranslate2 has one
-worker of one thread for each core. "ours, sure" is the exact rule, "ours, likely" Hugging Face's default; "int8" has
-integers for weights, made by each system itself. Each translates at the batch size that was fastest for it on a part of
-the text. Of all pairs of outputs the equal ones are counted, and with --reference the BLEU of each is printed.
+worker of one thread for each core. "ours, sure" is the exact rule, "ours, likely" Hugging Face's default, both in
+float32; "int8" has integers for weights, made by each system itself. Each translates at the batch size that was fastest
+for it on a part of the text. Of all pairs of outputs the equal ones are counted, and with --reference the BLEU of each
+is printed.
+
+Where there is a GPU that jax, CTranslate2 and PyTorch can use, all use it, CTranslate2 with one worker. With --half
+"ours" and Hugging Face compute in bfloat16 and CTranslate2 in float16:
+
+    python benchmarks/decode.py --run RUN --text FILE --half --batch-sizes 128 256 512 \
+        --systems ours CTranslate2 "Hugging Face"
 """
 
 import dataclasses
 import gzip
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -47,6 +55,7 @@ class Options:
         batch_sizes: sentences at the same time, to choose from.
         rounds: turns of each system, after one to warm up.
         threads: of each system.
+        half: whether "ours", CTranslate2 and Hugging Face compute with 16 bits.
         systems: who takes part; "ours" must.
     """
 
@@ -59,6 +68,7 @@ class Options:
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
     rounds: int = 3
     threads: int = 2
+    half: bool = False
     systems: tuple[str, ...] = (
         "ours", "ours, likely", "ours, sure", "ours, int8", "CTranslate2", "CTranslate2, int8", "Hugging Face",
     )  # fmt: skip
@@ -104,6 +114,8 @@ def at_best_size(options: Options, text: list[str], load: Callable[..., Translat
 
 def our_translator(options: Options, stop: StopRule, quantize: Quantize) -> Any:
     """Returns this project's translator, at the first batch size."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need some of a GPU's memory, too
+
     from flax_transformer.cli.main import use_every_core
     from flax_transformer.inference.translator import Translator
 
@@ -137,8 +149,10 @@ def ctranslate2_peer(options: Options, folder: Path, compute_type: str) -> Trans
     from ctranslate2.converters import TransformersConverter
 
     TransformersConverter(str(folder)).convert(str(folder / "ctranslate2"), force=True)
-    threads = {"inter_threads": options.threads, "intra_threads": 1}  # one worker of two threads is slower at any size
-    model = ctranslate2.Translator(str(folder / "ctranslate2"), device="cpu", compute_type=compute_type, **threads)
+    device = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+    workers = 1 if device == "cuda" else options.threads  # on a CPU one worker of two threads is slower at any size
+    threads = {"inter_threads": workers, "intra_threads": 1}
+    model = ctranslate2.Translator(str(folder / "ctranslate2"), device=device, compute_type=compute_type, **threads)
     source = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
     target = sentencepiece.SentencePieceProcessor(model_file=str(folder / "target.spm"))
 
@@ -159,7 +173,9 @@ def hugging_face_peer(options: Options, folder: Path) -> Translate:
     import transformers
 
     torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = transformers.MarianMTModel.from_pretrained(folder).eval()
+    model = model.to(device, torch.bfloat16 if options.half else torch.float32)
     tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
     size_of_vocabulary = model.config.decoder_vocab_size
 
@@ -168,7 +184,7 @@ def hugging_face_peer(options: Options, folder: Path) -> Translate:
         results = [""] * len(lines)
         for start in range(0, len(order), size):
             chunk = order[start : start + size]
-            inputs = tokenizer([lines[n] for n in chunk], return_tensors="pt", padding=True)
+            inputs = tokenizer([lines[n] for n in chunk], return_tensors="pt", padding=True).to(device)
             with torch.inference_mode():
                 made = model.generate(
                     **inputs, num_beams=options.beam_size, length_penalty=1.0, early_stopping=True,
@@ -206,13 +222,14 @@ def main() -> None:
         folder = Path(temporary) / "marian"
         write_model(options.run, folder)
         systems, facts = Systems(options.threads), {}
+        half = options.half
         known: dict[str, tuple[Any, ...]] = {
-            "ours": (ours, "finished", "none"),
+            "ours": (ours, "finished", "bfloat16" if half else "none"),
             "ours, likely": (ours, "likely", "none"),
             "ours, sure": (ours, "sure", "none"),
             "ours, int8": (ours, "finished", "int8"),
-            "CTranslate2": (ctranslate2_peer, folder, "float32"),
-            "CTranslate2, int8": (ctranslate2_peer, folder, "int8"),
+            "CTranslate2": (ctranslate2_peer, folder, "float16" if half else "float32"),
+            "CTranslate2, int8": (ctranslate2_peer, folder, "int8_float16" if half else "int8"),
             "Hugging Face": (hugging_face_peer, folder),
         }
         if "ours" not in options.systems or not set(options.systems) <= set(known):

@@ -49,7 +49,10 @@ def test_recipes_are_read_and_survive_writing(path, tmp_path):
         ({"training": {"steps": 0}}, r"training.steps must be at least 1, got 0"),
         ({"training": {"r_drop": -1.0}}, r"training.r_drop must not be negative .* got -1.0"),
         (
-            {"training": {"r_drop": 5.0}, "model": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}},
+            {
+                "training": {"r_drop": 5.0},
+                "model": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+            },
             r"training.r_drop: 5.0 compares two passes .* Set model.dropout, or training.r_drop: 0",
         ),
         ({"decoding": {"length_penalty": "gmnt:1"}}, r"unknown length penalty 'gmnt:1'"),

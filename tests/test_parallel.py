@@ -27,6 +27,7 @@ MODEL = TransformerConfig(
 )  # fmt: skip
 VOCABULARY = VocabularyInfo(30, 30, 1)
 ROWS, LENGTH = 16, 12
+SMOOTHED = Objective(label_smoothing=0.1)
 
 
 def random_batch(seed: int) -> Batch:
@@ -46,7 +47,7 @@ def prepared(
     seed: int = 0,
     micro_batches: int = 1,
     ema_decay: float = 0.0,
-    objective: Objective = Objective(0.1),
+    objective: Objective = SMOOTHED,
 ):
     optimizer_config = OptimizerConfig(warmup_steps=10)
     schedule = make_schedule(optimizer_config, model.model_dim)

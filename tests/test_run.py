@@ -457,6 +457,15 @@ def test_commands_take_8_bit_weights_and_evaluate_another_search(monkeypatch, ca
     assert (tmp_path / "output").read_text() == "".join(t.text + "\n" for t in found)
 
 
+def test_a_run_computes_in_bfloat16_when_asked(run, translator):
+    """Whatever it was trained in: its scores are near those in float32, and rounded otherwise."""
+    text = ["twenty-one", "six hundred", "nine"]
+    found = Translator.load(run, quantize="bfloat16").translate(text)
+    scores, expected = ([h.score for t in each for h in t.hypotheses] for each in (found, translator.translate(text)))
+    assert scores != expected
+    np.testing.assert_allclose(scores, expected, atol=0.05)
+
+
 def test_evaluate_command_prints_signatures(run, tmp_path, capsys):
     (tmp_path / "source").write_text("twenty-one\nsix\n")
     (tmp_path / "reference").write_text("einundzwanzig\nsechs\n")

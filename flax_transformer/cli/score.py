@@ -29,7 +29,7 @@ class ScoreOptions:
         target: its translation, line by line.
         checkpoint: the one that was best on validation text, or the last.
         length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
-        quantize: "int8" makes 8-bit integers of the weights, as translate does.
+        quantize: "int8" makes 8-bit integers of the weights, "bfloat16" computes in bfloat16, as translate does.
         json: print an object for each pair, with the log-probability of every token.
     """
 

@@ -42,7 +42,8 @@ class TranslateOptions:
         alignment: add to each output which source word each target word was made from (Moses format); needs --json.
         attention: add to each output its attention, a row for each of its token scores and a column for each source
             token and the end token, and to each object the source tokens; needs --json.
-        quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them.
+        quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them;
+            "bfloat16" computes in bfloat16, which is faster on an accelerator.
         prefix: what every output begins with.
         required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
             must hold.

@@ -1,4 +1,4 @@
-"""A model whose weights are 8-bit integers."""
+"""A model that computes with fewer bits than it was trained with."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,9 @@ from flax_transformer.nn.embedding import Embedding
 from flax_transformer.nn.linear import Linear
 from flax_transformer.nn.quantization import quantized
 
-Quantize = Literal["none", "int8"]
+# "int8": weights are 8-bit integers, and products those of integers. "bfloat16": activations and products are bfloat16,
+# as `model.compute_dtype` makes them; parameters stay as they are.
+Quantize = Literal["none", "int8", "bfloat16"]
 
 
 def quantized_params(graphdef: Any, params: Any) -> Any:

@@ -143,7 +143,7 @@ def _of_other_pass(x: jax.Array) -> jax.Array:
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """Returns the tokens of all shares in one row, which XLA for CPU compiles to faster loops: [X, t, ...] -> [X t, ...]."""
+    """Returns [X, t, ...] as [X t, ...]: with the tokens of all shares in one row, XLA for CPU makes faster loops."""
     return constrain(x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
 
 
@@ -189,7 +189,7 @@ def _chunk_terms(static, mean_row, kernel, bias, hidden, targets, mask):
     correct = (target_logit >= highest[:, 0]).astype(jnp.float32)
     weight = mask.astype(jnp.float32)
     sums = LossSums(
-        *(jnp.sum(x.reshape(mask.shape) * weight, axis=1) for x in (loss, nll, correct)), jnp.sum(weight, axis=1)
+        *(jnp.sum(x.reshape(mask.shape) * weight, axis=1) for x in (loss, nll, correct, jnp.ones_like(nll)))
     )
     return sums, exponentials, total, apart, mean_apart
 
@@ -241,7 +241,7 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         wanted = wanted + jnp.where(row < num_real_rows, smoothing / num_real_rows, 0.0)
         probabilities = exponentials / normaliser
         by_logits = probabilities - wanted
-        if apart is not None:
+        if apart is not None and mean_apart is not None:
             by_divergence = probabilities * (1.0 + apart - mean_apart) - _of_other_pass(probabilities)
             by_logits = by_logits + divergence_weight / 2 * by_divergence
         by_logits = by_logits * weight

@@ -80,9 +80,7 @@ def batch_loss(model: Seq2Seq, batch: Batch, objective: Objective, key: jax.Arra
     )
 
 
-def _gradient(
-    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array
-) -> tuple[Any, LossSums]:
+def _gradient(graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array) -> tuple[Any, LossSums]:
     """Returns the gradient of the summed loss, and the sums."""
 
     def loss(params):
