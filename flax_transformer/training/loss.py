@@ -148,10 +148,10 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _chunk_terms(static, mean_row, kernel, bias, hidden, targets, mask):
-    """Returns the sums of one chunk [X]; exp(logits - highest) [X, t, V], and its sum over V [X, t, 1].
+    """Returns the sums of one chunk [X]; exp(logits - highest) [X t, V], and its sum over V [X t, 1].
 
     With a divergence between two passes that predict p and q from logits y and z, two more follow, else None twice:
-    y - z, and its mean under p, sum over V of p (y - z), [X, t, 1]. In these, the divergence and its gradient are
+    y - z [X t, V], and its mean under p, sum over V of p (y - z), [X t, 1]. In these, divergence and gradient are
 
         J = (KL(p || q) + KL(q || p)) / 2 = (sum of p (y - z) + sum of q (z - y)) / 2
         dJ / dy = (p (1 + y - z - sum of p (y - z)) - q) / 2
