@@ -200,8 +200,7 @@ class Translator:
             run: the folder, or several.
             mesh: devices; all that there are when None.
             checkpoint: the one that was best on validation text, or the last.
-            quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them;
-                "bfloat16" computes in bfloat16, which is faster on an accelerator.
+            quantize: see `Quantize`; "int8" is faster on a CPU with instructions for it, "bfloat16" on an accelerator.
 
         Raises:
             RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one; runs that do not
