@@ -31,15 +31,9 @@ if TYPE_CHECKING:
     from flax_transformer.experiment import run_experiment as run_experiment
     from flax_transformer.inference.evaluate import Scores as Scores
     from flax_transformer.inference.evaluate import evaluate as evaluate
-    from flax_transformer.inference.translator import (
-        Hypothesis as Hypothesis,
-    )
-    from flax_transformer.inference.translator import (
-        Translation as Translation,
-    )
-    from flax_transformer.inference.translator import (
-        Translator as Translator,
-    )
+    from flax_transformer.inference.translation import Hypothesis as Hypothesis
+    from flax_transformer.inference.translation import Translation as Translation
+    from flax_transformer.inference.translator import Translator as Translator
     from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
     from flax_transformer.models.build import build_model as build_model
     from flax_transformer.models.rnn import RecurrentConfig as RecurrentConfig
@@ -55,8 +49,8 @@ __version__ = "0.1.0"
 _HOMES = {
     # Translate with a trained run
     "Translator": "inference.translator",
-    "Translation": "inference.translator",
-    "Hypothesis": "inference.translator",
+    "Translation": "inference.translation",
+    "Hypothesis": "inference.translation",
     # Train and evaluate
     "Config": "config",
     "read_config": "config",

@@ -17,7 +17,8 @@ from flax_transformer.config import METHOD_FIELDS, DecodingConfig
 from flax_transformer.errors import ConfigError, DivergenceError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.quantize import Quantize
-from flax_transformer.inference.translator import Hypothesis, Translation, Translator
+from flax_transformer.inference.translation import Hypothesis, Translation
+from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 
