@@ -43,6 +43,8 @@ def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes, weight
     x_axes = tuple(range(2, x.ndim))
     steps = np.abs(x).max(axis=x_axes, keepdims=True).astype(np.float64) / 127
     expected = np.tensordot(np.round(x / steps) * steps, dequantized(weights, in_axes), (x_axes, in_axes))
+    if weights_left:  # the axes of the weights stand first
+        found = np.moveaxis(found, range(found.ndim - 2), range(2, found.ndim))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -69,14 +69,13 @@ class Shape(NamedTuple):
 
 
 def length_bucket(length: int, longest: int) -> int:
-    """Returns the padded length for a sentence: 8, 16, 24, 32, 48, 64, 96, 128, ... but at most `longest`.
+    """Returns the padded length for a sentence: 16, 32, 48, 64, 96, 128, ... but at most `longest`.
 
-    It depends on the sentence alone, so that its batch-mates do not change the program that translates it.
+    It depends on the sentence alone, so that its batch-mates do not change the program that translates it. Each length
+    is a program to compile, and an end at which slots fall empty: more of them cost more than the padding that they
+    save (docs/lab_book.md, 2026-11-26).
     """
-    for base in (8, 16, 24):
-        if length <= base:
-            return min(base, longest)
-    bucket = 32
+    bucket = 16 if length <= 16 else 32
     while bucket < length:
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
     return min(bucket, longest)

@@ -159,20 +159,29 @@ class OutputProjection:
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Returns float32 logits of `hidden`; they may lie in memory as `vocabulary_first` says."""
+        first = vocabulary_first()
         if isinstance(self.kernel, Int8Weights):
-            logits = int8_product(hidden, self.kernel, (1,), weights_left=vocabulary_first())
-        elif vocabulary_first():
-            kernel, contract = self.kernel.astype(hidden.dtype), (((1,), (hidden.ndim - 1,)), ((), ()))
-            logits = jax.lax.dot_general(kernel, hidden, contract, preferred_element_type=jnp.float32)
-            logits = jnp.moveaxis(logits, 0, -1)
+            logits = int8_product(hidden, self.kernel, (1,), weights_left=first)
         else:
-            kernel = self.kernel.astype(hidden.dtype)
-            logits = jax.lax.dot_general(
-                hidden, kernel, (((hidden.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-        if self.bias is not None:
-            logits = logits + jnp.broadcast_to(self.bias.astype(jnp.float32), logits.shape)
-        if self.num_real_rows < logits.shape[-1]:
-            real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < self.num_real_rows
-            logits = jnp.where(real, logits, MASKED)
-        return logits
+            sides, contract = (hidden, self.kernel.astype(hidden.dtype)), ((hidden.ndim - 1,), (1,))
+            if first:
+                sides, contract = sides[::-1], contract[::-1]
+            logits = jax.lax.dot_general(*sides, (contract, ((), ())), preferred_element_type=jnp.float32)
+        offset = self._offset()
+        if offset is not None:
+            offset = offset.reshape(-1, *(1,) * (hidden.ndim - 1)) if first else offset
+            logits = logits + jnp.broadcast_to(offset, logits.shape)
+        # Not before all is done: XLA for CPU would write the exponentials anew in the other order.
+        return jnp.moveaxis(logits, 0, -1) if first else logits
+
+    def _offset(self) -> Float[Array, "V"] | None:
+        """Returns what is added to the products: the bias, and MASKED for padding, which leaves nothing of a product.
+
+        An addition is read together with what it is added to; a choice would be written first.
+        """
+        num_rows = jax.tree.leaves(self.kernel)[0].shape[0]
+        bias = None if self.bias is None else self.bias.astype(jnp.float32)
+        if self.num_real_rows == num_rows:
+            return bias
+        bias = jnp.zeros(num_rows, jnp.float32) if bias is None else bias
+        return jnp.where(jnp.arange(num_rows) < self.num_real_rows, bias, MASKED)

@@ -52,20 +52,19 @@ def int8_product(
 ) -> Float[Array, "..."]:
     """Returns the float32 product of `x`, whose last axes are summed with the axes `in_axes` of the weights.
 
-    With `weights_left` the product of integers has the weights as its left side, and its axes are exchanged afterwards.
+    With `weights_left` the weights are the left side, and their axes stand before those of `x` in the result.
     """
     x_axes = tuple(range(x.ndim - len(in_axes), x.ndim))
     x = x.astype(jnp.float32)
     scales = _scales(x, x_axes)
-    sides, contract = (_rounded(x, scales), weights.values), (x_axes, in_axes)
+    left = _rounded(x, scales), jnp.squeeze(scales, x_axes), x_axes
+    right = weights.values, weights.scales, in_axes
     if weights_left:
-        sides, contract = sides[::-1], contract[::-1]
-    total = jax.lax.dot_general(*sides, (contract, ((), ())), preferred_element_type=jnp.int32)
-    if weights_left:
-        num_out = weights.values.ndim - len(in_axes)
-        total = jnp.moveaxis(total, range(num_out), range(-num_out, 0))
-    rows = scales.reshape(*x.shape[: x_axes[0]], *(1,) * weights.scales.ndim)
-    return total.astype(jnp.float32) * rows * jnp.broadcast_to(weights.scales, total.shape)
+        left, right = right, left
+    total = jax.lax.dot_general(
+        left[0], right[0], ((left[2], right[2]), ((), ())), preferred_element_type=jnp.int32
+    ).astype(jnp.float32)
+    return total * jnp.expand_dims(left[1], range(left[1].ndim, total.ndim)) * right[1][(None,) * left[1].ndim]
 
 
 def looked_up(weights: Int8Weights, rows: Any) -> Float[Array, "..."]:
