@@ -205,7 +205,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from flax_transformer.data.tokenizer import END_ID, START_ID
     from flax_transformer.decoding.beam_search import BeamSearchConfig
     from flax_transformer.decoding.length_penalty import LengthPenalty
-    from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+    from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
     from flax_transformer.inference.translator import SENTENCES_A_ROW
     from flax_transformer.models.build import VocabularyInfo
     from flax_transformer.models.transformer import TransformerConfig
@@ -255,9 +255,12 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     slots = options.rows // mesh.size
     beam = BeamSearchConfig(BEAM_SIZE, slots, output_length, START_ID, END_ID, LengthPenalty.parse("gnmt:0.6"))
     graphdef, abstract_params = abstract_model(model, vocabulary)
+    graphdef, abstract_params = jax.eval_shape(
+        functools.partial(for_search, graphdef, 1), nnx.to_pure_dict(abstract_params)
+    )
     params = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated_sharding(mesh)),
-        nnx.to_pure_dict(abstract_params),
+        abstract_params,
     )
 
     def per_row(*shape: int) -> jax.ShapeDtypeStruct:

@@ -301,10 +301,16 @@ def test_output_projection_gives_padding_rows_no_probability(first, monkeypatch)
     """However its logits lie in memory."""
     monkeypatch.setattr(embedding_module, "vocabulary_first", lambda: first)
     kernel, bias, hidden = normal(1, 8, 4), normal(2, 8), normal(3, 2, 4)
-    logits = OutputProjection(kernel, bias, num_real_rows=6).logits(hidden)
+    projection = OutputProjection(kernel, bias, num_real_rows=6)
     expected = float64(hidden) @ float64(kernel).T + float64(bias)
-    np.testing.assert_allclose(logits[:, :6], expected[:, :6], **ONE_OP)
-    assert not jax.nn.softmax(logits)[:, 6:].any()
+    for same in (projection, projection.with_offset_column()):
+        logits = same.logits(hidden)
+        np.testing.assert_allclose(logits[:, :6], expected[:, :6], **ONE_OP)
+        assert not jax.nn.softmax(logits)[:, 6:].any()
+    widened: Any = projection.with_offset_column().kernel
+    assert widened.shape == (8, 5 if first else 4)
+    nothing_to_add = OutputProjection(kernel, None, num_real_rows=8)
+    assert nothing_to_add.with_offset_column() is nothing_to_add
 
 
 # --- dropout

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_transformer.decoding.beam_search import best_candidates
+from flax_transformer.decoding.rules import Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
+from flax_transformer.nn.embedding import OutputProjection
 from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up, quantized, without_row
 from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
@@ -44,7 +47,7 @@ def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes, weight
     steps = np.abs(x).max(axis=x_axes, keepdims=True).astype(np.float64) / 127
     expected = np.tensordot(np.round(x / steps) * steps, dequantized(weights, in_axes), (x_axes, in_axes))
     if weights_left:  # the axes of the weights stand first
-        found = np.moveaxis(found, range(found.ndim - 2), range(2, found.ndim))
+        found = jnp.moveaxis(found, range(found.ndim - 2), range(2, found.ndim))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -137,3 +140,23 @@ def test_an_ensemble_of_two_models_has_the_scales_of_each(one_device):
     whole, made = best(both), best(both.quantized())
     assert 0 < np.abs(whole - made).max() < 0.2
     assert min(np.abs(whole - best(single)).max() for single in singles) > 0.3
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="logits lie so on a CPU alone")
+@pytest.mark.parametrize("kind", ["plain", "bias", "integers"])
+def test_no_step_of_a_search_turns_its_logits_round(kind):
+    """A pass over all of them in another order took as long as the product (docs/lab_book.md, 2026-11-26)."""
+    vocab, dim = 1200, 16
+    kernel = jnp.asarray(RNG.normal(size=(vocab, dim)).astype(np.float32))
+    projection = OutputProjection(
+        quantized(kernel, (1,)) if kind == "integers" else kernel, jnp.ones(vocab) if kind == "bias" else None, vocab
+    ).with_offset_column()
+
+    @jax.jit
+    def candidates(hidden):
+        progress = Progress(jnp.zeros((3, 4, 1), jnp.int32), jnp.zeros(3, jnp.int32), jnp.arange(3))
+        return best_candidates(jnp.zeros((3, 4)), projection.logits(hidden), 8, progress, ())
+
+    program = candidates.lower(jnp.ones((3, 4, dim))).compile().as_text() or ""
+    assert f"[{vocab},12]" in program or f"[{vocab},3,4]" in program
+    assert f"[3,4,{vocab}]" not in program and f"[12,{vocab}]" not in program

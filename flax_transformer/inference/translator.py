@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from flax_transformer.inference.alignment import word_numbers
 from flax_transformer.inference.demands import Demands, holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
 from flax_transformer.inference.translation import EMPTY, Hypothesis, Translation
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.parallel.memory import compiled_within_memory
@@ -113,6 +114,7 @@ class Translator:
         self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = _replicated(params, mesh)
+        self._for_search: tuple[Any, Any] | None = None
         self._programs: dict[Any, Any] = {}
 
     @classmethod
@@ -165,13 +167,14 @@ class Translator:
     def with_params(self, params: Any) -> "Translator":
         """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
-        return self._copy(params=_replicated(params, self.mesh))
+        return self._copy(params=_replicated(params, self.mesh), _for_search=None)
 
     def quantized(self) -> "Translator":
         """Returns a translator with 8-bit integers for weights: itself if it has them."""
         if is_quantized(self.params):
             return self
-        return self._copy(params=quantized_ensemble(self.graphdef, self.params, self.num_models))
+        params = quantized_ensemble(self.graphdef, self.params, self.num_models)
+        return self._copy(params=params, _for_search=None)
 
     def with_decoding(self, decoding: DecodingConfig) -> "Translator":
         """Returns a translator with other settings, that shares this one's parameters and compiled programs."""
@@ -273,7 +276,8 @@ class Translator:
                     shape,
                     decoding,
                 )
-                pending.append((chunk, places, self._program(spec, inputs)(self.params, inputs)))
+                found = self._program(spec, inputs)(self._search_form()[1], inputs)
+                pending.append((chunk, places, found))
                 # While one is searched the next is made and the one before is read; more would only fill memory.
                 while len(pending) > (1 if call + 1 < num_calls else 0):
                     chunk, places, found = pending.popleft()
@@ -359,19 +363,29 @@ class Translator:
             self.num_models,
         )
 
+    def _search_form(self) -> tuple[Any, Any]:
+        """Returns graph and parameters as a search takes them; of shapes of parameters, the shapes."""
+        if self._for_search is None:
+            make = functools.partial(for_search, self.graphdef, self.num_models)
+            abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
+            graphdef, params = jax.eval_shape(make, self.params) if abstract else make(self.params)
+            self._for_search = graphdef, _replicated(params, self.mesh)
+        return self._for_search
+
     def _program(self, spec: SearchSpec, inputs: SearchInputs) -> Any:
         """Returns the compiled search for inputs, and parameters, of these shapes.
 
         Raises:
             ConfigError: it needs more memory than a device has.
         """
-        arguments = self.params, inputs
+        graphdef, params = self._search_form()
+        arguments = params, inputs
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
         key = spec, jax.tree.structure(arguments), shapes
         if key not in self._programs:
             beam = spec.beam
             self._programs[key] = compiled_within_memory(
-                jit_search(self.graphdef, spec, self.mesh).lower(*arguments),
+                jit_search(graphdef, spec, self.mesh).lower(*arguments),
                 self.mesh,
                 f"a search of {beam.num_slots * self.mesh.size} sentences at a time, with {beam.beam_size} hypotheses "
                 f"of at most {beam.max_length} tokens for each,",

@@ -451,7 +451,7 @@ class RecurrentSeq2Seq(nnx.Module):
         start = self.decoder.start(memory.decoder_start, 1)
         return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
 
-    def with_separate_layers(self) -> "RecurrentSeq2Seq":
+    def for_search(self) -> "RecurrentSeq2Seq":
         """Returns the model itself, whose layers are separate."""
         return self
 

@@ -95,8 +95,8 @@ class Seq2Seq(Protocol):
         """Returns the decoder's hidden vectors when it is fed the reference (teacher forcing)."""
         ...
 
-    def with_separate_layers(self) -> "Seq2Seq":
-        """Returns the model for use in a loop: no step takes a layer's parameters out of a larger array."""
+    def for_search(self) -> "Seq2Seq":
+        """Returns the model with its parameters as the steps of a search read them, so that none has to change them."""
         ...
 
     def output_projection(self) -> OutputProjection:

@@ -453,6 +453,7 @@ class Transformer(nnx.Module):
         )
         bias = jnp.zeros((padded_rows(target_vocab_size, config.vocab_multiple),), jnp.dtype(config.param_dtype))
         self.output_bias = nnx.Param(bias, logical_axes=("vocab",)) if config.output_bias else None
+        self.search_kernel: nnx.Param | None = None  # see `for_search`
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, start_token if config.zero_start else None, rngs=rngs)
 
@@ -466,12 +467,16 @@ class Transformer(nnx.Module):
         """The most target tokens of one sentence."""
         return self.config.max_target_length
 
-    def with_separate_layers(self) -> "Transformer":
-        """Returns this model with its layers out of their stacks, which a loop would do anew in every pass."""
+    def for_search(self) -> "Transformer":
+        """Returns this model with its layers out of their stacks, and the table that makes logits as one array."""
         model = nnx.clone(self)
         stacks: tuple[Any, ...] = (model.encoder, model.decoder)
         for stack in stacks:
             stack.layers = nnx.List(_unstack(stack.layers, stack.num_layers))
+        projection = self.output_projection()
+        if self.config.compute_dtype == "float32":
+            projection = projection.with_offset_column()
+        model.search_kernel = nnx.data(nnx.Param(projection.kernel))
         return model
 
     def encode(
@@ -496,11 +501,13 @@ class Transformer(nnx.Module):
 
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
+        bias = None if self.output_bias is None else self.output_bias[...]
+        if self.search_kernel is not None:
+            return OutputProjection(self.search_kernel.get_value(), bias, self.target_vocab_size)
         embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
         kernel = embedding.table.get_value()
         if self.config.zero_start and self.output_embedding is None:  # the vector is zero in both of the table's uses
             kernel = without_row(kernel, self.start_token)
-        bias = None if self.output_bias is None else self.output_bias[...]
         return OutputProjection(kernel, bias, self.target_vocab_size)
 
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:

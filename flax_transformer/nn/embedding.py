@@ -148,7 +148,8 @@ class OutputProjection:
         logits = hidden @ kernel.T + bias,   padding rows of the vocabulary masked
 
     Attributes:
-        kernel: [V, D], rows as in an embedding table (and often that very table); for inference it may be integers.
+        kernel: [V, D], rows as in an embedding table (and often that very table); for inference it may be integers, or
+            have one more column, see `with_offset_column`.
         bias: [V], or None.
         num_real_rows: rows from here on are padding of the table and never get probability.
     """
@@ -159,7 +160,9 @@ class OutputProjection:
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Returns float32 logits of `hidden`; they may lie in memory as `vocabulary_first` says."""
-        first = vocabulary_first()
+        first, offset = vocabulary_first(), self._offset()
+        if jax.tree.leaves(self.kernel)[0].shape[1] > hidden.shape[-1]:
+            hidden, offset = jnp.concatenate([hidden, jnp.ones((*hidden.shape[:-1], 1), hidden.dtype)], axis=-1), None
         if isinstance(self.kernel, Int8Weights):
             logits = int8_product(hidden, self.kernel, (1,), weights_left=first)
         else:
@@ -167,18 +170,26 @@ class OutputProjection:
             if first:
                 sides, contract = sides[::-1], contract[::-1]
             logits = jax.lax.dot_general(*sides, (contract, ((), ())), preferred_element_type=jnp.float32)
-        offset = self._offset()
         if offset is not None:
             offset = offset.reshape(-1, *(1,) * (hidden.ndim - 1)) if first else offset
             logits = logits + jnp.broadcast_to(offset, logits.shape)
         # Not before all is done: XLA for CPU would write the exponentials anew in the other order.
         return jnp.moveaxis(logits, 0, -1) if first else logits
 
-    def _offset(self) -> Float[Array, "V"] | None:
-        """Returns what is added to the products: the bias, and MASKED for padding, which leaves nothing of a product.
+    def with_offset_column(self) -> "OutputProjection":
+        """Returns this map with what is added to the products, if anything, in a column of the kernel, times 1.
 
-        An addition is read together with what it is added to; a choice would be written first.
+        XLA for CPU adds it in passes of its own over all logits, which take a third as long as the product, and more
+        where logits fit no cache. Elsewhere, and of integers, it is the map itself that is returned.
         """
+        offset = self._offset()
+        if offset is None or isinstance(self.kernel, Int8Weights) or not vocabulary_first():
+            return self
+        column = offset[:, None].astype(self.kernel.dtype)
+        return dataclasses.replace(self, kernel=jnp.concatenate([self.kernel, column], axis=1))
+
+    def _offset(self) -> Float[Array, "V"] | None:
+        """Returns what is added to the products: the bias, and MASKED for padding, of which nothing else is left."""
         num_rows = jax.tree.leaves(self.kernel)[0].shape[0]
         bias = None if self.bias is None else self.bias.astype(jnp.float32)
         if self.num_real_rows == num_rows:
