@@ -366,9 +366,15 @@ class Translator:
     def _search_form(self) -> tuple[Any, Any]:
         """Returns graph and parameters as a search takes them; of shapes of parameters, the shapes."""
         if self._for_search is None:
-            make = functools.partial(for_search, self.graphdef, self.num_models)
-            abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
-            graphdef, params = jax.eval_shape(make, self.params) if abstract else make(self.params)
+            key = "for_search", _shapes(self.params)
+            if key not in self._programs:
+                self._programs[key] = for_search.lower(self.graphdef, self.num_models, self.params).compile()
+            if isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct):
+                graphdef, params = jax.eval_shape(
+                    functools.partial(for_search, self.graphdef, self.num_models), self.params
+                )
+            else:
+                graphdef, params = self._programs[key](self.params)
             self._for_search = graphdef, _replicated(params, self.mesh)
         return self._for_search
 
@@ -380,8 +386,7 @@ class Translator:
         """
         graphdef, params = self._search_form()
         arguments = params, inputs
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
-        key = spec, jax.tree.structure(arguments), shapes
+        key = spec, _shapes(arguments)
         if key not in self._programs:
             beam = spec.beam
             self._programs[key] = compiled_within_memory(
@@ -391,6 +396,7 @@ class Translator:
                 f"of at most {beam.max_length} tokens for each,",
                 "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_rows, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
+                held=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params)),
             )
         return self._programs[key]
 
@@ -532,6 +538,11 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
 def _seed(seed: int, sentence: str) -> int:
     """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
     return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
+
+
+def _shapes(tree: Any) -> Any:
+    """Returns what a program that takes `tree` is compiled for."""
+    return jax.tree.structure(tree), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def _replicated(params: Any, mesh: Mesh) -> Any:

@@ -45,7 +45,7 @@ def available_bytes(mesh: Mesh) -> int | None:
         return None
 
 
-def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str) -> Any:
+def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str, held: int = 0) -> Any:
     """Compiles a program, and makes sure that a device can run it.
 
     Args:
@@ -53,6 +53,7 @@ def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str) -> 
         mesh: the devices.
         what: names the program in an error.
         advice: what makes it smaller.
+        held: bytes on each device that are kept beside what the program reads.
 
     Raises:
         ConfigError: it needs more memory than a device has.
@@ -63,7 +64,7 @@ def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str) -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(f"{what} does not fit the memory of a device. {advice} The compiler says: {error}") from error
-    needed, available = needed_bytes(program), available_bytes(mesh)
+    needed, available = needed_bytes(program) + held, available_bytes(mesh)
     if available is not None and needed > available:
         raise ConfigError(
             f"{what} needs {needed / 2**30:.1f} GiB on each device, and there are {available / 2**30:.1f} GiB. {advice}"
