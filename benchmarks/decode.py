@@ -94,7 +94,7 @@ Translate = Callable[[list[str], int], list[str]]  # (sentences, how many of the
 
 
 def at_best_size(options: Options, text: list[str], load: Callable[..., Translate], *arguments: Any) -> Built:
-    """Returns what `load(options, *arguments)` makes, at the batch size that is fastest on a part of the text."""
+    """Returns what `load(options, *arguments)` makes, at the batch size that is fastest on half of the text."""
     translate = load(options, *arguments)
     # Not a small part: where slots fall empty at the end, large batches would look worse than they are.
     part = text[: max(len(text) // 2, 1)]

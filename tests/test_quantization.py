@@ -86,6 +86,7 @@ def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind, one_d
     for source, expected in zip(text, found, strict=True):  # alone, and beside all others
         (one,) = made.translate([source])
         assert [(h.tokens, h.score) for h in one.hypotheses] == [(h.tokens, h.score) for h in expected.hypotheses]
+    assert made.with_decoding(DECODING)._search_form() is made._search_form()  # made once, whatever the settings
 
 
 @pytest.mark.slow
@@ -143,14 +144,14 @@ def test_an_ensemble_of_two_models_has_the_scales_of_each(one_device):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="logits lie so on a CPU alone")
-@pytest.mark.parametrize("kind", ["plain", "bias", "integers"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "padding", "integers", "integers and bias"])
 def test_no_step_of_a_search_turns_its_logits_round(kind):
     """A pass over all of them in another order took as long as the product (docs/lab_book.md, 2026-11-26)."""
     vocab, dim = 1200, 16
     kernel = jnp.asarray(RNG.normal(size=(vocab, dim)).astype(np.float32))
-    projection = OutputProjection(
-        quantized(kernel, (1,)) if kind == "integers" else kernel, jnp.ones(vocab) if kind == "bias" else None, vocab
-    ).with_offset_column()
+    weights = quantized(kernel, (1,)) if "integers" in kind else kernel
+    bias = jnp.ones(vocab) if "bias" in kind else None
+    projection = OutputProjection(weights, bias, vocab - 3 * (kind == "padding")).with_offset_column()
 
     @jax.jit
     def candidates(hidden):

@@ -241,3 +241,22 @@ def test_loops_and_rematerialisation_change_no_number_and_save_memory():
     for found in (scanned, rematerialised, both):
         chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=1e-6)
     assert both_bytes < 0.7 * scanned_bytes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"output_bias": True},
+        {"output_bias": True, "zero_start": True},
+        {"output_bias": True, "compute_dtype": "bfloat16"},  # where a column of the kernel would round the bias
+        {"share_embeddings": "none", "zero_start": True},
+    ],
+)
+def test_the_form_that_a_search_reads_makes_the_same_logits(changes):
+    model = tiny.transformer(**changes)
+    vectors = jax.random.normal(jax.random.key(2), (2, 3, model.config.model_dim)).astype(model.config.compute_dtype)
+    expected = model.output_projection().logits(vectors)
+    found = model.for_search().output_projection().logits(vectors)
+    exactly = model.config.compute_dtype == "bfloat16"
+    np.testing.assert_allclose(found, expected, rtol=0 if exactly else 1e-5, atol=0 if exactly else 1e-5)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +113,7 @@ class Translator:
         self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = _replicated(params, mesh)
-        self._for_search: tuple[Any, Any] | None = None
+        self._prepared: list[tuple[Any, Any]] = []  # see `_search_form`; copies with other settings share it
         self._programs: dict[Any, Any] = {}
 
     @classmethod
@@ -167,14 +166,14 @@ class Translator:
     def with_params(self, params: Any) -> "Translator":
         """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
-        return self._copy(params=_replicated(params, self.mesh), _for_search=None)
+        return self._copy(params=_replicated(params, self.mesh), _prepared=[])
 
     def quantized(self) -> "Translator":
         """Returns a translator with 8-bit integers for weights: itself if it has them."""
         if is_quantized(self.params):
             return self
         params = quantized_ensemble(self.graphdef, self.params, self.num_models)
-        return self._copy(params=params, _for_search=None)
+        return self._copy(params=params, _prepared=[])
 
     def with_decoding(self, decoding: DecodingConfig) -> "Translator":
         """Returns a translator with other settings, that shares this one's parameters and compiled programs."""
@@ -327,9 +326,9 @@ class Translator:
         longest = self.max_target_length
         return Shape(
             length_bucket(min(len(ids) + 1, self.max_source_length), self.max_source_length),
-            length_bucket(len(prefix), longest) if prefix else 0,
+            _power_of_two(len(prefix), longest) if prefix else 0,
             1 << (len(phrases) - 1).bit_length() if phrases else 0,
-            length_bucket(max(map(len, phrases)), longest) if phrases else 0,
+            _power_of_two(max(map(len, phrases)), longest) if phrases else 0,
         )
 
     def _num_beams(self, num_hypotheses: int) -> int:
@@ -364,19 +363,19 @@ class Translator:
         )
 
     def _search_form(self) -> tuple[Any, Any]:
-        """Returns graph and parameters as a search takes them; of shapes of parameters, the shapes."""
-        if self._for_search is None:
+        """Returns graph and parameters as a search takes them; of shapes of parameters, the shapes.
+
+        Made by the first search, and kept beside the parameters, which scores and conversions read.
+        """
+        if not self._prepared:
             key = "for_search", _shapes(self.params)
             if key not in self._programs:
                 self._programs[key] = for_search.lower(self.graphdef, self.num_models, self.params).compile()
-            if isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct):
-                graphdef, params = jax.eval_shape(
-                    functools.partial(for_search, self.graphdef, self.num_models), self.params
-                )
-            else:
-                graphdef, params = self._programs[key](self.params)
-            self._for_search = graphdef, _replicated(params, self.mesh)
-        return self._for_search
+            make = self._programs[key]
+            abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
+            graphdef, params = make.out_info if abstract else make(self.params)
+            self._prepared.append((graphdef, _replicated(params, self.mesh)))
+        return self._prepared[0]
 
     def _program(self, spec: SearchSpec, inputs: SearchInputs) -> Any:
         """Returns the compiled search for inputs, and parameters, of these shapes.
@@ -538,6 +537,11 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
 def _seed(seed: int, sentence: str) -> int:
     """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
     return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
+
+
+def _power_of_two(number: int, most: int) -> int:
+    """Returns the least of 8, 16, 32, 64, ... that is no less than `number`, but at most `most`."""
+    return min(max(1 << (number - 1).bit_length(), 8), most)
 
 
 def _shapes(tree: Any) -> Any:

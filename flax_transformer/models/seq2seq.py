@@ -96,7 +96,7 @@ class Seq2Seq(Protocol):
         ...
 
     def for_search(self) -> "Seq2Seq":
-        """Returns the model with its parameters as the steps of a search read them, so that none has to change them."""
+        """Returns the model with its parameters in the order in which a search reads them at each step."""
         ...
 
     def output_projection(self) -> OutputProjection:

@@ -468,15 +468,16 @@ class Transformer(nnx.Module):
         return self.config.max_target_length
 
     def for_search(self) -> "Transformer":
-        """Returns this model with its layers out of their stacks, and the table that makes logits as one array."""
+        """Returns this model with its layers out of their stacks, and what makes logits in one kernel if it can be."""
         model = nnx.clone(self)
         stacks: tuple[Any, ...] = (model.encoder, model.decoder)
         for stack in stacks:
             stack.layers = nnx.List(_unstack(stack.layers, stack.num_layers))
-        projection = self.output_projection()
-        if self.config.compute_dtype == "float32":
-            projection = projection.with_offset_column()
-        model.search_kernel = nnx.data(nnx.Param(projection.kernel))
+        plain = self.output_projection()
+        # In fewer bits the column would be rounded, which the bias is not.
+        projection = plain.with_offset_column() if self.config.compute_dtype == "float32" else plain
+        if projection is not plain or self.config.zero_start and self.output_embedding is None:
+            model.search_kernel = nnx.data(nnx.Param(projection.kernel))
         return model
 
     def encode(

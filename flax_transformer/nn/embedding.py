@@ -161,7 +161,7 @@ class OutputProjection:
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Returns float32 logits of `hidden`; they may lie in memory as `vocabulary_first` says."""
         first, offset = vocabulary_first(), self._offset()
-        if jax.tree.leaves(self.kernel)[0].shape[1] > hidden.shape[-1]:
+        if jax.tree.leaves(self.kernel)[0].shape[1] == hidden.shape[-1] + 1:
             hidden, offset = jnp.concatenate([hidden, jnp.ones((*hidden.shape[:-1], 1), hidden.dtype)], axis=-1), None
         if isinstance(self.kernel, Int8Weights):
             logits = int8_product(hidden, self.kernel, (1,), weights_left=first)
@@ -179,8 +179,8 @@ class OutputProjection:
     def with_offset_column(self) -> "OutputProjection":
         """Returns this map with what is added to the products, if anything, in a column of the kernel, times 1.
 
-        XLA for CPU adds it in passes of its own over all logits, which take a third as long as the product, and more
-        where logits fit no cache. Elsewhere, and of integers, it is the map itself that is returned.
+        XLA for CPU adds it in passes of its own over all logits (docs/lab_book.md, 2026-11-26). On other backends, and
+        for integers, this map itself is returned.
         """
         offset = self._offset()
         if offset is None or isinstance(self.kernel, Int8Weights) or not vocabulary_first():
@@ -189,7 +189,7 @@ class OutputProjection:
         return dataclasses.replace(self, kernel=jnp.concatenate([self.kernel, column], axis=1))
 
     def _offset(self) -> Float[Array, "V"] | None:
-        """Returns what is added to the products: the bias, and MASKED for padding, of which nothing else is left."""
+        """Returns what is added to the products: the bias, and for padding MASKED, in which rounding swallows them."""
         num_rows = jax.tree.leaves(self.kernel)[0].shape[0]
         bias = None if self.bias is None else self.bias.astype(jnp.float32)
         if self.num_real_rows == num_rows:
