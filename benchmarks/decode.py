@@ -161,7 +161,7 @@ def ctranslate2_peer(options: Options, folder: Path, compute_type: str) -> Trans
         pieces = [[*p, "</s>"] for p in source.encode(lines, out_type=str)]
         found = model.translate_batch(
             pieces, beam_size=options.beam_size, max_batch_size=size, length_penalty=1.0,
-            max_decoding_length=options.longest - 1,
+            max_decoding_length=options.longest - 1, min_decoding_length=0,
         )  # fmt: skip
         return target.decode([f.hypotheses[0] for f in found])
 

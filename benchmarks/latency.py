@@ -31,7 +31,8 @@ model = ctranslate2.Translator(folder + "/ctranslate2", compute_type="float32", 
 source = sentencepiece.SentencePieceProcessor(model_file=folder + "/source.spm")
 target = sentencepiece.SentencePieceProcessor(model_file=folder + "/target.spm")
 pieces = [*source.encode(sys.stdin.readline().strip(), out_type=str), "</s>"]
-found = model.translate_batch([pieces], beam_size=beam, length_penalty=1.0, max_decoding_length=longest - 1)
+found = model.translate_batch([pieces], beam_size=beam, length_penalty=1.0, max_decoding_length=longest - 1,
+                              min_decoding_length=0)
 print(target.decode(found[0].hypotheses[0]))
 """
 
