@@ -52,7 +52,8 @@ def int8_product(
 ) -> Float[Array, "..."]:
     """Returns the float32 product of `x`, whose last axes are summed with the axes `in_axes` of the weights.
 
-    With `weights_left` the weights are the left side, and their axes stand before those of `x` in the result.
+    `x` is [*rows, *in]; the result is [*rows, *out], or [*out, *rows] with `weights_left`, which makes the weights the
+    left side of the product.
     """
     x_axes = tuple(range(x.ndim - len(in_axes), x.ndim))
     x = x.astype(jnp.float32)
