@@ -203,14 +203,13 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
 
     from flax_transformer.data.batching import BatchShape
     from flax_transformer.data.tokenizer import END_ID, START_ID
-    from flax_transformer.decoding import beam_search
     from flax_transformer.decoding.beam_search import BeamSearchConfig
     from flax_transformer.decoding.length_penalty import LengthPenalty
     from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
     from flax_transformer.inference.translator import SENTENCES_A_ROW
     from flax_transformer.models.build import VocabularyInfo
     from flax_transformer.models.transformer import TransformerConfig
-    from flax_transformer.nn import embedding, kv_cache
+    from flax_transformer.parallel import layout as parallel_layout
     from flax_transformer.parallel.mesh import (
         MeshConfig,
         all_devices_sharding,
@@ -242,6 +241,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     )
     vocabulary = VocabularyInfo(VOCABULARY, VOCABULARY, START_ID)
 
+    parallel_layout.backend = lambda: "tpu"  # jax itself runs on a CPU here
+
     # --- the train step, by the function that the training itself calls
     schedule = make_schedule(OptimizerConfig(), model.model_dim)
     layout = make_layout(model, vocabulary, make_optimizer(OptimizerConfig(), schedule), mesh)
@@ -251,9 +252,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
         "train step", log_folder, lambda: compile_steps(step, layout.abstract, [shape], mesh)[tuple(shape)]
     )
 
-    # --- the search, whose caches are whole and whose logits end in the vocabulary, as on a TPU: jax runs on a CPU here
-    kv_cache.SHORTEST_PIECE = output_length
-    embedding.vocabulary_first = beam_search.vocabulary_first = lambda: False
+    # --- the search
     slots = options.rows // mesh.size
     beam = BeamSearchConfig(BEAM_SIZE, slots, output_length, START_ID, END_ID, LengthPenalty.parse("gnmt:0.6"))
     graphdef, abstract_params = abstract_model(model, vocabulary)

@@ -8,9 +8,9 @@ MarianMT folder, and that is made into a CTranslate2 model. All have two CPU cor
 length-normalised score of `average:1.0`, the same limit on the number of tokens and the same stop rule (as many
 finished hypotheses as the beam has places, which is all that CTranslate2 has), and take turns. CTranslate2 has one
 worker of one thread for each core. "ours, sure" is the exact rule, "ours, likely" Hugging Face's default, both in
-float32; "int8" has integers for weights, made by each system itself. Each translates at the batch size that was fastest
-for it on half of the text. Of all pairs of outputs the equal ones are counted, and with --reference the BLEU of each
-is printed.
+float32; "int8" has integers for weights, made by each system itself; "ours, bfloat16" takes part when it is named, and
+has no peer where CTranslate2 has no bfloat16 on a CPU. Each translates at the batch size that was fastest for it on
+half of the text. Of all pairs of outputs the equal ones are counted, and with --reference the BLEU of each is printed.
 
 Where there is a GPU that jax, CTranslate2 and PyTorch can use, all use it, CTranslate2 with one worker. With --half
 "ours" and Hugging Face compute in bfloat16 and CTranslate2 in float16:
@@ -229,6 +229,7 @@ def main() -> None:
             "ours, likely": (ours, "likely", "none"),
             "ours, sure": (ours, "sure", "none"),
             "ours, int8": (ours, "finished", "int8"),
+            "ours, bfloat16": (ours, "finished", "bfloat16"),
             "CTranslate2": (ctranslate2_peer, folder, "float16" if half else "float32"),
             "CTranslate2, int8": (ctranslate2_peer, folder, "int8_float16" if half else "int8"),
             "Hugging Face": (hugging_face_peer, folder),

@@ -44,7 +44,7 @@ class TranslateOptions:
         attention: add to each output its attention, a row for each of its token scores and a column for each source
             token and the end token, and to each object the source tokens; needs --json.
         quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them;
-            "bfloat16" computes in bfloat16, which is faster on an accelerator.
+            "bfloat16" computes in bfloat16, which is faster on an accelerator, and on a CPU with AMX.
         prefix: what every output begins with.
         required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
             must hold.

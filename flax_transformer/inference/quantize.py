@@ -11,7 +11,7 @@ from flax_transformer.nn.linear import Linear
 from flax_transformer.nn.quantization import quantized
 
 # "int8": weights are 8-bit integers, and products those of integers. "bfloat16": activations and products are bfloat16,
-# as `model.compute_dtype` makes them; parameters stay as they are.
+# as `model.compute_dtype` makes them; the run's parameters stay as they are.
 Quantize = Literal["none", "int8", "bfloat16"]
 
 

@@ -133,7 +133,8 @@ class Translator:
             run: the folder, or several.
             mesh: devices; all that there are when None.
             checkpoint: the one that was best on validation text, or the last.
-            quantize: see `Quantize`; "int8" is faster on a CPU with instructions for it, "bfloat16" on an accelerator.
+            quantize: see `Quantize`; "int8" is faster on a CPU with instructions for it, "bfloat16" on an
+                accelerator, and on a CPU with matrix instructions (AMX).
 
         Raises:
             RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one; runs that do not

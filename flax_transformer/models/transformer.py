@@ -37,6 +37,7 @@ from flax_transformer.nn.kv_cache import (
     empty_self_attention_cache,
     write_ancestors,
 )
+from flax_transformer.nn.linear import cast_kernels
 from flax_transformer.nn.masks import causal_mask, segment_mask
 from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
 from flax_transformer.nn.positions import PositionKind
@@ -468,14 +469,19 @@ class Transformer(nnx.Module):
         return self.config.max_target_length
 
     def for_search(self) -> "Transformer":
-        """Returns this model with its layers out of their stacks, and what makes logits in one kernel if it can be."""
-        model = nnx.clone(self)
+        """Returns this model with its layers out of their stacks, and what makes logits in one kernel if it can be.
+
+        Kernels have the type that is computed in: XLA does not move their casts out of a search's loop, where they take
+        longer than the products (docs/lab_book.md, 2026-11-26).
+        """
+        model, dtype = nnx.clone(self), jnp.dtype(self.config.compute_dtype)
+        cast_kernels(model, dtype)
         stacks: tuple[Any, ...] = (model.encoder, model.decoder)
         for stack in stacks:
             stack.layers = nnx.List(_unstack(stack.layers, stack.num_layers))
         plain = self.output_projection()
         # In fewer bits the column would be rounded, which the bias is not.
-        projection = plain.with_offset_column() if self.config.compute_dtype == "float32" else plain
+        projection = plain.with_offset_column() if dtype == jnp.float32 else plain.with_type(dtype)
         if projection is not plain or self.config.zero_start and self.output_embedding is None:
             model.search_kernel = nnx.data(nnx.Param(projection.kernel))
         return model

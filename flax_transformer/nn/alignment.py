@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from flax_transformer.nn.attention import masked_softmax
 from flax_transformer.nn.linear import Linear, xavier_uniform
+from flax_transformer.parallel.layout import product_type
 
 AlignmentKind = Literal["additive", "dot", "general", "concat"]
 
@@ -93,4 +94,7 @@ def attend(
         Bahdanau et al. 2015, equations 5 and 6.
     """
     weights = masked_softmax(scores, jnp.broadcast_to(mask[:, None, :], scores.shape))
-    return jax.lax.dot_general(weights.astype(states.dtype), states, (((2,), (1,)), ((0,), (0,)))), weights
+    contexts = jnp.einsum(
+        "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=product_type(states.dtype)
+    )
+    return contexts.astype(states.dtype), weights

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flax_transformer.nn.dropout import dropout
 from flax_transformer.nn.linear import Linear
+from flax_transformer.parallel.layout import product_type
 from flax_transformer.parallel.rules import constrain
 from flax_transformer.shapes import MASKED
 
@@ -68,7 +69,8 @@ def dot_product_attention(
     scores = jnp.einsum("btnh,bsnh->bnts", query * scale, key, preferred_element_type=jnp.float32)
     weights = masked_softmax(scores, mask)
     dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", dropped, value), weights
+    attended = jnp.einsum("bnts,bsnh->btnh", dropped, value, preferred_element_type=product_type(value.dtype))
+    return attended.astype(value.dtype), weights
 
 
 class MultiHeadAttention(nnx.Module):

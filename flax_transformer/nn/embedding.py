@@ -188,6 +188,12 @@ class OutputProjection:
         column = offset[:, None].astype(self.kernel.dtype)
         return dataclasses.replace(self, kernel=jnp.concatenate([self.kernel, column], axis=1))
 
+    def with_type(self, dtype: jnp.dtype) -> "OutputProjection":
+        """Returns this map with a kernel of type `dtype`, unless that is integers."""
+        if isinstance(self.kernel, Int8Weights) or self.kernel.dtype == dtype:
+            return self
+        return dataclasses.replace(self, kernel=self.kernel.astype(dtype))
+
     def _offset(self) -> Float[Array, "V"] | None:
         """Returns what is added to the products: the bias, and for padding MASKED, in which rounding swallows them."""
         num_rows = jax.tree.leaves(self.kernel)[0].shape[0]

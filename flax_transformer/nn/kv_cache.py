@@ -6,7 +6,8 @@ those that are not its ancestors with weight 0. Nothing is copied, and each key 
 take K times the arithmetic, which is little for the few beams of a search. Beams that are never reordered, such as many
 samples, need no table and attend to what they wrote themselves. On a CPU a cache is kept in pieces, and a step reads
 those alone that some slot has reached. Each piece is an array of its own, since a part of an array would be copied
-before it is read.
+before it is read. There, too, bfloat16 is kept as float32: XLA for CPU would otherwise turn a whole cache into float32
+and back for each token that is written (docs/lab_book.md, 2026-11-26).
 
 Cross-attention keys and values are there once a sentence: its K beams stand in the place of the query length, so that
 nothing is tiled over beams.
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.nn.attention import masked_softmax
+from flax_transformer.parallel.layout import caches_in_pieces, product_type
 from flax_transformer.shapes import MASKED, array_tree
 
 # On a CPU the first two pieces have so many slots, and each after them twice as many as the one before.
@@ -56,8 +58,8 @@ class CrossAttentionCache:
 
 
 def piece_lengths(length: int) -> tuple[int, ...]:
-    """Returns the slots of each piece of a cache; a branch for each piece costs nothing on a CPU alone."""
-    if jax.default_backend() != "cpu":
+    """Returns the slots of each piece of a cache: one piece, unless `caches_in_pieces`."""
+    if not caches_in_pieces():
         return (length,)
     lengths: list[int] = []
     while sum(lengths) < length:
@@ -68,7 +70,8 @@ def piece_lengths(length: int) -> tuple[int, ...]:
 def empty_self_attention_cache(
     num_sentences: int, num_beams: int, num_heads: int, length: int, head_dim: int, dtype: jnp.dtype
 ) -> SelfAttentionCache:
-    """Returns a cache of zeros with `length` slots."""
+    """Returns a cache of zeros with `length` slots, for keys and values of type `dtype`."""
+    dtype = product_type(dtype)
     lengths = piece_lengths(length)
     return SelfAttentionCache(
         tuple(jnp.zeros((num_sentences, num_heads, head_dim, num_beams, piece), dtype) for piece in lengths),
@@ -78,6 +81,7 @@ def empty_self_attention_cache(
 
 def cross_attention_cache(keys: Float[Array, "B S N H"], values: Float[Array, "B S N H"]) -> CrossAttentionCache:
     """Returns the projections of the encoder's output in the layout of a cache."""
+    keys, values = (x.astype(product_type(x.dtype)) for x in (keys, values))
     return CrossAttentionCache(jnp.transpose(keys, (0, 2, 3, 1)), jnp.swapaxes(values, 1, 2))
 
 
@@ -93,6 +97,7 @@ def _write(
     """Returns the cache with one token of each beam written, in the piece that holds its sentence's position."""
     rows = jnp.arange(key.shape[0])
     key, value = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)  # [B, N, H, K] and [B, N, K, H]
+    key, value = key.astype(cache.keys[0].dtype), value.astype(cache.values[0].dtype)
     offset, keys, values = 0, [], []
     for old_keys, old_values in zip(cache.keys, cache.values, strict=True):
         slots = old_values.shape[3]
@@ -126,6 +131,7 @@ def cached_self_attention(
     cache = _write(cache, key, value, positions)
     sentences, beams, heads, head_dim = query.shape
     query = jnp.swapaxes(query * jnp.asarray(head_dim**-0.5, query.dtype), 1, 2)  # [B, N, K, H]
+    query = query.astype(cache.keys[0].dtype)
     furthest = jnp.max(positions)
 
     def scored(keys: jax.Array, wrote: jax.Array | None) -> jax.Array:
@@ -179,8 +185,9 @@ def cached_cross_attention(
     cache: CrossAttentionCache, query: Float[Array, "B K N H"], mask: Bool[Array, "B 1 1 S"]
 ) -> tuple[Float[Array, "B K N H"], Float[Array, "B N K S"]]:
     """Returns attention of each beam over the source, and its weights; beams stand in place of the query length."""
-    query = jnp.swapaxes(query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype), 1, 2)
+    dtype = query.dtype
+    query = jnp.swapaxes(query * jnp.asarray(query.shape[-1] ** -0.5, dtype), 1, 2).astype(cache.keys.dtype)
     scores = jnp.einsum("bnqh,bnhs->bnqs", query, cache.keys, preferred_element_type=jnp.float32)
     weights = masked_softmax(scores, mask)
     attended = jnp.einsum("bnqs,bnsh->bnqh", weights.astype(cache.values.dtype), cache.values)
-    return jnp.swapaxes(attended, 1, 2), weights
+    return jnp.swapaxes(attended.astype(dtype), 1, 2), weights

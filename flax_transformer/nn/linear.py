@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flax_transformer.nn.quantization import Int8Weights, int8_product
+from flax_transformer.parallel.layout import product_type
 
 xavier_uniform_2d = jax.nn.initializers.xavier_uniform()
 
@@ -24,6 +25,12 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
     return flat.reshape(*in_dims, *out_dims)
 
 
+def _rounded_product(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """Returns the product of two arrays of one type, summed over the axes of `contract`, in that type."""
+    wide = jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=product_type(left.dtype))
+    return wide.astype(left.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_in_dims: int) -> Float[Array, "..."]:
     """Returns x W: [*rows, *in] and [*in, *out] -> [*rows, *out], where `in` has `num_in_dims` dimensions.
@@ -35,7 +42,7 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_in_dims: in
     summed over rows, and over devices, in float32.
     """
     contract = tuple(range(x.ndim - num_in_dims, x.ndim)), tuple(range(num_in_dims))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (contract, ((), ())))
+    return _rounded_product(x, kernel.astype(x.dtype), contract)
 
 
 def _product_forward(x, kernel, num_in_dims):
@@ -48,7 +55,7 @@ def _product_backward(num_in_dims, kept, cotangent):
     x, kernel, like_kernel = kept
     out_axes = tuple(range(num_in_dims, kernel.ndim))
     contract = tuple(range(cotangent.ndim - len(out_axes), cotangent.ndim)), out_axes
-    by_x = jax.lax.dot_general(cotangent, kernel, (contract, ((), ())))
+    by_x = _rounded_product(cotangent, kernel, contract)
     rows = x.reshape(-1, math.prod(kernel.shape[:num_in_dims]))
     by_kernel = jax.lax.dot_general(
         rows, cotangent.reshape(len(rows), -1), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
@@ -102,3 +109,13 @@ class Linear(nnx.Module):
             return y
         bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)  # float32, in which its gradient is summed
         return y + bias.astype(self.compute_dtype)
+
+
+def cast_kernels(model: nnx.Module, dtype: jnp.dtype) -> None:
+    """Gives the kernels of every `Linear` in `model` the type `dtype`, but for those that are integers, in place.
+
+    With the type that a layer computes in, no result changes: its kernel is cast to it in each call otherwise.
+    """
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Linear) and not isinstance(module.kernel.get_value(), Int8Weights):
+            module.kernel.set_value(module.kernel[...].astype(dtype))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.nn.embedding import OutputProjection
 from flax_transformer.nn.quantization import Int8Weights
+from flax_transformer.parallel.layout import product_type
 from flax_transformer.parallel.rules import constrain, num_shards
 from flax_transformer.shapes import MASKED
 
@@ -249,7 +250,8 @@ def _forward(static, hidden, kernel, bias, targets, mask):
             bias_gradient = bias_gradient + jnp.sum(by_logits.reshape(*m.shape, -1), axis=1)
         by_logits = by_logits.astype(h.dtype)  # products run in the compute type, their sums in float32
         by_logits = by_logits.reshape(*m.shape, -1)  # [X t, V] -> [X, t, V]
-        by_tokens = jnp.einsum("xtv,vd->xtd", by_logits, kernel)
+        by_tokens = jnp.einsum("xtv,vd->xtd", by_logits, kernel, preferred_element_type=product_type(h.dtype))
+        by_tokens = by_tokens.astype(h.dtype)
         by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * chunks.size, axis=1)
         # Each device sums up its own share; the sum over devices is made once, after the loop.
         by_columns = jnp.einsum("xtd,xtv->xdv", h, by_logits, preferred_element_type=jnp.float32)
