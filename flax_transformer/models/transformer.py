@@ -471,8 +471,8 @@ class Transformer(nnx.Module):
     def for_search(self) -> "Transformer":
         """Returns this model with its layers out of their stacks, and what makes logits in one kernel if it can be.
 
-        Kernels have the type that is computed in: XLA does not move their casts out of a search's loop, where they take
-        longer than the products (docs/lab_book.md, 2026-11-26).
+        Kernels have the type that is computed in: XLA for CPU does not move their casts out of a search's loop
+        (docs/lab_book.md, 2026-11-26).
         """
         model, dtype = nnx.clone(self), jnp.dtype(self.config.compute_dtype)
         cast_kernels(model, dtype)

@@ -189,7 +189,7 @@ class OutputProjection:
         return dataclasses.replace(self, kernel=jnp.concatenate([self.kernel, column], axis=1))
 
     def with_type(self, dtype: jnp.dtype) -> "OutputProjection":
-        """Returns this map with a kernel of type `dtype`, unless that is integers."""
+        """Returns this map with its kernel cast to `dtype`; a kernel of integers stays as it is."""
         if isinstance(self.kernel, Int8Weights) or self.kernel.dtype == dtype:
             return self
         return dataclasses.replace(self, kernel=self.kernel.astype(dtype))

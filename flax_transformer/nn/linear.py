@@ -26,7 +26,7 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
 
 
 def _rounded_product(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    """Returns the product of two arrays of one type, summed over the axes of `contract`, in that type."""
+    """Returns the product of two arrays of one type, in that type: [*left, *right] without the axes of `contract`."""
     wide = jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=product_type(left.dtype))
     return wide.astype(left.dtype)
 
