@@ -376,9 +376,12 @@ def read_config(path: Path) -> Config:
     """Returns the configuration in a YAML file; what it does not mention has its default.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a wrong type or a contradiction.
+        ConfigError: no such file, not YAML, an unknown key, a value of the wrong type or out of range, a contradiction.
     """
-    return from_dict(Config, _read_yaml(path))
+    try:
+        return from_dict(Config, _read_yaml(path))
+    except ConfigError as error:
+        raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from flax_transformer.data.tokenizer import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
+from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator, vocabulary_info
-from flax_transformer.parallel.memory import needed_bytes
+from flax_transformer.parallel.memory import held_bytes, needed_bytes
 from flax_transformer.parallel.mesh import batch_sharding, check_rows, make_mesh
 from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.checkpoint import Checkpoints, checksums_of
 from flax_transformer.training.loop import compile_steps, shape_of, train_loop
 from flax_transformer.training.metrics import LossSummary
 from flax_transformer.training.optimizer import make_optimizer, make_schedule
@@ -97,6 +98,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             mesh,
             ("data", "fsdp"),
             "a batch, or a piece of it if it is cut",
+            f" Set batching.row_multiple: {mesh.shape['data'] * mesh.shape['fsdp']}.",
         )
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
@@ -121,7 +123,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         clock = time.monotonic()
         compiled = compile_steps(step, layout.abstract, plan.shapes, mesh)
         watch.compile()
-        translator.compile(corpus.test.source)
+        translator.compile(corpus.test.source, watch.held)
         return compiled, time.monotonic() - clock
 
     compiled, compile_seconds = {}, 0.0
@@ -147,6 +149,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             state = state if start is None else state.starting_from(start)
             position = Position(0, 0)
         first_step = int(state.step)
+        checksums_of(state)  # compiles what every checkpoint will need
         if resume:
             if first_step < config.training.steps:
                 compiled, compile_seconds = compile_all()
@@ -214,7 +217,9 @@ class Validation:
         self.source, self.target = text.source[:num], text.target[:num]
         self.pairs = pairs
         self.plan = plan
-        self.params = layout.abstract.params
+        self.params = layout.abstract.usable
+        # Of a training: what an evaluation does not read stays on the devices beside it.
+        self.held = held_bytes(layout.abstract) - held_bytes(self.params)
         self.step = jit_evaluation_step(layout, Objective(config.training.label_smoothing), translator.mesh)
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.translator = translator
@@ -235,8 +240,8 @@ class Validation:
         Raises:
             ConfigError: it needs more memory than a device has.
         """
-        self.compiled = compile_steps(self.step, self.params, self.plan.shapes, self.translator.mesh)
-        self.translator.compile(self.source)
+        self.compiled = compile_steps(self.step, self.params, self.plan.shapes, self.translator.mesh, self.held)
+        self.translator.compile(self.source, self.held)
 
     def __call__(self, log: RunLog, params: Any, step: int) -> float:
         """Logs loss and scores of `params`, and returns their quality."""
@@ -372,11 +377,11 @@ def _score(
         source, target = corpus.test.source[index], corpus.test.target[index]
         verdict = "=" if hypotheses[index] == target else f"reference: {target}"
         log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
-    cut = sum(t.truncated for t in translations)
+    cut = [number for number, t in enumerate(translations, start=1) if t.truncated]
     if cut:
-        log.say(
-            f"\nwarning: {cut} test sentences are longer than the model takes; only their beginnings were translated"
-        )
+        first = cut_line(f"{corpus.test.name}, line {cut[0]}", translator.max_source_length)
+        others = f" So were {len(cut) - 1} test lines after it." if cut[1:] else ""
+        log.say(f"\nwarning: {first}{others}")
     decoding = config.decoding
     log.say(f"\ntest, beam {decoding.beam_size}, length penalty {decoding.length_penalty}, {seconds:.1f} s")
     log.say(scores.text)

@@ -1,5 +1,9 @@
 """Batches: bucketed and packed, and the position in them."""
 
+import itertools
+import threading
+
+import chex
 import jax
 import numpy as np
 import pytest
@@ -18,7 +22,13 @@ from flax_transformer.data.batching import (
     round_up,
 )
 from flax_transformer.data.bucketing import BucketedPlan, assign_shapes, choose_shapes
-from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
+from flax_transformer.data.loader import (
+    AlternatingPlan,
+    evaluation_batches,
+    evaluation_plan,
+    training_batches,
+    training_plan,
+)
 from flax_transformer.data.packing import PackedPlan, pack, packed_shape
 from flax_transformer.data.tokenizer import END_ID, TokenizedText
 from flax_transformer.errors import ConfigError, InputError
@@ -123,6 +133,63 @@ def test_evaluation_sees_every_pair_once():
     assert tokens == pairs.lengths[:, 1].sum()
 
 
+def test_the_next_epoch_is_planned_while_one_is_trained_on():
+    """And none is planned twice, nor before half of the one before it has been seen."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 20, 90)
+    pairs = TokenizedPairs(random_text(rng, lengths), random_text(rng, lengths), 20, 20)
+    config = BatchingConfig(tokens_per_batch=160, num_shapes=2)
+    plain, planned = training_plan([pairs], config, 3), []
+
+    class Watched(BucketedPlan):
+        def epoch(self, epoch):
+            planned.append((epoch, threading.current_thread() is threading.main_thread()))
+            return super().epoch(epoch)
+
+    plan = AlternatingPlan([Watched(pairs.lengths, plain.shapes, 3, pairs.mixture)])
+    num = len(plan.epoch(0))
+    stream = training_batches([pairs], plan, Position(0, 0))
+    for index in range(2 * num + 1):
+        batch, _ = next(stream)
+        epoch, place = divmod(index, num)
+        chex.assert_trees_all_equal(batch, make_batch(pairs, plain.epoch(epoch)[place]))
+        if place < num // 3:
+            assert [e for e, _ in planned] == list(range(epoch + 1))
+    assert planned == [(0, True), (1, False), (2, False)]
+
+
+def test_a_plan_that_fails_in_the_background_is_heard_of():
+    rng = np.random.default_rng(0)
+    lengths = np.full(30, 5)
+    pairs = TokenizedPairs(random_text(rng, lengths), random_text(rng, lengths), 20, 20)
+    shapes = training_plan([pairs], BatchingConfig(tokens_per_batch=64), 0).shapes
+
+    class Failing(BucketedPlan):
+        def epoch(self, epoch):
+            if epoch:
+                raise MemoryError("no room for the next epoch")
+            return super().epoch(epoch)
+
+    stream = training_batches([pairs], Failing(pairs.lengths, shapes, 0, pairs.mixture), Position(0, 0))
+    with pytest.raises(MemoryError, match="no room for the next epoch"):
+        for _ in range(60):
+            next(stream)
+
+
+def test_rows_divide_by_what_a_large_mesh_needs():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 60, 400)
+    pairs = TokenizedPairs(random_text(rng, lengths), random_text(rng, lengths), 64, 64)
+    for form, pieces in itertools.product(("bucketed", "packed"), (1, 2)):
+        values = {"form": form, "row_length": 64, "micro_batches": pieces, "row_multiple": 24}
+        config = from_dict(BatchingConfig, values | {"tokens_per_batch": 8192, "num_shapes": 3})
+        shapes = training_plan([pairs], config, 0).shapes
+        assert all(shape.rows % (24 * pieces) == 0 for shape in shapes)
+        assert all(shape.rows * max(shape[1:]) <= 8192 for shape in shapes)
+    with pytest.raises(ConfigError, match="batching.row_multiple must be at least 1, got 0"):
+        BatchingConfig(row_multiple=0)
+
+
 def test_the_last_shape_need_not_hold_every_pair_but_one_shape_does():
     """Long on one side and long on the other: each shape is as long as its own pairs, side by side."""
     lengths = np.array([[8, 20]] * 50 + [[40, 4]] * 20)
@@ -139,7 +206,7 @@ def test_pairs_that_do_not_fit_are_counted_and_nothing_left_is_explained():
     pairs = TokenizedPairs(source, target, 20, 20)
     assert (pairs.dropped, pairs.kept.tolist()) == ({"empty": 2, "too long": 1}, [3])
     with pytest.raises(
-        InputError, match=r"of 4 pairs in all, left out were 2 empty, 2 too long. .*model.max_source_length \(3\)"
+        InputError, match=r"of its 4 pairs, left out were 2 empty, 2 too long. .*model.max_source_length \(3\)"
     ):
         TokenizedPairs(source, target, 3, 3)
 

@@ -584,4 +584,4 @@ def test_score_command(monkeypatch, capsys, run, tmp_path):
     (tmp_path / "source").write_text("".join(f"{s}\n" for s in [*SOURCES[:4], "one " * 60]))
     code, out, err = command(monkeypatch, capsys, ["score", "--run", str(run), *files])
     assert code == 4 and len(out.splitlines()) == 5
-    assert "warning: source line 5 is longer than the model's 47 tokens; only its beginning was read." in err
+    assert "line 5 is longer than the model's 47 tokens; only its beginning was read. Break it" in err

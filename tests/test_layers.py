@@ -1,5 +1,6 @@
 """Each layer against an independent NumPy form of its equation, in float64, and its edge cases."""
 
+import re
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_transformer.config import read_config
 from flax_transformer.errors import ConfigError
 from flax_transformer.nn import embedding as embedding_module
 from flax_transformer.nn.attention import MultiHeadAttention, dot_product_attention, masked_softmax
@@ -349,8 +351,19 @@ def test_two_keys_give_different_masks():
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
-def test_a_dropout_rate_out_of_range_is_named(rate):
-    from flax_transformer.models.transformer import TransformerConfig
-
-    with pytest.raises(ConfigError, match=r"model\.attention_dropout must be at least 0 and below 1, got"):
-        TransformerConfig(attention_dropout=rate)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("transformer", "dropout"),
+        ("transformer", "embedding_dropout"),
+        ("transformer", "attention_dropout"),
+        ("transformer", "activation_dropout"),
+        ("rnn", "dropout"),
+    ],
+)
+def test_a_dropout_rate_out_of_range_is_named_with_its_file(tmp_path, kind, name, rate):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{kind: {kind}, {name}: {rate}}}\n")
+    message = rf"{re.escape(str(path))}: model\.{name} must be at least 0 and below 1, got {rate}"
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from flax_transformer.config import Config, from_dict
 from flax_transformer.errors import ConfigError
+from flax_transformer.experiment import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
@@ -300,3 +302,17 @@ def test_sizes_that_do_not_divide_are_explained():
         make_mesh(MeshConfig(1, 0, 1))
     with pytest.raises(ConfigError, match=r"a batch \(12 rows\) must divide evenly over .* = 8; nearest: 8, 16"):
         check_rows(12, make_mesh(MeshConfig(4, 2, 1)), ("data", "fsdp"), "a batch")
+
+
+def test_a_mesh_that_rows_do_not_divide_over_says_what_to_set(tmp_path):
+    folder = tmp_path / "run"
+    values = {
+        "data": {"kind": "number_words", "num_train": 300},
+        "tokenizer": {"vocab_size": 60},
+        "batching": {"tokens_per_batch": 640, "row_multiple": 4},
+        "mesh": {"data": 8},
+    }
+    config = from_dict(Config, values | {"run": str(folder)})
+    with pytest.raises(ConfigError, match=r"a batch, or a piece .* = 8; nearest: .*Set batching.row_multiple: 8\."):
+        run_experiment(config)
+    assert not folder.exists()

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from flax_transformer import experiment
 from flax_transformer.cli import main as cli
 from flax_transformer.config import Config
 from flax_transformer.data import preparation, token_cache
@@ -42,7 +43,7 @@ from flax_transformer.data.tokenizer import (
     TokenizerPair,
 )
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.experiment import _description
+from flax_transformer.experiment import _description, describe_pairs
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.training.state import make_layout
 from tests import tiny
@@ -121,11 +122,11 @@ def test_every_filter_counts_what_it_leaves_out():
     identical = np.array([0, 0, 0, 1, 0, 0, 0, 0], bool)
     digests = np.array([1, 2, 3, 4, 5, 6, 6, 1], np.uint64)
     marks = PairMarks(identical, digests)
-    kept, dropped = filter_pairs(lengths, None, 8, 8, FilterConfig())
-    assert kept.tolist() == [2, 3, 4, 5, 6] and dropped == {"empty": 1, "too long": 2}
-    kept, dropped = filter_pairs(lengths, marks, 8, 8, FilterConfig(3.0, drop_identical=True, drop_duplicates=True))
-    assert kept.tolist() == [4, 5]
-    assert dropped == {"empty": 1, "too long": 2, "of unequal length": 1, "identical": 1, "duplicate": 1}
+    reason, reasons = filter_pairs(lengths, None, 8, 8, FilterConfig())
+    assert reason.tolist() == [1, 2, 0, 0, 0, 0, 0, 2] and reasons == ["empty", "too long"]
+    reason, reasons = filter_pairs(lengths, marks, 8, 8, FilterConfig(3.0, drop_identical=True, drop_duplicates=True))
+    assert reason.tolist() == [1, 2, 3, 4, 0, 0, 5, 2]
+    assert reasons == ["empty", "too long", "of unequal length", "identical", "duplicate"]
     for ratio in (0.5, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="filters.max_length_ratio must be at least 1"):
             FilterConfig(max_length_ratio=ratio)
@@ -136,15 +137,16 @@ def test_a_duplicate_stays_in_the_corpus_of_the_largest_weight():
     ends = (4, 7, 10)
     marks = PairMarks(np.zeros(10, bool), np.array([1, 2, 1, 3, 3, 1, 4, 4, 2, 4], np.uint64))
     config = FilterConfig(drop_duplicates=True)
-    assert filter_pairs(lengths, marks, 8, 8, config)[0].tolist() == [0, 1, 3, 6]  # the first, in one corpus
+    assert np.flatnonzero(filter_pairs(lengths, marks, 8, 8, config)[0] == 0).tolist() == [0, 1, 3, 6]  # in one corpus
     for weights, expected in (
         ((1.0, 1.0, 1.0), [0, 1, 3, 6]),
         ((0.5, 4.0, 4.0), [4, 5, 6, 8]),
         ((0.5, 1.0, 4.0), [4, 5, 7, 8]),
         ((4.0, 1.0, 1.5), [0, 1, 3, 7]),
     ):
-        kept, dropped = filter_pairs(lengths, marks, 8, 8, config, ends, weights)
-        assert kept.tolist() == expected and dropped["duplicate"] == 6
+        reason, reasons = filter_pairs(lengths, marks, 8, 8, config, ends, weights)
+        assert np.flatnonzero(reason == 0).tolist() == expected
+        assert np.count_nonzero(reason == 1 + reasons.index("duplicate")) == 6
     web, ours = ParallelText(SOURCE, TARGET, "web", 0.5), ParallelText(SOURCE[:30], TARGET[:30], "ours", 4.0)
     (pairs,) = prepare_training_pairs((web, ours), TOKENIZERS, config, 64, 64)
     assert pairs.kept.tolist() == list(range(30, 430)) and pairs.mixture.ends == (370, 400)
@@ -158,7 +160,8 @@ def test_a_corpus_of_which_nothing_is_left_is_named():
     ):
         with pytest.raises(
             InputError,
-            match=r"no sentence pair of web.en and web.de \(corpus 2 of 2\) is left: .* out were 2 empty.* " + advice,
+            match=r"no sentence pair of web.en and web.de \(corpus 2 of 2\) is left: of its 2 pairs, left out were "
+            r"2 empty, 0 too.* " + advice,
         ):
             prepare_training_pairs((TEXT, empty), TOKENIZERS, filters, 64, 64)
 
@@ -166,7 +169,7 @@ def test_a_corpus_of_which_nothing_is_left_is_named():
 def test_held_out_text_of_which_nothing_is_left_is_named():
     with pytest.raises(
         InputError,
-        match=r"no sentence pair of dev.en and dev.de is left: of 400 pairs in all, .*, 400 too long. "
+        match=r"no sentence pair of dev.en and dev.de is left: of its 400 pairs, .*, 400 too long. "
         r".*max_source_length \(2\).* Check the files, or raise the limits\.$",
     ):
         held_out_pairs(ParallelText(SOURCE, TARGET, "dev.en and dev.de"), TOKENIZERS, 2, 2)
@@ -189,6 +192,14 @@ def test_what_is_left_out_is_told_with_its_place():
     (both,) = prepare_training_pairs((TEXT, text), TOKENIZERS, FilterConfig(), 64, 64)
     assert both.place(399) == "text (corpus 1 of 2), line 400"
     assert both.place(400) == "dev.tsv (corpus 2 of 2), line 2"
+    # Of the pairs that are too long for the model the first is named, with what limits them.
+    words = [" ".join(["one"] * n) for n in (3, 100, 120)]
+    (short,) = prepare_training_pairs((TEXT, ParallelText(words, words, "x.tsv")), TOKENIZERS, FilterConfig(), 64, 64)
+    where = "(the first: x.tsv (corpus 2 of 2), line 2; see model.max_source_length and max_target_length)"
+    assert (
+        short.left_out == f"2 too long {where}"
+        and describe_pairs(short) == f"401 training pairs ({short.left_out} left out)"
+    )
     # The line of the longest pair is named where it fits in no batch.
     lines = [" ".join(["one"] * n) for n in (3, 2, 20, 4)]
     last = ParallelText(["", *lines], ["a", *lines], "long.tsv")
@@ -287,7 +298,7 @@ def test_weights_and_files_reach_the_pairs(tmp_path):
     )
     (pairs,) = prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(), 64, 64)
     assert pairs.mixture == Mixture((30, 90), (3.0, 0.5))
-    with pytest.raises(InputError, match="90 identical"):
+    with pytest.raises(InputError, match="of its 30 pairs, left out were 0 empty, 0 too long, 30 identical"):
         prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(drop_identical=True), 64, 64)
 
 
@@ -497,7 +508,7 @@ def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     parts = number_words_corpus(NumberWordsConfig(300, 20, 24)).train
     unique = len(set(parts[0].pairs()))
-    assert re.search(r"^([\d,]+) training pairs \((\d+) too long, \d+ duplicate left out\)$", said, re.MULTILINE)
+    assert re.search(r"^([\d,]+) training pairs \((\d+) too long \(.*\), \d+ duplicate left out\)$", said, re.MULTILINE)
     kept, long = map(int, re.findall(r"(\d+) training pairs \((\d+) too long", said)[0])
     assert kept <= unique and kept + long >= unique
     assert re.search(r"2 compiled shapes, \d+ batches an epoch, padding \d+ %", said)
@@ -505,3 +516,13 @@ def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preparation.TokenizerPair, "train", None)
     assert cli.run_verb(cli.verb("prepare"), ["--config", str(recipe)], "flax-transformer prepare") == 0
     assert capsys.readouterr().out == said
+
+    class Begun(Exception):
+        """Everything is prepared."""
+
+    def no_model(*_):
+        raise Begun
+
+    monkeypatch.setattr(experiment, "make_layout", no_model)
+    with pytest.raises(Begun):  # a training takes the tokenizer and the tokens that lie there, too
+        cli.run_verb(cli.verb("train"), ["--config", str(recipe), "--run", str(tmp_path / "run")], "train.py")

@@ -174,6 +174,8 @@ def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_
     assert command("train", *arguments) == 1
     captured = capsys.readouterr()
     assert "training diverged: 10 steps in a row were skipped, the last is step" in captured.err
+    assert re.search(r"the last is step \d+: loss \S+, gradient norm \S+\. Its batch is kept in ", captured.err)
+    assert str(folder / "bad_batch.npz") in captured.err and "Try a lower learning rate" in captured.err
     assert "The last checkpoint is whole" in captured.err
     step = int(captured.err.split("the last is step ")[1].split(":")[0])
     assert f"warning: step {step - 9} was skipped: loss" in captured.out
@@ -427,6 +429,7 @@ def test_translate_command_names_lines_that_it_shortens(monkeypatch, capsys, run
     code, out, err = translate(monkeypatch, capsys, run, b"six\n" + b"one " * 80 + b"\nsix\n")
     assert code == 4 and out.count("\n") == 3
     assert "line 2 is longer than the model's 63 tokens" in err
+    assert "Break it into sentences, one a line, or train with a model.max_source_length above 64." in err
 
 
 def test_translate_command_translates_what_stands_before_a_bad_line(monkeypatch, capsys, run, translator):

@@ -11,6 +11,7 @@ from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.quantize import Quantize
+from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
@@ -65,6 +66,6 @@ def main(arguments: list[str], program: str) -> int:
         options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
     shortened = [number for number, t in enumerate(translations, start=1) if t.truncated]
     for number in shortened:
-        limit = translator.max_source_length - 1
-        print(f"warning: line {number} is longer than the model's {limit} tokens; it was cut.", file=sys.stderr)
+        warning = cut_line(f"{options.source}, line {number}", translator.max_source_length)
+        print(f"warning: {warning}", file=sys.stderr)
     return 4 if shortened else 0

@@ -10,6 +10,7 @@ import tyro
 from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
 from flax_transformer.inference.quantize import Quantize
 from flax_transformer.inference.scorer import Scorer, corpus_perplexity
+from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
@@ -56,9 +57,8 @@ def main(arguments: list[str], program: str) -> int:
     scores = scorer.score(text.source, text.target, options.length_penalty)
     for number, score in enumerate(scores, start=1):
         if score.truncated:
-            limit = scorer.translator.max_source_length - 1
-            words = f"source line {number} is longer than the model's {limit} tokens; only its beginning was read."
-            print(f"warning: {words}", file=sys.stderr)
+            warning = cut_line(f"{options.source}, line {number}", scorer.translator.max_source_length, "read")
+            print(f"warning: {warning}", file=sys.stderr)
         if options.json:
             print(
                 json.dumps(

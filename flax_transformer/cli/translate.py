@@ -17,7 +17,7 @@ from flax_transformer.config import METHOD_FIELDS, DecodingConfig
 from flax_transformer.errors import ConfigError, DivergenceError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.quantize import Quantize
-from flax_transformer.inference.translation import Hypothesis, Translation
+from flax_transformer.inference.translation import Hypothesis, Translation, cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
@@ -275,10 +275,7 @@ def translate_stream(
             tokens += len(translation.tokens)
             warnings.extend(missing_words(number, translation))
             if translation.truncated:
-                limit = translator.max_source_length - 1
-                warnings.append(
-                    f"line {number} is longer than the model's {limit} tokens; only its beginning was translated."
-                )
+                warnings.append(cut_line(f"line {number}", translator.max_source_length))
         output.write(
             [as_line(options, translation) for translation in translations],
             digest_of(chunk, digest).hexdigest(),

@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
+from flax_transformer.data.filters import TOO_LONG, FilterConfig, PairMarks, filter_pairs
 from flax_transformer.data.tokenizer import TokenizedText
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.shapes import Batch
 
-# Rows of a batch divide by this whatever the number of devices, so that the plan does not depend on it.
+# Rows of a batch divide by this, unless more is asked for, whatever the number of devices, so that the plan does not
+# depend on it.
 ROW_MULTIPLE = 8
 # Lengths are rounded up to this, so that a corpus with one long line more does not change a shape.
 LENGTH_MULTIPLE = 4
@@ -34,6 +35,8 @@ class BatchingConfig:
         row_length: of packed batches: padded tokens of a row on the longer side.
         micro_batches: gradients of a batch are summed up over so many equal pieces of it, one after the other; the
             update is that of the whole batch, and the activations of one piece at a time need memory.
+        row_multiple: rows of a piece divide by this; mesh.data x mesh.fsdp must divide it. The batches depend on it and
+            not on the mesh, so a run can go on with fewer devices or more.
     """
 
     form: Literal["bucketed", "packed"] = "bucketed"
@@ -41,11 +44,17 @@ class BatchingConfig:
     num_shapes: int = 4
     row_length: int = 256
     micro_batches: int = 1
+    row_multiple: int = ROW_MULTIPLE
 
     def __post_init__(self):
-        for name in ("tokens_per_batch", "num_shapes", "row_length", "micro_batches"):
+        for name in ("tokens_per_batch", "num_shapes", "row_length", "micro_batches", "row_multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def rows_divide_by(self) -> int:
+        """What the rows of a batch divide by, so that each of its pieces divides by `row_multiple`."""
+        return self.row_multiple * self.micro_batches
 
 
 class BatchShape(NamedTuple):
@@ -118,6 +127,7 @@ class TokenizedPairs:
         source, target: the two sides.
         kept: [number of pairs kept] indices into the original lines.
         dropped: how many pairs were left out for which reason.
+        first_too_long: where the first of those stands that are beyond the model's lengths; "" if none is.
         mixture: of the corpora that they come from.
 
     Args:
@@ -146,9 +156,13 @@ class TokenizedPairs:
         lengths = np.stack([source.lengths, target.lengths], axis=1)
         filters = filters or FilterConfig()
         self._lines = mixture or Mixture((len(lengths),), (1.0,))
-        kept, self.dropped = filter_pairs(
+        reason, reasons = filter_pairs(
             lengths, marks, max_source_length, max_target_length, filters, self._lines.ends, self._lines.weights
         )
+        self.dropped = _counts(reason, reasons)
+        too_long = reason == 1 + reasons.index(TOO_LONG)
+        self.first_too_long = self._place_of_line(int(too_long.argmax())) if too_long.any() else ""
+        kept = np.flatnonzero(reason == 0)
         self.mixture = replace(self._lines, ends=tuple(np.searchsorted(kept, self._lines.ends).tolist()))
         self.kept = kept.astype(index_dtype(len(lengths)))
         for corpus, size in enumerate(np.diff((0, *self.mixture.ends)).tolist()):
@@ -159,11 +173,12 @@ class TokenizedPairs:
                     "it a larger weight, or leave it out."
                 )
             if size == 0:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+                lines = slice((0, *self._lines.ends)[corpus], self._lines.ends[corpus])
+                counts = ", ".join(f"{n} {why}" for why, n in _counts(reason[lines], reasons).items())
                 loosen = "" if filters == FilterConfig() else ", or loosen section 'filters'"
                 raise InputError(
-                    f"no sentence pair of {name} is left: of {len(lengths)} pairs in all, left out were {reasons}. "
-                    f"Pairs are empty when a side is, and too long beyond model.max_source_length "
+                    f"no sentence pair of {name} is left: of its {lines.stop - lines.start} pairs, left out were "
+                    f"{counts}. Pairs are empty when a side is, and too long beyond model.max_source_length "
                     f"({max_source_length}) or model.max_target_length ({max_target_length}) tokens. Check the files, "
                     f"or raise the limits{loosen}."
                 )
@@ -186,12 +201,18 @@ class TokenizedPairs:
 
     @property
     def left_out(self) -> str:
-        """How many pairs were left out for which reason, as in "1,203 empty, 2 too long"; "" when none was."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items() if count)
+        """How many pairs were left out for which reason, as in "1,203 empty, 2 identical"; "" when none was.
+
+        Of those that are too long it says where the first stands, and what limits them.
+        """
+        where = {TOO_LONG: f" (the first: {self.first_too_long}; see model.max_source_length and max_target_length)"}
+        return ", ".join(f"{n:,} {reason}{where.get(reason, '')}" for reason, n in self.dropped.items() if n)
 
     def place(self, pair: int) -> str:
         """Returns what messages call the place of a kept pair: its corpus, and the line there."""
-        line = int(self.kept[pair])
+        return self._place_of_line(int(self.kept[pair]))
+
+    def _place_of_line(self, line: int) -> str:
         corpus = int(np.searchsorted(self._lines.ends, line, side="right"))
         return f"{self._lines.name_of(corpus)}, line {line - (0, *self._lines.ends)[corpus] + 1}"
 
@@ -200,6 +221,11 @@ class TokenizedPairs:
         """[number of pairs, 2], source and target lengths with the end token."""
         sides = [self.source.lengths[self.kept], self.target.lengths[self.kept]]
         return np.stack(sides, axis=1, dtype=np.int32)
+
+
+def _counts(reason: np.ndarray, reasons: list[str]) -> dict[str, int]:
+    """Returns how many pairs were left out for which reason; arguments as `filter_pairs` returns them."""
+    return dict(zip(reasons, np.bincount(reason, minlength=len(reasons) + 1)[1:].tolist(), strict=True))
 
 
 def data_fingerprint(variants: Sequence[TokenizedPairs]) -> str:
@@ -237,19 +263,18 @@ class Plan(Protocol):
         ...
 
 
-def rows_within(budget: int, length: int, pieces: int, longest: str = "") -> int:
-    """Returns how many rows of `length` tokens a budget holds, as a multiple of `ROW_MULTIPLE` for each of the pieces.
+def rows_within(budget: int, length: int, multiple: int, longest: str = "") -> int:
+    """Returns how many rows of `length` tokens a budget holds.
 
     Args:
         budget: padded tokens of a batch.
         length: of a row, in tokens.
-        pieces: see `BatchingConfig.micro_batches`.
+        multiple: rows divide by this.
         longest: where the pair stands that makes rows so long, for the message.
 
     Raises:
         ConfigError: not even one such multiple.
     """
-    multiple = ROW_MULTIPLE * pieces
     rows = budget // length // multiple * multiple
     if rows < multiple:
         raise ConfigError(

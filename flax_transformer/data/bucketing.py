@@ -10,6 +10,7 @@ import numpy as np
 
 from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
+    ROW_MULTIPLE,
     BatchShape,
     Mixture,
     PlannedBatch,
@@ -19,7 +20,11 @@ from flax_transformer.errors import InputError
 
 
 def choose_shapes(
-    lengths: np.ndarray, most: int, tokens_per_batch: int, pieces: int = 1, place: Callable[[int], str] | None = None
+    lengths: np.ndarray,
+    most: int,
+    tokens_per_batch: int,
+    multiple: int = ROW_MULTIPLE,
+    place: Callable[[int], str] | None = None,
 ) -> list[BatchShape]:
     """Returns at most `most` shapes, shortest first, with the least padding that so many shapes allow.
 
@@ -30,11 +35,11 @@ def choose_shapes(
         lengths: [number of pairs, 2].
         most: number of shapes.
         tokens_per_batch: padded tokens at most, on the longer side.
-        pieces: into which rows will be cut, see `BatchingConfig.micro_batches`.
+        multiple: rows divide by this.
         place: of a pair, by its index, for messages.
 
     Raises:
-        ConfigError: the budget does not hold `ROW_MULTIPLE` of the longest pairs for each piece.
+        ConfigError: the budget does not hold `multiple` of the longest pairs.
     """
     longer = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE  # one group for each rounded length
     groups = np.unique(longer)
@@ -60,7 +65,7 @@ def choose_shapes(
         i = int(cut[k, j])
         source_length, target_length = (int(n) for n in rounded[i:j].max(axis=0))
         longest = place(int(lengths.max(axis=1).argmax())) if place and not shapes else ""
-        rows = rows_within(tokens_per_batch, max(source_length, target_length), pieces, longest)
+        rows = rows_within(tokens_per_batch, max(source_length, target_length), multiple, longest)
         shapes.append(BatchShape(rows, source_length, target_length))
         k, j = k - 1, i
     return shapes[::-1]

@@ -1,4 +1,8 @@
-"""Which training pairs are left out. Validation and test text is never filtered."""
+"""Which training pairs are left out.
+
+Validation and test text is never filtered: all of it is translated and scored. Of the validation loss alone, empty
+pairs and those beyond the model's lengths are no part.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -8,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_transformer.errors import ConfigError
+
+TOO_LONG = "too long"
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,10 @@ def filter_pairs(
     config: FilterConfig,
     ends: Sequence[int] = (),
     weights: Sequence[float] = (),
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Returns the indices of the pairs that stay, and how many were left out for which reason (the first that holds).
+) -> tuple[np.ndarray, list[str]]:
+    """Returns for each pair why it is left out, [number of pairs] uint8, and what these numbers mean.
+
+    0 is for pairs that stay, n for the n-th of the reasons that are returned beside; of several the first that holds.
 
     Args:
         lengths: [number of pairs, 2] in tokens, end tokens included.
@@ -62,15 +70,15 @@ def filter_pairs(
         config: what else to leave out.
         ends, weights: of the corpora, as in `Mixture`; one corpus when left out.
     """
-    keep = np.ones(len(lengths), bool)
-    dropped: dict[str, int] = {}
+    reason = np.zeros(len(lengths), np.uint8)
+    reasons: list[str] = []
 
     def drop(name: str, bad: np.ndarray) -> None:
-        dropped[name] = int((keep & bad).sum())
-        keep[bad] = False
+        reasons.append(name)
+        reason[bad & (reason == 0)] = len(reasons)
 
     drop("empty", (lengths == 1).any(axis=1))
-    drop("too long", (lengths[:, 0] > max_source_length) | (lengths[:, 1] > max_target_length))
+    drop(TOO_LONG, (lengths[:, 0] > max_source_length) | (lengths[:, 1] > max_target_length))
     if config.max_length_ratio:
         words = lengths - 1  # without end tokens
         drop("of unequal length", words.max(axis=1) > config.max_length_ratio * words.min(axis=1))
@@ -80,7 +88,7 @@ def filter_pairs(
     if config.drop_duplicates:
         assert marks is not None, "duplicates are known by their marks"
         drop("duplicate", ~_kept_of_equals(marks.digests, ends or (len(lengths),), weights or (1.0,)))
-    return np.flatnonzero(keep), dropped
+    return reason, reasons
 
 
 def _kept_of_equals(digests: np.ndarray, ends: Sequence[int], weights: Sequence[float]) -> np.ndarray:

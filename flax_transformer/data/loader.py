@@ -1,6 +1,8 @@
 """Batches in order, from any position on."""
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -26,6 +28,7 @@ class AlternatingPlan:
 
     def __init__(self, plans: Sequence[Plan]):
         self._plans = plans
+        self._newest: tuple[int, list[PlannedBatch]] | None = None
 
     @property
     def shapes(self) -> list[BatchShape]:
@@ -33,8 +36,11 @@ class AlternatingPlan:
         return self._plans[0].shapes
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
-        """Returns the batches of an epoch, as its variant plans them."""
-        return self._plans[epoch % len(self._plans)].epoch(epoch)
+        """Returns the batches of an epoch, as its variant plans them; the newest are kept for who asks again."""
+        newest = self._newest
+        if newest is None or newest[0] != epoch:
+            newest = self._newest = epoch, self._plans[epoch % len(self._plans)].epoch(epoch)
+        return newest[1]
 
 
 def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, seed: int) -> Plan:
@@ -58,7 +64,7 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
     if config.form == "packed":
         row = packed_shape(lengths, config, place)
         return AlternatingPlan([PackedPlan(pairs.lengths, row, seed, pairs.mixture) for pairs in variants])
-    shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.micro_batches, place)
+    shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.rows_divide_by, place)
     return AlternatingPlan([BucketedPlan(pairs.lengths, shapes, seed, pairs.mixture) for pairs in variants])
 
 
@@ -75,14 +81,36 @@ def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: i
 def training_batches(
     variants: Sequence[TokenizedPairs], plan: Plan, start: Position
 ) -> Iterator[tuple[Batch, Position]]:
-    """Yields batches for ever, from `start` on, each with the position after it (what a checkpoint keeps)."""
+    """Yields batches for ever, from `start` on, each with the position after it (what a checkpoint keeps).
+
+    In the middle of an epoch the next one is planned in the background: to pack a hundred million pairs takes minutes.
+    """
     epoch, first = start
+    batches = plan.epoch(epoch)
     while True:
-        batches, pairs = plan.epoch(epoch), variants[epoch % len(variants)]
+        pairs, planned_ahead = variants[epoch % len(variants)], None
         for index in range(first, len(batches)):
+            if planned_ahead is None and 2 * index >= len(batches) - 1:
+                planned_ahead = _planned_in_background(plan, epoch + 1)
             last = index + 1 == len(batches)
             yield make_batch(pairs, batches[index]), Position(epoch + 1, 0) if last else Position(epoch, index + 1)
+        assert planned_ahead is not None, "an epoch has a last batch, and a position is never behind it"
+        batches = planned_ahead()
         epoch, first = epoch + 1, 0
+
+
+def _planned_in_background(plan: Plan, epoch: int) -> Callable[[], list[PlannedBatch]]:
+    """Starts to plan an epoch in a thread, which a program that ends does not wait for; returns what waits for it."""
+    made: Future[list[PlannedBatch]] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(plan.epoch(epoch))
+        except BaseException as error:  # whoever waits gets it
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return made.result
 
 
 def evaluation_batches(pairs: TokenizedPairs, plan: Plan) -> Iterator[Batch]:

@@ -36,7 +36,7 @@ def packed_shape(lengths: np.ndarray, config: BatchingConfig, place: Callable[[i
         place: of a pair, by its index, for messages.
 
     Raises:
-        ConfigError: a pair is longer than a row, or the budget does not hold `ROW_MULTIPLE` rows.
+        ConfigError: a pair is longer than a row, or the budget does not hold as many rows as divide by what they must.
     """
     longest = lengths.max(axis=0)
     if longest.max() > config.row_length:
@@ -50,7 +50,7 @@ def packed_shape(lengths: np.ndarray, config: BatchingConfig, place: Callable[[i
     sides = [
         max(round_up(int(config.row_length * s), LENGTH_MULTIPLE), int(n)) for s, n in zip(share, longest, strict=True)
     ]
-    return BatchShape(rows_within(config.tokens_per_batch, max(sides), config.micro_batches), *sides)
+    return BatchShape(rows_within(config.tokens_per_batch, max(sides), config.rows_divide_by), *sides)
 
 
 def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:

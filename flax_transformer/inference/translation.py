@@ -69,4 +69,18 @@ class Translation:
         return self.hypotheses[0].tokens
 
 
+def cut_line(name: str, max_source_length: int, what: str = "translated") -> str:
+    """Returns what a warning says of a line that was cut.
+
+    Args:
+        name: of the line, "line 3".
+        max_source_length: of the model, end token included.
+        what: was done with the rest of it.
+    """
+    return (
+        f"{name} is longer than the model's {max_source_length - 1} tokens; only its beginning was {what}. Break it "
+        f"into sentences, one a line, or train with a model.max_source_length above {max_source_length}."
+    )
+
+
 EMPTY = Translation([Hypothesis(text="", tokens=[], score=0.0, finished=True, token_scores=[])])

@@ -378,8 +378,8 @@ class Translator:
             self._prepared.append((graphdef, _replicated(params, self.mesh)))
         return self._prepared[0]
 
-    def _program(self, spec: SearchSpec, inputs: SearchInputs) -> Any:
-        """Returns the compiled search for inputs, and parameters, of these shapes.
+    def _program(self, spec: SearchSpec, inputs: SearchInputs, held: int = 0) -> Any:
+        """Returns the compiled search for inputs, and parameters, of these shapes; `held` as for `compile`.
 
         Raises:
             ConfigError: it needs more memory than a device has.
@@ -396,12 +396,16 @@ class Translator:
                 f"of at most {beam.max_length} tokens for each,",
                 "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_rows, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
-                held=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params)),
+                held=held + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params)),
             )
         return self._programs[key]
 
-    def compile(self, sentences: Sequence[str]) -> None:
+    def compile(self, sentences: Sequence[str], held: int = 0) -> None:
         """Compiles all that `translate(sentences)` needs, so that a lack of memory shows now and nothing waits later.
+
+        Args:
+            sentences: of which the lengths matter.
+            held: bytes on each device that others keep beside it.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
@@ -410,7 +414,7 @@ class Translator:
         for shape in sorted({self._shape(ids, [], []) for ids in encoded if ids}):
             spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
             padding, _ = self._inputs([], [], [], [], self._sentences_at_once(False), shape, self.decoding)
-            self._program(spec, padding)
+            self._program(spec, padding, held)
 
     def _inputs(
         self,

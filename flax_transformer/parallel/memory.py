@@ -1,5 +1,6 @@
 """How much memory a compiled program needs on each device, and how much there is."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def needed_bytes(compiled: Any) -> int:
         + found.temp_size_in_bytes
         + found.generated_code_size_in_bytes
     )
+
+
+def held_bytes(tree: Any) -> int:
+    """Returns what arrays, or shapes with shardings, take up on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def available_bytes(mesh: Mesh) -> int | None:

@@ -64,13 +64,13 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P())
 
 
-def check_rows(num_rows: int, mesh: Mesh, axes: tuple[str, ...], what: str) -> None:
-    """Raises a `ConfigError` unless `num_rows` divides evenly over the product of `axes`."""
+def check_rows(num_rows: int, mesh: Mesh, axes: tuple[str, ...], what: str, advice: str = "") -> None:
+    """Raises a `ConfigError`, with `advice`, unless `num_rows` divides evenly over the product of `axes`."""
     product = 1
     for axis in axes:
         product *= mesh.shape[axis]
     if num_rows % product:
         raise ConfigError(
             f"{what} ({num_rows} rows) must divide evenly over the mesh axes {' x '.join(axes)} = {product}; "
-            f"nearest: {max(product, num_rows // product * product)}, {(num_rows // product + 1) * product}."
+            f"nearest: {max(product, num_rows // product * product)}, {(num_rows // product + 1) * product}.{advice}"
         )

@@ -65,6 +65,17 @@ def checksums(tree: Any) -> dict[str, str]:
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}
 
 
+def _trees(state: TrainState) -> dict[str, Any]:
+    """Returns the parts of a checkpoint; where an average is kept it is the parameters, for whoever reads them."""
+    trees = {"params": state.usable, "optimizer": state.optimizer}
+    return trees if state.average is None else trees | {"trained": state.params}
+
+
+def checksums_of(state: TrainState) -> dict[str, dict[str, str]]:
+    """Returns the checksums of each part of a checkpoint. The first call compiles them, so make it before training."""
+    return {name: checksums(tree) for name, tree in _trees(state).items()}
+
+
 def _quality(metrics: dict[str, float]) -> float:
     return metrics["quality"]
 
@@ -97,7 +108,6 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 **best,
             )
-        # Where an average is kept it is the parameters, for whoever reads them, and those in training lie beside them.
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "trained": ocp.StandardCheckpointHandler(),
@@ -167,9 +177,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        trees = {"params": state.usable, "optimizer": state.optimizer}
-        if state.average is not None:
-            trees["trained"] = state.params
+        trees = _trees(state)
         if self.saved is not None:
             self.saved.append((step, quality))
         meta = {
@@ -179,7 +187,7 @@ class Checkpoints:
             "data": data,
             "epoch": position.epoch,
             "batch": position.batch,
-            "checksums": {name: checksums(tree) for name, tree in trees.items()},
+            "checksums": checksums_of(state),
         }
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._manager.save(
@@ -213,9 +221,7 @@ class Checkpoints:
                 f"{self.folder / str(step)} holds parameters without the state of an optimiser, so there is no "
                 "training to go on with. Start a new run from it by --init-from."
             )
-        trees = {"params": abstract.params, "optimizer": abstract.optimizer}
-        if abstract.average is not None:
-            trees["trained"] = abstract.params
+        trees = _trees(abstract)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self._check_sums(step, {name: restored[name] for name in trees}, meta)

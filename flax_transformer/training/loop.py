@@ -183,6 +183,7 @@ def compile_steps(
     state: Any,
     shapes: list[BatchShape],
     mesh: Mesh,
+    held: int = 0,
 ) -> dict[tuple[int, ...], Any]:
     """Returns the compiled form of a jitted step for each batch shape, by (rows, source length, target length).
 
@@ -193,6 +194,7 @@ def compile_steps(
         state: shapes of the first of these.
         shapes: of the batches.
         mesh: the devices.
+        held: bytes on each device that are kept beside what the step reads.
 
     Raises:
         ConfigError: a step needs more memory than a device has.
@@ -208,8 +210,9 @@ def compile_steps(
                 step.lower(state, batch),
                 mesh,
                 f"a step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens",
-                "Raise batching.micro_batches, lower batching.tokens_per_batch, set model.rematerialize, or split the "
-                "parameters over more devices by mesh.fsdp.",
+                "Raise batching.micro_batches, lower batching.tokens_per_batch, set model.rematerialize (on a CPU with "
+                "model.scan_layers), or split the parameters over more devices by mesh.fsdp.",
+                held=held,
             )
     return compiled
 
