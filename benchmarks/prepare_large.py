@@ -68,7 +68,7 @@ def recipe(folder: Path, name: str, steps: int) -> Path:
             },
         },
         "filters": {"drop_duplicates": True, "max_length_ratio": 9.0},
-        "tokenizer": {"vocab_size": 200, "training_pairs": 200_000},
+        "tokenizer": {"vocab_size": 200},
         "model": {"model_dim": 64, "feed_forward_dim": 128, "max_source_length": 64, "max_target_length": 64},
         "training": {"steps": steps, "evaluate_every_steps": steps, "checkpoint_every_steps": steps},
         "decoding": {"beam_size": 1},

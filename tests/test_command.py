@@ -13,8 +13,8 @@ from flax_transformer.cli import main as cli
 def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
     """In processes of their own, since the setting belongs to the process."""
     code = (
-        "import jax; from flax_transformer.cli.main import use_compilation_cache; use_compilation_cache(); "
-        "print(jax.config.jax_compilation_cache_dir)"
+        "import jax; from flax_transformer.cli.main import run_verb; "
+        "run_verb(lambda arguments, program: print(jax.config.jax_compilation_cache_dir) or 0, [], 'a verb')"
     )
     for more, expected in (
         ({"XDG_CACHE_HOME": str(tmp_path)}, str(tmp_path / "flax_transformer" / "compiled")),
@@ -45,8 +45,8 @@ def test_a_training_keeps_its_memory_unless_the_user_says_otherwise():
 def test_each_core_is_a_device_unless_the_user_says_otherwise():
     """In processes of their own, since devices are made once."""
     code = (
-        "import os; from flax_transformer.cli.main import use_every_core; use_every_core(); "
-        "import jax; print(len(jax.devices()), len(os.sched_getaffinity(0)), os.environ.get('XLA_FLAGS'))"
+        "import jax, os; from flax_transformer.cli.main import run_verb; run_verb(lambda arguments, program: "
+        "print(len(jax.devices()), len(os.sched_getaffinity(0)), os.environ.get('XLA_FLAGS')) or 0, [], 'a verb')"
     )
     for more, expected in (
         ({}, None),

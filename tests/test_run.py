@@ -130,6 +130,23 @@ def test_the_progress_line_says_all_that_is_asked_of_it(run):
         assert part in line, part
 
 
+@pytest.mark.slow
+def test_packed_batches_in_pieces_train_resume_and_are_described(recipe, tmp_path):
+    packed = ["--batching.form", "packed", "--batching.row-length", "96", "--batching.tokens-per-batch", "1600"]
+    arguments = ["--config", str(recipe), *packed, "--batching.micro-batches", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command("train", *arguments, "--run", str(whole)) == 0
+    assert re.search(
+        r"batches 16x\d+/96 \(rows x source/target\): 1 compiled shapes, \d+ batches an epoch, padding \d+ %",
+        (whole / "train.log").read_text(),
+    )
+    assert command("train", *arguments, "--run", str(stopped), "--training.steps", "4") == 0
+    assert command("train", "--run", str(stopped), "--resume", "--training.steps", "8") == 0
+    chex.assert_trees_all_equal(checkpoint_params(stopped, 8), checkpoint_params(whole, 8))
+    losses = [r["loss"] for r in read_metrics(whole / "metrics.jsonl") if r["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
 def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
     folder = tmp_path / "stopped"
     assert command("train", "--config", str(recipe), "--run", str(folder), "--training.steps", "4") == 0

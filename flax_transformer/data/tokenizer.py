@@ -36,7 +36,8 @@ class TokenizerConfig:
         character_coverage: share of the training text's characters that get a piece; the rest become unknown.
         normalization: of the text, before it is cut: "nmt_nfkc" (SentencePiece's default: Unicode NFKC with changes for
             translation) or "identity" (none, for text that has been tokenised already).
-        training_pairs: sentence pairs to learn from at most, spread evenly over the training text.
+        training_pairs: sentence pairs to learn from at most, spread evenly over the training text; lines above 4,192
+            bytes are not learnt from (SentencePiece's default).
     """
 
     algorithm: Literal["unigram", "bpe", "word", "char"] = "unigram"

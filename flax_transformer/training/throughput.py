@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_transformer.training.metrics import TokenCounts
 
 # Dense products of bfloat16 with float32 sums, FLOP/s of one device, from the makers' data sheets; names as JAX's
-# `device_kind` gives them.
+# `device_kind` gives them; TPUs have had two names each.
 BFLOAT16_PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -24,8 +24,11 @@ BFLOAT16_PEAKS = {
     "NVIDIA B200": 2250e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
 }
 
 # Kernels of the decoder that are applied to the encoder's output.
