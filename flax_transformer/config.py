@@ -87,8 +87,8 @@ Method = Literal["beam", "sampling"]
 
 # Fields of `DecodingConfig` that one method alone looks at.
 METHOD_FIELDS: dict[Method, tuple[str, ...]] = {
-    "beam": ("coverage_penalty", "stop", "patience"),
-    "sampling": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility"),
+    "beam": ("beam_size", "coverage_penalty", "stop", "patience"),
+    "sampling": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility", "seed"),
 }
 
 
@@ -109,7 +109,8 @@ class DecodingConfig:
         patience: share of the beam that must be sure, likely or finished before a sentence stops; with less than 1 it
             stops sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
-            included, whatever stands beside it in the batch.
+            included, whatever stands beside it in the batch; where that is less than min_length, a prefix or required
+            phrases need, it has as many as they need.
         min_length: fewest tokens of an output, end token not counted.
         force_end: whether an output that reaches its maximum length is closed there by the end token, which then costs
             nothing, as Hugging Face's forced_eos_token_id does; without it such an output is unfinished.

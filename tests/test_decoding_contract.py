@@ -109,7 +109,7 @@ def test_a_sentence_without_any_output_is_named_with_the_cause(method):
     tokenizers = TokenizerPair.train(["ab ba"] * 3, ["ab ba"] * 3, TokenizerConfig("char", 8))
     assert tokenizers.target.vocab_size == 7
     model, mesh = MODELS["transformer"], make_mesh(MeshConfig(), jax.devices()[:1])
-    decoding = DecodingConfig(method, beam_size=2, length_penalty="average:1.0", batch_rows=2)
+    decoding = DecodingConfig(method, length_penalty="average:1.0", batch_rows=2)
     translator = Translator(model, tokenizers, params_of(model, 1, tokenizers), decoding, mesh)
     spoilt = translator.with_params(jax.tree.map(lambda leaf: leaf * np.nan, translator.params))
     rules: dict[str, Any] = {"min_length": 20, "no_repeat_ngram": 1}
@@ -398,7 +398,32 @@ def make_run(path: Path, model, seed: int) -> Path:
         ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
         ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),
         ({"prefixes": ["", "\u4e2d"]}, "prefix 2 .* has characters that the target vocabulary does not hold"),
-        ({"prefixes": ["", "ein" * 30]}, r"prefix 2 has \d+ tokens, and the model's outputs have at most 47"),
+        (
+            {"prefixes": ["", "ein" * 30]},
+            r"prefix 2 has \d+ tokens, and outputs have at most 47 \(model.max_target",
+        ),
+        ({"prefixes": ["", " "]}, r"prefix 2 \(' '\) has no token that an output could begin with: leave it out"),
+        (
+            {"max_length_factor": 0.0, "max_length_offset": 6, "min_length": 6},
+            r"min_length \(6\) is more than the 5 tokens .*decoding.max_length_offset with max_length_factor 0",
+        ),
+        (
+            {"max_length_factor": 0.0, "max_length_offset": 4, "prefixes": ["", "ein" * 5]},
+            r"prefix 2 has \d+ tokens, and outputs have at most 3 \(decoding.max_length_offset with",
+        ),
+        (
+            {"max_length_factor": 0.0, "max_length_offset": 4, "required": [["ein" * 5], []]},
+            r"required phrases of sentence 1 have \d+ .* at most 3 \(decoding.max_length_offset with max",
+        ),
+        ({"min_length": -1}, "decoding.min_length must not be negative, got -1"),
+        ({"method": "sampling", "mbr_samples": -1}, "decoding.mbr_samples must not be negative, got -1"),
+        ({"max_length_offset": -1}, "max_length_factor and max_length_offset must not be negative"),
+        ({"method": "sampling", "beam_size": 8}, r"beam_size \(8\) and decoding.method: sampling contradict"),
+        ({"seed": 3}, r"decoding.seed \(3\) and decoding.method: beam contradict"),
+        (
+            {"method": "sampling", "mbr_samples": 2, "num_hypotheses": 3},
+            r"num_hypotheses \(3\) and decoding.mbr_samples \(2\) contradict each other",
+        ),
         ({"banned_phrases": ("\u200b",)}, "has no token that could be banned"),
         ({"required": [["ein"]]}, "required must be a list with one for each of the 2 sentences"),
         ({"required": [[], "ein"]}, r"required phrases of sentence 2: give a list, not one text \('ein'\)"),
@@ -406,7 +431,7 @@ def make_run(path: Path, model, seed: int) -> Path:
         ({"required": [[], ["\u4e2d"]]}, "of sentence 2 has characters that the target vocabulary does not hold"),
         (
             {"required": [["ein" * 30], []]},
-            r"sentence 1 have \d+ tokens, one after the other, and the model's outputs have at most 47",
+            r"sentence 1 have \d+ tokens, one after the other, and outputs have at most 47 \(model.max_target_length",
         ),
         (
             {"required": [["ein"], []], "method": "sampling"},

@@ -512,6 +512,11 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0
     warning = "warning: Hugging Face's generate may give other outputs than this run, since it does not have: "
     expected = f"{warning}length_penalty: gnmt:0.6; max_length_factor: 0.5 (of section 'decoding').\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"{expected}warning: CTranslate2 begins every output with a vector of zeros, and this run")
+    assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
+    started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True), 1)
+    assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
     assert capsys.readouterr().err == expected
 
 

@@ -5,23 +5,26 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Literal
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from flax_transformer.data.synthetic import english_number_words
-from flax_transformer.data.tokenizer import END_ID, START_ID, UNKNOWN_ID
+from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 from flax_transformer.errors import InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
 from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
+from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
-from tests.test_marian import as_published, foreign_marian, pieces_to_marian, without_pieces
+from tests.test_marian import SEPARATE, as_published, foreign_marian, pieces_to_marian, without_pieces
 
 pytestmark = [
     pytest.mark.parity,
@@ -103,6 +106,93 @@ def test_a_beam_of_four_finds_the_same(pair):
             assert row[1 : 1 + len(expected)] == expected
             compared += 1
     assert compared >= 200
+
+
+def lively(share: Literal["target_output", "none"], seed: int) -> tuple[TransformerConfig, Translator]:
+    """Returns a random model that looks at its source, so that outputs differ, and a translator that closes them."""
+    model = dataclasses.replace(MODEL, share_embeddings=share)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 10.0 * leaf if "cross_attention" in str(path) and "kernel" in str(path[-1]) else leaf,
+        params_of(model, seed, SEPARATE),
+    )
+    params = params | {"source_embedding": {"table": 5.0 * params["source_embedding"]["table"]}}
+    if share == "none":  # tokens that no trained model outputs, and theirs is told not to
+        table = params["output_embedding"]["table"]
+        params = params | {"output_embedding": {"table": table.at[jnp.array([PAD_ID, START_ID])].set(0.0)}}
+    decoding = dataclasses.replace(
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=12,
+        stop="finished", force_end=True,
+    )  # fmt: skip
+    return model, Translator(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("share, seed", [("target_output", 4), ("none", 6)])
+def test_two_vocabularies_are_theirs_too(share, seed, tmp_path):
+    """Two tables or three: written here, read by transformers, written by it, and read here again."""
+    import torch
+
+    transformers = pytest.importorskip("transformers")
+    model, ours = lively(share, seed)
+    write_marian(ours, model, tmp_path / "ours")
+    theirs = transformers.MarianMTModel.from_pretrained(tmp_path / "ours").eval()
+    tokenizer = transformers.MarianTokenizer.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    run, lost = read_marian(tmp_path / "theirs", tmp_path / "run")
+    again = Translator.load(run.path, make_mesh(MeshConfig()))
+    assert run.read_config().model.share_embeddings == share and not again.tokenizers.joint and lost == []
+
+    for text, side, found in (
+        (SOURCES, SEPARATE.source, tokenizer(SOURCES)["input_ids"]),
+        (TARGETS, SEPARATE.target, tokenizer(text_target=TARGETS)["input_ids"]),
+    ):
+        assert found == [[*pieces_to_marian(side, ids), 0] for ids in side.encode(text)]
+    unused = SEPARATE.target.vocab_size - 2  # our padding, which a random model may find probable
+    with torch.no_grad():
+        made = theirs.generate(
+            **tokenizer(SOURCES, return_tensors="pt", padding=True), num_beams=4, length_penalty=1.0,
+            early_stopping=True, max_length=13, forced_eos_token_id=0,
+            bad_words_ids=[[theirs.config.pad_token_id], [unused]],
+        ).tolist()  # fmt: skip
+    outputs = set()
+    same = again.with_decoding(ours.decoding).translate(SOURCES)
+    for found, back, row in zip(ours.translate(SOURCES), same, made, strict=True):
+        assert back == found
+        ids = SEPARATE.target._processor.piece_to_id(found.tokens)
+        assert row[1 : 2 + len(ids)] == [*pieces_to_marian(SEPARATE.target, ids), 0]
+        outputs.add(tuple(ids))
+    assert len(SOURCES) >= 200 and len(outputs) >= 20
+
+
+def test_ctranslate2_reads_what_is_written_for_hugging_face(tmp_path):
+    """A model with a zero start, which CTranslate2 gives every model: n-best lists of what has ended are equal."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    from ctranslate2.converters import TransformersConverter
+
+    model = dataclasses.replace(MODEL, zero_start=True)
+    params = params_of(model, 4)
+    table = params["target_embedding"]["table"]
+    params = params | {"target_embedding": {"table": table.at[END_ID].multiply(2.0)}}
+    decoding = dataclasses.replace(
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
+        stop="finished",
+    )  # fmt: skip
+    ours = Translator(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
+    write_marian(ours, model, tmp_path / "marian")
+    TransformersConverter(str(tmp_path / "marian")).convert(str(tmp_path / "ctranslate2"))
+    theirs = ctranslate2.Translator(str(tmp_path / "ctranslate2"), device="cpu", compute_type="float32")
+    source = TOKENIZERS.source._processor.encode(SOURCES, out_type=str)
+    made = theirs.translate_batch(
+        [[*pieces, "</s>"] for pieces in source], beam_size=4, num_hypotheses=4, length_penalty=1.0,
+        max_decoding_length=LONGEST - 1, min_decoding_length=0,
+    )  # fmt: skip
+    compared, outputs = 0, set()
+    for pair, result in zip(ours.translate(SOURCES, num_hypotheses=4), made, strict=True):
+        if max(map(len, result.hypotheses)) < LONGEST - 1:  # what was cut at the limit has another place there
+            assert [h.tokens for h in pair.hypotheses] == result.hypotheses
+            compared += 1
+            outputs.add(tuple(tuple(h.tokens) for h in pair.hypotheses))
+    assert compared >= 30 and len(outputs) >= 10
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from flax_transformer.errors import ConfigError, did_you_mean
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
 from flax_transformer.interop.marian_reader import read_marian
+from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
@@ -54,6 +55,13 @@ def to_hf(arguments: list[str], program: str) -> None:
         print(
             f"warning: Hugging Face's generate may give other outputs than this run, since it does not have: "
             f"{'; '.join(lost)} (of section 'decoding').",
+            file=sys.stderr,
+        )
+    if isinstance(model, TransformerConfig) and not model.zero_start:
+        print(
+            "warning: CTranslate2 begins every output with a vector of zeros, and this run with a learnt one "
+            "(model.zero_start: false), so a CTranslate2 model made of this folder would translate otherwise. "
+            "Hugging Face's does not. For CTranslate2 train with model.zero_start: true.",
             file=sys.stderr,
         )
     print(f"{options.output}: a MarianMT model of {options.run}")

@@ -110,6 +110,9 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
     except DivergenceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # a training has saved its state before it comes to this
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 1

@@ -1,5 +1,6 @@
 """translate: lines to lines, one out for each one in."""
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -33,7 +34,7 @@ class TranslateOptions:
     Attributes:
         run: run folder of the model, or several as an ensemble.
         checkpoint: the one that was best on validation text, or the last.
-        input: file to translate; standard input when left out.
+        input: file to translate, plain or .gz; standard input when left out.
         output: file to write; standard output when left out.
         resume: go on with an --output that was interrupted, with the same input and options; warnings are of the rest
             alone, and the exit code is of all.
@@ -200,7 +201,7 @@ def main(arguments: list[str], program: str) -> int:
     if options.input is None:
         with output:
             return translate_stream(options, translator, phrases, sys.stdin.buffer, output)
-    with options.input.open("rb") as source, output:
+    with gzip.open(options.input) if options.input.suffix == ".gz" else options.input.open("rb") as source, output:
         return translate_stream(options, translator, phrases, source, output)
 
 
@@ -241,7 +242,7 @@ def translate_stream(
             f"--resume: {name} does not begin with the {skipped:,} lines that have been translated: it is another "
             "file, or it has been changed."
         )
-    tokens, error, faulty = 0, None, output.progress.faulty
+    tokens, unfinished, error, faulty = 0, 0, None, output.progress.faulty
     started = time.monotonic()
     while error is None:
         chunk: list[str] = []
@@ -273,6 +274,7 @@ def translate_stream(
         warnings: list[str] = []
         for number, translation in enumerate(translations, start=done + 1):
             tokens += len(translation.tokens)
+            unfinished += not translation.hypotheses[0].finished
             warnings.extend(missing_words(number, translation))
             if translation.truncated:
                 warnings.append(cut_line(f"line {number}", translator.max_source_length))
@@ -289,9 +291,10 @@ def translate_stream(
         raise error
     seconds = max(time.monotonic() - started, 1e-9)
     sentences = done - skipped
+    cut = f"; {unfinished:,} outputs were cut at their maximum length" if unfinished else ""
     print(
         f"{sentences:,} sentences, {tokens:,} tokens in {seconds:.1f} s: {sentences / seconds:,.1f} sentences/s, "
-        f"{tokens / seconds:,.1f} tokens/s",
+        f"{tokens / seconds:,.1f} tokens/s{cut}",
         file=sys.stderr,
     )
     return 4 if faulty else 0

@@ -23,6 +23,17 @@ class Demands:
     decoding: DecodingConfig
     longest: int
 
+    @property
+    def _longest(self) -> tuple[int, str]:
+        """How many tokens outputs have at most whatever the source, end token not counted, and which field says so.
+
+        A limit that grows with the source gives way to what is demanded; one that does not is meant as it stands.
+        """
+        fixed = self.decoding.max_length_offset - 1
+        if self.decoding.max_length_factor == 0 and fixed < self.longest:
+            return fixed, "decoding.max_length_offset with max_length_factor 0"
+        return self.longest, "model.max_target_length"
+
     def banned_phrases(self) -> dict[str, list[int]]:
         """Returns the ids of each banned phrase.
 
@@ -47,13 +58,14 @@ class Demands:
         Raises:
             ConfigError: not as many prefixes as sentences, an output that must be longer than the model makes any, or
                 another setting contradicts a prefix.
-            InputError: a prefix with characters that the vocabulary does not hold, or one that is too long.
+            InputError: a prefix without a token or with characters that the vocabulary does not hold, or one that is
+                too long.
         """
-        longest, decoding = self.longest, self.decoding
+        (longest, limit), decoding = self._longest, self.decoding
         if decoding.min_length > longest:
             raise ConfigError(
-                f"decoding.min_length ({decoding.min_length}) is more than the {longest} tokens that the model's "
-                "outputs have at most (model.max_target_length, less the end token)."
+                f"decoding.min_length ({decoding.min_length}) is more than the {longest} tokens that outputs have at "
+                f"most ({limit}, less the end token)."
             )
         if prefixes is None:
             return [[] for _ in range(num_sentences)]
@@ -61,6 +73,10 @@ class Demands:
             raise ConfigError(f"prefixes must be a list with one for each of the {num_sentences} sentences.")
         encoded, banned = self.target.encode(prefixes), self.banned_phrases()
         for number, (text, ids) in enumerate(zip(prefixes, encoded, strict=True), start=1):
+            if text and not ids:
+                raise InputError(
+                    f"prefix {number} ({text!r}) has no token that an output could begin with: leave it out."
+                )
             if UNKNOWN_ID in ids:
                 raise InputError(
                     f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
@@ -69,8 +85,8 @@ class Demands:
             self._check_allowed(f"prefix {number} ({text!r})", ids, banned)
             if len(ids) > longest:
                 raise InputError(
-                    f"prefix {number} has {len(ids)} tokens, and the model's outputs have at most {longest} "
-                    "(model.max_target_length, less the end token)."
+                    f"prefix {number} has {len(ids)} tokens, and outputs have at most {longest} ({limit}, less the end "
+                    "token)."
                 )
         return encoded
 
@@ -87,7 +103,7 @@ class Demands:
             ConfigError: not lists, or another setting contradicts them.
             InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
         """
-        target, longest = self.target, self.longest
+        target, (longest, limit) = self.target, self._longest
         if self.decoding.method != "beam":
             raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
         encoded, banned = [], self.banned_phrases()
@@ -105,8 +121,7 @@ class Demands:
             if total > longest:
                 raise InputError(
                     f"the prefix and the required phrases of sentence {number} have {total} tokens, one after the "
-                    f"other, and the model's outputs have at most {longest} (model.max_target_length, less the end "
-                    "token)."
+                    f"other, and outputs have at most {longest} ({limit}, less the end token)."
                 )
             encoded.append(phrases)
         return encoded

@@ -230,6 +230,11 @@ class Translator:
                 sentences, num_hypotheses=num_hypotheses, prefixes=prefixes, required=required, attention=attention
             )
         decoding, beams = self.decoding, self._num_beams(num_hypotheses)
+        if 0 < decoding.mbr_samples < num_hypotheses:
+            raise ConfigError(
+                f"num_hypotheses ({num_hypotheses}) and decoding.mbr_samples ({decoding.mbr_samples}) contradict each "
+                "other: hypotheses are chosen among the samples, so draw at least as many."
+            )
         if not 1 <= num_hypotheses <= beams:
             raise ConfigError(
                 f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
@@ -335,7 +340,7 @@ class Translator:
     def _num_beams(self, num_hypotheses: int) -> int:
         """Returns how many hypotheses a search keeps, or draws, to find so many."""
         decoding = self.decoding
-        return decoding.beam_size if decoding.method == "beam" else max(num_hypotheses, decoding.mbr_samples)
+        return decoding.beam_size if decoding.method == "beam" else decoding.mbr_samples or num_hypotheses
 
     def _sentences_at_once(self, attention: bool) -> int:
         """Returns how many sentences a call of a program takes."""
