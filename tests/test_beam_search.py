@@ -40,13 +40,16 @@ def log_probabilities(table: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def compiled_search(config: BeamSearchConfig, bonus: Bonus | None):
-    """The search over N chains, compiled once for a configuration and shape; the state is which chain a slot holds."""
+    """The search over N chains, compiled once for a configuration and shape; the state is which chain a slot holds.
+
+    For a bonus the tokens that were read are kept with each hypothesis.
+    """
 
     @jax.jit
     def run(chains, limits):
         def step(tokens, slots):
             rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains[slots], tokens)
-            return rows, None, slots
+            return rows, None if bonus is None else tokens, slots
 
         def refill(slots, fresh, sentences):
             return jnp.where(fresh, sentences, slots)
@@ -235,6 +238,25 @@ def test_a_beam_as_wide_as_the_space_equals_exhaustive_search(chain, penalty):
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
     assert {t for t, _, _ in found} == {t for t, _ in expected}
     assert found[0][0] == expected[0][0] or found[0][1] == pytest.approx(expected[1][1], abs=1e-4)
+
+
+def fewer_twos(read, sentences, lengths):
+    """A bonus that differs from hypothesis to hypothesis, as a coverage penalty does: -0.7 for each token 2."""
+    decoded = jnp.arange(read.shape[2])[None, :] < lengths[:, None]
+    twos = (read == 2) & decoded[:, None, :]
+    return jnp.sum(jnp.where(twos, jnp.float32(-0.7), jnp.float32(0.0)), axis=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHAINS, PENALTIES)
+def test_with_a_bonus_the_search_is_as_exact_and_stops_no_sooner(chain, penalty):
+    expected = sorted(((t, s - 0.7 * t.count(2)) for t, s in exhaustive(chain, 3, penalty)), key=lambda item: -item[1])
+    for patience in (1.0, 1 / 36):  # of the latter only the first is promised
+        found = [o for o in outputs(search(chain, 36, 3, penalty, bonus=fewer_twos, patience=patience)) if o[2]]
+        found = found[: 13 if patience == 1.0 else 1]
+        scores = [s for _, s in expected][: len(found)]
+        np.testing.assert_allclose([s for _, s, _ in found], scores, rtol=1e-4, atol=1e-5)
+        assert {t for t, _, _ in found} <= {t for t, _ in expected} and len(found) in (1, 13)
 
 
 @settings(max_examples=100, deadline=None)

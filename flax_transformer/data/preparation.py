@@ -57,17 +57,16 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
 
 
 def _sample(parts: Sequence[TextPart], most: int) -> tuple[list[str], list[str]]:
-    """Returns the two sides of at most `most` pairs, spread evenly; at most twice as many are ever in memory."""
+    """Returns the two sides of at most `most` pairs, spread evenly: all, or more than half as many."""
     chosen, stride, number = [], 1, 0
     for part in parts:
         for pair in part.pairs():
             if number % stride == 0:
-                chosen.append(pair)
-                if len(chosen) == 2 * most:
+                if len(chosen) == most:
                     chosen, stride = chosen[::2], 2 * stride
+                if number % stride == 0 and len(chosen) < most:
+                    chosen.append(pair)
             number += 1
-    if len(chosen) > most:
-        chosen = chosen[::2]
     return [source for source, _ in chosen], [target for _, target in chosen]
 
 

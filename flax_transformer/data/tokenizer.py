@@ -36,7 +36,8 @@ class TokenizerConfig:
         character_coverage: share of the training text's characters that get a piece; the rest become unknown.
         normalization: of the text, before it is cut: "nmt_nfkc" (SentencePiece's default: Unicode NFKC with changes for
             translation) or "identity" (none, for text that has been tokenised already).
-        training_pairs: sentence pairs to learn from at most, spread evenly over the training text; lines above 4,192
+        training_pairs: sentence pairs to learn from at most, spread evenly over the training text (of a larger one more
+            than half as many are taken), which must fit in memory; lines above 4,192
             bytes are not learnt from (SentencePiece's default).
     """
 
@@ -45,7 +46,7 @@ class TokenizerConfig:
     joint: bool = True
     character_coverage: float = 1.0
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
-    training_pairs: int = 2_000_000
+    training_pairs: int = 1_000_000
 
     def __post_init__(self):
         if self.training_pairs < 1:
