@@ -480,7 +480,7 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
             ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
         ),
         ({"length_penalty": "gnmt:0.6", "beam_size": 1, "repetition_penalty": 1.2}, ["repetition_penalty: 1.2"]),
-        ({"method": "sampling", "top_k": 5}, ["method: sampling", "top_k: 5"]),
+        ({"method": "sampling", "top_k": 5, "beam_size": 5}, ["method: sampling", "top_k: 5"]),
     ],
 )
 def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):

@@ -46,7 +46,7 @@ class TokenizerConfig:
     joint: bool = True
     character_coverage: float = 1.0
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
-    training_pairs: int = 1_000_000
+    training_pairs: int = 500_000
 
     def __post_init__(self):
         if self.training_pairs < 1:
