@@ -364,6 +364,65 @@ def test_models_that_cannot_be_taken_over_are_explained(tmp_path, changes, messa
     assert not (tmp_path / "run").exists()
 
 
+def test_what_does_not_fit_on_either_side_is_in_one_error(tmp_path):
+    folder = foreign_marian(tmp_path / "theirs")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.encoder.layers.0.fc1.bias"], weights["model.decoder.layers.0.encoder_attn.q_proj.weight"]
+    weights["model.encoder.layers.0.fc2.weight"] = np.zeros((16, 30), np.float32)
+    weights["model.decoder.layers.0.gate.weight"] = np.zeros((16, 16), np.float32)
+    weights["lm_head.weight"] = weights["model.shared.weight"] + 1  # not the copy that older files hold
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        read_marian(folder, tmp_path / "run")
+    assert re.fullmatch(
+        r"the model's parameters do not fit its config.json: (.*)\.", str(caught.value)
+    )[1].split("; ") == [
+        "model.encoder.layers.0.fc1.bias is missing",
+        "model.encoder.layers.0.fc2.weight has shape (16, 30), which does not fit (32, 16)",
+        "model.decoder.layers.0.encoder_attn.q_proj.weight is missing",
+        "lm_head.weight has no place",
+        "model.decoder.layers.0.gate.weight has no place",
+    ]  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_it(tmp_path, monkeypatch, capsys):
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    files = {"source": tmp_path / "en", "target": tmp_path / "de"}
+    for side, lines in (("source", SOURCES[:24]), ("target", TARGETS[:24])):
+        files[side].write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def command(*arguments: str | Path) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["flax-transformer", *map(str, arguments)])
+        assert cli.main() == 0
+        return capsys.readouterr().out.splitlines()
+
+    command("convert", "from-hf", foreign_marian(tmp_path / "theirs"), "--output", run)
+    hypotheses = tmp_path / "hypotheses"
+    command("translate", "--run", run, "--input", files["source"], "--output", hypotheses, "--no-force-end")
+    translations = Translator.load(run).translate(SOURCES[:24], force_end=False)
+    assert hypotheses.read_text(encoding="utf-8").splitlines() == [t.text for t in translations]
+    scores = command("score", "--run", run, "--source", files["source"], "--target", files["target"])
+    assert len(scores) == 24 and all(float(score) < 0 for score in scores)
+    evaluated = command("evaluate", "--run", run, "--source", files["source"], "--reference", files["target"])
+    assert "of 24 sentences" in evaluated[-1]
+
+    parts = [(f"--data.{part}-{side}", file) for part in ("train", "validation", "test") for side, file in files.items()]
+    command(
+        "train", "--config", run / "config.yaml", "--run", tuned, "--init-from", run, *sum(parts, ()),
+        "--training.steps", "2", "--batching.tokens-per-batch", "512", "--batching.num-shapes", "1",
+        "--optimizer.learning-rate-scale", "1e-6", "--decoding.batch-rows", "8",
+    )  # fmt: skip
+    before, after = Translator.load(run), Translator.load(tuned)
+    assert before.tokenizers.fingerprint == after.tokenizers.fingerprint
+    chex.assert_trees_all_close(before.params, after.params, atol=1e-5)  # it went on from theirs, by tiny steps
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(before.params, after.params, atol=0)
+    command("convert", "to-hf", tuned, "--output", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("size", [0, 20, -5])
 def test_weights_that_are_not_whole_are_explained(tmp_path, size):
     folder = foreign_marian(tmp_path / "theirs")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flax_transformer.cli import translate
+from flax_transformer.cli.partial_output import StandardOutput
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
@@ -47,6 +48,37 @@ def test_pieces_of_a_stream_are_as_the_whole(monkeypatch, capsys, files, tmp_pat
     assert code == 4 and "20 sentences" in err
     alone = command(monkeypatch, capsys, files[:3], (tmp_path / "in").read_bytes())
     assert alone[:2] == (4, (tmp_path / "out").read_text()) and len(alone[1].splitlines()) == 20
+
+
+def test_no_more_is_read_than_what_is_written_and_one_piece(monkeypatch, capsys, run):
+    """So a file of any length takes the memory of one piece."""
+    monkeypatch.setattr(translate, "LINES_AT_ONCE", 8)
+    read: list[int] = []  # the length of each line
+    written: list[tuple[int, int]] = []  # lines written so far, and lines read until then
+
+    class Source:
+        def __init__(self, data):
+            self.buffer = self.lines(data)
+
+        def lines(self, data):
+            for line in data:
+                read.append(len(line))
+                yield line
+
+        def isatty(self):
+            return False
+
+    write = StandardOutput.write
+
+    def counted(self, lines, *more):
+        written.append((len(lines) + (written[-1][0] if written else 0), len(read)))
+        write(self, lines, *more)
+
+    monkeypatch.setattr(StandardOutput, "write", counted)
+    monkeypatch.setattr(sys.modules["tests.test_decoding_contract"], "Stdin", Source)
+    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n" * 50)
+    assert code == 0 and len(out.splitlines()) == 100
+    assert written == [(min(8 * piece, 100), min(8 * piece, 100)) for piece in range(1, 14)]
 
 
 def test_a_compressed_file_is_translated_and_cut_outputs_are_counted(monkeypatch, capsys, files, tmp_path):
