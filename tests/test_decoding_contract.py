@@ -161,8 +161,9 @@ def test_the_output_that_the_others_agree_with_comes_first(translators):
 
 def test_numbers_of_rows_agree_on_tokens(translator):
     few, many = translator.translate(ALIKE[:60]), translator.translate(ALIKE[:60], batch_rows=16)
-    assert sum(a.tokens == b.tokens for a, b in zip(few, many, strict=True)) >= 59
-    np.testing.assert_allclose([t.score for t in few], [t.score for t in many], rtol=1e-4)
+    alike = [(a.score, b.score) for a, b in zip(few, many, strict=True) if a.tokens == b.tokens]
+    assert len(alike) >= 59  # a near tie may be decided the other way
+    np.testing.assert_allclose(*zip(*alike, strict=True), rtol=1e-5)
 
 
 # --- one score

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from flax_transformer.cli import translate
 from flax_transformer.cli.partial_output import StandardOutput
 from flax_transformer.errors import ConfigError
+from flax_transformer.inference.translation import Hypothesis, Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from tests.test_decoding_contract import ALIKE, MODELS, TOKENIZERS, command, make_run
@@ -79,6 +81,15 @@ def test_no_more_is_read_than_what_is_written_and_one_piece(monkeypatch, capsys,
     code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n" * 50)
     assert code == 0 and len(out.splitlines()) == 100
     assert written == [(min(8 * piece, 100), min(8 * piece, 100)) for piece in range(1, 14)]
+
+
+def test_an_output_with_a_line_end_stays_one_line():
+    hypothesis = Hypothesis("one\ntwo", ["one", "<0x0A>", "two"], -0.5, True, [-0.1, -0.2, -0.1, -0.1])
+    translation, runs = Translation([hypothesis]), (Path("run"),)
+    assert translate.as_line(translate.TranslateOptions(runs), translation) == "one two"
+    assert translate.as_line(translate.TranslateOptions(runs, scores=True), translation) == "-0.500000\tone two"
+    (line,) = translate.as_line(translate.TranslateOptions(runs, json=True), translation).splitlines()
+    assert json.loads(line)["hypotheses"][0]["text"] == "one\ntwo"
 
 
 def test_a_compressed_file_is_translated_and_cut_outputs_are_counted(monkeypatch, capsys, files, tmp_path):

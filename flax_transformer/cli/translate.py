@@ -112,7 +112,8 @@ def read_phrases(path: Path) -> list[list[str]]:
 def as_line(options: TranslateOptions, translation: Translation) -> str:
     """Returns what is written for a line."""
     if not options.json:
-        return f"{translation.score:.6f}\t{translation.text}" if options.scores else translation.text
+        text = translation.text.replace("\n", " ")  # pieces of bytes can spell a line end
+        return f"{translation.score:.6f}\t{text}" if options.scores else text
 
     def record(hypothesis: Hypothesis) -> dict[str, Any]:
         values: dict[str, Any] = {

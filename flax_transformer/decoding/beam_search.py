@@ -209,6 +209,15 @@ def _sum_of_exponentials(logits: Float[Array, "B K V"], highest: Float[Array, "B
     return jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
 
 
+def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
+    """Returns what `jax.nn.log_softmax` does, read in the order in which logits lie in memory."""
+    if vocabulary_first():
+        highest = jnp.max(jnp.moveaxis(logits, -1, 0), axis=0)[..., None]
+    else:
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+    return (logits - highest) - jnp.log(_sum_of_exponentials(logits, highest))
+
+
 def best_candidates(
     live_scores: Float[Array, "B K"], logits: Float[Array, "B K V"], num: int, progress: Progress, rules: Sequence[Rule]
 ) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
@@ -220,7 +229,7 @@ def best_candidates(
     """
     per_beam = min(num, logits.shape[-1])
     if rules:
-        ranked = jax.nn.log_softmax(logits, axis=-1)
+        ranked = log_probabilities(logits)
         for rule in rules:
             ranked = rule(ranked, progress)
         top, top_tokens = best_of_vocabulary(ranked, per_beam)  # [B, K, per_beam]

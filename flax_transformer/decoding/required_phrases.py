@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_transformer.decoding.beam_search import Candidates, best_of_vocabulary
+from flax_transformer.decoding.beam_search import Candidates, best_of_vocabulary, log_probabilities
 from flax_transformer.decoding.rules import ANY, Progress, Rule
 from flax_transformer.shapes import MASKED
 
@@ -103,7 +103,7 @@ def required_phrases(all_phrases: Int[Array, "N Q P"], end_token: int) -> Candid
         tails = jnp.take_along_axis(progress.tokens, jnp.maximum(place, 0), axis=2)
         tails = jnp.where(place < 0, NOTHING, tails)
 
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        log_probs = log_probabilities(logits)
         for rule in rules:
             log_probs = rule(log_probs, progress)
         may_end = jnp.all(held, axis=2)[:, :, None] | (jnp.arange(vocab_size) != end_token)[None, None, :]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_transformer.decoding.beam_search import Step
+from flax_transformer.decoding.beam_search import Step, log_probabilities
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress, Rule
@@ -139,7 +139,7 @@ def sample(
     def body(state: SamplingState) -> SamplingState:
         last = jax.lax.dynamic_index_in_dim(state.tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False)
         logits, extras, decoder = step(jnp.where(state.step == 0, start_token, last), state.decoder)
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        log_probs = log_probabilities(logits)
         allowed = log_probs
         progress = Progress(state.tokens, jnp.broadcast_to(state.step, (sentences,)), jnp.arange(sentences))
         for rule in rules:

@@ -152,7 +152,7 @@ def decays(config: OptimizerConfig, params: Any) -> Any:
     if wrong:
         raise ConfigError(
             f"optimizer.decaying ({config.decaying!r}) and optimizer.constant ({config.constant!r}) must say of every "
-            f"parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong[:8])}."
+            f"parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
         )
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
 
