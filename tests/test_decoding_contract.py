@@ -367,7 +367,7 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         (score,) = Scorer(both).score_ids(source, [ids_of(best)], end=best.finished)
         np.testing.assert_allclose(score.token_scores, best.token_scores, rtol=1e-5, atol=2e-6)
     with pytest.raises(RunFolderError, match="cannot be an ensemble: all need the same section 'model'"):
-        Translator.load([tmp_path / "transformer_1", tmp_path / "recurrent_1"], mesh)
+        Translator.load([tmp_path / "transformer_1", tmp_path / "recurrent_1"], translators["transformer"].mesh)
 
 
 def make_run(path: Path, model, seed: int) -> Path:

@@ -374,9 +374,8 @@ def test_what_does_not_fit_on_either_side_is_in_one_error(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError) as caught:
         read_marian(folder, tmp_path / "run")
-    assert re.fullmatch(
-        r"the model's parameters do not fit its config.json: (.*)\.", str(caught.value)
-    )[1].split("; ") == [
+    said = re.fullmatch(r"the model's parameters do not fit its config.json: (.*)\.", str(caught.value))
+    assert said and said[1].split("; ") == [
         "model.encoder.layers.0.fc1.bias is missing",
         "model.encoder.layers.0.fc2.weight has shape (16, 30), which does not fit (32, 16)",
         "model.decoder.layers.0.encoder_attn.q_proj.weight is missing",
@@ -408,7 +407,7 @@ def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_i
     evaluated = command("evaluate", "--run", run, "--source", files["source"], "--reference", files["target"])
     assert "of 24 sentences" in evaluated[-1]
 
-    parts = [(f"--data.{part}-{side}", file) for part in ("train", "validation", "test") for side, file in files.items()]
+    parts = [(f"--data.{part}-{s}", file) for part in ("train", "validation", "test") for s, file in files.items()]
     command(
         "train", "--config", run / "config.yaml", "--run", tuned, "--init-from", run, *sum(parts, ()),
         "--training.steps", "2", "--batching.tokens-per-batch", "512", "--batching.num-shapes", "1",
