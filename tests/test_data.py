@@ -1,10 +1,12 @@
 """Corpus and tokenizer."""
 
 import gzip
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from flax_transformer.data.parallel_text import (
     ParallelText,
@@ -19,7 +21,7 @@ from flax_transformer.data.synthetic import (
     german_number_words,
     number_words_corpus,
 )
-from flax_transformer.data.tokenizer import END_ID, TokenizedText, Tokenizer, TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import END_ID, UNKNOWN_ID, TokenizedText, Tokenizer, TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError, RunFolderError
 
 # --- number words
@@ -152,6 +154,22 @@ def test_bad_tokenizers_are_explained(tmp_path):
         TokenizerConfig(vocab_size=3)
     with pytest.raises(RunFolderError, match=r"holds no tokenizer: expected joint.model, or source.model and target"):
         TokenizerPair.load(tmp_path)
+
+
+def test_line_ends_and_halves_of_characters():
+    """Pieces of bytes can spell a line end, and an output is one line; no text holds half a character."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three four"] * 20), model_writer=model, vocab_size=290, byte_fallback=True,
+        hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=END_ID, unk_id=UNKNOWN_ID, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer(model.getvalue())
+    one, two = tokenizer.encode(["one", "two"])
+    assert tokenizer.decode([*one, tokenizer._processor.piece_to_id("<0x0A>"), *two]).split("one")[1].strip() == "two"
+    assert tokenizer._processor.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == "\n"
+    assert tokenizer.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == " "
+    with pytest.raises(InputError, match=r"not valid Unicode: 'a\\udcff' holds bytes or halves of characters"):
+        tokenizer.encode(["one", "a\udcff"])
 
 
 def test_tokenized_text_closes_each_sentence():

@@ -338,6 +338,10 @@ def foreign_marian(folder: Path) -> Path:
     "changes, message",
     [
         ({"d_model": None}, "config.json lacks d_model"),
+        ({"scale_embedding": None}, "config.json lacks scale_embedding"),
+        ({"d_model": "16"}, "config.json: d_model: '16' is of another type than expected"),
+        ({"max_length": "20"}, "a setting of generate in .* is of another type than expected"),
+        ({"bad_words_ids": 5}, "a setting of generate in .* is of another type than expected"),
         ({"model_type": "bart"}, "config.json is of a model of type 'bart'"),
         ({"normalize_before": True}, "config.json: normalize_before: True cannot be taken over"),
         ({"encoder_ffn_dim": 64}, "encoder_ffn_dim and decoder_ffn_dim differ"),
@@ -420,6 +424,43 @@ def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_i
         chex.assert_trees_all_close(before.params, after.params, atol=0)
     command("convert", "to-hf", tuned, "--output", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").is_file()
+
+
+def test_a_table_may_lie_under_the_name_of_a_copy(tmp_path):
+    folder = foreign_marian(tmp_path / "theirs")
+    expected = read_marian(folder, tmp_path / "first")[0]
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.shared.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"]]}))
+    found = read_marian(folder, tmp_path / "second")[0]
+    chex.assert_trees_all_equal(*(Translator.load(run.path).params for run in (expected, found)))
+    assert expected.read_config().model == found.read_config().model
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "source.spm is damaged, or no SentencePiece model"),
+        (b"", "source.spm has no piece that text could be cut into"),
+    ],
+)
+def test_a_sentencepiece_model_that_was_not_fetched_is_named(tmp_path, content, message):
+    folder = foreign_marian(tmp_path / "theirs")
+    (folder / "source.spm").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_marian(folder, tmp_path / "run")
+
+
+def test_two_bpe_models_of_one_vocabulary_are_refused(tmp_path):
+    """Pieces that one of them lacks would take part in its merges."""
+    folder = foreign_marian(tmp_path / "theirs")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((folder / "source.spm").read_bytes())
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    (folder / "source.spm").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match=r"source.spm is a BPE model, and lacks \d+ pieces of the vocabulary"):
+        read_marian(folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("size", [0, 20, -5])

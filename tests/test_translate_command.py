@@ -4,16 +4,16 @@ import gzip
 import io
 import itertools
 import json
+import shutil
 import sys
-from pathlib import Path
+import zlib
 
 import numpy as np
 import pytest
 
 from flax_transformer.cli import translate
-from flax_transformer.cli.partial_output import StandardOutput
-from flax_transformer.errors import ConfigError
-from flax_transformer.inference.translation import Hypothesis, Translation
+from flax_transformer.cli.partial_output import PartialOutput, StandardOutput
+from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from tests.test_decoding_contract import ALIKE, MODELS, TOKENIZERS, command, make_run
@@ -83,15 +83,6 @@ def test_no_more_is_read_than_what_is_written_and_one_piece(monkeypatch, capsys,
     assert written == [(min(8 * piece, 100), min(8 * piece, 100)) for piece in range(1, 14)]
 
 
-def test_an_output_with_a_line_end_stays_one_line():
-    hypothesis = Hypothesis("one\ntwo", ["one", "<0x0A>", "two"], -0.5, True, [-0.1, -0.2, -0.1, -0.1])
-    translation, runs = Translation([hypothesis]), (Path("run"),)
-    assert translate.as_line(translate.TranslateOptions(runs), translation) == "one two"
-    assert translate.as_line(translate.TranslateOptions(runs, scores=True), translation) == "-0.500000\tone two"
-    (line,) = translate.as_line(translate.TranslateOptions(runs, json=True), translation).splitlines()
-    assert json.loads(line)["hypotheses"][0]["text"] == "one\ntwo"
-
-
 def test_a_compressed_file_is_translated_and_cut_outputs_are_counted(monkeypatch, capsys, files, tmp_path):
     assert command(monkeypatch, capsys, files)[0] == 4
     packed = tmp_path / "in.gz"
@@ -104,6 +95,49 @@ def test_a_compressed_file_is_translated_and_cut_outputs_are_counted(monkeypatch
     assert cut and err.endswith(f"; {cut} outputs were cut at their maximum length\n")
     (tmp_path / "bad.gz").write_bytes(b"no gzip")
     assert command(monkeypatch, capsys, [*run, "--input", str(tmp_path / "bad.gz")])[0] == 2
+
+
+def test_a_compressed_file_that_is_not_whole_ends_the_translation_where_it_ends(monkeypatch, capsys, files, tmp_path):
+    lines = "".join(f"{line}\n" for line in ALIKE[:19]).encode()
+    stream = zlib.compressobj(0, wbits=31)  # no compression, so that a cut one has whole lines
+    packed = stream.compress(lines) + stream.flush(zlib.Z_FULL_FLUSH)
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(packed)
+    code, out, err = command(monkeypatch, capsys, [*files[:3], "--input", str(cut)])
+    assert code == 2 and len(out.splitlines()) == 19
+    assert f"error: {cut}, after line 19: not a whole gzip file (" in err
+
+
+def test_an_interrupted_file_is_gone_on_with_by_the_same_parameters_alone(monkeypatch, capsys, run, tmp_path):
+    """Another model of the same run folder and step is another model."""
+    moved, lines = tmp_path / "run", tmp_path / "in"
+    shutil.copytree(run, moved)
+    lines.write_bytes(b"one\n\xff\n")
+    arguments = ["translate", "--run", str(moved), "--input", str(lines), "--output", str(tmp_path / "out")]
+    assert command(monkeypatch, capsys, arguments)[0] == 2
+    shutil.rmtree(moved)
+    make_run(moved, MODELS["transformer"], 2)
+    lines.write_bytes(b"one\ntwo\n")
+    code, _, err = command(monkeypatch, capsys, [*arguments, "--resume"])
+    assert code == 2 and "was made with other settings: run was" in err
+    shutil.rmtree(moved)
+    shutil.copytree(run, moved)
+    assert command(monkeypatch, capsys, [*arguments, "--resume"])[0] == 0
+
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    for record in ("{", "{}"):
+        (tmp_path / "out.partial.json").write_text(record)
+        code, _, err = command(monkeypatch, capsys, [*arguments, "--resume"])
+        assert code == 2 and "out.partial.json cannot be read (" in err and "Remove both to begin anew." in err
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    with PartialOutput(tmp_path / "out", {}, False) as first:
+        first.write(["one"], "", False)
+        with pytest.raises(InputError, match="another process is writing .*out.partial"):
+            PartialOutput(tmp_path / "out", {}, True).__enter__()
+        first.write(["two"], "", False)
+    assert (tmp_path / "out").read_text() == "one\ntwo\n" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_an_interrupted_file_is_gone_on_with(monkeypatch, capsys, files, tmp_path):

@@ -57,6 +57,8 @@ def main(arguments: list[str], program: str) -> int:
     text = read_parallel_text(options.source, options.reference, columns)
     if options.output is not None and not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
+    if options.output is not None and options.output.is_dir():
+        raise InputError(f"--output {options.output} is a folder. Name a file.")
     translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
     changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
     translations = translator.translate(text.source, **changes)

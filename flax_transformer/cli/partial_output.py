@@ -35,6 +35,19 @@ def digest_of(lines: list[str], digest: Any = None) -> Any:
     return digest
 
 
+def _locked(file: Any) -> bool:
+    """Returns whether this process alone has the file now, until it closes it; where nothing can tell, it has."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class StandardOutput:
     """Writes lines to a stream that is not ours; nothing of it can be gone on with."""
 
@@ -85,7 +98,13 @@ class PartialOutput:
             raise InputError(f"--output {path}: there is no folder {path.parent}. Make it first.")
         self.progress = Progress(0, digest_of([]).hexdigest(), False, json.loads(json.dumps(settings)))
         if self._partial.exists() and self._record.exists():
-            before = Progress(**json.loads(self._record.read_text()))
+            try:
+                before = Progress(**json.loads(self._record.read_text()))
+            except (ValueError, TypeError) as error:
+                raise InputError(
+                    f"--resume: {self._record} cannot be read ({error}), so nobody knows how far {self._partial} is. "
+                    "Remove both to begin anew."
+                ) from error
             changed = [name for name, value in self.progress.settings.items() if before.settings.get(name) != value]
             if changed:
                 name = changed[0]
@@ -97,6 +116,9 @@ class PartialOutput:
 
     def __enter__(self) -> "PartialOutput":
         self._file = self._partial.open("ab+")
+        if not _locked(self._file):
+            self._file.close()
+            raise InputError(f"another process is writing {self._partial}. Wait for it, or choose another --output.")
         self._file.seek(0)
         if any(not self._file.readline().endswith(b"\n") for _ in range(self.progress.lines)):
             self._file.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
+from flax_transformer.errors import ConfigError
 from flax_transformer.inference.quantize import Quantize
 from flax_transformer.inference.scorer import Scorer, corpus_perplexity
 from flax_transformer.inference.translation import cut_line
@@ -50,6 +51,8 @@ def main(arguments: list[str], program: str) -> int:
         InputError: a bad run folder, setting or file, or a pair that cannot be scored.
     """
     options = tyro.cli(ScoreOptions, args=arguments, prog=program)
+    if not options.run:
+        raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     config = RunFolder.open(options.run[0]).read_config()
     columns = config.data if isinstance(config.data, ParallelTextConfig) else None
     text = read_parallel_text(options.source, options.target, columns)
@@ -60,19 +63,12 @@ def main(arguments: list[str], program: str) -> int:
             warning = cut_line(f"{options.source}, line {number}", scorer.translator.max_source_length, "read")
             print(f"warning: {warning}", file=sys.stderr)
         if options.json:
-            print(
-                json.dumps(
-                    {
-                        "score": score.score,
-                        "log_prob": score.log_prob,
-                        "tokens": score.tokens,
-                        "token_scores": score.token_scores,
-                    },
-                    ensure_ascii=False,
-                )
-            )
+            named = {name: getattr(score, name) for name in ("score", "log_prob", "tokens", "token_scores")}
+            line = json.dumps(named, ensure_ascii=False)
         else:
-            print(f"{score.score:.6f}")
+            line = f"{score.score:.6f}"
+        sys.stdout.buffer.write(f"{line}\n".encode())  # UTF-8 whatever the locale, as translate writes
+    sys.stdout.buffer.flush()
     tokens = sum(len(score.token_scores) for score in scores)
     print(
         f"{len(scores):,} pairs, {tokens:,} target tokens, log-probability "

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -82,16 +83,22 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
     """Yields the lines of a binary stream without their line ends.
 
     Raises:
-        InputError: a line that is not UTF-8.
+        InputError: a line that is not UTF-8, or a gzip file that is not whole.
     """
-    for number, line in enumerate(stream, start=1):
-        try:
+    number = 0
+    try:
+        for line in stream:
+            number += 1
             yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
-                f"The {number - 1} lines before it were translated."
-            ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
+            f"The {number - 1} lines before it were translated."
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{name}, after line {number}: not a whole gzip file ({error}). The {number} lines before were translated."
+        ) from error
 
 
 def read_phrases(path: Path) -> list[list[str]]:
@@ -112,8 +119,7 @@ def read_phrases(path: Path) -> list[list[str]]:
 def as_line(options: TranslateOptions, translation: Translation) -> str:
     """Returns what is written for a line."""
     if not options.json:
-        text = translation.text.replace("\n", " ")  # pieces of bytes can spell a line end
-        return f"{translation.score:.6f}\t{text}" if options.scores else text
+        return f"{translation.score:.6f}\t{translation.text}" if options.scores else translation.text
 
     def record(hypothesis: Hypothesis) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -161,8 +167,12 @@ def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
         del settings[name]
     settings["run"] = []
     for run in options.run:  # a run may be trained on in the meantime
-        with Checkpoints(RunFolder.open(run).checkpoints) as checkpoints:
-            settings["run"].append([str(run.resolve()), checkpoints.choose(options.checkpoint)])
+        folder = RunFolder.open(run)
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            step = checkpoints.choose(options.checkpoint)
+            made_by = (checkpoints.digest(step), folder.tokenizers().fingerprint, folder.read_config().model)
+        digest = hashlib.sha256(repr(made_by).encode()).hexdigest()
+        settings["run"].append([str(run.resolve()), step, digest])
     if options.required is not None:
         settings["required"] = hashlib.sha256(options.required.read_bytes()).hexdigest()
     return PartialOutput(options.output, settings, options.resume)

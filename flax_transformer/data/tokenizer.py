@@ -20,6 +20,8 @@ END_OF_VOCABULARY = "<end of vocabulary>"
 # What stands before a text that is meant for a model of many languages, such as ">>deu<<".
 LANGUAGE = re.compile(">>.*?<<", re.DOTALL)
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
 # A unigram model depends on the number of threads that trained it; a fixed number makes it reproducible.
 TRAINING_THREADS = 1
 
@@ -186,17 +188,24 @@ class Tokenizer:
 
         Where the vocabulary has language tokens that no text is cut into, one that a line begins with is taken off
         before the line is cut; one that the vocabulary does not have is a single unknown token.
+
+        Raises:
+            InputError: text with halves of characters (surrogates), which no UTF-8 holds.
         """
         languages = [LANGUAGE.match(line) for line in lines] if self._languages else []
         if any(languages):
             lines = [line[found.end() :] if found else line for line, found in zip(lines, languages, strict=True)]
-        if sample is None:
-            encoded = self._processor.encode(list(lines), out_type=int)
-        else:
-            sentencepiece.set_random_generator_seed(sample.seed)
-            encoded = self._processor.encode(  # one thread, since each has a generator of its own
-                list(lines), out_type=int, enable_sampling=True, nbest_size=-1, alpha=sample.alpha, num_threads=1
-            )
+        how: dict[str, Any] = {"out_type": int}
+        if sample is not None:
+            sentencepiece.set_random_generator_seed(sample.seed)  # one thread, since each has a generator of its own
+            how |= {"enable_sampling": True, "nbest_size": -1, "alpha": sample.alpha, "num_threads": 1}
+        try:
+            encoded = self._processor.encode(list(lines), **how)
+        except TypeError as error:
+            line = next((line for line in lines if SURROGATE.search(line)), "")
+            raise InputError(
+                f"not valid Unicode: {ascii(line[:80])} holds bytes or halves of characters that no UTF-8 has."
+            ) from error
         if self._vocab_size < self._num_pieces:
             encoded = [[i if i < self._vocab_size else UNKNOWN_ID for i in ids] for ids in encoded]
         for ids, found in zip(encoded, languages, strict=False):
@@ -205,8 +214,11 @@ class Tokenizer:
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids; special ids other than unknown give nothing."""
-        return self._processor.decode(list(ids))
+        """Returns the text of ids, one line; special ids other than unknown give nothing.
+
+        A line end, which pieces of bytes can spell, is a space.
+        """
+        return self._processor.decode(list(ids)).replace("\n", " ")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the surface form of each id."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.config import Config
@@ -16,6 +17,7 @@ from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.tokenizer import (
     END_ID,
     END_OF_VOCABULARY,
+    LANGUAGE,
     NUM_SPECIAL,
     PAD_ID,
     START_ID,
@@ -50,7 +52,7 @@ sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of wha
 NEEDED = (
     "model_type", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
     "encoder_ffn_dim", "decoder_ffn_dim", "activation_function", "max_position_embeddings", "pad_token_id",
-    "eos_token_id", "decoder_start_token_id",
+    "eos_token_id", "decoder_start_token_id", "scale_embedding",
 )  # fmt: skip
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -77,6 +79,9 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
     """
     if missing := [name for name in NEEDED if name not in theirs]:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
+    for name in NEEDED:
+        if not isinstance(theirs[name], {"model_type": str, "activation_function": str}.get(name, int)):
+            raise ConfigError(f"config.json: {name}: {theirs[name]!r} is of another type than expected.")
     if theirs.get("model_type") != "marian":
         raise ConfigError(f"config.json is of a model of type {theirs.get('model_type')!r}; marian can be taken over.")
     for name, value in REQUIRED.items():
@@ -170,7 +175,9 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     elif (folder / "pytorch_model.bin").is_file():
         weights = read_pickled(folder / "pytorch_model.bin")
     else:
-        raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+        raise InputError(
+            f"{folder} holds neither model.safetensors nor pytorch_model.bin; weights in several files are not read."
+        )
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
     if "final_logits_bias" in weights:
         weights["final_logits_bias"] = weights["final_logits_bias"].reshape(-1)
@@ -197,18 +204,35 @@ def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>")
     return order, pieces
 
 
-def renumbered(model: bytes, pieces: list[str]) -> Tokenizer:
+def renumbered(model: bytes, pieces: list[str], name_of_model: str = "the SentencePiece model") -> Tokenizer:
     """Returns a tokenizer that cuts text as a SentencePiece model does, with the ids of a vocabulary.
 
     Pieces that the vocabulary has and the model has not are never cut; language tokens, such as ">>deu<<", are taken
     off a text before it is cut (see `Tokenizer.encode`). Pieces that the model has and the vocabulary has not are cut
     all the same, and unknown.
+
+    Raises:
+        InputError: a damaged model, or one of BPE that lacks pieces of the vocabulary: unused pieces would take part in
+            its merges.
     """
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise InputError(
+            f"{name_of_model} is damaged, or no SentencePiece model. Copy or download it again."
+        ) from error
+    if not any(piece.type in CUT for piece in proto.pieces):
+        raise InputError(f"{name_of_model} has no piece that text could be cut into. Copy or download it again.")
     if [p.piece for p in proto.pieces[NUM_SPECIAL:]] == pieces and proto.trainer_spec.eos_id == END_ID:
         return Tokenizer(model)  # our own
     known = {piece.piece: piece for piece in proto.pieces}
+    lacking = [name for name in pieces if name not in known and not LANGUAGE.fullmatch(name)]
+    if lacking and proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        raise InputError(
+            f"{name_of_model} is a BPE model, and lacks {len(lacking)} pieces of the vocabulary, the first is "
+            f"{lacking[0]!r}. Two models of one vocabulary can be taken over if they are unigram models."
+        )
     made = [("<pad>", Piece.Type.CONTROL), ("<s>", Piece.Type.CONTROL), ("</s>", Piece.Type.CONTROL)]
     made.append(("<unk>", Piece.Type.UNKNOWN))
     taken = {name for name, _ in made}
@@ -243,6 +267,11 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     run = RunFolder(output)
     run.check_unused()
     theirs = read_json(folder, "config.json")
+    if not isinstance(theirs, dict):
+        raise InputError(f"{folder / 'config.json'} holds no settings. Is {folder} a MarianMT model's folder?")
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        if isinstance(theirs.get(name), list) and len(theirs[name]) == 1:
+            (theirs[name],) = theirs[name]
     model = read_model_config(theirs)
     weights = read_weights(folder)
 
@@ -263,14 +292,17 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
         spm = folder / f"{side}.spm"
         if not spm.is_file():
             raise InputError(f"{spm} is not there. Is {folder} a MarianMT model's folder?")
-        tokenizers[side] = renumbered(spm.read_bytes(), pieces)
+        tokenizers[side] = renumbered(spm.read_bytes(), pieces, str(spm))
     same = tokenizers["source"].fingerprint == tokenizers["target"].fingerprint
     pair = TokenizerPair(tokenizers["source"], tokenizers["source"] if same else tokenizers["target"])
 
     settings = theirs  # in older folders
     if (folder / "generation_config.json").is_file():
         settings = read_json(folder, "generation_config.json")
-    generation = read_generation(settings, orders["target"], pair.target, model.max_target_length)
+    try:
+        generation = read_generation(settings, orders["target"], pair.target, model.max_target_length)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"a setting of generate in {folder} is of another type than expected: {error}.") from error
 
     # --- options that the weights show
     start = theirs["decoder_start_token_id"]
@@ -280,6 +312,11 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     has_unused = UNUSED in words["target"]
     has_bias = bool(np.any(bias != 0)) or not has_unused or generation.start_excluded
     table_name = "model.shared.weight" if not separate else "model.decoder.embed_tokens.weight"
+    if table_name not in weights and model.share_embeddings != "none":  # kept under the name of one of its copies
+        copies = ("lm_head.weight", "model.decoder.embed_tokens.weight")
+        copies += ("model.encoder.embed_tokens.weight",) * (not separate)
+        for name in (name for name in copies if name in weights and table_name not in weights):
+            weights[table_name] = weights[name]
     zero_start = table_name in weights and not np.any(weights[table_name][start])
     model = TransformerConfig(**(vars(model) | {"output_bias": has_bias, "zero_start": zero_start}))
     if has_bias:

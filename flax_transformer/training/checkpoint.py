@@ -5,6 +5,8 @@ kept beside it. The checksum is computed where the array lies and does not depen
 """
 
 import functools
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -240,6 +242,11 @@ class Checkpoints:
         newest = self._newest()
         best = self.best_steps()
         return best[0] if which == "best" and best else newest
+
+    def digest(self, step: int) -> str:
+        """Returns what tells a checkpoint's parameters from others of the same step: SHA-256 of their checksums."""
+        sums = self._meta(step)["checksums"]["params"]
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns the parameters of a checkpoint alone, in the shardings of `abstract_params`.
