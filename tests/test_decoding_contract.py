@@ -238,10 +238,10 @@ def test_outputs_obey_what_is_asked(translators):
 
     # A prefix that is longer than the limit of its sentence makes room for itself, and changes nothing for others.
     long_prefix = "dreihunderteinundzwanzigtausend"
-    (longer, plain) = translator.translate(ALIKE[:2], prefixes=[long_prefix, ""], max_length_factor=0.0)
+    (longer, plain) = translator.translate(ALIKE[:2], prefixes=[long_prefix, ""], max_length_factor=0.01)
     forced = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([long_prefix])[0])
     assert len(forced) > 6 and longer.tokens[: len(forced)] == forced
-    assert plain == translator.translate(ALIKE[1:2], max_length_factor=0.0)[0]
+    assert plain == translator.translate(ALIKE[1:2], max_length_factor=0.01)[0]
 
     prefix = "ein"
     forced = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([prefix])[0])
@@ -273,9 +273,9 @@ def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(transla
     sampler = translator.with_decoding(DecodingConfig("sampling", batch_rows=4, force_end=True, **limits))
     assert all(h.finished for t in sampler.translate(text[:4], num_hypotheses=8) for h in t.hypotheses)
     # One that must hold phrases is not closed, since it may lack some.
-    required = [["neunhundert", "zwanzig"]] * 2
-    assert translator.translate(text[:2], required=required, force_end=True, **limits) == translator.translate(
-        text[:2], required=required, **limits
+    required, growing = [["neunhundert", "zwanzig"]] * 2, limits | {"max_length_factor": 0.01}
+    assert translator.translate(text[:2], required=required, force_end=True, **growing) == translator.translate(
+        text[:2], required=required, **growing
     )
 
 
