@@ -363,10 +363,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
         """Returns the mapping of a node.
 
         Raises:
-            yaml.YAMLError: a key stands in it twice.
+            yaml.YAMLError: a key stands in it twice, or is no plain text.
         """
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)

@@ -125,3 +125,10 @@ def test_every_field_is_read_somewhere():
 def test_the_written_form_is_complete():
     assert set(to_dict(Config())) == {f.name for f in dataclasses.fields(Config)}
     assert to_dict(Config())["model"]["kind"] == "transformer"
+
+
+@pytest.mark.parametrize("text", ["optimizer: {learning_rate: {{ lr }}}\n", "? [a, b]\n: 1\n"])
+def test_a_key_that_is_no_plain_text_is_explained(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="a key must be plain text"):
+        read_config(tmp_path / "c.yaml")
