@@ -339,7 +339,7 @@ def foreign_marian(folder: Path) -> Path:
     [
         ({"d_model": None}, "config.json lacks d_model"),
         ({"scale_embedding": None}, "config.json lacks scale_embedding"),
-        ({"d_model": "16"}, "config.json: d_model: '16' is of another type than expected"),
+        ({"d_model": "16"}, "config.json: d_model must be of type int, got '16'"),
         ({"max_length": "20"}, "a setting of generate in .* is of another type than expected"),
         ({"bad_words_ids": 5}, "a setting of generate in .* is of another type than expected"),
         ({"model_type": "bart"}, "config.json is of a model of type 'bart'"),

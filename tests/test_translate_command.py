@@ -131,6 +131,25 @@ def test_an_interrupted_file_is_gone_on_with_by_the_same_parameters_alone(monkey
         assert code == 2 and "out.partial.json cannot be read (" in err and "Remove both to begin anew." in err
 
 
+def test_other_verbs_say_what_is_missing_or_in_the_way(monkeypatch, capsys, run, tmp_path):
+    (tmp_path / "text").write_text("one\n")
+    text = str(tmp_path / "text")
+    code, _, err = command(monkeypatch, capsys, ["score", "--run", "--source", text, "--target", text])
+    assert code == 2 and err.startswith("error: give the run folder of a trained model by --run FOLDER.")
+    evaluate = ["evaluate", "--run", str(run), "--source", text, "--reference", text, "--output", str(tmp_path)]
+    code, out, err = command(monkeypatch, capsys, evaluate)
+    assert code == 2 and f"--output {tmp_path} is a folder. Name a file." in err and not out  # nothing was translated
+
+
+def test_scores_are_utf_8_whatever_the_locale(monkeypatch, capsys, run, tmp_path):
+    (tmp_path / "text").write_text("one\n")
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", latin)
+    pair = ["--source", str(tmp_path / "text"), "--target", str(tmp_path / "text")]
+    assert command(monkeypatch, capsys, ["score", "--run", str(run), *pair, "--json"])[0] == 0
+    assert "\u2581" in json.loads(latin.buffer.getvalue().decode("utf-8"))["tokens"][0]
+
+
 def test_two_processes_do_not_write_one_file(tmp_path):
     with PartialOutput(tmp_path / "out", {}, False) as first:
         first.write(["one"], "", False)

@@ -80,7 +80,7 @@ class PartialOutput:
 
     Raises:
         InputError: the file is there already, or there is one that is not whole and `resume` is not set, or it was made
-            by other settings.
+            by other settings, or its record cannot be read, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool):

@@ -97,7 +97,8 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
-            f"{name}, after line {number}: not a whole gzip file ({error}). The {number} lines before were translated."
+            f"{name}, after line {number}: not a whole gzip file ({error}). The {number} lines before were translated. "
+            "Fetch it again, or drop .gz from its name."
         ) from error
 
 

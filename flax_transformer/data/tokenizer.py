@@ -202,9 +202,12 @@ class Tokenizer:
         try:
             encoded = self._processor.encode(list(lines), **how)
         except TypeError as error:
-            line = next((line for line in lines if SURROGATE.search(line)), "")
+            wrong = [line for line in lines if SURROGATE.search(line)]
+            if not wrong:
+                raise
             raise InputError(
-                f"not valid Unicode: {ascii(line[:80])} holds bytes or halves of characters that no UTF-8 has."
+                f"not valid Unicode: {ascii(wrong[0][:80])} holds bytes or halves of characters that no UTF-8 has. "
+                "Give it in UTF-8, or without them."
             ) from error
         if self._vocab_size < self._num_pieces:
             encoded = [[i if i < self._vocab_size else UNKNOWN_ID for i in ids] for ids in encoded]

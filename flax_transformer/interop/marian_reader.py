@@ -80,8 +80,9 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
     if missing := [name for name in NEEDED if name not in theirs]:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
     for name in NEEDED:
-        if not isinstance(theirs[name], {"model_type": str, "activation_function": str}.get(name, int)):
-            raise ConfigError(f"config.json: {name}: {theirs[name]!r} is of another type than expected.")
+        wanted = str if name in ("model_type", "activation_function") else int
+        if not isinstance(theirs[name], wanted):
+            raise ConfigError(f"config.json: {name} must be of type {wanted.__name__}, got {theirs[name]!r}.")
     if theirs.get("model_type") != "marian":
         raise ConfigError(f"config.json is of a model of type {theirs.get('model_type')!r}; marian can be taken over.")
     for name, value in REQUIRED.items():
@@ -238,7 +239,7 @@ def renumbered(model: bytes, pieces: list[str], name_of_model: str = "the Senten
     taken = {name for name, _ in made}
     new = [Piece(piece=name, score=0.0, type=kind) for name, kind in made]
     for name in pieces:
-        is_language = name.startswith(">>") and name.endswith("<<")
+        is_language = LANGUAGE.fullmatch(name)
         if name in known and name not in taken and known[name].type in CUT and not is_language:
             new.append(known[name])
         else:
@@ -302,7 +303,9 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     try:
         generation = read_generation(settings, orders["target"], pair.target, model.max_target_length)
     except (TypeError, AttributeError) as error:
-        raise InputError(f"a setting of generate in {folder} is of another type than expected: {error}.") from error
+        raise InputError(
+            f"a setting of generate in {folder} is of another type than expected ({error}). Mend it, or take it out."
+        ) from error
 
     # --- options that the weights show
     start = theirs["decoder_start_token_id"]
@@ -311,12 +314,9 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     bias = weights.pop("final_logits_bias", np.zeros(len(orders["target"]), np.float32))
     has_unused = UNUSED in words["target"]
     has_bias = bool(np.any(bias != 0)) or not has_unused or generation.start_excluded
-    table_name = "model.shared.weight" if not separate else "model.decoder.embed_tokens.weight"
-    if table_name not in weights and model.share_embeddings != "none":  # kept under the name of one of its copies
-        copies = ("lm_head.weight", "model.decoder.embed_tokens.weight")
-        copies += ("model.encoder.embed_tokens.weight",) * (not separate)
-        for name in (name for name in copies if name in weights and table_name not in weights):
-            weights[table_name] = weights[name]
+    table_name, *copies = table_names(model)
+    if table_name not in weights and (kept := [name for name in copies if name in weights]):
+        weights[table_name] = weights[kept[0]]
     zero_start = table_name in weights and not np.any(weights[table_name][start])
     model = TransformerConfig(**(vars(model) | {"output_bias": has_bias, "zero_start": zero_start}))
     if has_bias:
@@ -347,6 +347,17 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     return run, generation.lost
 
 
+def table_names(model: TransformerConfig) -> list[str]:
+    """Returns their names of the target's table: its own, then those of what is tied to it, under which copies lie."""
+    if model.share_embeddings == "all":
+        copies = [
+            f"{stack}.weight" for stack in ("lm_head", "model.decoder.embed_tokens", "model.encoder.embed_tokens")
+        ]
+        return ["model.shared.weight", *copies]
+    tied = ["lm_head.weight"] if model.share_embeddings == "target_output" else []
+    return ["model.decoder.embed_tokens.weight", *tied]
+
+
 def place_weights(
     model: TransformerConfig, pair: TokenizerPair, orders: dict[str, np.ndarray], weights: dict[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -361,6 +372,7 @@ def place_weights(
     table = parameter_table(model, orders)
     filled = set()
     wrong = []
+    table_name, *copies = table_names(model)
     for entry in table:
         place = params
         *parents, name = entry.ours.split("/")
@@ -378,9 +390,7 @@ def place_weights(
     for name in sorted(set(weights) - filled):
         if name.endswith("embed_positions.weight"):  # computed
             continue
-        copy_of = "model.shared.weight" if model.share_embeddings == "all" else "model.decoder.embed_tokens.weight"
-        tied = name in ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
-        if tied and copy_of in weights and np.array_equal(weights[name], weights[copy_of]):
+        if name in copies and table_name in weights and np.array_equal(weights[name], weights[table_name]):
             continue
         wrong.append(f"{name} has no place")
     if wrong:
