@@ -16,10 +16,8 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.cli import main as cli
-from flax_transformer.config import DecodingConfig
 from flax_transformer.data.tokenizer import (
     END_ID,
-    START_ID,
     UNKNOWN_ID,
     SubwordSample,
     Tokenizer,
@@ -30,14 +28,12 @@ from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator, vocabulary_info
 from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
-from flax_transformer.interop.marian_generation import export_generation, read_generation
 from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.state import abstract_model
-from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, make_run, params_of
+from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 from tests.tiny import randomised
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
@@ -471,152 +467,6 @@ def test_weights_that_are_not_whole_are_explained(tmp_path, size):
     with pytest.raises(InputError, match=r"model.safetensors is damaged or not whole \(.*\). Copy or download"):
         read_marian(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# --- the settings of generate
-
-ORDER = marian_order(TOKENIZERS.target)
-INSIDE = [vocabulary(TOKENIZERS.target)["neun"]]
-LONGEST = 48
-
-
-def ids_of(text: str) -> list[int]:
-    """Their ids of a text."""
-    return pieces_to_marian(TOKENIZERS.target, TOKENIZERS.target.encode([text])[0])
-
-
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ({}, {}),
-        ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
-        ({"early_stopping": True}, {"stop": "finished"}),
-        ({"early_stopping": "never"}, {"stop": "sure"}),
-        # Theirs count the start token.
-        ({"max_length": 20}, {"max_length_factor": 0.0, "max_length_offset": 19}),
-        ({"max_length": 512}, {"max_length_factor": 0.0, "max_length_offset": LONGEST}),
-        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_factor": 0.0, "max_length_offset": 19}),
-        ({"min_length": 5}, {"min_length": 4}),
-        ({"min_length": 0}, {"min_length": 0}),
-        ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
-        ({"no_repeat_ngram_size": 3}, {"no_repeat_ngram": 3}),
-        ({"num_beams": 2, "repetition_penalty": 1.5}, {"beam_size": 2, "repetition_penalty": 1.5}),
-        ({"forced_eos_token_id": 0}, {"force_end": True}),
-        ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_end": True}),
-        ({"bad_words_ids": [[59], [58], [0]]}, {}),  # padding, <unused>, and the end, which they leave out themselves
-        (
-            {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty")]},
-            {"ban_unknown": True, "banned_phrases": ("neun", "thirty")},
-        ),
-        ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
-        ({"renormalize_logits": True}, {}),  # nothing is banned whose probability could be shared out
-    ],
-)
-def test_settings_of_generate_become_those_of_a_run(theirs, ours):
-    neutral = DecodingConfig(beam_size=1, length_penalty="average:1.0", stop="likely")
-    expected = dataclasses.replace(neutral, **ours)
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
-
-
-@pytest.mark.parametrize(
-    "more, phrases, lost",
-    [
-        ({}, [], False),
-        ({"forced_eos_token_id": 0}, [], False),
-        ({"min_length": 3}, [], True),
-        ({"no_repeat_ngram_size": 2}, [], True),
-        ({"num_beams": 2, "repetition_penalty": 1.5}, [], True),
-        ({}, [[1]], True),
-        ({}, [ids_of("neun")], True),
-    ],
-)
-def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
-    """What other rules take away is shared out there, too, and not here."""
-    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | more
-    expected = (True, ["renormalize_logits: True"] if lost else [])
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == expected
-    theirs["renormalize_logits"] = False
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == (False, [])
-
-
-@pytest.mark.parametrize(
-    "theirs, lost",
-    [
-        (
-            {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-            ["num_beam_groups: 2", "diversity_penalty: 0.5"],
-        ),
-        ({"do_sample": True, "top_k": 5, "top_p": 1.0}, ["do_sample: True", "top_k: 5"]),
-        ({"forced_bos_token_id": 7}, ["forced_bos_token_id: 7"]),
-        ({"forced_eos_token_id": 7, "eos_token_id": [0, 7]}, ["eos_token_id: [0, 7]", "forced_eos_token_id: 7"]),
-        ({"decoder_start_token_id": 0}, ["decoder_start_token_id: 0"]),
-        ({"num_beams": 2, "repetition_penalty": 0.5}, ["repetition_penalty: 0.5"]),
-        ({"early_stopping": "soon"}, ["early_stopping: soon"]),
-        ({"repetition_penalty": 1.5}, ["repetition_penalty: 1.5"]),  # of logits, where there is no beam
-        ({"length_penalty": -1.0}, ["length_penalty: -1.0"]),
-        ({"exponential_decay_length_penalty": [9, 1.1]}, ["exponential_decay_length_penalty: [9, 1.1]"]),
-        # No text is cut into the inside of a word alone, nor into padding, and there is no token 60.
-        ({"bad_words_ids": [[59], INSIDE, [59, 5], [60]]}, [f"bad_words_ids: [{INSIDE}, [59, 5], [60]]"]),
-    ],
-)
-def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
-    decoding, start_excluded, found = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
-    assert found == lost and not start_excluded
-    stop = "sure" if "early_stopping" in theirs else "likely"
-    neutral = DecodingConfig(beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty, stop=stop)
-    assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
-
-
-@pytest.mark.parametrize(
-    "changes, lost",
-    [
-        ({}, []),
-        ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
-        ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
-        ({"stop": "likely"}, []),
-        (
-            {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
-            ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
-        ),
-        ({"length_penalty": "gnmt:0.6", "beam_size": 1, "repetition_penalty": 1.2}, ["repetition_penalty: 1.2"]),
-        ({"method": "sampling", "top_k": 5, "beam_size": 5}, ["method: sampling", "top_k: 5"]),
-    ],
-)
-def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
-    plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=20)
-    decoding = dataclasses.replace(plain, **changes)
-    made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST)
-    assert found == lost and made["max_length"] == (49 if decoding.max_length_factor else 21)
-    if not lost:
-        assert read_generation(made, ORDER, TOKENIZERS.target, LONGEST) == (decoding, False, [])
-
-
-def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
-    """Settings are taken from generation_config.json alone where it is there, else from config.json."""
-    folder = foreign_marian(tmp_path / "theirs")
-    config = json.loads((folder / "config.json").read_text()) | {"max_length": 9, "num_beam_groups": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "first") == 0
-    warning = "warning: outputs may be other than Hugging Face's, since these settings of .* have no equivalent here: "
-    assert re.fullmatch(f"{warning}num_beam_groups: 2.\n", capsys.readouterr().err)
-    assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 8
-
-    (folder / "generation_config.json").write_text('{"num_beams": 2, "top_p": 0.5, "max_length": 7}')
-    assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "second") == 0
-    assert not capsys.readouterr().err
-    decoding = RunFolder.open(tmp_path / "second").read_config().decoding
-    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_end) == (2, 6, False)
-
-    run = make_run(tmp_path / "ours", MODEL, 1)
-    assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0
-    warning = "warning: Hugging Face's generate may give other outputs than this run, since it does not have: "
-    expected = f"{warning}length_penalty: gnmt:0.6; max_length_factor: 0.5 (of section 'decoding').\n"
-    said = capsys.readouterr().err
-    assert said.startswith(f"{expected}warning: CTranslate2 begins every output with a vector of zeros, and this run")
-    assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
-    started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True), 1)
-    assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
-    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "source.spm", "model.safetensors"])
