@@ -86,7 +86,7 @@ def main() -> None:
     (pairs,) = prepare_training_pairs(parts, tokenizers, config.filters, *limits)
     bucketed = dataclasses.replace(config.batching, form="bucketed")
     packed = dataclasses.replace(config.batching, form="packed")
-    row = packed_shape(pairs.lengths, packed)
+    row = packed_shape(LengthSummary.of(pairs.lengths), packed)
 
     loaders = {
         "bucketed": lambda epoch: ours(pairs, bucketed, epoch),

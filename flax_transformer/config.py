@@ -4,6 +4,7 @@ Each section is defined beside what it configures; this file composes them, and 
 run as a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
 """
 
+import copy
 import dataclasses
 import types
 from dataclasses import dataclass, field
@@ -272,11 +273,6 @@ class Config:
                 f"training.r_drop: {self.training.r_drop} compares two passes with different dropout, and section "
                 "'model' has none. Set model.dropout, or training.r_drop: 0."
             )
-        if self.training.ema_decay and self.model.param_dtype != "float32":
-            raise ConfigError(
-                f"training.ema_decay: an average in {self.model.param_dtype} would never move, since each of "
-                "its steps is below its rounding. Set model.param_dtype: float32, or training.ema_decay: 0."
-            )
         if self.model.share_embeddings == "all" and not self.tokenizer.joint:
             raise ConfigError(
                 "model.share_embeddings: all needs one vocabulary for both languages, but tokenizer.joint is false. "
@@ -349,7 +345,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__}).")
@@ -394,7 +390,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a 13th month in what looks like a date
         raise ConfigError(f"{path} is not a YAML file: {error}") from error
     return {} if values is None else values
 
@@ -426,8 +422,9 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
     `--data.kind` and `--model.kind` choose another kind of section, with that kind's defaults.
 
     Raises:
-        ConfigError: a contradiction between fields, or an unknown kind.
-        SystemExit: code 2, after tyro's message, for an unknown flag or a value of the wrong type; 0 after --help.
+        ConfigError: an unknown kind.
+        SystemExit: code 2, after tyro's message, for an unknown flag, a value of the wrong type or a contradiction
+            between fields; 0 after --help.
     """
     hints = get_type_hints(Config)
     rest, position = [], 0
@@ -442,7 +439,8 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
                 value = arguments[position]
             chosen = _section_class(hints[section], {"kind": value}, section)
             if not isinstance(getattr(config, section), chosen):
-                config = dataclasses.replace(config, **{section: chosen()})
+                config = copy.copy(config)  # unchecked: flags that are read below may belong to the new kind
+                object.__setattr__(config, section, chosen())
         else:
             rest.append(arguments[position])
         position += 1

@@ -19,7 +19,7 @@ from flax_transformer.data.loader import evaluation_batches, evaluation_plan, tr
 from flax_transformer.data.parallel_text import Corpus, ParallelText
 from flax_transformer.data.preparation import held_out_pairs, prepare_tokenizers, prepare_training_pairs
 from flax_transformer.data.tokenizer import TokenizerPair
-from flax_transformer.errors import RunFolderError
+from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import cut_line
@@ -75,6 +75,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     """
     started = time.monotonic()
     folder = RunFolder(config.run)
+    _check_trainable(config)
     if resume:
         _check_same_recipe(folder, config)
     else:
@@ -133,7 +134,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         folder.create(config, tokenizers)
 
     keep = config.training.keep_newest, config.training.keep_best
-    with Checkpoints(folder.checkpoints, keep, tokenizers.fingerprint) as checkpoints:
+    with folder.held(), Checkpoints(folder.checkpoints, keep, tokenizers.fingerprint) as checkpoints:
         if resume and checkpoints.latest_step() is not None:
             restored = checkpoints.restore(layout)
             state, position = restored.state, restored.position
@@ -270,6 +271,16 @@ class Validation:
             f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
         )
         return self.quality(record)
+
+
+def _check_trainable(config: Config) -> None:
+    """Raises a `ConfigError` where parameters are kept in a type in which they would not move."""
+    if config.model.param_dtype != "float32":
+        raise ConfigError(
+            f"model.param_dtype: {config.model.param_dtype} cannot be trained in: most updates, and those of the "
+            "optimiser's averages, are below its rounding and would be lost. Keep model.param_dtype: float32 and set "
+            f"model.compute_dtype: {config.model.param_dtype}."
+        )
 
 
 def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:

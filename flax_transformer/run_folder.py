@@ -3,7 +3,7 @@
 config.yaml      the complete configuration, itself a valid --config
 run_card.json    what was run, on what, and what came out
 metrics.jsonl    one JSON object for each progress line and evaluation
-train.log        what was printed
+train.log        what was printed; the process that trains holds a lock on it
 bad_batch.npz    the batch at which a training gave up, if it did
 tokenizer/       SentencePiece models
 checkpoints/     STEP/{params,optimizer,meta}; with training.ema_decay params is the average, and trained lies beside
@@ -11,15 +11,17 @@ samples/         the test part: sources, references, translations
 tensorboard/  plots/
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_transformer.config import Config, read_config, write_config
 from flax_transformer.data.tokenizer import TokenizerPair
 from flax_transformer.errors import RunFolderError
+from flax_transformer.locks import take_lock
 
 
 class RunFolder:
@@ -106,6 +108,21 @@ class RunFolder:
         self.check_unused()
         tokenizers.save(self.path / "tokenizer")
         self.update_config(config)
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[None, None, None]:
+        """Keeps other trainings out of the folder: each would remove what the other is writing.
+
+        Raises:
+            RunFolderError: another process trains in it.
+        """
+        with self.log_file.open("a", encoding="utf-8") as log:
+            if not take_lock(log):
+                raise RunFolderError(
+                    f"{self.path} is being trained by another process. Wait for it to end, or stop it and go on by "
+                    "--resume; nothing was changed."
+                )
+            yield
 
     def update_config(self, config: Config) -> None:
         """Writes the configuration, all or nothing: what a resumed run changes (steps, intervals) is kept too."""

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import tracemalloc
 
 import chex
 import jax
@@ -15,6 +16,7 @@ from flax_transformer.data import packing
 from flax_transformer.data.batching import (
     BatchingConfig,
     BatchShape,
+    LengthSummary,
     Position,
     TokenizedPairs,
     index_dtype,
@@ -54,7 +56,7 @@ def random_pairs(seed: int, num: int, longest: int = 40) -> TokenizedPairs:
 @given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 6), st.integers(350, 2000))
 def test_an_epoch_holds_every_pair_once_in_shapes_within_the_budget(seed, num, num_shapes, budget):
     pairs = random_pairs(seed, num)
-    shapes = choose_shapes(pairs.lengths, num_shapes, budget)
+    shapes = choose_shapes(LengthSummary.of(pairs.lengths), num_shapes, budget)
     assert len(shapes) <= num_shapes
     for shape in shapes:
         assert shape.rows % 8 == 0 and shape.rows * max(shape.source_length, shape.target_length) <= budget
@@ -81,7 +83,7 @@ def test_shapes_have_the_least_padding_of_all_cuts():
     from itertools import combinations
 
     lengths = random_pairs(5, 400, longest=30).lengths
-    shapes = choose_shapes(lengths, 3, 4096)
+    shapes = choose_shapes(LengthSummary.of(lengths), 3, 4096)
 
     def padded(of: list[BatchShape]) -> int:
         chosen = assign_shapes(lengths, of)
@@ -146,7 +148,7 @@ def test_the_next_epoch_is_planned_while_one_is_trained_on():
             planned.append((epoch, threading.current_thread() is threading.main_thread()))
             return super().epoch(epoch)
 
-    plan = AlternatingPlan([Watched(pairs.lengths, plain.shapes, 3, pairs.mixture)])
+    plan = AlternatingPlan(plain.shapes, 1, lambda _: Watched(pairs.lengths, plain.shapes, 3, pairs.mixture))
     num = len(plan.epoch(0))
     stream = training_batches([pairs], plan, Position(0, 0))
     for index in range(2 * num + 1):
@@ -193,10 +195,10 @@ def test_rows_divide_by_what_a_large_mesh_needs():
 def test_the_last_shape_need_not_hold_every_pair_but_one_shape_does():
     """Long on one side and long on the other: each shape is as long as its own pairs, side by side."""
     lengths = np.array([[8, 20]] * 50 + [[40, 4]] * 20)
-    several = choose_shapes(lengths, 2, 640)
+    several = choose_shapes(LengthSummary.of(lengths), 2, 640)
     assert several[-1].target_length < 20
     assert len(BucketedPlan(lengths, several, None).epoch(0)) == 2 + 2
-    (single,) = choose_shapes(lengths, 1, 640)
+    (single,) = choose_shapes(LengthSummary.of(lengths), 1, 640)
     assert (single.source_length, single.target_length) == (40, 20)
 
 
@@ -213,7 +215,33 @@ def test_pairs_that_do_not_fit_are_counted_and_nothing_left_is_explained():
 
 def test_a_budget_smaller_than_the_longest_pairs_is_explained():
     with pytest.raises(ConfigError, match=r"tokens_per_batch \(100\) is too small: .* a row has 40 tokens.*320"):
-        choose_shapes(np.array([[40, 3], [4, 4]]), 2, 100)
+        choose_shapes(LengthSummary.of(np.array([[40, 3], [4, 4]])), 2, 100)
+
+
+def test_lengths_of_several_texts_are_summed_up_as_if_they_were_one():
+    """So that the lengths of many segmentations of a text are never in memory together."""
+    texts = [random_pairs(seed, num, longest).lengths for seed, num, longest in ((1, 90, 9), (2, 50, 40), (3, 70, 25))]
+    first, *others = map(LengthSummary.of, texts)
+    added, whole = sum(others, first), LengthSummary.of(np.concatenate(texts))
+    chex.assert_trees_all_equal(vars(added), vars(whole))
+    assert added.counts.sum() == 210 and added.longest.max() == 40
+
+
+def test_a_plan_of_many_variants_keeps_nothing_of_their_pairs():
+    """But for the newest epoch: with ten variants of ten million pairs it would be gigabytes."""
+    variants = [random_pairs(seed, 400) for seed in range(8)]
+    for config in (BatchingConfig(tokens_per_batch=640), BatchingConfig("packed", 640, row_length=72)):
+        kept = []
+        for num in (1, 8):
+            tracemalloc.start()
+            plan = training_plan(variants[:num], config, 0)
+            kept.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.stop()
+        assert kept[1] < kept[0] + 1_000, (config.form, kept)
+        ones = [training_plan([variant], config, 0) for variant in variants]
+        pairs = [np.concatenate([b.pairs for b in plan.epoch(e)]) for e in (1, 9)]
+        assert all(sorted(p.tolist()) == list(range(400)) for p in pairs)
+        assert plan.shapes[-1].rows == ones[0].shapes[-1].rows
 
 
 # --- packed batches
@@ -269,8 +297,12 @@ def test_packed_bucketed_and_single_pairs_have_the_same_loss():
         sums = [step(model, make_batch(pairs, planned)) for planned in plan.epoch(0)]
         return [float(sum(values)) for values in zip(*sums, strict=True)]
 
-    bucketed = losses(BucketedPlan(pairs.lengths, choose_shapes(pairs.lengths, 2, 160), 0))
-    packed = losses(PackedPlan(pairs.lengths, packed_shape(pairs.lengths, BatchingConfig("packed", 256, 4, 24)), 0))
+    bucketed = losses(BucketedPlan(pairs.lengths, choose_shapes(LengthSummary.of(pairs.lengths), 2, 160), 0))
+    packed = losses(
+        PackedPlan(
+            pairs.lengths, packed_shape(LengthSummary.of(pairs.lengths), BatchingConfig("packed", 256, 4, 24)), 0
+        )
+    )
     single = losses(BucketedPlan(pairs.lengths, [BatchShape(1, 12, 12)], 0))
     assert bucketed[3] == packed[3] == single[3] == pairs.lengths[:, 1].sum()
     np.testing.assert_allclose(packed, single, rtol=1e-5)
@@ -300,7 +332,7 @@ def test_what_is_kept_of_every_pair_is_small():
 
 def test_a_pair_longer_than_a_packed_row_is_explained():
     with pytest.raises(ConfigError, match=r"batching.row_length \(32\) is shorter than the longest pair \(40 tokens"):
-        packed_shape(np.array([[40, 3], [4, 4]]), BatchingConfig("packed", row_length=32))
+        packed_shape(LengthSummary.of(np.array([[40, 3], [4, 4]])), BatchingConfig("packed", row_length=32))
 
 
 def test_packing_for_a_model_that_cannot_is_explained():

@@ -26,6 +26,8 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path, capsys)
         (["--mesh.tensor", "8"], "mesh.tensor (8) must divide"),
         (["--mesh.data", "9"], "but JAX has 8"),
         (["--training.seed", "-1"], "training.seed must lie between 0"),
+        (["--model.param-dtype", "bfloat16"], "cannot be trained in: most updates"),
+        (["--model.kind", "rnn", "--model.param-dtype", "bfloat16"], "Keep model.param_dtype: float32 and set"),
         (["--data.kind", "parallel_text", "--data.folder", str(tmp_path)], "no text file at"),
     ):
         assert command("train", "--config", str(recipe), "--run", str(folder), *mistake) == 2

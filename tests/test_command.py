@@ -62,3 +62,13 @@ def test_each_core_is_a_device_unless_the_user_says_otherwise():
             assert "terminate_timeout_seconds=86400" in flags
         else:
             assert int(devices) == expected and "terminate_timeout" not in flags
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_tells_its_options(verb, capsys):
+    try:
+        code = cli.run_verb(cli.verb(verb), ["--help"], f"flax-transformer {verb}")
+    except SystemExit as stop:  # how tyro ends after its help
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 0 and not captured.err and "--" in captured.out

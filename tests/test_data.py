@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from flax_transformer.cli.translate import read_lines
 from flax_transformer.data.parallel_text import (
     ParallelText,
     ParallelTextConfig,
@@ -91,6 +92,19 @@ def test_plain_and_compressed_text_read_alike(tmp_path):
     expected = ["a b", "zweite Zeile\u2028noch dieselbe", "", "last"]
     assert list(iterate_lines(tmp_path / "plain")) == expected
     assert list(iterate_lines(tmp_path / "packed.gz")) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    """Windows programs write one; within a text it is a character like others."""
+    mark = "\ufeff"
+    (tmp_path / "plain").write_text(f"{mark}eins\n{mark}zwei\n", encoding="utf-8")
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(f"{mark}eins\n{mark}zwei\n".encode()))
+    (tmp_path / "pairs.jsonl").write_text(f'{mark}{{"source": "eins", "target": "one"}}\n', encoding="utf-8")
+    for name in ("plain", "packed.gz"):
+        assert list(iterate_lines(tmp_path / name)) == ["eins", f"{mark}zwei"]
+    pairs = read_parallel_text(tmp_path / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    assert (pairs.source, pairs.target) == (["eins"], ["one"])
+    assert list(read_lines(io.BytesIO(f"{mark}eins\nzwei".encode()), "text")) == ["eins", "zwei"]
 
 
 def test_bad_files_are_explained(tmp_path: Path):

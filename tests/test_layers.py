@@ -367,3 +367,8 @@ def test_a_dropout_rate_out_of_range_is_named_with_its_file(tmp_path, kind, name
     message = rf"{re.escape(str(path))}: model\.{name} must be at least 0 and below 1, got {rate}"
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+    path.write_text(f"model: {{kind: {kind}, {name}: 0.0019}}\n")  # of 256 values of a byte, it is none
+    with pytest.raises(ConfigError, match=rf"model\.{name}: rates are drawn in steps of 1/256, .* at least 0.002\."):
+        read_config(path)
+    path.write_text(f"model: {{kind: {kind}, {name}: 0.002}}\n")
+    assert getattr(read_config(path).model, name) == 0.002

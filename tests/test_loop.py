@@ -18,7 +18,7 @@ from flax_transformer.training.throughput import ProductCost
 from tests import tiny
 
 
-def train(step, mesh, first_step: int = 0, log_every_steps: int = 60) -> tuple[TrainState, int | None]:
+def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) -> tuple[TrainState, int | None]:
     """Runs the loop up to step 60 with a made-up step; nothing is evaluated, saved or logged."""
     batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
     return loop.train_loop(
@@ -27,7 +27,7 @@ def train(step, mesh, first_step: int = 0, log_every_steps: int = 60) -> tuple[T
         iter([(batch, Position(0, number)) for number in range(60)]),
         TrainingConfig(steps=60, log_every_steps=log_every_steps, evaluate_every_steps=60, checkpoint_every_steps=60),
         mesh,
-        MagicMock(spec=RunLog),
+        log or MagicMock(spec=RunLog),
         save=lambda state, position, quality: None,
         evaluate=lambda params, step: 0.0,
         history=[],
@@ -49,10 +49,27 @@ def test_divergence_says_whether_there_is_a_checkpoint(one_device, saved_before)
         train(step, one_device, first_step=first, log_every_steps=10)
 
 
+def test_divergence_is_noticed_however_far_apart_progress_lines_are(one_device):
+    """And no more batches are kept for it than are under way."""
+    log, started = MagicMock(spec=RunLog), 0
+
+    def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+        nonlocal started
+        started += 1
+        one = jnp.float32(1.0)
+        metrics = StepMetrics(LossSums(one, one, one, one), one, one, jnp.asarray(started > 20))
+        return TrainState(state.step + 1, {}, {}, None), metrics
+
+    with pytest.raises(DivergenceError, match="10 steps in a row were skipped, the last is step 30: "):
+        train(step, one_device, log=log)
+    assert started <= 30 + loop.MOST_UNDER_WAY
+    assert [int(call.args[0].split()[2]) for call in log.say.call_args_list] == list(range(21, 31))
+
+
 def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch):
     """However far apart progress lines are: XLA for CPU stops for good when 32 programs of several devices wait."""
     started, waited_for, most = 0, 0, 0
-    real = {"block_until_ready": jax.block_until_ready, "device_get": jax.device_get}
+    real = jax.device_get
 
     def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
         nonlocal started, most
@@ -62,16 +79,13 @@ def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch
         metrics = StepMetrics(LossSums(one, one, one, one), one, jnp.float32(started), jnp.asarray(False))
         return TrainState(state.step + 1, {}, {}, None), metrics
 
-    def waiting(name):
-        def wait(tree):
-            nonlocal waited_for
-            waited_for = int((tree[-1] if isinstance(tree, list) else tree).learning_rate)
-            return real[name](tree)
+    def wait(tree):
+        nonlocal waited_for
+        if tree:
+            waited_for = int(tree[-1].learning_rate)
+        return real(tree)
 
-        return wait
-
-    for name in real:
-        monkeypatch.setattr(loop.jax, name, waiting(name))
+    monkeypatch.setattr(loop.jax, "device_get", wait)
     state, stopped = train(step, one_device)
     assert (int(state.step), stopped) == (60, None)
     assert most == loop.MOST_UNDER_WAY + 1

@@ -166,6 +166,25 @@ def test_chunks_that_are_padding_alone_are_left_out(monkeypatch):
     np.testing.assert_array_equal(chunks.hidden[0, :16, 0], tokens.reshape(-1)[chunks.places[0, :16]])
 
 
+def test_on_an_accelerator_the_number_of_chunks_is_fixed(monkeypatch):
+    """A loop of unknown length makes a GPU wait for the host in each of its turns."""
+    hidden, kernel, bias, targets, mask = example()
+
+    def gradient(h, k):
+        return jax.value_and_grad(
+            lambda h, k: cross_entropy(h, OutputProjection(k, bias, 11), targets, mask, 0.1).loss, argnums=(0, 1)
+        )(h, k)
+
+    on_cpu = gradient(hidden, kernel)
+    assert "while[" in str(jax.make_jaxpr(gradient)(hidden, kernel))
+    monkeypatch.setattr(loss_module, "backend", lambda: "gpu")
+    monkeypatch.setattr(loss_module, "ACCELERATOR_CHUNK_ELEMENTS", 2 * 16)
+    jax.clear_caches()  # of what was traced for a CPU
+    program = str(jax.make_jaxpr(gradient)(hidden, kernel))
+    assert "while[" not in program and f"length={-(-targets.size // 2)}" in program.replace(" ", "")
+    chex.assert_trees_all_close(gradient(hidden, kernel), on_cpu, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient():
     hidden, kernel, bias, targets, mask = example()
     projection = OutputProjection(kernel, bias, 11)

@@ -1,6 +1,7 @@
 """A whole small run through the commands: train, resume, translate, evaluate, and what goes wrong on the way."""
 
 import dataclasses
+import gc
 import gzip
 import io
 import json
@@ -288,6 +289,54 @@ def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
         RunFolderError, match=r"does not fit the model .*\n.*feed_forward/down/kernel: checkpoint \(1, 32"
     ):
         Translator.load(copy)
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(run, capsys):
+    """Two would remove what the other is writing."""
+    before = (run / "metrics.jsonl").read_bytes()
+    with RunFolder(run).held():
+        assert command("train", "--run", str(run), "--resume", "--training.steps", "10") == 2
+    message = "is being trained by another process. Wait for it to end, or stop it and go on by --resume"
+    assert message in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before and read_config(run / "config.yaml").training.steps == 8
+    with RunFolder(run).held():
+        pass  # it is free again
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves behind it then
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("size", [None, 0, 0.5], ids=["missing", "empty", "cut"])
+@pytest.mark.parametrize("file", ["params/manifest.ocdbt", "params/_METADATA", "params/d/*", "meta/metadata"])
+def test_a_checkpoint_with_a_damaged_file_is_explained(run, tmp_path, one_device, file, size):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (path,) = (copy / "checkpoints" / "8").glob(file)
+    if size is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(size * path.stat().st_size)])
+    message = r"the checkpoint \S+/8 cannot be read: \w+: .* Fetch it again, or delete that folder to go on from"
+    with pytest.raises(RunFolderError, match=message) as caught:
+        Translator.load(copy, one_device, checkpoint="last")
+    del caught
+    gc.collect()  # here, where the warnings are known
+
+
+def test_a_checkpoint_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
+    """Whether at once, or in the background and heard of later; an error that came first is the one that is told."""
+    params = {"a": jax.numpy.ones(3)}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    message = r"could not be written to \S+: OSError: .*No space left on device. Those before it are whole. Make room"
+    for call in ("save", "wait_until_finished", "close"):
+        with pytest.raises(RunFolderError, match=message), Checkpoints(tmp_path / call, (1, 1)) as checkpoints:
+            monkeypatch.setattr(checkpoints._manager, call, full)
+            checkpoints.save_params(1, params)
+    with pytest.raises(KeyError, match="first"), Checkpoints(tmp_path / "first", (1, 1)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "close", full)
+        raise KeyError("first")
 
 
 def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):

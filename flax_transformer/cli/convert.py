@@ -90,6 +90,9 @@ def main(arguments: list[str], program: str) -> int:
         InputError: a bad folder, or a model that cannot be converted.
     """
     direction = arguments[0] if arguments else ""
+    if direction in ("-h", "--help"):
+        print(USAGE)
+        return 0
     if direction not in DIRECTIONS:
         raise ConfigError(f"say what to convert: {USAGE}.{did_you_mean(direction, DIRECTIONS)}")
     DIRECTIONS[direction](arguments[1:], f"{program} {direction}")

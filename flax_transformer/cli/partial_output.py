@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_transformer.errors import InputError
+from flax_transformer.locks import take_lock
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,6 @@ def digest_of(lines: list[str], digest: Any = None) -> Any:
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest
-
-
-def _locked(file: Any) -> bool:
-    """Returns whether this process alone has the file now, until it closes it; where nothing can tell, it has."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class StandardOutput:
@@ -116,7 +104,7 @@ class PartialOutput:
 
     def __enter__(self) -> "PartialOutput":
         self._file = self._partial.open("ab+")
-        if not _locked(self._file):
+        if not take_lock(self._file):
             self._file.close()
             raise InputError(f"another process is writing {self._partial}. Wait for it, or choose another --output.")
         self._file.seek(0)

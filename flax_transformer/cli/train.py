@@ -39,6 +39,8 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
                 print(f"{program} [--config FILE] [--resume] [--data.kind KIND] [--section.field VALUE ...]\n")
             rest.append(arguments[position])
         position += 1
+    if path is None and any(name in rest for name in ("-h", "--help")):
+        return override(Config(), ["--help"], program), resume  # which ends by it
     if path is None and resume and run:  # the run folder alone is enough to go on
         path = RunFolder.open(run).config_file
     elif path is None:

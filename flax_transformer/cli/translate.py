@@ -16,6 +16,7 @@ import tyro
 
 from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
 from flax_transformer.config import METHOD_FIELDS, DecodingConfig
+from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
 from flax_transformer.errors import ConfigError, DivergenceError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.quantize import Quantize
@@ -89,7 +90,8 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
     try:
         for line in stream:
             number += 1
-            yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "

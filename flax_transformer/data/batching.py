@@ -5,7 +5,7 @@ position in the data is then two integers, exact, and independent of the number 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -263,23 +263,57 @@ class Plan(Protocol):
         ...
 
 
-def rows_within(budget: int, length: int, multiple: int, longest: str = "") -> int:
+@dataclass(frozen=True)
+class LengthSummary:
+    """What the shapes of batches are chosen by, of any number of pairs; those of several texts can be added.
+
+    Attributes:
+        counts: [groups], pairs whose longer side, rounded up, is so many times `LENGTH_MULTIPLE`.
+        longest: [groups, 2], the longest source and the longest target of each group.
+        total: [2], tokens of each side.
+    """
+
+    counts: np.ndarray
+    longest: np.ndarray
+    total: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: np.ndarray) -> "LengthSummary":
+        """Returns the summary of [number of pairs, 2]."""
+        group = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE
+        counts = np.bincount(group)
+        longest = np.zeros((len(counts), 2), np.int64)
+        for number in np.flatnonzero(counts):
+            longest[number] = lengths[group == number].max(axis=0)
+        return cls(counts, longest, lengths.sum(axis=0, dtype=np.int64))
+
+    def __add__(self, other: "LengthSummary") -> "LengthSummary":
+        groups = max(len(self.counts), len(other.counts))
+        counts, longest = np.zeros(groups, np.int64), np.zeros((groups, 2), np.int64)
+        for each in (self, other):
+            counts[: len(each.counts)] += each.counts
+            longest[: len(each.counts)] = np.maximum(longest[: len(each.counts)], each.longest)
+        return LengthSummary(counts, longest, self.total + other.total)
+
+
+def rows_within(budget: int, length: int, multiple: int, place: Callable[[], str] | None = None) -> int:
     """Returns how many rows of `length` tokens a budget holds.
 
     Args:
         budget: padded tokens of a batch.
         length: of a row, in tokens.
         multiple: rows divide by this.
-        longest: where the pair stands that makes rows so long, for the message.
+        place: returns where the pair stands that makes rows so long, for the message.
 
     Raises:
         ConfigError: not even one such multiple.
     """
     rows = budget // length // multiple * multiple
     if rows < multiple:
+        longest = "" if place is None else f", for the pair of {place()}"
         raise ConfigError(
             f"batching.tokens_per_batch ({budget}) is too small: a batch has at least {multiple} rows, and a row has "
-            f"{length} tokens on one side{longest and f', for the pair of {longest}'}. Give at least "
+            f"{length} tokens on one side{longest}. Give at least "
             f"{multiple * length}, or lower the longest row: "
             "model.max_source_length and model.max_target_length (bucketed), batching.row_length (packed)."
         )

@@ -12,6 +12,7 @@ from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
     ROW_MULTIPLE,
     BatchShape,
+    LengthSummary,
     Mixture,
     PlannedBatch,
     rows_within,
@@ -20,11 +21,11 @@ from flax_transformer.errors import InputError
 
 
 def choose_shapes(
-    lengths: np.ndarray,
+    lengths: LengthSummary,
     most: int,
     tokens_per_batch: int,
     multiple: int = ROW_MULTIPLE,
-    place: Callable[[int], str] | None = None,
+    place: Callable[[], str] | None = None,
 ) -> list[BatchShape]:
     """Returns at most `most` shapes, shortest first, with the least padding that so many shapes allow.
 
@@ -32,19 +33,17 @@ def choose_shapes(
     longest pair in it. Of all cuts into ranges, dynamic programming finds the one with the fewest padded tokens.
 
     Args:
-        lengths: [number of pairs, 2].
+        lengths: of all pairs.
         most: number of shapes.
         tokens_per_batch: padded tokens at most, on the longer side.
         multiple: rows divide by this.
-        place: of a pair, by its index, for messages.
+        place: returns where the longest pair stands, for messages.
 
     Raises:
         ConfigError: the budget does not hold `multiple` of the longest pairs.
     """
-    longer = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE  # one group for each rounded length
-    groups = np.unique(longer)
-    counts = np.array([(longer == g).sum() for g in groups])
-    longest = np.array([lengths[longer == g].max(axis=0) for g in groups])  # [groups, 2]
+    groups = np.flatnonzero(lengths.counts)
+    counts, longest = lengths.counts[groups], lengths.longest[groups]
     rounded = (longest + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
 
     num_groups = len(groups)
@@ -64,8 +63,7 @@ def choose_shapes(
     while j:
         i = int(cut[k, j])
         source_length, target_length = (int(n) for n in rounded[i:j].max(axis=0))
-        longest = place(int(lengths.max(axis=1).argmax())) if place and not shapes else ""
-        rows = rows_within(tokens_per_batch, max(source_length, target_length), multiple, longest)
+        rows = rows_within(tokens_per_batch, max(source_length, target_length), multiple, None if shapes else place)
         shapes.append(BatchShape(rows, source_length, target_length))
         k, j = k - 1, i
     return shapes[::-1]
@@ -109,9 +107,10 @@ class BucketedPlan:
             rng = np.random.default_rng((self.seed, epoch))
             order = rng.permutation(self.mixture.pairs_of_epoch(self.seed, epoch))
         batches = []
+        rows = np.arange(max(shape.rows for shape in self.shapes))
         for index, shape in enumerate(self.shapes):
             members = order[self._shape_of_pair[order] == index]
             for start in range(0, len(members), shape.rows):
                 pairs = members[start : start + shape.rows]
-                batches.append(PlannedBatch(shape, pairs, np.arange(len(pairs))))
+                batches.append(PlannedBatch(shape, pairs, rows[: len(pairs)]))
         return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]

@@ -11,6 +11,7 @@ from flax_transformer.data.batching import (
     ROW_MULTIPLE,
     BatchingConfig,
     BatchShape,
+    LengthSummary,
     Plan,
     PlannedBatch,
     Position,
@@ -24,22 +25,26 @@ from flax_transformer.shapes import Batch
 
 
 class AlternatingPlan:
-    """Several plans with the same shapes, one for each variant of the pairs; the epochs take turns through them."""
+    """Several plans with the same shapes, one for each variant of the pairs; the epochs take turns through them.
 
-    def __init__(self, plans: Sequence[Plan]):
-        self._plans = plans
+    Args:
+        shapes: every shape that a batch may have.
+        num_variants: of the pairs.
+        make: returns the plan of a variant by its number. It is made for each epoch, since it holds something of every
+            pair, and there may be many variants of many pairs.
+    """
+
+    def __init__(self, shapes: list[BatchShape], num_variants: int, make: Callable[[int], Plan]):
+        self.shapes = shapes
+        self._num_variants = num_variants
+        self._make = make
         self._newest: tuple[int, list[PlannedBatch]] | None = None
-
-    @property
-    def shapes(self) -> list[BatchShape]:
-        """Every shape that a batch may have."""
-        return self._plans[0].shapes
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
         """Returns the batches of an epoch, as its variant plans them; the newest are kept for who asks again."""
         newest = self._newest
         if newest is None or newest[0] != epoch:
-            newest = self._newest = epoch, self._plans[epoch % len(self._plans)].epoch(epoch)
+            newest = self._newest = epoch, self._make(epoch % self._num_variants).epoch(epoch)
         return newest[1]
 
 
@@ -54,18 +59,29 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
     Raises:
         ConfigError: the budget is too small for the longest pairs.
     """
-    lengths = np.concatenate([pairs.lengths for pairs in variants])
+    first, *others = (LengthSummary.of(pairs.lengths) for pairs in variants)
+    lengths = sum(others, first)
 
-    def place(index: int) -> str:
-        starts = np.cumsum([0, *(len(pairs) for pairs in variants)])
-        variant = int(np.searchsorted(starts, index, side="right")) - 1
-        return variants[variant].place(index - int(starts[variant]))
+    def place() -> str:  # of the longest pair
+        longest = [pairs.lengths.max(axis=1).max() for pairs in variants]
+        pairs = variants[int(np.argmax(longest))]
+        return pairs.place(int(pairs.lengths.max(axis=1).argmax()))
 
     if config.form == "packed":
         row = packed_shape(lengths, config, place)
-        return AlternatingPlan([PackedPlan(pairs.lengths, row, seed, pairs.mixture) for pairs in variants])
-    shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.rows_divide_by, place)
-    return AlternatingPlan([BucketedPlan(pairs.lengths, shapes, seed, pairs.mixture) for pairs in variants])
+        shapes = [row]
+
+        def make(variant: int) -> Plan:
+            pairs = variants[variant]
+            return PackedPlan(pairs.lengths, row, seed, pairs.mixture)
+    else:
+        shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.rows_divide_by, place)
+
+        def make(variant: int) -> Plan:
+            pairs = variants[variant]
+            return BucketedPlan(pairs.lengths, shapes, seed, pairs.mixture)
+
+    return AlternatingPlan(shapes, len(variants), make)
 
 
 def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: int = 1) -> Plan:
@@ -74,7 +90,7 @@ def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: i
     Rows are a multiple of `row_multiple`, the number of parts that they are split into.
     """
     budget = max(config.tokens_per_batch // config.micro_batches, ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE))
-    (shape,) = choose_shapes(lengths, 1, budget)
+    (shape,) = choose_shapes(LengthSummary.of(lengths), 1, budget)
     return BucketedPlan(lengths, [shape._replace(rows=round_up(shape.rows, row_multiple))], None)
 
 

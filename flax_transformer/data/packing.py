@@ -12,6 +12,7 @@ from flax_transformer.data.batching import (
     LENGTH_MULTIPLE,
     BatchingConfig,
     BatchShape,
+    LengthSummary,
     Mixture,
     PlannedBatch,
     index_dtype,
@@ -26,27 +27,27 @@ OPEN_ROWS = 32
 PAIRS_AT_ONCE = 65_536
 
 
-def packed_shape(lengths: np.ndarray, config: BatchingConfig, place: Callable[[int], str] | None = None) -> BatchShape:
+def packed_shape(lengths: LengthSummary, config: BatchingConfig, place: Callable[[], str] | None = None) -> BatchShape:
     """Returns the one shape of packed batches: rows are as long as asked on the longer side, and on the other side as
     much shorter as that side is in the whole corpus.
 
     Args:
-        lengths: [number of pairs, 2].
+        lengths: of all pairs.
         config: budget and length of a row.
-        place: of a pair, by its index, for messages.
+        place: returns where the longest pair stands, for messages.
 
     Raises:
         ConfigError: a pair is longer than a row, or the budget does not hold as many rows as divide by what they must.
     """
-    longest = lengths.max(axis=0)
+    longest = lengths.longest.max(axis=0)
     if longest.max() > config.row_length:
-        where = "" if place is None else f", {place(int(lengths.max(axis=1).argmax()))}"
+        where = "" if place is None else f", {place()}"
         raise ConfigError(
             f"batching.row_length ({config.row_length}) is shorter than the longest pair ({longest.max()} tokens on "
             f"one side{where}). Raise it, or lower model.max_source_length and model.max_target_length to drop such "
             "pairs."
         )
-    share = lengths.sum(axis=0) / lengths.sum(axis=0).max()
+    share = lengths.total / lengths.total.max()
     sides = [
         max(round_up(int(config.row_length * s), LENGTH_MULTIPLE), int(n)) for s, n in zip(share, longest, strict=True)
     ]

@@ -119,6 +119,10 @@ class ParallelTextConfig:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
 
 
+# Some programs begin a file of UTF-8 by it; it is no part of the text.
+BYTE_ORDER_MARK = "\ufeff"
+
+
 def iterate_lines(path: Path) -> Iterator[str]:
     """Yields the lines of a text file, plain or .gz, without their line ends ("\\n" or "\\r\\n").
 
@@ -132,7 +136,8 @@ def iterate_lines(path: Path) -> Iterator[str]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
                 number += 1
-                yield line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
@@ -202,7 +207,7 @@ class ParallelFiles:
     def fingerprint(self) -> str:
         """SHA-256 of the files, and of what says how to read them; the files are read for it once."""
         config = self.config
-        how = (config.source_column, config.target_column, config.source_key, config.target_key)
+        how = ("no byte order mark", config.source_column, config.target_column, config.source_key, config.target_key)
         digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())
         for path in (self.source, self.target):
             if not path.is_file():

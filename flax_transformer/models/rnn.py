@@ -54,7 +54,7 @@ class RecurrentConfig:
         share_embeddings: "all", "target_output" or "none", as for the Transformer.
         dropout: on embeddings, between layers, and on the readout.
         vocab_multiple: the vocabulary is padded to a multiple of this many rows.
-        param_dtype: type in which parameters are kept.
+        param_dtype: type in which parameters are kept; a training keeps them in float32.
         compute_dtype: type of products and activations.
     """
 

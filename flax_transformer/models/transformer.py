@@ -76,7 +76,7 @@ class TransformerConfig:
             other: deep models compile sooner, and run a little slower.
         rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again: less
             memory for about a third more arithmetic; XLA for CPU saves nothing unless layers are scanned.
-        param_dtype: type in which parameters are kept.
+        param_dtype: type in which parameters are kept; a training keeps them in float32.
         compute_dtype: type of products and activations; softmax, norm statistics and the loss stay float32.
     """
 

@@ -13,9 +13,18 @@ from flax_transformer.errors import ConfigError
 
 
 def check_dropout_rate(name: str, rate: float) -> None:
-    """Raises a `ConfigError` unless `0 <= rate < 1`; `name` is the configuration field."""
+    """Raises a `ConfigError` unless a rate can be drawn by `dropout`; `name` is the configuration field."""
     if not 0.0 <= rate < 1.0:
         raise ConfigError(f"{name} must be at least 0 and below 1, got {rate}.")
+    if rate and _threshold(rate) == 256:
+        raise ConfigError(
+            f"{name}: rates are drawn in steps of 1/256, of which {rate} is none. Give 0, or at least 0.002."
+        )
+
+
+def _threshold(rate: float) -> int:
+    """Returns how many of the 256 values of a byte keep an element."""
+    return max(1, round((1.0 - rate) * 256))
 
 
 def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
@@ -41,7 +50,7 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) ->
     """
     if key is None or rate == 0.0:
         return x
-    threshold = max(1, round((1.0 - rate) * 256))
+    threshold = _threshold(rate)
     if threshold == 256:
         return x
     keep = random_bytes(key, x.shape) < jnp.uint8(threshold)

@@ -27,7 +27,8 @@ def _kernel(key: jax.Array, in_dim: int, num_gates: int, units: int, dtype: jnp.
     """Returns [in_dim, num_gates, units], each gate drawn on its own."""
     keys = jax.random.split(key, num_gates)
     if orthogonal:
-        gates = [jax.nn.initializers.orthogonal()(k, (in_dim, units), dtype) for k in keys]
+        orthogonal_of = jax.nn.initializers.orthogonal()  # by a decomposition that bfloat16 has not
+        gates = [orthogonal_of(k, (in_dim, units), jnp.float32).astype(dtype) for k in keys]
     else:
         gates = [xavier_uniform(k, (in_dim,), (units,), dtype) for k in keys]
     return jnp.stack(gates, axis=1)

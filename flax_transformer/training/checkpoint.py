@@ -4,9 +4,11 @@ Orbax notices a file that is cut short or missing, but not one in which a byte h
 kept beside it. The checksum is computed where the array lies and does not depend on how it is sharded.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +80,12 @@ def checksums_of(state: TrainState) -> dict[str, dict[str, str]]:
     return {name: checksums(tree) for name, tree in _trees(state).items()}
 
 
+def _in_short(error: Exception) -> str:
+    """Returns the kind of an error and the beginning of its text, which Orbax's can have pages of."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+
+
 def _quality(metrics: dict[str, float]) -> float:
     return metrics["quality"]
 
@@ -121,8 +129,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()  # waits for what is being written
+    def __exit__(self, kind: Any, *_) -> None:
+        # This waits for what is being written. Where another error is on its way, it is the one to tell of.
+        with contextlib.suppress(Exception) if kind is not None else self._writing():
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None when there is none."""
@@ -130,8 +140,12 @@ class Checkpoints:
 
     def best_steps(self) -> list[int]:
         """Returns the steps whose quality is known, best first; of equals the later comes first."""
-        self._manager.wait_until_finished()  # the quality of one that is being written is not known yet
-        known = [(step, self._manager.metrics(step)) for step in self._manager.all_steps()]
+        with self._writing():
+            self._manager.wait_until_finished()  # the quality of one that is being written is not known yet
+        known = []
+        for step in self._manager.all_steps():
+            with self._reading(step):
+                known.append((step, self._manager.metrics(step)))
         return [s for _, s in sorted(((m["quality"], s) for s, m in known if m is not None), reverse=True)]
 
     def newest_steps(self) -> list[int]:
@@ -175,6 +189,9 @@ class Checkpoints:
             position: the next batch to take.
             data: fingerprint of the text.
             quality: on validation text, the higher the better; None when it was not evaluated.
+
+        Raises:
+            RunFolderError: this checkpoint, or the one before it, cannot be written.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -192,19 +209,21 @@ class Checkpoints:
             "checksums": checksums_of(state),
         }
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
-            metrics=None if quality is None else {"quality": quality},
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
+                metrics=None if quality is None else {"quality": quality},
+            )
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves parameters alone, which is enough to translate and to start another run from; waits for the disk."""
         meta = {"step": step, "tokenizers": self.tokenizers, "checksums": {"params": checksums(params)}}
-        self._manager.save(
-            step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
-        )
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.save(
+                step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+            )
+            self._manager.wait_until_finished()
 
     def restore(self, layout: StateLayout) -> Restored:
         """Returns the newest checkpoint in the shardings of `layout`.
@@ -225,7 +244,8 @@ class Checkpoints:
             )
         trees = _trees(abstract)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        with self._reading(step):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self._check_sums(step, {name: restored[name] for name in trees}, meta)
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         average = None if abstract.average is None else restored["params"]
@@ -255,17 +275,49 @@ class Checkpoints:
             RunFolderError: they were saved with other tokenizers, their shapes are not those of `abstract_params`, or
                 they are damaged.
         """
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         meta = self._meta(step)
         self._check_tokenizers(step, meta)
         self._check_shapes(step, abstract_params)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-        params = self._manager.restore(step, args=items)["params"]
+        with self._reading(step):
+            params = self._manager.restore(step, args=items)["params"]
         self._check_sums(step, {"params": params}, meta)
         return params
 
     def _meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        with self._reading(step):
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            if not isinstance(meta["checksums"]["params"], dict):
+                raise ValueError("meta holds no checksums")
+        return meta
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Generator[None, None, None]:
+        """Makes a `RunFolderError` of what Orbax raises at files that are cut short or missing: it may be anything."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
+            raise
+        except Exception as error:
+            raise RunFolderError(
+                f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}. A file of it is missing "
+                "or damaged. Fetch it again, or delete that folder to go on from the checkpoint before it."
+            ) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[None, None, None]:
+        """Makes a `RunFolderError` of what Orbax raises when it cannot write, then or in the background before."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise RunFolderError(
+                f"a checkpoint could not be written to {self.folder}: {_in_short(error)}. Those before it are whole. "
+                "Make room, or mend the file system, and go on by --resume."
+            ) from error
 
     def _check_tokenizers(self, step: int, meta: dict[str, Any]) -> None:
         saved = meta.get("tokenizers")
@@ -288,7 +340,8 @@ class Checkpoints:
                 for p, leaf in leaves
             }
 
-        saved = shapes(self._manager.item_metadata(step)["params"].tree)
+        with self._reading(step):
+            saved = shapes(self._manager.item_metadata(step)["params"].tree)
         wanted = shapes(abstract_params)
         if saved != wanted:
             names = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))

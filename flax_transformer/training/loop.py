@@ -43,7 +43,7 @@ class Window:
     """What has happened since the last progress line.
 
     Attributes:
-        pending: metrics that are still on the device, so that the host need not wait for each, and their batches.
+        pending: metrics that may still be on the device, so that the host need not wait for each, and their batches.
         fetched: metrics on the host, of the updates that were not skipped.
         tokens: counts over all updates.
         warm_up: of them, those of the warm-up.
@@ -70,15 +70,21 @@ class Window:
         """Leaves what has happened so far out of the throughput."""
         self.warm_up, self.warm_up_seconds = self.tokens, time.monotonic() - self.started
 
-    def fetch(self, step: int, log: RunLog) -> None:
-        """Waits for the device and takes over its metrics, the last of which belong to `step`.
+    def fetch(self, step: int, log: RunLog, leave: int = 0) -> None:
+        """Waits for the device and takes over its metrics, but for those of the newest updates.
+
+        Args:
+            step: the newest update.
+            log: where updates that were skipped are told of.
+            leave: updates that may stay under way.
 
         Raises:
             DivergenceError: `MOST_SKIPPED` updates in a row were skipped; the batch of the last one is kept in a file.
         """
         first = step - len(self.pending) + 1
-        batches = [batch for _, batch in self.pending]
-        all_metrics = jax.device_get([metrics for metrics, _ in self.pending])
+        taken, self.pending = self.pending[: len(self.pending) - leave], self.pending[len(self.pending) - leave :]
+        batches = [batch for _, batch in taken]
+        all_metrics = jax.device_get([metrics for metrics, _ in taken])
         for number, (metrics, batch) in enumerate(zip(all_metrics, batches, strict=True), start=first):
             self.learning_rate = float(metrics.learning_rate)
             if not metrics.skipped:
@@ -97,7 +103,6 @@ class Window:
                     f"{'The last checkpoint is whole' if self.saved else 'No checkpoint had been saved'}. Try a lower "
                     "learning rate (section optimizer), more optimizer.warmup_steps, or model.norm_order: pre."
                 )
-        self.pending = []
 
     def report(
         self, step: int, steps: int, seconds_left: float, cost: ProductCost, peak: float | None
@@ -273,9 +278,9 @@ def train_loop(
             window.tokens += TokenCounts.of(batch)
             state, metrics = compiled[shape_of(batch)](state, jax.device_put(batch, sharding))
             window.pending.append((metrics, batch))
-            if len(window.pending) > MOST_UNDER_WAY:
-                jax.block_until_ready(window.pending[-1 - MOST_UNDER_WAY][0])
             step += 1
+            if len(window.pending) > MOST_UNDER_WAY:
+                window.fetch(step, log, leave=MOST_UNDER_WAY)
             last = step == config.steps
             to_evaluate = step % config.evaluate_every_steps == 0 or last
             to_save = step % config.checkpoint_every_steps == 0 or to_evaluate

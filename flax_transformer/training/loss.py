@@ -5,8 +5,8 @@ Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of th
 The product hidden @ kernel.T has B * T * V elements, far more than anything else when V >> D. It is made here in chunks
 of target tokens that stay in cache, and the forward pass of a training step already turns each chunk into its
 gradients: the loss is one number, so its gradient is known up to a factor before the backward pass begins. Logits are
-made once, and no [B, T, V] array ever exists. Tokens that are padding are left out: they are put behind all others, and
-the loop ends before them.
+made once, and no [B, T, V] array ever exists. Tokens that are padding are put behind all others; on a CPU the loop ends
+before them.
 """
 
 import functools
@@ -18,12 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.nn.embedding import OutputProjection
 from flax_transformer.nn.quantization import Int8Weights
-from flax_transformer.parallel.layout import product_type
+from flax_transformer.parallel.layout import backend, product_type
 from flax_transformer.parallel.rules import constrain, num_shards
 from flax_transformer.shapes import MASKED
 
-# Logits held at one time, in elements; 4 bytes each.
+# Logits held at one time, in elements; 4 bytes each. On a CPU they stay in the cache, and chunks of padding alone are
+# left out. An accelerator would wait for the host before each turn of a loop whose length is not known to the compiler,
+# and adds the kernel's gradient up in its main memory in each: there chunks are few, and their number is fixed.
 CHUNK_ELEMENTS = 1 << 21
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
 
 
 class LossSums(NamedTuple):
@@ -101,7 +104,7 @@ class _Chunks(NamedTuple):
         targets, mask: [X, M].
         places: [X, M], where in its share each token came from.
         size: tokens of a share in a chunk.
-        needed: chunks that hold a token which is not padding, in some share.
+        needed: chunks to compute; on a CPU those that hold a token which is not padding, in some share.
     """
 
     hidden: jax.Array
@@ -109,7 +112,7 @@ class _Chunks(NamedTuple):
     mask: jax.Array
     places: jax.Array
     size: int
-    needed: jax.Array
+    needed: jax.Array | int
 
     def take(self, number: jax.Array) -> tuple[jax.Array, ...]:
         """Returns hidden, targets and mask of one chunk."""
@@ -118,11 +121,12 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int, together: int = 1) -> _Chunks:
-    """Returns the tokens of [B, T] in chunks of about `CHUNK_ELEMENTS` logits each, cut at multiples of `together`."""
+    """Returns the tokens of [B, T] in chunks of about so many logits as above, cut at multiples of `together`."""
+    on_cpu = backend() == "cpu"
     shares = num_shards("batch")
     shares = shares if targets.shape[0] % shares == 0 else 1
     tokens = targets.size // shares
-    most = max(CHUNK_ELEMENTS // (vocab // num_shards("vocab")), 1)
+    most = max((CHUNK_ELEMENTS if on_cpu else ACCELERATOR_CHUNK_ELEMENTS) // (vocab // num_shards("vocab")), 1)
     number = -(-tokens // most)
     size = together * -(-tokens // (number * together))
     mask = constrain(mask.reshape(shares, tokens), "batch", None)
@@ -134,7 +138,7 @@ def _chunks(hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int, 
         taken = jax.vmap(lambda rows, order: rows.at[order].get(mode="fill", fill_value=0))(x, places)
         return constrain(taken, "batch", *(None,) * (taken.ndim - 1))
 
-    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size))
+    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size)) if on_cpu else number
     return _Chunks(ordered(hidden), ordered(targets), ordered(mask), places, size, needed)
 
 
