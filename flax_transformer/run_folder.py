@@ -85,19 +85,19 @@ class RunFolder:
         """Their translations by the run."""
         return self.path / "samples" / "test.hypotheses.txt"
 
-    def check_unused(self) -> None:
-        """Returns if a new run can be made here.
+    def check_unused(self, option: str = "--run") -> None:
+        """Returns if a new run can be made here; `option` is the flag that names the folder.
 
         Raises:
             RunFolderError: the folder holds a run already, or something that is not a run.
         """
         if self.config_file.exists():
+            go_on = f"Go on with it by --run {self.path} --resume, or choose" if option == "--run" else "Choose"
             raise RunFolderError(
-                f"{self.path} already holds a run. Go on with it by --run {self.path} --resume, or choose another "
-                "folder by --run FOLDER; nothing was changed."
+                f"{self.path} already holds a run. {go_on} another folder by {option} FOLDER; nothing was changed."
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by --run FOLDER.")
+            raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
 
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
         """Makes the folder, with its tokenizers and, once they are there, its configuration.

@@ -3,8 +3,21 @@
 import os
 from pathlib import Path
 
+from flax_transformer.errors import InputError
+
 
 def user_cache(name: str) -> Path:
-    """Returns the user's cache folder for a kind of thing, $XDG_CACHE_HOME/flax_transformer/NAME; it may not exist."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "flax_transformer" / name
+    """Returns the user's cache folder for a kind of thing, $XDG_CACHE_HOME/flax_transformer/NAME, which is made.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flax_transformer" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where a user has no home
+        raise InputError(
+            f"there is no folder to keep compiled programs and tokenised text in: {error}. Set XDG_CACHE_HOME to one "
+            "that can be written."
+        ) from error
+    return folder

@@ -29,9 +29,10 @@ from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corp
 from flax_transformer.data.tokenizer import END_ID, START_ID, TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import Validation, run_experiment
-from flax_transformer.inference.attention_map import attention_map
+from flax_transformer.inference.attention_map import AttentionMap, attention_map
 from flax_transformer.inference.translator import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.plots.attention import plot_attention
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.checkpoint import Checkpoints
@@ -467,6 +468,16 @@ def test_attention_maps_are_distributions(translator):
     assert found is not None
     assert found.weights.shape == (1, 2, len(found.target), len(found.source))
     np.testing.assert_allclose(found.weights.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_the_picture_of_a_long_sentence_is_no_larger_than_a_screen_or_two(tmp_path):
+    """With all its 400 tokens named it would take minutes and gigabytes."""
+    tokens = [f"t{number}" for number in range(400)]
+    weights = np.full((1, 2, 400, 400), 1 / 400)
+    plot_attention(AttentionMap(tokens, tokens, weights), tmp_path / "long.png", "long")
+    header = (tmp_path / "long.png").read_bytes()[:24]
+    width, height = (int.from_bytes(header[at : at + 4]) for at in (16, 20))  # PNG, section 11.2.2
+    assert 1500 < width < 2200 and 1500 < height < 2200
 
 
 class Stdin(io.TextIOWrapper):

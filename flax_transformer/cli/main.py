@@ -99,10 +99,10 @@ def keep_memory() -> None:
 
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
     """Returns the exit code of a verb; a user's mistake is printed without a traceback."""
-    use_compilation_cache()
-    use_every_core()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its ordinary workings as warnings
     try:
+        use_compilation_cache()
+        use_every_core()
         return verb(arguments, program)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

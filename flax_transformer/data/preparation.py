@@ -43,7 +43,6 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
         shutil.rmtree(folder / key, ignore_errors=True)
     names = ", ".join(part.name for part in parts)
     tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config, names)
-    folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
     try:
         tokenizers.save(partial)

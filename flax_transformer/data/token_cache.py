@@ -29,7 +29,7 @@ from flax_transformer.errors import InputError
 # Of the files in a cache; another number makes all older caches be made anew.
 FORMAT = 1
 
-# Pairs that are tokenised together, by as many threads as there are cores.
+# Pairs that are tokenised together, by as many threads as there are cores; sampled segmentations by one.
 PAIRS_AT_ONCE = 16_384
 
 # What was left by a writer that was killed is removed when it has not been written to for so long.

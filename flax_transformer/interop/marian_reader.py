@@ -266,7 +266,7 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
         RunFolderError: the output is there already.
     """
     run = RunFolder(output)
-    run.check_unused()
+    run.check_unused("--output")
     theirs = read_json(folder, "config.json")
     if not isinstance(theirs, dict):
         raise InputError(f"{folder / 'config.json'} holds no settings. Is {folder} a MarianMT model's folder?")

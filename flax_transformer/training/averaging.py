@@ -70,7 +70,7 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}.")
     folder, made = RunFolder.open(run), RunFolder(output)
-    made.check_unused()
+    made.check_unused("--output")
     config, tokenizers = folder.read_config(), folder.tokenizers()
     sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
     _, abstract = abstract_model(config.model, VocabularyInfo(*sizes, START_ID))

@@ -19,7 +19,7 @@ MUON_UPDATE_RMS = 0.2
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters change; the defaults are the Transformer paper's.
+    """How parameters change; the defaults are the Transformer paper's, but for `clip_norm`, of which it says nothing.
 
     Attributes:
         name: "adam", "adamw" (Adam with weight decay), "adafactor", "lion", or "muon" (kernels by Muon, the rest by
