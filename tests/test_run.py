@@ -178,12 +178,23 @@ def test_resuming_with_an_average_equals_not_stopping_bit_for_bit(recipe, tmp_pa
 
 
 def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(Validation, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM) or 0.0)
+    """At once, though it comes in the middle of an evaluation, which may take minutes."""
+    ended = []
+
+    def evaluate(*_) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        ended.append(True)
+        return 0.0
+
+    monkeypatch.setattr(Validation, "__call__", evaluate)
     folder = tmp_path / "killed"
     arguments = ["--config", str(recipe), "--run", str(folder), "--training.evaluate-every-steps", "6"]
     assert command("train", *arguments) == 3
     chex.assert_trees_all_equal(checkpoint_params(folder, 6), checkpoint_params(run, 6))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not ended
+    assert "the evaluation at step 6 was stopped: its checkpoint can be" in (folder / "train.log").read_text()
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.saved is not None and checkpoints.saved[-1] == (6, None) and not checkpoints.best_steps()
 
 
 def test_divergence_is_said_and_nothing_that_is_not_finite_is_saved(recipe, tmp_path, capsys):

@@ -1,10 +1,11 @@
 """The training loop."""
 
+import contextlib
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +157,10 @@ class Patience:
         return 0 < self.limit <= self.since_best
 
 
+class _Stopped(BaseException):
+    """What `StopRequest.interrupting` ends by: no error, so that nothing on the way takes it for one."""
+
+
 class StopRequest:
     """Turns SIGTERM and SIGINT into a flag while it is entered; a second signal acts as usual.
 
@@ -164,6 +169,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
+        self._interrupts = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -177,10 +183,23 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def interrupting(self) -> Generator[None, None, None]:
+        """Ends what is done inside it at the signal; it must be something that can be left half done."""
+        self._interrupts = True
+        try:
+            yield
+        except _Stopped:
+            pass
+        finally:
+            self._interrupts = False
+
     def _note(self, number: int, _frame: Any) -> None:
         self.signal = number
         for each, handler in self._previous.items():
             signal.signal(each, handler)
+        if self._interrupts:
+            raise _Stopped
 
 
 def compile_steps(
@@ -250,7 +269,7 @@ def train_loop(
         mesh: devices.
         log: where progress goes.
         save: called with (state, position, quality or None) at intervals, after each evaluation and when a signal stops
-            the training.
+            the training, which an evaluation does not hold up.
         evaluate: called with (parameters, step) at intervals and after the last step; returns the quality, the higher
             the better.
         history: qualities of the evaluations before, when a run goes on.
@@ -298,8 +317,12 @@ def train_loop(
 
             # --- evaluate, then save with what came out; neither counts as training time
             pause, quality = time.monotonic(), None
-            if to_evaluate:
-                quality = evaluate(state.usable, step)
+            if to_evaluate and stop.signal is None:
+                with stop.interrupting():
+                    quality = evaluate(state.usable, step)
+            if to_evaluate and quality is None:
+                log.say(f"the evaluation at step {step} was stopped: its checkpoint can be the newest, not the best")
+            elif quality is not None:
                 patience.note(quality)
             if to_save:
                 save(state, position, quality)
