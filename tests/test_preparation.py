@@ -18,7 +18,7 @@ import pytest
 from flax_transformer import experiment
 from flax_transformer.cli import main as cli
 from flax_transformer.config import Config
-from flax_transformer.data import preparation, token_cache
+from flax_transformer.data import preparation, token_cache, tokenizer
 from flax_transformer.data.batching import BatchingConfig, Mixture, Position, TokenizedPairs
 from flax_transformer.data.bucketing import BatchShape, BucketedPlan
 from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
@@ -418,6 +418,17 @@ def test_sampled_segmentations_differ_and_come_back():
     position = seen[per_epoch[0] + 1][1]
     again, _ = next(training_batches(variants, plan, position))
     np.testing.assert_array_equal(again.target_tokens, seen[per_epoch[0] + 2][0].target_tokens)
+
+
+def test_a_sampled_segmentation_does_not_depend_on_the_number_of_cores(monkeypatch):
+    monkeypatch.setattr(tokenizer, "LINES_IN_A_ROW", 10)
+    lines, sample = [*TEXT.target[:20]] * 3, SubwordSample(0.3, 5)
+    found = []
+    for cores in (1, 1, 2, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        found.append(TOKENIZERS.target.encode(lines, sample))
+    assert found[1:] == [found[0]] * 3
+    assert found[0] != TOKENIZERS.target.encode(lines, sample.at(1)) and len(found[0]) == 60
 
 
 def test_sampling_that_cannot_be_is_explained():

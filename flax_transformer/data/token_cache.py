@@ -23,13 +23,13 @@ import rich.progress
 
 from flax_transformer.data.filters import PairMarks
 from flax_transformer.data.parallel_text import TextPart
-from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokenizer, TokenizerPair
+from flax_transformer.data.tokenizer import LINES_IN_A_ROW, SubwordSample, TokenizedText, Tokenizer, TokenizerPair
 from flax_transformer.errors import InputError
 
 # Of the files in a cache; another number makes all older caches be made anew.
 FORMAT = 1
 
-# Pairs that are tokenised together, by as many threads as there are cores; sampled segmentations by one.
+# Pairs that are tokenised together, by as many threads as there are cores.
 PAIRS_AT_ONCE = 16_384
 
 # What was left by a writer that was killed is removed when it has not been written to for so long.
@@ -72,7 +72,7 @@ def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subw
         tokenizers.target.fingerprint,
     ]
     if sample is not None:
-        content.append([sample.alpha, sample.seed])
+        content.append([sample.alpha, sample.seed, LINES_IN_A_ROW])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 # A unigram model depends on the number of threads that trained it; a fixed number makes it reproducible.
 TRAINING_THREADS = 1
+
+# Lines that are cut at random by one generator after the other; of a longer text all such parts draw the same numbers,
+# for other words.
+LINES_IN_A_ROW = 2_048
 
 
 @dataclass(frozen=True)
@@ -195,12 +201,10 @@ class Tokenizer:
         languages = [LANGUAGE.match(line) for line in lines] if self._languages else []
         if any(languages):
             lines = [line[found.end() :] if found else line for line, found in zip(lines, languages, strict=True)]
-        how: dict[str, Any] = {"out_type": int}
-        if sample is not None:
-            sentencepiece.set_random_generator_seed(sample.seed)  # one thread, since each has a generator of its own
-            how |= {"enable_sampling": True, "nbest_size": -1, "alpha": sample.alpha, "num_threads": 1}
         try:
-            encoded = self._processor.encode(list(lines), **how)
+            encoded = (
+                self._processor.encode(list(lines), out_type=int) if sample is None else self._drawn(lines, sample)
+            )
         except TypeError as error:
             wrong = [line for line in lines if SURROGATE.search(line)]
             if not wrong:
@@ -215,6 +219,18 @@ class Tokenizer:
             if found:
                 ids.insert(0, self._languages.get(found[0], UNKNOWN_ID))
         return encoded
+
+    def _drawn(self, lines: Sequence[str], sample: SubwordSample) -> list[list[int]]:
+        """Returns a random segmentation of each line, whatever the number of cores that they are cut on."""
+
+        def cut(start: int) -> list[list[int]]:
+            part = list(lines[start : start + LINES_IN_A_ROW])
+            how = {"enable_sampling": True, "nbest_size": -1, "alpha": sample.alpha, "num_threads": 1}
+            return self._processor.encode(part, out_type=int, **how)
+
+        sentencepiece.set_random_generator_seed(sample.seed)  # from which each call below begins a generator of its own
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SentencePiece lets go of the interpreter
+            return [ids for part in pool.map(cut, range(0, len(lines), LINES_IN_A_ROW)) for ids in part]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, one line; special ids other than unknown give nothing.
