@@ -228,7 +228,7 @@ def test_lengths_of_several_texts_are_summed_up_as_if_they_were_one():
 
 
 def test_a_plan_of_many_variants_keeps_nothing_of_their_pairs():
-    """But for the newest epoch (a byte a pair of seven others were 28,000): with ten variants of ten million pairs it would be gigabytes."""
+    """But for the newest epoch: a byte for each pair of the seven others would be 28,000 here."""
     variants = [random_pairs(seed, 4_000) for seed in range(8)]
     for config in (BatchingConfig(tokens_per_batch=640), BatchingConfig("packed", 640, row_length=72)):
         kept = []
