@@ -4,6 +4,7 @@ Each section is defined beside what it configures; this file composes them, and 
 run as a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
 """
 
+import contextlib
 import copy
 import dataclasses
 import types
@@ -340,13 +341,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is tuple:  # of any length, all of one type; a single value stands for a tuple of one
         values = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(get_args(hint)[0], each, path) for each in values)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64:
-        return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__}).")
     return value

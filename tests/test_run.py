@@ -29,10 +29,9 @@ from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corp
 from flax_transformer.data.tokenizer import END_ID, START_ID, TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import Validation, run_experiment
-from flax_transformer.inference.attention_map import AttentionMap, attention_map
+from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.translator import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.plots.attention import plot_attention
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.checkpoint import Checkpoints
@@ -334,23 +333,6 @@ def test_a_checkpoint_with_a_damaged_file_is_explained(run, tmp_path, one_device
     gc.collect()  # here, where the warnings are known
 
 
-def test_a_checkpoint_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
-    """Whether at once, or in the background and heard of later; an error that came first is the one that is told."""
-    params = {"a": jax.numpy.ones(3)}
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    message = r"could not be written to \S+: OSError: .*No space left on device. Those before it are whole. Make room"
-    for call in ("save", "wait_until_finished", "close"):
-        with pytest.raises(RunFolderError, match=message), Checkpoints(tmp_path / call, (1, 1)) as checkpoints:
-            monkeypatch.setattr(checkpoints._manager, call, full)
-            checkpoints.save_params(1, params)
-    with pytest.raises(KeyError, match="first"), Checkpoints(tmp_path / "first", (1, 1)) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "close", full)
-        raise KeyError("first")
-
-
 def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
     """An array is saved again with one bit of one value changed, under the checksums of before."""
     copy = tmp_path / "copy"
@@ -479,16 +461,6 @@ def test_attention_maps_are_distributions(translator):
     assert found is not None
     assert found.weights.shape == (1, 2, len(found.target), len(found.source))
     np.testing.assert_allclose(found.weights.sum(-1), 1.0, rtol=1e-5)
-
-
-def test_the_picture_of_a_long_sentence_is_no_larger_than_a_screen_or_two(tmp_path):
-    """With all its 400 tokens named it would take minutes and gigabytes."""
-    tokens = [f"t{number}" for number in range(400)]
-    weights = np.full((1, 2, 400, 400), 1 / 400)
-    plot_attention(AttentionMap(tokens, tokens, weights), tmp_path / "long.png", "long")
-    header = (tmp_path / "long.png").read_bytes()[:24]
-    width, height = (int.from_bytes(header[at : at + 4]) for at in (16, 20))  # PNG, section 11.2.2
-    assert 1500 < width < 2200 and 1500 < height < 2200
 
 
 class Stdin(io.TextIOWrapper):

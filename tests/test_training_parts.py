@@ -152,3 +152,20 @@ def test_checkpoints_know_the_tokenizers_that_they_were_saved_with(tmp_path):
     without(folder, "tokenizers")
     with Checkpoints(folder, tokenizers="a-c") as checkpoints:
         checkpoints.restore_params(1, target)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
+    """Whether at once, or in the background and heard of later; an error that came first is the one that is told."""
+    params = {"a": jnp.ones(3)}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    message = r"could not be written to \S+: OSError: .*No space left on device. Those before it are whole. Make room"
+    for call in ("save", "wait_until_finished", "close"):
+        with pytest.raises(RunFolderError, match=message), Checkpoints(tmp_path / call, (1, 1)) as checkpoints:
+            monkeypatch.setattr(checkpoints._manager, call, full)
+            checkpoints.save_params(1, params)
+    with pytest.raises(KeyError, match="first"), Checkpoints(tmp_path / "first", (1, 1)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "close", full)
+        raise KeyError("first")

@@ -300,7 +300,7 @@ class Checkpoints:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
             raise
-        except Exception as error:
+        except Exception as error:  # ValueError, OSError, AttributeError, JSONDecodeError and plain Exception were seen
             raise RunFolderError(
                 f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}. A file of it is missing "
                 "or damaged. Fetch it again, or delete that folder to go on from the checkpoint before it."
@@ -311,9 +311,9 @@ class Checkpoints:
         """Makes a `RunFolderError` of what Orbax raises when it cannot write, then or in the background before."""
         try:
             yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
+        except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the disk
             raise
-        except Exception as error:
+        except Exception as error:  # each storage has errors of its own
             raise RunFolderError(
                 f"a checkpoint could not be written to {self.folder}: {_in_short(error)}. Those before it are whole. "
                 "Make room, or mend the file system, and go on by --resume."
