@@ -2,12 +2,14 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import Mesh
 
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from tests.small_run import SMALL, command
 
 # Most of the time goes into compiling small programs: LLVM's optimisations are left out, XLA's own are not. With
 # XLA_FLAGS set, to nothing as well, they are as they are for a user (.ci/run does so in one of its suites).
@@ -27,3 +29,18 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 @pytest.fixture(scope="session")
 def one_device() -> Mesh:
     return make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, recipe) -> Path:
+    """The folder of a run that has ended; who changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert command("train", "--config", str(recipe), "--run", str(folder)) == 0
+    return folder

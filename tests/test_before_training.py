@@ -1,21 +1,12 @@
 """What a training does before its first step: it refuses what cannot work, and compiles all that it will need."""
 
 import re
-from pathlib import Path
 
 import jax
-import pytest
 
 from flax_transformer.training import loop
 from flax_transformer.training.run_log import read_metrics
-from tests.test_run import SMALL, command
-
-
-@pytest.fixture
-def recipe(tmp_path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(SMALL)
-    return path
+from tests.small_run import command
 
 
 def test_a_run_that_cannot_begin_leaves_nothing_behind(recipe, tmp_path, capsys):
