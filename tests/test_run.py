@@ -471,7 +471,6 @@ def test_a_run_starts_from_another_with_its_tokenizer(run, recipe, tmp_path, cap
     assert command("train", *arguments, "--run", str(tmp_path / "no"), "--tokenizer.vocab-size", "50") == 2
     message = capsys.readouterr().err
     assert "its tokenizer was learnt with other settings" in message and "copy section 'tokenizer' from" in message
-    for setting, value in (("--model.feed-forward-dim", "48"), ("--model.param-dtype", "bfloat16")):
-        assert command("train", *arguments, "--run", str(tmp_path / "no"), setting, value) == 2
-        assert "does not fit the model" in capsys.readouterr().err
+    assert command("train", *arguments, "--run", str(tmp_path / "no"), "--model.feed-forward-dim", "48") == 2
+    assert "does not fit the model" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

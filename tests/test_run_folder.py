@@ -54,11 +54,14 @@ def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace("feed_forward_dim: 32", "feed_forward_dim: 48"))
-    with pytest.raises(
-        RunFolderError, match=r"does not fit the model .*\n.*feed_forward/down/kernel: checkpoint \(1, 32"
+    for before, after, message in (
+        ("feed_forward_dim: 32", "feed_forward_dim: 48", r"feed_forward/down/kernel: checkpoint \(1, 32"),
+        ("param_dtype: float32", "param_dtype: bfloat16", r"kernel: checkpoint \S.* float32, model \S.* bfloat16"),
     ):
-        Translator.load(copy)
+        assert before in text
+        (copy / "config.yaml").write_text(text.replace(before, after))
+        with pytest.raises(RunFolderError, match=rf"does not fit the model .*\n(.*\n)*.*{message}"):
+            Translator.load(copy)
 
 
 def test_a_folder_is_trained_by_one_process_at_a_time(run, capsys):
