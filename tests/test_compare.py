@@ -9,7 +9,7 @@ import pytest
 
 from flax_transformer.cli import compare, main
 from flax_transformer.config import Config, write_config
-from flax_transformer.errors import InputError
+from flax_transformer.errors import InputError, RunFolderError
 from flax_transformer.inference.comparison import bleu_by_length, common_quality, read_runs
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.models.rnn import RecurrentConfig
@@ -113,6 +113,47 @@ def test_runs_that_cannot_be_compared_are_explained(runs, tmp_path):
         read_runs(runs)
     RunFolder(runs[0]).card_file.unlink()
     with pytest.raises(InputError, match=r"has no run_card.json: .*go on with it by --run .*recurrent --resume"):
+        read_runs(runs)
+
+
+def cut_the_card(folder: RunFolder) -> None:
+    folder.card_file.write_text("{")
+
+
+def card_without_scores(folder: RunFolder) -> None:
+    folder.write_card({"parameters": 1234})
+
+
+def no_sources(folder: RunFolder) -> None:
+    folder.test_sources.unlink()
+
+
+def too_few_translations(folder: RunFolder) -> None:
+    folder.test_hypotheses.write_text("w1\n")
+
+
+def an_empty_log(folder: RunFolder) -> None:
+    folder.metrics_file.write_text("")
+
+
+def another_log(folder: RunFolder) -> None:
+    folder.metrics_file.write_text("[1, 2]\n")
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (cut_the_card, "JSONDecodeError"),
+        (card_without_scores, "KeyError, 'test'"),
+        (no_sources, "FileNotFoundError"),
+        (too_few_translations, "12 sources, 12 references, 1 hypotheses"),
+        (an_empty_log, "metrics.jsonl has no progress, or no evaluation"),
+        (another_log, "Type"),  # with checks of types at run time another error than without
+    ],
+)
+def test_damaged_files_of_a_run_are_explained(runs, damage, reason):
+    damage(RunFolder(runs[1]))
+    with pytest.raises(RunFolderError, match=rf"(?s)transformer cannot be compared, since .*{reason}.*--resume"):
         read_runs(runs)
 
 

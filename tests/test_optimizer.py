@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,8 @@ from flax_transformer.training.optimizer import (
     decays,
     make_optimizer,
     make_schedule,
-    muon_dimensions,
+    matrix_axes,
+    scale_by_adafactor,
 )
 from flax_transformer.training.state import abstract_model, make_layout
 from tests import tiny
@@ -157,12 +159,55 @@ def test_muon_refuses_to_let_anything_but_kernels_decay():
 
 def test_muon_takes_kernels_as_matrices_and_leaves_the_rest_to_adam():
     _, params = abstract_model(tiny.config(), tiny.VOCABULARY)
-    found = muon_dimensions(nnx.to_pure_dict(params))
+    found = matrix_axes(nnx.to_pure_dict(params))
     attention = found["encoder"]["layers"]["self_attention"]
     assert attention["query"]["kernel"] == ((1,), (2, 3))  # layer, model dim -> heads and their channels
     assert attention["output"]["kernel"] == ((1, 2), (3,))
     assert found["decoder"]["layers"]["feed_forward"]["up"]["kernel"] == ((1,), (2,))
     assert attention["query"]["bias"] is None and found["target_embedding"]["table"] is None
+
+
+def test_adafactor_of_a_stack_of_layers_is_that_of_each_layers_matrices():
+    layers, model_dim, heads, head_dim = 2, 128, 4, 32
+    shapes = {
+        "query": {"kernel": (model_dim, heads, head_dim), "bias": (heads, head_dim)},
+        "output": {"kernel": (heads, head_dim, model_dim)},
+        "up": {"kernel": (model_dim, 160)},
+        "norm": {"scale": (model_dim,)},
+    }
+    apart_shapes = {
+        "query": {"kernel": (model_dim, model_dim), "bias": (heads, head_dim)},
+        "output": {"kernel": (model_dim, model_dim)},
+        "up": {"kernel": (model_dim, 160)},
+        "norm": {"scale": (model_dim,)},
+    }
+    rng = np.random.default_rng(0)
+    size_of_layer = np.array([1.0, 100.0])  # so that to clip both together would be another thing
+
+    def draw(shape):
+        scale = size_of_layer.reshape(-1, *(1 for _ in shape))
+        return jnp.asarray(scale * rng.normal(size=(layers, *shape)), jnp.float32)
+
+    def layer_of(tree, layer):
+        return jax.tree.map(lambda leaf, shape: leaf[layer].reshape(shape), tree, apart_shapes)
+
+    stacked, alone = scale_by_adafactor(), optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
+    params = jax.tree.map(draw, shapes, **is_shape)
+    state = stacked.init({"layers": params})
+    states = [alone.init(layer_of(params, layer)) for layer in range(layers)]
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert kept < 0.02 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            gradients = jax.tree.map(draw, shapes, **is_shape)
+            changes, state = stacked.update({"layers": gradients}, state, {"layers": params})
+            updates: Any = changes
+            for layer in range(layers):
+                expected, states[layer] = alone.update(
+                    layer_of(gradients, layer), states[layer], layer_of(params, layer)
+                )
+                chex.assert_trees_all_close(layer_of(updates["layers"], layer), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,86 @@
 """The README says what is there."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import tyro
+import yaml
+
+from flax_transformer.cli import main as cli
+from flax_transformer.cli import train
+from flax_transformer.config import Config, from_dict
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of a language, "" for those that name none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[list[str]]:
+    """The words of every command of ours in the README's blocks, from the program's name on."""
+    lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True) if ".venv/bin/" in line else []
+        names = [i for i, word in enumerate(words) if word.endswith(("/flax-transformer", "train.py"))]
+        if names:
+            end = next((i for i, word in enumerate(words) if word in "<>"), len(words))  # of redirected streams
+            found.append([words[names[0]].removeprefix(".venv/bin/"), *words[names[0] + 1 : end]])
+    return found
+
+
+COMMANDS = commands()
+
+
+class Parsed(Exception):
+    """A command line has been understood; nothing is done."""
+
+
+@pytest.fixture
+def only_parsed(tmp_path, monkeypatch) -> None:
+    """A folder with the recipes and runs that the README speaks of, and commands that end once they are understood."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "configs" / "multi30k_en_de.yaml", tmp_path / "my.yaml")
+    for run in ("number_words", "mine", "other", "opus"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        shutil.copy(tmp_path / "my.yaml", tmp_path / "runs" / run / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    understand = tyro.cli
+
+    def parse(*arguments, **settings) -> NoReturn:
+        understand(*arguments, **settings)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", parse)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=map(" ".join, COMMANDS))
+def test_every_command_is_understood(words, only_parsed):
+    program, *arguments = words
+    with pytest.raises(Parsed):
+        if program == "train.py":
+            train.main(arguments, program, Path("configs/number_words.yaml"))
+        else:
+            cli.verb(arguments[0])(arguments[1:], f"flax-transformer {arguments[0]}")
+
+
+def test_every_verb_but_prepare_has_its_command():
+    assert {words[1] for words in COMMANDS if words[0] == "flax-transformer"} == cli.VERBS.keys() - {"train", "prepare"}
+
+
+def test_every_recipe_is_one_once_it_names_its_text():
+    for text in blocks("yaml"):
+        read = yaml.safe_load(text)
+        named = {side: "text" for side in ("validation_source", "validation_target", "test_source", "test_target")}
+        from_dict(Config, {**read, "data": {**named, **read["data"]}})
 
 
 def test_the_two_commands_set_everything_up():

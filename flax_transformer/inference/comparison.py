@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from sacrebleu.metrics import BLEU
 
+from flax_transformer.config import Config
 from flax_transformer.errors import InputError, RunFolderError
 from flax_transformer.inference.evaluate import Scores
 from flax_transformer.run_folder import RunFolder
@@ -53,27 +54,43 @@ class RunSummary:
         """Returns what a run folder says.
 
         Raises:
-            RunFolderError: not a run folder, or a run that has not ended.
+            RunFolderError: not a run folder, a run that has not ended, or files that do not hold what a run writes.
         """
         folder = RunFolder.open(path)
         config = folder.read_config()
         if not folder.card_file.is_file():
             raise RunFolderError(
                 f"{path} has no {folder.card_file.name}: its training or its last evaluation has not ended (go on with "
-                f"it by --run {path} --resume, then compare), or it is an average of another run's checkpoints."
+                f"it by --run {path} --resume, then compare), or it was not trained: it is an average of another run's "
+                "checkpoints, or a converted model."
             )
+        try:
+            return cls._read(folder, config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{path} cannot be compared, since {folder.card_file.name}, {folder.metrics_file.name} or the files of "
+                f"its test part are missing or damaged: {type(error).__name__}, {error}. `flax-transformer train --run "
+                f"{path} --resume` tests once more; a log that is damaged means another training."
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: RunFolder, config: Config) -> "RunSummary":
         card = json.loads(folder.card_file.read_text(encoding="utf-8"))
         records = read_metrics(folder.metrics_file)
         train = [r for r in records if r["kind"] == "train"]
         steps = [0, *(r["step"] for r in train)]
         minutes = np.cumsum([0.0, *(r["seconds"] / 60 for r in train)])
         curve = [(float(np.interp(r["step"], steps, minutes)), r["bleu"]) for r in records if r["kind"] == "validation"]
-        text = [
+        if not train or not curve:
+            raise ValueError(f"{folder.metrics_file.name} has no progress, or no evaluation")
+        sources, references, hypotheses = (
             file.read_bytes().decode("utf-8").split("\n")[:-1]
             for file in (folder.test_sources, folder.test_references, folder.test_hypotheses)
-        ]
+        )
+        if not len(sources) == len(references) == len(hypotheses) > 0:
+            raise ValueError(f"{len(sources)} sources, {len(references)} references, {len(hypotheses)} hypotheses")
         return cls(
-            name=Path(path).resolve().name,
+            name=folder.path.resolve().name,
             model=config.model.description,
             parameters=card["parameters"],
             target_tokens=sum(r["target_tokens"] for r in train),
@@ -81,9 +98,9 @@ class RunSummary:
             training_minutes=float(minutes[-1]),
             curve=curve,
             scores=Scores(**card["test"]),
-            sources=text[0],
-            references=text[1],
-            hypotheses=text[2],
+            sources=sources,
+            references=references,
+            hypotheses=hypotheses,
             bleu_tokenizer=config.evaluation.bleu_tokenizer,
         )
 

@@ -1,5 +1,6 @@
 """The optimiser, its learning-rate schedule, and which parameters decay: names for what optax has."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +23,9 @@ class OptimizerConfig:
     """How parameters change; the defaults are the Transformer paper's, but for `clip_norm`, of which it says nothing.
 
     Attributes:
-        name: "adam", "adamw" (Adam with weight decay), "adafactor", "lion", or "muon" (kernels by Muon, the rest by
-            Adam with Nesterov momentum; only kernels can decay).
+        name: "adam", "adamw" (Adam with weight decay), "adafactor" (without momentum, and at the schedule's rate,
+            whatever the size of a parameter), "lion", or "muon" (kernels by Muon, the rest by Adam with Nesterov
+            momentum; only kernels can decay).
         schedule: "noam" (the paper's: linear warm-up, then the inverse square root, its height given by model_dim), or
             linear warm-up to `learning_rate` and then "inverse_sqrt", "cosine", "linear" or "constant".
         learning_rate: highest rate, of every schedule but noam, which needs none.
@@ -157,22 +159,60 @@ def decays(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Returns, for each parameter, which axes Muon takes for rows and columns of a matrix, or None for Adam.
+def matrix_axes(params: Any) -> Any:
+    """Returns, for each kernel, which axes are rows and which are columns of a matrix, and None for other parameters.
 
     Kernels are matrices once their input and output dimensions are flattened, one for each layer of a stack.
     """
 
-    def dimensions(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
-        *parents, module, name = _path(path).split("/")
+    def axes(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        module, name = _path(path).split("/")[-2:]
         if not name.endswith("kernel"):
             return None
-        stacked = 1 if "layers" in parents else 0
-        axes = tuple(range(stacked, leaf.ndim))
-        inputs = 2 if module == "output" and len(axes) == 3 else 1  # heads and their channels to the model dim
-        return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+        own = tuple(range(_stacked(path), leaf.ndim))
+        inputs = 2 if module == "output" and len(own) == 3 else 1  # heads and their channels to the model dim
+        return contrib.MuonDimensionNumbers(own[:inputs], own[inputs:])
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _stacked(path: Any) -> bool:
+    """Returns whether a parameter is a stack of all layers' parameters, the layer its first axis."""
+    return "layers" in _path(path).split("/")
+
+
+def _as_matrices(tree: Any) -> Any:
+    """Returns a tree of parameters or of their gradients with every kernel as [inputs, outputs], or a stack of such."""
+
+    def flatten(leaf: Any, axes: Any) -> Any:
+        if axes is None:
+            return leaf
+        layers = leaf.shape[: axes.reduction_axis[0]]
+        return leaf.reshape(*layers, math.prod(leaf.shape[axis] for axis in axes.reduction_axis), -1)
+
+    return jax.tree.map(flatten, tree, matrix_axes(tree))
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+    """Returns what Adafactor does to gradients before the learning rate: divides by the factored root mean square, then
+    clips the update of each layer's matrix or vector to a root mean square of 1.
+
+    References:
+        Shazeer and Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", sections 3 and 6.
+    """
+    factored, clip = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+
+    def clipped(path: Any, update: Any, gradient: Any) -> Any:
+        def clip_one(update: Any) -> Any:
+            return clip.update(update, optax.EmptyState())[0]
+
+        return (jax.vmap(clip_one) if _stacked(path) else clip_one)(update).reshape(gradient.shape)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        scaled, state = factored.update(_as_matrices(updates), state, _as_matrices(params))
+        return jax.tree_util.tree_map_with_path(clipped, scaled, updates), state
+
+    return optax.GradientTransformation(lambda params: factored.init(_as_matrices(params)), update)
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -183,7 +223,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         return decays(config, params)
 
     def dimensions(params: Any) -> Any:
-        found = muon_dimensions(params)
+        found = matrix_axes(params)
         if config.weight_decay:
             pairs = zip(
                 jax.tree_util.tree_leaves_with_path(mask(params)),
@@ -213,7 +253,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     scale = {
         "adam": lambda: optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         "adamw": lambda: optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "adafactor": scale_by_adafactor,
         "lion": lambda: optax.scale_by_lion(b1=config.beta1, b2=config.beta2),
     }[config.name]()
     decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
