@@ -125,6 +125,8 @@ def main() -> None:
                 print("  " + said.strip().splitlines()[0], flush=True)
         more = (results["large", "train"] - results["small", "train"]) / 1e9
         print(f"training on the large text takes {more:.2f} GB more anonymous memory than on the small")
+        if more >= 2 or results["large", "prepare"] >= 2e9:
+            raise SystemExit("the aim is less than 2 GB, of preparing as well as of training beyond the small text")
     finally:
         shutil.rmtree(folder)
 

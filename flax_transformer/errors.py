@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something given by the user (a file, a value, a line of text) cannot be used as it is."""
+    """Something given by the user (a file, a value, a line of text) cannot be used as it is.
+
+    Attributes:
+        sentence: index of the one at fault among those that were to be translated, if it is one.
+    """
+
+    sentence: int | None = None
 
 
 class ConfigError(InputError):
@@ -22,7 +28,13 @@ class RunFolderError(InputError):
 
 
 class DivergenceError(RuntimeError):
-    """Training or search met numbers that are not finite; a person must change the recipe."""
+    """Training or search met numbers that are not finite; a person must change the recipe.
+
+    Attributes:
+        sentence: as of `InputError`.
+    """
+
+    sentence: int | None = None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_transformer.config import Config
-from flax_transformer.data.batching import Plan, Position, TokenizedPairs, data_fingerprint
+from flax_transformer.data.batching import Plan, Position, TokenizedPairs, data_fingerprint, same_text
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
 from flax_transformer.data.parallel_text import Corpus, ParallelText
@@ -89,7 +89,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             checkpoints.check_tokenizers()
     limits = config.model.max_source_length, config.model.max_target_length
     train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits, config.subword_sampling)
-    fingerprint = data_fingerprint(train)
+    fingerprint = data_fingerprint(train, drawn=config.subword_sampling.alpha > 0)
     validation = held_out_pairs(corpus.validation, tokenizers, *limits)
     plan = training_plan(train, config.batching, config.training.seed)
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -138,17 +138,20 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         if resume and checkpoints.latest_step() is not None:
             restored = checkpoints.restore(layout)
             state, position = restored.state, restored.position
-            if restored.data != fingerprint:
+            if not same_text(restored.data, fingerprint):
                 raise RunFolderError(
                     f"{folder.path} was trained on other text than its configuration now finds: the files of section "
                     "'data' have changed, so its position in them means nothing. Put them back, or start a new run."
                 )
+            redrawn = restored.data != fingerprint
+            if redrawn:  # an epoch may have fewer batches than it had
+                position = position._replace(batch=min(position.batch, len(plan.epoch(position.epoch)) - 1))
         else:
             if resume and config.init_from is not None:  # stopped before its first checkpoint
                 start = _best_params(_parent(config), layout, tokenizers)
             state = init_state(config.model, vocabulary, layout, config.training.seed)
             state = state if start is None else state.starting_from(start)
-            position = Position(0, 0)
+            position, redrawn = Position(0, 0), False
         first_step = int(state.step)
         checksums_of(state)  # compiles what every checkpoint will need
         if resume:
@@ -158,9 +161,14 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             folder.update_config(config)
 
         with RunLog(folder, first_step) as log:
-            log.say(_description(config, corpus, train[0], validation, plan, layout, mesh))
+            log.say(_description(config, corpus, tokenizers, train[0], validation, plan, layout, mesh))
             if resume:
                 log.say(f"resumed at step {first_step}, epoch {position.epoch}, batch {position.batch}")
+            if redrawn:
+                log.say(
+                    "the random segmentations of this run are no longer in the cache and were drawn anew: this epoch "
+                    "has other batches than the one that it goes on with"
+                )
             if compiled:
                 largest = max(needed_bytes(program) for program in compiled.values())
                 log.say(
@@ -339,6 +347,15 @@ def describe_pairs(pairs: TokenizedPairs) -> str:
     return f"{len(pairs):,} training pairs" + (f" ({pairs.left_out} left out)" if pairs.left_out else "")
 
 
+def describe_tokens(pairs: TokenizedPairs, tokenizers: TokenizerPair) -> str:
+    """Returns how many tokens the pairs have, and of how many different ones."""
+    sizes = f"{tokenizers.source.vocab_size:,}"
+    if not tokenizers.joint:
+        sizes += f" and {tokenizers.target.vocab_size:,}"
+    source, target = pairs.lengths.sum(axis=0)
+    return f"{source:,} source and {target:,} target tokens, vocabulary {sizes}"
+
+
 def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
     """Returns the shapes of the batches, how many make an epoch, and the share of padding in them."""
     batches = plan.epoch(0)
@@ -355,6 +372,7 @@ def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
 def _description(
     config: Config,
     corpus: Corpus,
+    tokenizers: TokenizerPair,
     train: TokenizedPairs,
     validation: TokenizedPairs,
     plan: Plan,
@@ -366,6 +384,7 @@ def _description(
     return (
         f"run {config.run}: {describe_pairs(train)}, {len(corpus.validation.source):,} validation{without}, "
         f"{len(corpus.test.source):,} test\n"
+        f"{describe_tokens(train, tokenizers)}\n"
         f"model {config.model.description}: {layout.num_parameters:,} parameters; mesh {axes} on "
         f"{jax.devices()[0].device_kind}\n" + describe_batches(train, plan)
     )

@@ -148,7 +148,7 @@ def another_log(folder: RunFolder) -> None:
         (no_sources, "FileNotFoundError"),
         (too_few_translations, "12 sources, 12 references, 1 hypotheses"),
         (an_empty_log, "metrics.jsonl has no progress, or no evaluation"),
-        (another_log, "Type"),  # with checks of types at run time another error than without
+        (another_log, "AttributeError"),
     ],
 )
 def test_damaged_files_of_a_run_are_explained(runs, damage, reason):

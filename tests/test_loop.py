@@ -36,6 +36,23 @@ def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) 
     )
 
 
+def test_the_first_steps_after_a_start_are_left_out_of_the_throughput(one_device, monkeypatch):
+    """They take 100 seconds each here, and all others one, of 32 target tokens."""
+    now, log = 0.0, MagicMock(spec=RunLog)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+
+    def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+        nonlocal now
+        now += 100.0 if int(state.step) < 20 + loop.WARM_UP_STEPS else 1.0
+        one = jnp.float32(1.0)
+        return TrainState(state.step + 1, {}, {}, None), StepMetrics(
+            LossSums(one, one, one, one), one, one, jnp.asarray(False)
+        )
+
+    train(step, one_device, first_step=20, log_every_steps=20, log=log)
+    assert log.progress.call_args_list[0].args[0].throughput.target_tokens == 32.0
+
+
 @pytest.mark.parametrize("saved_before", [False, True])
 def test_divergence_says_whether_there_is_a_checkpoint(one_device, saved_before):
     def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:

@@ -97,6 +97,7 @@ def test_bad_lines_are_named(tmp_path):
         '{"target": "b"}',
         "no json",
         "[1]",
+        "[" * 100_000,
     ):
         (tmp_path / "bad.jsonl").write_text('{"source": "a", "target": "b"}\n' + line + "\n")
         with pytest.raises(InputError, match=r"bad.jsonl, line 2: expected a JSON object with a text under the key"):
@@ -223,7 +224,7 @@ def test_a_started_run_tells_what_the_validation_loss_leaves_out(one_device):
         (held_out_pairs(text, TOKENIZERS, 64, 64), "400 training pairs, 6 validation (1 empty left out of the loss), "),
         (held_out_pairs(ParallelText(SOURCE[:6], TARGET[:6]), TOKENIZERS, 64, 64), "pairs, 6 validation, 400 test"),
     ):
-        assert expected in _description(config, corpus, train, held_out, plan, layout, one_device)
+        assert expected in _description(config, corpus, TOKENIZERS, train, held_out, plan, layout, one_device)
 
 
 # --- mixtures
@@ -394,17 +395,29 @@ def test_cached_pairs_are_the_pairs(monkeypatch, tmp_path):
             prepare_training_pairs((text,), tokenizers, FilterConfig(), 64, 64)
 
 
-def test_sampled_segmentations_differ_and_come_back():
-    sampling = SubwordSamplingConfig(alpha=0.3, variants=3)
-    variants = prepare_training_pairs((TEXT,), TOKENIZERS, FilterConfig(), 64, 64, sampling)
-    (best,) = prepare_training_pairs((TEXT,), TOKENIZERS, FilterConfig(), 64, 64)
+def test_a_log_is_told_how_far_tokenising_is(monkeypatch, capsys):
+    monkeypatch.setattr(token_cache, "PAIRS_AT_ONCE", 150)
+    prepare_training_pairs((TEXT,), TOKENIZERS, FilterConfig(), 64, 64)
+    assert not capsys.readouterr().err  # it took no time
+    monkeypatch.setattr(token_cache, "SECONDS_BETWEEN_LINES", 0.0)
+    prepare_training_pairs((ParallelText(TARGET, SOURCE),), TOKENIZERS, FilterConfig(), 64, 64)
+    told = [f"tokenising: {pairs} pairs are done" for pairs in (150, 300, 400)]
+    assert capsys.readouterr().err.splitlines() == told
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+def test_sampled_segmentations_differ_and_come_back(algorithm):
+    sampling = SubwordSamplingConfig(alpha=0.1, variants=3)
+    tokenizers = TokenizerPair.train(SOURCE, TARGET, TokenizerConfig(algorithm, vocab_size=40))
+    variants = prepare_training_pairs((TEXT,), tokenizers, FilterConfig(), 64, 64, sampling)
+    (best,) = prepare_training_pairs((TEXT,), tokenizers, FilterConfig(), 64, 64)
     assert len({pairs.fingerprint for pairs in (*variants, best)}) == 4
-    direct = TokenizedText.from_lines(TEXT.target, TOKENIZERS.target, SubwordSample(0.3, 2).at(1, 0))
+    direct = TokenizedText.from_lines(TEXT.target, tokenizers.target, SubwordSample(0.1, 2).at(1, 0))
     np.testing.assert_array_equal(variants[2].target.ids, direct.ids)
     for pairs in variants:
         text, offsets = pairs.target, pairs.target.offsets
         lines = [text.ids[a : b - 1].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
-        assert [TOKENIZERS.target.decode(line) for line in lines] == list(TEXT.target)
+        assert [tokenizers.target.decode(line) for line in lines] == list(TEXT.target)
         assert pairs.lengths.sum() > best.lengths.sum()
     # The epochs take turns, in the same shapes, and a position says which variant it stands in.
     plan = training_plan(variants, BatchingConfig(tokens_per_batch=640, num_shapes=2), 0)
@@ -422,7 +435,7 @@ def test_sampled_segmentations_differ_and_come_back():
 
 def test_a_sampled_segmentation_does_not_depend_on_the_number_of_cores(monkeypatch):
     monkeypatch.setattr(tokenizer, "LINES_IN_A_ROW", 10)
-    lines, sample = [*TEXT.target[:20]] * 3, SubwordSample(0.3, 5)
+    lines, sample = [*TEXT.target[:20]] * 3, SubwordSample(0.02, 5)  # nearly every way is as likely
     found = []
     for cores in (1, 1, 2, 5):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)

@@ -263,7 +263,7 @@ def test_only_probable_tokens_are_drawn_from(config, expected):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 0.0}, "temperature must be at least 1e-06, got 0.0"),
         ({"top_k": -1}, "top_k must not be negative"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"min_p": 1.5}, "min_p must lie between 0 and 1"),

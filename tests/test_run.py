@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from flax_transformer import Translator
 from flax_transformer.config import read_config
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
-from flax_transformer.data.tokenizer import END_ID, START_ID
+from flax_transformer.data.tokenizer import END_ID, START_ID, SubwordSample
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import Validation, run_experiment
 from flax_transformer.inference.attention_map import attention_map
@@ -59,7 +60,9 @@ def test_a_run_leaves_everything_in_its_folder(run):
     assert len((run / "samples" / "test.hypotheses.txt").read_text().splitlines()) == 24
     for picture in ("curves.png", "attention.png"):
         assert (run / "plots" / picture).read_bytes().startswith(b"\x89PNG")
-    assert list((run / "tensorboard").iterdir())
+    events = b"".join(file.read_bytes() for file in (run / "tensorboard").iterdir())
+    for tag in (b"train/loss", b"train/target_tokens_per_second", b"validation/loss", b"validation/bleu"):
+        assert tag in events
 
 
 def test_the_progress_line_says_all_that_is_asked_of_it(run):
@@ -111,6 +114,35 @@ def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
     assert json.loads((folder / "run_card.json").read_text())["steps"] == 8
     chex.assert_trees_all_equal(checkpoint_params(folder, 8), checkpoint_params(run, 8))
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_in_the_same_place(run, recipe, tmp_path):
+    folder = tmp_path / "stopped"
+    assert command("train", "--config", str(recipe), "--run", str(folder), "--training.steps", "4") == 0
+    others = ["--mesh.data", "2", "--mesh.fsdp", "2"]
+    assert command("train", "--run", str(folder), "--resume", "--training.steps", "8", *others) == 0
+    on_one, on_four = (
+        [r["loss"] for r in read_metrics(f / "metrics.jsonl") if r["kind"] == "train"] for f in (run, folder)
+    )
+    assert len(on_one) == 4
+    np.testing.assert_allclose(on_four, on_one, rtol=2e-5)
+
+
+def test_random_segmentations_that_are_lost_are_drawn_anew(recipe, tmp_path, monkeypatch, capsys):
+    """SentencePiece draws others in another process, as it does here; the run goes on with them, and says so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, sampled = tmp_path / "run", ["--subword-sampling.alpha", "0.1", "--subword-sampling.variants", "1"]
+    short = ["--training.steps", "2", "--training.evaluate-sentences", "2"]
+    assert command("train", "--config", str(recipe), "--run", str(folder), *sampled, *short) == 0
+    resume = ["train", "--run", str(folder), "--resume", "--training.steps"]
+    assert command(*resume, "3") == 0
+    assert "drawn anew" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "cache" / "flax_transformer" / "tokens")
+    at = SubwordSample.at
+    monkeypatch.setattr(SubwordSample, "at", lambda self, *place: at(self, 7, *place))
+    assert command(*resume, "4") == 0
+    assert "are no longer in the cache and were drawn anew: this epoch has other" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -173,7 +205,13 @@ def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
     corpus = number_words_corpus(NumberWordsConfig(200, 20, 20))
     (train,) = corpus.train
     assert isinstance(train, ParallelText)
-    texts = (train, corpus.validation, corpus.test)
+    # What filters drop of the training text stays where models are judged: identical sides, twice, and unlike lengths.
+    filtered = ParallelText(["one", "one", "one", "five " * 8], ["one", "one", "two " * 9, "five"])
+    texts = [
+        ParallelText([*part.source, *filtered.source], [*part.target, *filtered.target])
+        for part in (train, corpus.validation, corpus.test)
+    ]
+    texts[2] = ParallelText([*texts[2].source, "one " * 80], [*texts[2].target, "eins"])  # beyond the limit, but tested
     for name, part in zip(("train", "validation", "test"), texts, strict=True):
         (tmp_path / f"{name}.source").write_bytes("".join(f"{line}\n" for line in part.source).encode())
         packed = gzip.compress("".join(f"{line}\n" for line in part.target).encode())
@@ -184,12 +222,17 @@ def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
         | {f"{name}_target": f"{name}.target.gz" for name in ("train", "validation", "test")},
         "tokenizer": {"vocab_size": 50, "joint": False},
         "batching": {"tokens_per_batch": 640, "num_shapes": 1},
+        "filters": {"max_length_ratio": 3, "drop_identical": True, "drop_duplicates": True},
     }
     values["model"]["share_embeddings"] = "none"
     values["training"] = {"steps": 2, "evaluate_sentences": 4}
     path = tmp_path / "files.yaml"
     path.write_text(yaml.safe_dump(values))
     assert command("train", "--config", str(path)) == 0
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert re.search(r"\d+ of unequal length, \d+ duplicate left out\), 24 validation, 25 test\n", said)
+    assert json.loads((tmp_path / "run" / "run_card.json").read_text())["test"]["num_sentences"] == 25
+    assert re.search(r"warning: \S+test.source and .*, line 25 is longer than the model.s 63 tokens", said)
     assert {p.name for p in (tmp_path / "run" / "tokenizer").iterdir()} == {"source.model", "target.model"}
     params = checkpoint_params(tmp_path / "run", 2)
     assert {"source_embedding", "target_embedding", "output_embedding"} <= params.keys()
@@ -197,7 +240,7 @@ def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
     with (tmp_path / "train.source").open("a") as file:  # another text: the position in it would mean nothing
         file.write("one\n")
     assert command("train", "--run", str(tmp_path / "run"), "--resume", "--training.steps", "3") == 2
-    assert "train.source has 201 and" in capsys.readouterr().err
+    assert "train.source has 205 and" in capsys.readouterr().err
     lines = (tmp_path / "train.source").read_text().splitlines()
     (tmp_path / "train.source").write_text("".join(f"{line}\n" for line in lines[1:]))
     assert command("train", "--run", str(tmp_path / "run"), "--resume", "--training.steps", "3") == 2

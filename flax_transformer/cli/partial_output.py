@@ -84,47 +84,66 @@ class PartialOutput:
             )
         if not path.parent.is_dir():
             raise InputError(f"--output {path}: there is no folder {path.parent}. Make it first.")
-        self.progress = Progress(0, digest_of([]).hexdigest(), False, json.loads(json.dumps(settings)))
-        if self._partial.exists() and self._record.exists():
-            try:
-                before = Progress(**json.loads(self._record.read_text()))
-            except (ValueError, TypeError) as error:
-                raise InputError(
-                    f"--resume: {self._record} cannot be read ({error}), so nobody knows how far {self._partial} is. "
-                    "Remove both to begin anew."
-                ) from error
-            changed = [name for name, value in self.progress.settings.items() if before.settings.get(name) != value]
-            if changed:
-                name = changed[0]
-                raise InputError(
-                    f"--resume: {self._partial} was made with other settings: {name} was {before.settings.get(name)!r} "
-                    f"and is {self.progress.settings[name]!r}. Use the same, or remove the file to begin anew."
-                )
-            self.progress = before
+        self._settings = json.loads(json.dumps(settings))
+        self.progress = self._recorded()
+        changed = [name for name, value in self._settings.items() if self.progress.settings.get(name) != value]
+        if changed:
+            name = changed[0]
+            raise InputError(
+                f"--resume: {self._partial} was made with other settings: {name} was "
+                f"{self.progress.settings.get(name)!r} and is {self._settings[name]!r}. Use the same, or remove the "
+                "file to begin anew."
+            )
+
+    def _recorded(self) -> Progress:
+        """Returns how far the output is by its record."""
+        nothing = Progress(0, digest_of([]).hexdigest(), False, self._settings)
+        if not (self._record.exists() and self._partial.exists() and self._partial.stat().st_size):
+            return nothing
+        try:
+            return Progress(**json.loads(self._record.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"--resume: {self._record} cannot be read ({error}), so nobody knows how far {self._partial} is. "
+                "Remove both to begin anew."
+            ) from error
 
     def __enter__(self) -> "PartialOutput":
         self._file = self._partial.open("ab+")
-        if not take_lock(self._file):
+        try:
+            locked = take_lock(self._file)
+            if not locked or self._moved():
+                if locked and os.fstat(self._file.fileno()).st_size == 0:
+                    self._partial.unlink(missing_ok=True)  # opening has just made it
+                raise InputError(
+                    f"another process is writing {self._partial}. Wait for it, or choose another --output."
+                )
+            self._file.seek(0)
+            if any(not self._file.readline().endswith(b"\n") for _ in range(self.progress.lines)):
+                raise InputError(
+                    f"--resume: {self._partial} has fewer lines than the {self.progress.lines:,} that were written. It "
+                    "has been changed; remove it to begin anew."
+                )
+        except InputError:
             self._file.close()
-            raise InputError(f"another process is writing {self._partial}. Wait for it, or choose another --output.")
-        self._file.seek(0)
-        if any(not self._file.readline().endswith(b"\n") for _ in range(self.progress.lines)):
-            self._file.close()
-            raise InputError(
-                f"--resume: {self._partial} has fewer lines than the {self.progress.lines:,} that were written. It has "
-                "been changed; remove it to begin anew."
-            )
+            raise
         self._file.truncate(self._file.tell())  # what was written after the last that is known to be whole
         return self
 
+    def _moved(self) -> bool:
+        """Returns whether another process ended or went on between our looking and our lock."""
+        if self.path.exists() or self._recorded() != self.progress:
+            return True
+        return not (self._partial.exists() and os.path.samestat(os.fstat(self._file.fileno()), self._partial.stat()))
+
     def __exit__(self, kind: Any, *_) -> None:
-        self._file.close()
         if kind is None:
             os.replace(self._partial, self.path)
         elif self.progress.lines == 0:  # nothing that could be gone on with
             self._partial.unlink()
         if kind is None or self.progress.lines == 0:
             self._record.unlink(missing_ok=True)
+        self._file.close()  # and with it the lock: whoever waits for it finds all of this done
 
     def write(self, lines: list[str], source: str, faulty: bool) -> None:
         """Writes lines, and that they are whole.

@@ -5,7 +5,7 @@ from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import training_plan
 from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import describe_batches, describe_pairs, tokenizers_of_new_run
+from flax_transformer.experiment import describe_batches, describe_pairs, describe_tokens, tokenizers_of_new_run
 
 
 def main(arguments: list[str], program: str) -> int:
@@ -27,12 +27,5 @@ def main(arguments: list[str], program: str) -> int:
     variants = prepare_training_pairs(corpus.train, tokenizers, config.filters, *lengths, config.subword_sampling)
     plan = training_plan(variants, config.batching, config.training.seed)
     pairs = variants[0]
-    sizes = f"{tokenizers.source.vocab_size:,}"
-    if not tokenizers.joint:
-        sizes += f" and {tokenizers.target.vocab_size:,}"
-    source, target = pairs.lengths.sum(axis=0)
-    print(
-        f"{describe_pairs(pairs)}\n{source:,} source and {target:,} target tokens, vocabulary {sizes}\n"
-        f"{describe_batches(pairs, plan)}"
-    )
+    print(f"{describe_pairs(pairs)}\n{describe_tokens(pairs, tokenizers)}\n{describe_batches(pairs, plan)}")
     return 0

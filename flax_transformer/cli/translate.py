@@ -113,7 +113,7 @@ def read_phrases(path: Path) -> list[list[str]]:
     if not path.is_file():
         raise InputError(f"--required {path}: there is no such file.")
     try:
-        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+        lines = path.read_bytes().decode("utf-8").removeprefix(BYTE_ORDER_MARK).removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"--required {path}: not valid UTF-8 ({error.reason} at byte {error.start}).") from error
     return [[phrase for phrase in line.removesuffix("\r").split("\t") if phrase.strip()] for line in lines]
@@ -272,19 +272,22 @@ def translate_stream(
             )
         if not chunk:
             break
-        try:
-            translations = translator.translate(
-                chunk,
-                num_hypotheses=options.num_hypotheses,
-                prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
-                required=None if phrases is None else phrases[done : done + len(chunk)],
-                attention=options.alignment or options.attention,
-            )
-        except (InputError, DivergenceError) as without_output:
-            if done:  # it counts sentences from the first of this piece
-                where = f"in lines {done + 1:,} to {done + len(chunk):,}"
-                raise type(without_output)(f"{where}: {without_output}") from without_output
-            raise
+        translations = []
+        while chunk and not translations:
+            try:
+                translations = translator.translate(
+                    chunk,
+                    num_hypotheses=options.num_hypotheses,
+                    prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
+                    required=None if phrases is None else phrases[done : done + len(chunk)],
+                    attention=options.alignment or options.attention,
+                )
+            except (InputError, DivergenceError) as bad:
+                if bad.sentence is None:
+                    raise
+                # As with a bad line, what stands before it is still translated.
+                error = type(bad)(f"line {done + bad.sentence + 1:,} of {name}: {bad}")
+                chunk = chunk[: bad.sentence]
         warnings: list[str] = []
         for number, translation in enumerate(translations, start=done + 1):
             tokens += len(translation.tokens)

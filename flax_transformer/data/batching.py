@@ -153,6 +153,7 @@ class TokenizedPairs:
     ):
         self.source = source
         self.target = target
+        self._marks = marks
         lengths = np.stack([source.lengths, target.lengths], axis=1)
         filters = filters or FilterConfig()
         self._lines = mixture or Mixture((len(lengths),), (1.0,))
@@ -200,6 +201,14 @@ class TokenizedPairs:
         return digest.hexdigest()
 
     @property
+    def text_fingerprint(self) -> str:
+        """SHA-256 of the text, however it was cut; only of pairs that have marks."""
+        assert self._marks is not None, "text that is cut in several ways comes from a cache, which has them"
+        digest = hashlib.sha256(repr((self._lines.ends, self._lines.weights)).encode())
+        digest.update(np.ascontiguousarray(self._marks.digests).data)
+        return digest.hexdigest()
+
+    @property
     def left_out(self) -> str:
         """How many pairs were left out for which reason, as in "1,203 empty, 2 identical"; "" when none was.
 
@@ -228,11 +237,22 @@ def _counts(reason: np.ndarray, reasons: list[str]) -> dict[str, int]:
     return dict(zip(reasons, np.bincount(reason, minlength=len(reasons) + 1)[1:].tolist(), strict=True))
 
 
-def data_fingerprint(variants: Sequence[TokenizedPairs]) -> str:
-    """Returns the fingerprint of pairs in one segmentation or in several."""
-    if len(variants) == 1:
-        return variants[0].fingerprint
-    return hashlib.sha256("".join(pairs.fingerprint for pairs in variants).encode()).hexdigest()
+def data_fingerprint(variants: Sequence[TokenizedPairs], drawn: bool) -> str:
+    """Returns the fingerprint of training pairs; where they were cut at random "TEXT:DRAWS", of what was cut and how.
+
+    SentencePiece, from 0.2.2 on, draws otherwise in every process, whatever its seed; so what was drawn once and is no
+    longer in the cache cannot be had again.
+    """
+    if not drawn:
+        (pairs,) = variants
+        return pairs.fingerprint
+    draws = hashlib.sha256("".join(pairs.fingerprint for pairs in variants).encode()).hexdigest()
+    return f"{variants[0].text_fingerprint}:{draws}"
+
+
+def same_text(one: str, other: str) -> bool:
+    """Returns whether fingerprints are of the same text, though it may have been cut at random once more."""
+    return one.partition(":")[0] == other.partition(":")[0]
 
 
 class PlannedBatch(NamedTuple):

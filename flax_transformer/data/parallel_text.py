@@ -171,7 +171,7 @@ def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
             try:
                 sentence = json.loads(line)[key]
                 sentence.encode()  # JSON may hold halves of characters, which are no text
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 sentence = None
             if not isinstance(sentence, str):
                 raise InputError(

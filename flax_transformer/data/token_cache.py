@@ -35,6 +35,9 @@ PAIRS_AT_ONCE = 16_384
 # What was left by a writer that was killed is removed when it has not been written to for so long.
 ABANDONED_SECONDS = 3_600
 
+# How often a log is told how far the work is.
+SECONDS_BETWEEN_LINES = 30.0
+
 DTYPES = {
     "source_ids": np.int32,
     "source_offsets": np.int64,
@@ -129,8 +132,7 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
         counts[name] += len(array)
 
     try:
-        with _progress() as progress:
-            task = progress.add_task("tokenising", total=None)
+        with _Progress() as progress:
             starts = {"source": 0, "target": 0}
             for side in starts:
                 write(f"{side}_offsets", np.zeros(1))
@@ -150,7 +152,7 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
                     write("identical", np.array([source == target for source, target in chunk]))
                     write("digests", np.array([_digest(pair) for pair in chunk], np.uint64))
                     pairs_done += len(chunk)
-                    progress.update(task, completed=pairs_done)
+                    progress.update(pairs_done)
                 ends.append(pairs_done)
         for file in files.values():
             file.flush()
@@ -161,16 +163,38 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
     (folder / "meta.json").write_text(json.dumps({"counts": counts, "ends": ends}), encoding="utf-8")
 
 
-def _progress() -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.completed:,} pairs"),
-        rich.progress.TimeElapsedColumn(),
-        console=rich.console.Console(file=sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+class _Progress:
+    """Tells on standard error how many pairs are done.
+
+    On a terminal by a line that renews itself, elsewhere by one line every `SECONDS_BETWEEN_LINES`.
+    """
+
+    def __init__(self):
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.completed:,} pairs"),
+            rich.progress.TimeElapsedColumn(),
+            console=rich.console.Console(file=sys.stderr),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("tokenising", total=None)
+        self._told = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def update(self, pairs: int) -> None:
+        """Takes over how many are done."""
+        self._bar.update(self._task, completed=pairs)
+        if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = time.monotonic()
+            print(f"tokenising: {pairs:,} pairs are done", file=sys.stderr, flush=True)
 
 
 def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -73,7 +73,8 @@ class SubwordSamplingConfig:
         alpha: 0 turns it off. For "bpe" the share of merges that are left out, below 1 (0.1 in the paper); for
             "unigram" the exponent on the probabilities that segmentations are drawn by (0.1 to 0.5 in the paper; the
             larger, the closer to the best one).
-        variants: segmentations of the whole training text, each kept on disk; the epochs take turns through them.
+        variants: segmentations of the whole training text, each kept on disk; the epochs take turns through them. A
+            run that is resumed where they are lost goes on with others, and says so.
 
     References:
         Kudo 2018, "Subword Regularization"; Provilkov, Emelianenko and Voita 2020, "BPE-Dropout".
@@ -104,7 +105,9 @@ class SubwordSamplingConfig:
 
 @dataclass(frozen=True)
 class SubwordSample:
-    """One random segmentation: the same text and the same sample give the same ids.
+    """One random segmentation: in one process the same text and the same sample give the same ids.
+
+    In another process they may not: SentencePiece salts its generator, from 0.2.2 on. So what was drawn is kept.
 
     Attributes:
         alpha: see `SubwordSamplingConfig`.

@@ -22,6 +22,9 @@ from flax_transformer.decoding.rules import Progress, Rule
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, array_tree
 
+# Logits that are divided by less may leave the range of float32.
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -43,9 +46,10 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not 0 < self.temperature < float("inf"):
+        if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise ConfigError(
-                f"temperature must be positive, got {self.temperature}; for the most probable, use a beam."
+                f"temperature must be at least {LEAST_TEMPERATURE:g}, got {self.temperature}; for the most probable, "
+                "use a beam."
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k must not be negative (0 is all tokens), got {self.top_k}.")

@@ -66,7 +66,7 @@ class RunSummary:
             )
         try:
             return cls._read(folder, config)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(
                 f"{path} cannot be compared, since {folder.card_file.name}, {folder.metrics_file.name} or the files of "
                 f"its test part are missing or damaged: {type(error).__name__}, {error}. `flax-transformer train --run "

@@ -291,7 +291,9 @@ class Translator:
                         most = num_hypotheses if required is None else beams
                         hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
                         if not hypotheses:
-                            raise self._without_output(index + 1, sentences[index])
+                            error = self._without_output(index + 1, sentences[index])
+                            error.sentence = index
+                            raise error
                         if required is not None:  # one that was cut but holds more stands before one that holds less
                             named = list(zip(phrases[index], required[index], strict=True))
                             hypotheses = [self._with_missing(h, named) for h in hypotheses]

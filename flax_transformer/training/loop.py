@@ -94,7 +94,10 @@ class Window:
                 continue
             self.skipped += 1
             self.skipped_in_a_row += 1
-            what = f"loss {float(metrics.sums.loss)}, gradient norm {float(metrics.gradient_norm)}"
+            loss, norm = float(metrics.sums.loss), float(metrics.gradient_norm)
+            what = f"loss {loss}, gradient norm {norm}"
+            if math.isfinite(loss) and math.isfinite(norm):
+                what += ", and an update that is not finite"
             log.say(f"warning: step {number} was skipped: {what}")
             if self.skipped_in_a_row == MOST_SKIPPED:
                 kept = log.keep_batch(batch)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +134,13 @@ class RunLog:
         self.record("train", report.record)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """Appends figures to metrics.jsonl and to TensorBoard; `values` holds the step."""
+        """Appends figures to metrics.jsonl, where null is no number, and to TensorBoard; `values` holds the step."""
+        numbers = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         elapsed = time.monotonic() - self._started
-        self._metrics.write(json.dumps({"kind": kind, "elapsed_seconds": elapsed, **values}) + "\n")
+        self._metrics.write(json.dumps({"kind": kind, "elapsed_seconds": elapsed, **numbers}, allow_nan=False) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
@@ -171,20 +177,23 @@ def _bar(done: int, total: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl; a last line that was cut by a kill is left out."""
-    records = []
+    """Returns the records of a metrics.jsonl, null as NaN; a last line that was cut by a kill is left out."""
+    return [record for record, _ in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields each record and its line."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            yield {name: math.nan if value is None else value for name, value in json.loads(line).items()}, line
         except json.JSONDecodeError:
-            break
-    return records
+            return
 
 
 def _keep_records_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+    kept = [line for record, line in _records(path) if record["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)

@@ -27,7 +27,7 @@ class StepMetrics:
         sums: over the target tokens of the batch.
         gradient_norm: global norm of the mean gradient, before clipping.
         learning_rate: used by this update.
-        skipped: whether loss or gradient was not finite, so that parameters and optimiser were left as they were.
+        skipped: whether loss, gradient or update was not finite, so that parameters and optimiser stayed as they were.
     """
 
     sums: LossSums
@@ -142,8 +142,8 @@ def train_step(
     """Returns the state after one update, and its metrics.
 
     The gradient is that of the sum over the global batch, divided once by the global number of target tokens. Dropout
-    keys are folded from (seed, step), so a resumed run needs no generator state. A loss or gradient that is not finite
-    changes nothing but the step and the optimiser's own count of steps, by which its schedule goes.
+    keys are folded from (seed, step), so a resumed run needs no generator state. A loss, gradient or update that is
+    not finite changes nothing but the step and the optimiser's own count of steps, by which its schedule goes.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     graphdef, optimizer = layout.graphdef, layout.optimizer
@@ -158,7 +158,8 @@ def train_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+    # An update can be too large for its type though the gradient is not, and its norm says so of all.
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(updates))
     params, optimizer_state = jax.tree.map(
         lambda new, old: new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old),
         (params, optimizer_state),
