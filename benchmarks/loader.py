@@ -3,8 +3,9 @@
     pip install grain
     python benchmarks/loader.py [--config FILE] [--rounds 5] [--threads 2]
 
-Each makes every batch of an epoch from the same tokenised pairs, in one process and without worker processes, and they
-take turns. Grain shuffles, looks pairs up and packs them first-fit into as many open rows; it has no batches by length.
+Each makes every batch of an epoch from the same tokenised pairs, and they take turns. Grain shuffles, looks pairs up
+and packs them first-fit into as many open rows, in this process or in worker processes, of which each packs a share of
+the pairs (their start counts, once an epoch); it has no batches by length.
 What a step needs is in the results of `train_transformer.py`.
 """
 
@@ -55,8 +56,8 @@ def ours(pairs: TokenizedPairs, batching, epoch: int) -> Iterator[Sizes]:
             return
 
 
-def grains(pairs: TokenizedPairs, shape: BatchShape, epoch: int) -> Iterator[Sizes]:
-    """Yields the sizes of an epoch's packed batches, as grain makes them."""
+def grains(pairs: TokenizedPairs, shape: BatchShape, epoch: int, workers: int) -> Iterator[Sizes]:
+    """Yields the sizes of an epoch's packed batches, as grain makes them in so many processes beside this one."""
     grain: Any = importlib.import_module("grain")
 
     def look_up(index: int) -> dict[str, np.ndarray]:
@@ -71,7 +72,10 @@ def grains(pairs: TokenizedPairs, shape: BatchShape, epoch: int) -> Iterator[Siz
         num_packing_bins=OPEN_ROWS,
         seed=epoch,
     )
-    for batch in packed.batch(shape.rows):
+    batches = packed.batch(shape.rows)
+    if workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    for batch in batches:
         yield int(np.count_nonzero(batch["target_segment_ids"])), batch["source"].size + batch["target"].size
 
 
@@ -94,7 +98,8 @@ def main() -> None:
     }
     packages = ["numpy"]
     if importlib.util.find_spec("grain"):
-        loaders["packed by grain"] = lambda epoch: grains(pairs, row, epoch)
+        loaders["packed by grain"] = lambda epoch: grains(pairs, row, epoch, 0)
+        loaders["packed by grain, 2 workers"] = lambda epoch: grains(pairs, row, epoch, 2)
         packages.append("grain")
     print(f"{options}\n{machine(*packages)}\n{len(pairs):,} pairs; packed rows {row}\n")
 
