@@ -12,6 +12,7 @@ Before that, random compositions of the text, whose n-best lists are compared wi
 
 import dataclasses
 import gzip
+import importlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -76,8 +77,7 @@ def scores(translator: Any, text: list[str], whole: list[Any]) -> str:
 
 def refilling(translator: Any, text: list[str], rounds: int) -> str:
     """Returns a table of seconds with slots that are refilled, and with calls of one batch each."""
-    from flax_transformer.inference import translator as module
-
+    module: Any = importlib.import_module("flax_transformer.inference.translator")
     default = module.SENTENCES_A_ROW
     seconds: dict[str, list[float]] = {"refilled": [], "one batch after another": []}
     for turn in range(rounds + 1):

@@ -1,7 +1,7 @@
 """The recipes of published set-ups, whole: each builds, compiles and takes ten steps on text that is generated.
 
-The text is shaped like the real one (words by Zipf's law, lengths about those of the corpus), and batches have fewer
-rows than the recipe's, since a CPU takes minutes for a whole one.
+The text is shaped like the real one (words by Zipf's law, lengths about those of the corpus). What takes steps has
+fewer rows and no long pairs, since a CPU takes minutes for a whole batch.
 """
 
 import dataclasses
@@ -45,11 +45,33 @@ def generated_text(pairs: int, mean: int, spread: float, words: int) -> Parallel
     frequency = 1 / np.arange(1, words + 1)
     frequency /= frequency.sum()
 
-    def line() -> str:
-        length = max(1, round(rng.lognormal(math.log(mean), math.log(spread))))
-        return " ".join(rng.choice(vocabulary, length, p=frequency))
+    def line(length: float) -> str:
+        return " ".join(rng.choice(vocabulary, max(1, round(length)), p=frequency))
 
-    return ParallelText([line() for _ in range(pairs)], [line() for _ in range(pairs)])
+    lengths = rng.lognormal(math.log(mean), math.log(spread), pairs)
+    unlike = rng.lognormal(0.0, 0.2, pairs)  # a translation is about as long as its source
+    return ParallelText([line(n) for n in lengths], [line(n * u) for n, u in zip(lengths, unlike, strict=True)])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_batches_of_a_published_recipe_are_as_many_shapes_and_tokens_as_it_says(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mean, spread, _ = RECIPES[name]
+    config = read_config(CONFIGS / f"{name}.yaml")
+    text = generated_text(3_000, mean, spread, 30_000)
+    tokenizers = TokenizerPair.train(text.source, text.target, TokenizerConfig("bpe", vocab_size=8_000))
+    limits = config.model.max_source_length, config.model.max_target_length
+    (pairs,) = prepare_training_pairs((text,), tokenizers, config.filters, *limits)
+    assert len(pairs) > 0.95 * 3_000
+    plan = training_plan([pairs], config.batching, 0)
+    assert len(plan.shapes) == config.batching.num_shapes
+    assert pairs.lengths.max() > 128  # none of the long ones was cut away
+    batches = plan.epoch(0)
+    budget = config.batching.tokens_per_batch
+    padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
+    assert all(b.shape.rows * max(b.shape[1:]) <= budget for b in batches)
+    last_of_each_shape = len(plan.shapes) * 2 * budget  # may be part full
+    assert pairs.lengths.sum() > 0.7 * (padded - last_of_each_shape)
 
 
 @pytest.mark.slow

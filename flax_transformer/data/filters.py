@@ -1,7 +1,7 @@
 """Which training pairs are left out.
 
-Validation and test text is never filtered: all of it is translated and scored. Of the validation loss alone, empty
-pairs and those beyond the model's lengths are no part.
+Validation and test text is never filtered, whatever is left out of the training text. Of the validation loss alone,
+empty pairs and those beyond the model's lengths are no part.
 """
 
 import itertools
