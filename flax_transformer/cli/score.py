@@ -1,25 +1,32 @@
 """score: the log-probability of translations that exist already."""
 
+import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
-from flax_transformer.errors import ConfigError
+from flax_transformer.data.parallel_text import ParallelFiles, ParallelTextConfig
+from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.quantize import Quantize
-from flax_transformer.inference.scorer import Scorer, corpus_perplexity
+from flax_transformer.inference.scorer import PairScore, Scorer
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
+# Pairs that are in memory at the same time.
+PAIRS_AT_ONCE = 4_096
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
     """Prints a score for each pair of a source and a target file, one a line, and sums them up on standard error.
+
+    Files may be of any length: a piece of them is in memory.
 
     The score of a pair is its log-probability (nats, end token included) divided by the length penalty. That is the
     number that translate prints for an output that has ended, unless a repetition penalty, a coverage penalty or a
@@ -44,35 +51,86 @@ class ScoreOptions:
     json: bool = False
 
 
+@dataclass
+class Total:
+    """What all pairs so far come to.
+
+    Attributes:
+        pairs, tokens: how many; of the targets, end tokens included.
+        log_prob: of all targets, nats.
+        shortened: whether a source was.
+    """
+
+    pairs: int = 0
+    tokens: int = 0
+    log_prob: float = 0.0
+    shortened: bool = False
+
+    def add(self, score: PairScore) -> None:
+        """Takes over one more."""
+        self.pairs += 1
+        self.tokens += len(score.token_scores)
+        self.log_prob += score.log_prob
+        self.shortened |= score.truncated
+
+    @property
+    def text(self) -> str:
+        """All of it in a line; the perplexity is exp(- log-probability / tokens)."""
+        perplexity = math.exp(-self.log_prob / self.tokens) if self.tokens else math.nan
+        return (
+            f"{self.pairs:,} pairs, {self.tokens:,} target tokens, log-probability {self.log_prob:.2f}, perplexity "
+            f"{perplexity:.4f}"
+        )
+
+
 def main(arguments: list[str], program: str) -> int:
     """Returns the exit code: 0, or 4 when lines were shortened.
 
     Raises:
-        InputError: a bad run folder, setting or file, or a pair that cannot be scored.
+        InputError: a bad run folder, setting or file, or a pair that cannot be scored; those before it are.
     """
     options = tyro.cli(ScoreOptions, args=arguments, prog=program)
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     config = RunFolder.open(options.run[0]).read_config()
-    columns = config.data if isinstance(config.data, ParallelTextConfig) else None
-    text = read_parallel_text(options.source, options.target, columns)
+    columns = config.data if isinstance(config.data, ParallelTextConfig) else ParallelTextConfig()
+    pairs = ParallelFiles(options.source, options.target, columns).pairs()
+    pairs = itertools.chain([next(pairs)], pairs)  # says what is wrong with the files, before a model is loaded
     scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
-    scores = scorer.score(text.source, text.target, options.length_penalty)
-    for number, score in enumerate(scores, start=1):
-        if score.truncated:
-            warning = cut_line(f"{options.source}, line {number}", scorer.translator.max_source_length, "read")
-            print(f"warning: {warning}", file=sys.stderr)
-        if options.json:
-            named = {name: getattr(score, name) for name in ("score", "log_prob", "tokens", "token_scores")}
-            line = json.dumps(named, ensure_ascii=False)
-        else:
-            line = f"{score.score:.6f}"
-        sys.stdout.buffer.write(f"{line}\n".encode())  # UTF-8 whatever the locale, as translate writes
-    sys.stdout.buffer.flush()
-    tokens = sum(len(score.token_scores) for score in scores)
-    print(
-        f"{len(scores):,} pairs, {tokens:,} target tokens, log-probability "
-        f"{sum(score.log_prob for score in scores):.2f}, perplexity {corpus_perplexity(scores):.4f}",
-        file=sys.stderr,
-    )
-    return 4 if any(score.truncated for score in scores) else 0
+    total, error = Total(), None
+    while error is None:
+        piece: list[tuple[str, str]] = []
+        try:
+            piece.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
+        except InputError as bad_line:
+            error = bad_line
+        scores = []
+        while piece and not scores:
+            try:
+                sources, targets = zip(*piece, strict=True)
+                scores = scorer.score(sources, targets, options.length_penalty, first=total.pairs + 1)
+            except InputError as bad_pair:
+                if bad_pair.sentence is None:
+                    raise
+                error, piece = bad_pair, piece[: bad_pair.sentence]
+        if not scores:
+            break
+        for score in scores:
+            total.add(score)
+            if score.truncated:
+                warning = cut_line(f"{options.source}, line {total.pairs}", scorer.translator.max_source_length, "read")
+                print(f"warning: {warning}", file=sys.stderr)
+            sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 whatever the locale
+        sys.stdout.buffer.flush()
+    if error is not None:
+        raise error
+    print(total.text, file=sys.stderr)
+    return 4 if total.shortened else 0
+
+
+def as_line(options: ScoreOptions, score: PairScore) -> str:
+    """Returns what is written for a pair."""
+    if not options.json:
+        return f"{score.score:.6f}"
+    named = {name: getattr(score, name) for name in ("score", "log_prob", "tokens", "token_scores")}
+    return json.dumps(named, ensure_ascii=False)

@@ -1,7 +1,6 @@
 """The log-probability that a model gives to pairs of sentences that exist already."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +38,6 @@ class PairScore:
     tokens: list[str]
     token_scores: list[float]
     truncated: bool = False
-
-
-def corpus_perplexity(scores: Sequence[PairScore]) -> float:
-    """Returns exp(- log-probability of all pairs / number of their target tokens, end tokens included)."""
-    tokens = sum(len(score.token_scores) for score in scores)
-    return math.exp(-sum(score.log_prob for score in scores) / tokens) if tokens else math.nan
 
 
 def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
@@ -86,7 +79,7 @@ class Scorer:
         )
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None
+        self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None, first: int = 1
     ) -> list[PairScore]:
         """Returns the score of each pair.
 
@@ -96,6 +89,7 @@ class Scorer:
             sources, targets: equally many lines of raw text. A source that is longer than the model takes is cut, as it
                 is in `translate`; an empty one has an empty target.
             length_penalty: such as "gnmt:0.6"; the run's own when None.
+            first: number of the first pair, for messages.
 
         Raises:
             InputError: unequal numbers of lines, a target for an empty source, or one that is longer than the model's
@@ -108,7 +102,7 @@ class Scorer:
             )
         tokenizers = self.translator.tokenizers
         return self.score_ids(
-            tokenizers.source.encode(sources), tokenizers.target.encode(targets), length_penalty, end=True
+            tokenizers.source.encode(sources), tokenizers.target.encode(targets), length_penalty, True, first
         )
 
     def score_ids(
@@ -117,8 +111,11 @@ class Scorer:
         targets: Sequence[list[int]],
         length_penalty: str | None = None,
         end: bool = True,
+        first: int = 1,
     ) -> list[PairScore]:
         """Returns the score of each pair of token ids; `end` says whether the end token closes the targets.
+
+        For the rest see `score`.
 
         Raises:
             InputError: a target for an empty source, or one that is longer than the model's outputs.
@@ -127,17 +124,22 @@ class Scorer:
         translator = self.translator
         penalty = LengthPenalty.parse(translator.decoding.length_penalty if length_penalty is None else length_penalty)
         room, limit = translator.max_source_length - 1, translator.max_target_length - int(end)
-        for number, (source, target) in enumerate(zip(sources, targets, strict=True), start=1):
+        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            wrong = ""
             if len(target) > limit:
-                raise InputError(
-                    f"target line {number} has {len(target)} tokens, and the model's outputs have at most {limit} "
-                    "(model.max_target_length, less the end token). Take the pair out."
+                wrong = (
+                    f"target line {first + index} has {len(target)} tokens, and the model's outputs have at most "
+                    f"{limit} (model.max_target_length, less the end token)"
                 )
-            if target and not source:
-                raise InputError(
-                    f"source line {number} is empty, and its target is not: an empty line has an empty translation. "
-                    "Take the pair out."
+            elif target and not source:
+                wrong = (
+                    f"source line {first + index} is empty, and its target is not: an empty line has an empty "
+                    "translation"
                 )
+            if wrong:
+                error = InputError(f"{wrong}. Take the pair out.")
+                error.sentence = index
+                raise error
         long = [len(source) > room for source in sources]
         sources = [source[:room] for source in sources]
         results = [PairScore(0.0, 0.0, [], [], truncated) for truncated in long]
