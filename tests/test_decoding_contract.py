@@ -180,12 +180,11 @@ def test_score_gives_what_translate_gave_token_by_token(translator):
             assert sum(hypothesis.token_scores) == pytest.approx(score.log_prob, rel=1e-5)
 
 
-def test_scores_of_text_and_perplexity(translator):
+def test_scores_of_text(translator):
     scorer = Scorer(translator)
     scores = scorer.score(SOURCES[:9], TARGETS[:9], "none")
     assert [s.tokens for s in scores] == [TOKENIZERS.target.pieces(i) for i in TOKENIZERS.target.encode(TARGETS[:9])]
     assert all(s.score == s.log_prob for s in scores)
-    count = sum(len(s.tokens) + 1 for s in scores)
     for sources, targets, message in (
         (["one"], [], "1 sources and 0 targets"),
         (["one", ""], ["eins", "zwei"], "source line 2 is empty, and its target is not"),
