@@ -16,7 +16,7 @@ from flax_transformer.cli.partial_output import PartialOutput, StandardOutput
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
-from tests.test_decoding_contract import ALIKE, MODELS, TOKENIZERS, command, make_run
+from tests.small_models import ALIKE, MODELS, TOKENIZERS, command, make_run
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,7 @@ def test_no_more_is_read_than_what_is_written_and_one_piece(monkeypatch, capsys,
         write(self, lines, *more)
 
     monkeypatch.setattr(StandardOutput, "write", counted)
-    monkeypatch.setattr(sys.modules["tests.test_decoding_contract"], "Stdin", Source)
-    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n" * 50)
+    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n" * 50, Source)
     assert code == 0 and len(out.splitlines()) == 100
     assert written == [(min(8 * piece, 100), min(8 * piece, 100)) for piece in range(1, 14)]
 
@@ -219,8 +218,7 @@ def test_lines_are_answered_one_at_a_time_when_a_person_types(monkeypatch, capsy
         return whole(self, sentences, **named)
 
     monkeypatch.setattr(Translator, "translate", translate_some)
-    monkeypatch.setattr(sys.modules["tests.test_decoding_contract"], "Stdin", Terminal)
-    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n")
+    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n", Terminal)
     assert code == 0 and seen == [["one"], ["two"]] and len(out.splitlines()) == 2
 
 
