@@ -25,8 +25,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED
-
-START, END = 0, 1
+from tests.chains import END, START, outputs
 
 
 def float64(x) -> np.ndarray:
@@ -77,16 +76,6 @@ def search(
         beam_size, slots or len(chains), max_length, START, END, LengthPenalty.parse(penalty), **changes
     )
     return jax.device_get(compiled_search(config, bonus)(chains, limits))
-
-
-def outputs(found, sentence: int = 0) -> list[tuple[tuple[int, ...], float, bool]]:
-    result = []
-    for beam in range(found.lengths.shape[1]):
-        length = int(found.lengths[sentence, beam])
-        if length:
-            tokens = tuple(int(t) for t in found.tokens[sentence, beam, :length])
-            result.append((tokens, float(found.scores[sentence, beam]), bool(found.finished[sentence, beam])))
-    return result
 
 
 def divisor(penalty: LengthPenalty, length: int) -> float:

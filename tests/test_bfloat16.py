@@ -17,7 +17,7 @@ from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel import layout
 from flax_transformer.training.step import Objective, batch_loss
 from tests import tiny
-from tests.test_decoding_contract import ALIKE, DECODING, MODELS, TOKENIZERS, params_of
+from tests.small_models import ALIKE, DECODING, MODELS, TOKENIZERS, params_of
 
 BFLOAT16 = jnp.dtype("bfloat16")
 LENGTH = 20

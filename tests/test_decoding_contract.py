@@ -1,63 +1,43 @@
 """The contract of decoding (docs/decoding.md) on small models with random parameters: each sentence has a test."""
 
-import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-from flax_transformer.cli import main as cli
-from flax_transformer.config import Config, DecodingConfig
-from flax_transformer.data.synthetic import english_number_words, german_number_words
+from flax_transformer.config import DecodingConfig
 from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.scorer import Scorer
-from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.inference.translator import Translator
 from flax_transformer.models.rnn import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.checkpoint import Checkpoints
-from flax_transformer.training.state import abstract_model
-from tests.tiny import randomised
-
-NUMBERS = np.random.default_rng(0).integers(0, 100_000, 240).tolist()
-SOURCES = [english_number_words(n) for n in NUMBERS]
-TARGETS = [german_number_words(n) for n in NUMBERS]
-TOKENIZERS = TokenizerPair.train(SOURCES, TARGETS, TokenizerConfig(vocab_size=60))
-# Sentences that one program translates, so that little is compiled where length does not matter.
-ALIKE = [s for s, ids in zip(SOURCES, TOKENIZERS.source.encode(SOURCES), strict=True) if 17 <= len(ids) + 1 <= 24]
-SMALL: dict[str, Any] = {
-    "model_dim": 16,
-    "max_source_length": 48,
-    "max_target_length": 48,
-    "share_embeddings": "target_output",
-}
-MODELS = {
-    "transformer": TransformerConfig(
-        num_heads=2, feed_forward_dim=32, num_encoder_layers=1, num_decoder_layers=1, **SMALL
-    ),
-    "recurrent": RecurrentConfig(hidden_dim=16, attention="dot", input_feeding=True, **SMALL),
-}
-DECODING = DecodingConfig(beam_size=3, batch_rows=4, max_length_factor=0.5, max_length_offset=6)
-
-
-def params_of(model, seed: int, tokenizers: TokenizerPair = TOKENIZERS):
-    graphdef, abstract = abstract_model(model, vocabulary_info(tokenizers))
-    return nnx.to_pure_dict(nnx.state(randomised(nnx.merge(graphdef, abstract), seed)))
+from tests.small_models import (
+    ALIKE,
+    DECODING,
+    MODELS,
+    SEEDS,
+    SMALL,
+    SOURCES,
+    TARGETS,
+    TOKENIZERS,
+    command,
+    make_run,
+    params_of,
+    params_that_end,
+)
 
 
 @pytest.fixture(scope="module")
 def translators() -> dict[str, Translator]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return {name: Translator(m, TOKENIZERS, params_of(m, 1), DECODING, mesh) for name, m in MODELS.items()}
+    params = {name: params_that_end(model, SEEDS[name]) for name, model in MODELS.items()}
+    return {name: Translator(model, TOKENIZERS, params[name], DECODING, mesh) for name, model in MODELS.items()}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -67,6 +47,18 @@ def translator(request, translators) -> Translator:
 
 def ids_of(hypothesis) -> list[int]:
     return [TOKENIZERS.target._processor.piece_to_id(piece) for piece in hypothesis.tokens]
+
+
+def test_the_models_of_these_tests_make_outputs_of_many_lengths_and_cut_ones(translator):
+    """Without that the tests below would hold little."""
+    for text in (SOURCES[:24], ALIKE[:24]):
+        lists = [found.hypotheses for found in translator.translate(text, num_hypotheses=3)]
+        ended = [h for hypotheses in lists for h in hypotheses if h.finished]
+        assert 0.3 < len(ended) / sum(map(len, lists)) < 0.7 and len({len(h.tokens) for h in ended}) >= 8
+        assert sum(len({h.finished for h in hypotheses}) == 2 for hypotheses in lists) >= 5
+        assert 6 < sum(hypotheses[0].finished for hypotheses in lists) < 22
+        scores = [score for hypotheses in lists for h in hypotheses for score in h.token_scores]
+        assert max(scores) > -0.01 and min(scores) < -1  # a token that is nearly certain has an exception
 
 
 # --- batch invariance
@@ -170,14 +162,17 @@ def test_numbers_of_rows_agree_on_tokens(translator):
 
 
 def test_score_gives_what_translate_gave_token_by_token(translator):
-    scorer = Scorer(translator)
+    scorer, ended = Scorer(translator), []
     for sentence, found in zip(ALIKE[:12], translator.translate(ALIKE[:12], num_hypotheses=3), strict=True):
         source = TOKENIZERS.source.encode([sentence])[0]
         for hypothesis in found.hypotheses:
             (score,) = scorer.score_ids([source], [ids_of(hypothesis)], end=hypothesis.finished)
+            assert len(score.token_scores) == len(hypothesis.tokens) + hypothesis.finished
+            ended.append(hypothesis.finished)
             np.testing.assert_allclose(score.token_scores, hypothesis.token_scores, rtol=1e-5, atol=2e-6)
             assert score.score == pytest.approx(hypothesis.score, rel=1e-5)
             assert sum(hypothesis.token_scores) == pytest.approx(score.log_prob, rel=1e-5)
+    assert 10 < sum(ended) < len(ended)
 
 
 def test_scores_of_text(translator):
@@ -195,15 +190,35 @@ def test_scores_of_text(translator):
 
 
 def test_what_translate_makes_of_an_empty_and_of_a_long_line_is_scored_as_it_was(translator):
-    long, end_at_once = "one " * 60, translator.tokenizers.source.encode(["one"])
-    (empty, cut) = translator.translate(["", long])
-    scores = Scorer(translator).score(["", long, "one"], [empty.text, cut.text, ""])
-    assert (scores[0].score, scores[0].tokens, scores[0].token_scores) == (empty.score, [], [])
-    assert [score.truncated for score in scores] == [False, True, False]
-    if cut.hypotheses[0].finished and scores[1].tokens == cut.tokens:
-        assert scores[1].score == pytest.approx(cut.score, rel=1e-5)
-    (nothing,) = Scorer(translator).score_ids(end_at_once, [[]])
-    assert len(nothing.token_scores) == 1 and nothing == scores[2] and nothing.score < 0
+    text = ["", *(f"{word} " * 60 for word in "one two three four five six seven eight nine ten".split())]
+    made = translator.translate(text)
+    scores = Scorer(translator).score(text, [found.text for found in made])
+    assert (scores[0].score, scores[0].tokens, scores[0].token_scores) == (made[0].score, [], [])
+    assert [score.truncated for score in scores] == [False] + [True] * 10
+    same = []
+    for found, score in zip(made, scores, strict=True):
+        same.append(found.hypotheses[0].finished and score.tokens == found.tokens)
+        assert (score.score == pytest.approx(found.score, rel=1e-5)) == same[-1]
+    assert 1 < sum(same) < len(made)
+    (nothing,) = Scorer(translator).score_ids(TOKENIZERS.source.encode(["one"]), [[]])
+    assert len(nothing.token_scores) == 1 and nothing.score < 0
+    assert [nothing] == Scorer(translator).score(["one"], [""])
+
+
+def test_a_forced_end_costs_nothing_and_score_counts_it(translators):
+    translator, limits = translators["transformer"], {"max_length_factor": 0.0, "max_length_offset": 5}
+    found = translator.translate(ALIKE[:12], force_end=True, **limits)
+    forced = [len(each.tokens) == 4 for each in found]
+    assert 0 < sum(forced) < len(found) and all(each.hypotheses[0].finished for each in found)
+    targets = [ids_of(each.hypotheses[0]) for each in found]
+    scores = Scorer(translator).score_ids(TOKENIZERS.source.encode(ALIKE[:12]), targets)
+    for each, score, at_limit in zip(found, scores, forced, strict=True):
+        *before, end = each.hypotheses[0].token_scores
+        np.testing.assert_allclose(score.token_scores[:-1], before, rtol=1e-5, atol=5e-6)
+        if at_limit:
+            assert end == 0.0 and score.token_scores[-1] < -0.01 and score.score < each.score
+        else:
+            assert score.token_scores[-1] == pytest.approx(end, rel=1e-5, abs=5e-6)
 
 
 # --- options
@@ -299,14 +314,14 @@ def holds(tokens: list[str], text: str) -> bool:
     return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens)))
 
 
-def with_probable_unknown(translator: Translator) -> Translator:
-    """A translator whose outputs hold the unknown token."""
+def with_probable_unknown(translator: Translator, factor: float) -> Translator:
+    """A translator whose outputs hold the unknown token, by a factor or by its negative."""
     table = translator.params["target_embedding"]["table"]
-    return translator.with_params(translator.params | {"target_embedding": {"table": table.at[3].multiply(9.0)}})
+    return translator.with_params(translator.params | {"target_embedding": {"table": table.at[3].multiply(factor)}})
 
 
 def test_unknown_tokens_are_banned(translators):
-    unsure = with_probable_unknown(translators["transformer"])
+    unsure = with_probable_unknown(translators["transformer"], -9.0)
     assert any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30]))
     assert not any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30], ban_unknown=True))
 
@@ -324,7 +339,8 @@ def test_coverage_lowers_the_scores_by_what_the_attention_missed(translators):
 
 def test_attention_comes_with_the_search_and_becomes_an_alignment(translator):
     sentence = f"{ALIKE[0]} \u4e2d one"  # a character that the vocabulary does not hold
-    for made in (translator, with_probable_unknown(translator)):
+    tokens = []
+    for made in (translator, with_probable_unknown(translator, 9.0), with_probable_unknown(translator, -9.0)):
         (found,) = made.translate([sentence], attention=True, num_hypotheses=2)
         assert [len(words) for words in found.source_words] == [1] * len(found.source)
         for hypothesis in found.hypotheses:
@@ -336,7 +352,8 @@ def test_attention_comes_with_the_search_and_becomes_an_alignment(translator):
             assert pairs == sorted(pairs, key=lambda p: (p[1], p[0]))
             assert {s for s, _ in pairs} <= set(range(len(sentence.split())))
             assert {t for _, t in pairs} == set(range(len(hypothesis.text.split())))
-    assert "<unk>" in found.tokens
+        tokens += found.tokens
+    assert "<unk>" in tokens
     assert translator.translate([sentence])[0].source_words == []  # nobody asked
 
 
@@ -344,8 +361,8 @@ def test_attention_comes_with_the_search_and_becomes_an_alignment(translator):
 def test_an_ensemble_averages_probabilities(translators, tmp_path):
     for name, model in MODELS.items():
         mesh = translators[name].mesh
-        paths = [tmp_path / f"{name}_{seed}" for seed in (1, 2)]
-        for seed, path in zip((1, 2), paths, strict=True):
+        paths = [tmp_path / f"{name}_{seed}" for seed in (SEEDS[name], 1)]
+        for seed, path in zip((SEEDS[name], 1), paths, strict=True):
             make_run(path, model, seed)
         twice = Translator.load([paths[0], paths[0]], mesh)
         alone = translators[name].translate(ALIKE[:10])
@@ -366,16 +383,6 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         np.testing.assert_allclose(score.token_scores, best.token_scores, rtol=1e-5, atol=2e-6)
     with pytest.raises(RunFolderError, match="cannot be an ensemble: all need the same section 'model'"):
         Translator.load([tmp_path / "transformer_1", tmp_path / "recurrent_1"], translators["transformer"].mesh)
-
-
-def make_run(path: Path, model, seed: int) -> Path:
-    """A run folder with random parameters."""
-    folder = RunFolder(path)
-    tokenizer = TokenizerConfig(vocab_size=60)
-    folder.create(Config(run=str(path), model=model, decoding=DECODING, tokenizer=tokenizer), TOKENIZERS)
-    with Checkpoints(folder.checkpoints, (1, 1)) as checkpoints:
-        checkpoints.save_params(1, params_of(model, seed))
-    return path
 
 
 # --- bad input
@@ -479,23 +486,7 @@ def test_attention_of_a_model_without_is_explained():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", MODELS["transformer"], 1)
-
-
-class Stdin(io.TextIOWrapper):
-    def isatty(self):
-        return False
-
-
-def command(monkeypatch, capsys, arguments: list[str], data: bytes = b"") -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", Stdin(io.BytesIO(data)))
-    monkeypatch.setattr(sys, "argv", ["flax-transformer", *arguments])
-    try:
-        code = cli.main()
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    output = capsys.readouterr()
-    return code, output.out, output.err
+    return make_run(tmp_path_factory.mktemp("runs") / "run", MODELS["transformer"], SEEDS["transformer"])
 
 
 def test_no_line_is_lost_whatever_comes_in(monkeypatch, capsys, run):
@@ -593,19 +584,3 @@ def test_a_bad_file_of_phrases_is_explained(monkeypatch, capsys, run, tmp_path, 
 def test_contradictory_options_are_explained(monkeypatch, capsys, run, arguments, message):
     code, _, err = command(monkeypatch, capsys, ["translate", "--run", str(run), *arguments])
     assert code == 2 and message in err.replace("\n", " ")
-
-
-def test_score_command(monkeypatch, capsys, run, tmp_path):
-    (tmp_path / "source").write_text("".join(f"{s}\n" for s in SOURCES[:5]))
-    (tmp_path / "target").write_text("".join(f"{t}\n" for t in TARGETS[:5]))
-    files = ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target")]
-    code, out, err = command(monkeypatch, capsys, ["score", "--run", str(run), *files])
-    expected = Scorer(Translator.load(run)).score(SOURCES[:5], TARGETS[:5])
-    assert code == 0 and [float(line) for line in out.split()] == pytest.approx([s.score for s in expected], rel=1e-4)
-    assert "5 pairs, " in err and "perplexity " in err
-    code, out, _ = command(monkeypatch, capsys, ["score", "--run", str(run), *files, "--json"])
-    assert json.loads(out.splitlines()[0])["tokens"] == expected[0].tokens
-    (tmp_path / "source").write_text("".join(f"{s}\n" for s in [*SOURCES[:4], "one " * 60]))
-    code, out, err = command(monkeypatch, capsys, ["score", "--run", str(run), *files])
-    assert code == 4 and len(out.splitlines()) == 5
-    assert "line 5 is longer than the model's 47 tokens; only its beginning was read. Break it" in err

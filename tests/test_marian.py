@@ -33,7 +33,7 @@ from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from flax_transformer.training.state import abstract_model
-from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from tests.small_models import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 from tests.tiny import randomised
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds

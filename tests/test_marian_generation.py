@@ -11,7 +11,7 @@ from flax_transformer.data.tokenizer import START_ID
 from flax_transformer.interop.marian import marian_order, vocabulary
 from flax_transformer.interop.marian_generation import export_generation, read_generation
 from flax_transformer.run_folder import RunFolder
-from tests.test_decoding_contract import TOKENIZERS, make_run
+from tests.small_models import TOKENIZERS, make_run
 from tests.test_marian import MODEL, convert, foreign_marian, pieces_to_marian
 
 ORDER = marian_order(TOKENIZERS.target)

@@ -23,7 +23,7 @@ from flax_transformer.interop.marian_reader import our_order, read_marian, renum
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
-from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from tests.small_models import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 from tests.test_marian import SEPARATE, as_published, foreign_marian, pieces_to_marian, without_pieces
 
 pytestmark = [

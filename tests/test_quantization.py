@@ -17,7 +17,7 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
 from flax_transformer.nn.embedding import OutputProjection
 from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up, quantized, without_row
-from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 RNG = np.random.default_rng(0)
 

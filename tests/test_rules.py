@@ -15,7 +15,7 @@ from flax_transformer.decoding.rules import Progress
 from flax_transformer.decoding.sampling import SamplingConfig, keep_probable, sample
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED
-from tests.test_beam_search import END, START, outputs
+from tests.chains import END, START, outputs
 
 VOCAB = 6
 NONE = LengthPenalty.parse("none")
