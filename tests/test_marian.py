@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -465,6 +466,28 @@ def test_weights_that_are_not_whole_are_explained(tmp_path, size):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(InputError, match=r"model.safetensors is damaged or not whole \(.*\). Copy or download"):
+        read_marian(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_weights_of_16_bits_are_read_in_float32(tmp_path, one_device, dtype):
+    folder = foreign_marian(tmp_path / "theirs")
+    weights = {name: value.astype(dtype) for name, value in load_file(folder / "model.safetensors").items()}
+    runs = []
+    for name, as_saved in (("short", weights), ("long", {n: v.astype(np.float32) for n, v in weights.items()})):
+        save_file(as_saved, folder / "model.safetensors", metadata={"format": "pt"})
+        runs.append(Translator.load(read_marian(folder, tmp_path / name)[0].path, one_device).params)
+    chex.assert_trees_all_equal(*runs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(runs[0])} == {np.dtype(np.float32)}
+
+
+def test_weights_of_a_type_that_is_not_read_are_explained(tmp_path):
+    folder = foreign_marian(tmp_path / "theirs")
+    weights = load_file(folder / "model.safetensors")
+    weights["final_logits_bias"] = weights["final_logits_bias"].astype(jnp.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds tensors of a type that is not read \(.*float8.*\); float32, float16"):
         read_marian(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
