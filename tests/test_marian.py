@@ -19,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 from flax_transformer.cli import main as cli
 from flax_transformer.data.tokenizer import (
     END_ID,
+    START_ID,
     UNKNOWN_ID,
     SubwordSample,
     Tokenizer,
@@ -27,15 +28,13 @@ from flax_transformer.data.tokenizer import (
 )
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.scorer import Scorer
-from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
 from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
-from flax_transformer.training.state import abstract_model
-from tests.test_decoding_contract import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
-from tests.tiny import randomised
+from tests.test_decoding_contract import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
 MODEL = MODELS["transformer"]
@@ -142,19 +141,34 @@ def test_options_that_marian_does_not_have_are_named(translator, tmp_path, model
 
 
 @pytest.mark.parametrize(
-    "share, tokenizers",
-    [("all", TOKENIZERS), ("target_output", TOKENIZERS), ("none", TOKENIZERS), ("target_output", SEPARATE)],
+    "share, tokenizers, zero_start",
+    [
+        ("all", TOKENIZERS, True),
+        ("target_output", TOKENIZERS, True),
+        ("none", TOKENIZERS, True),
+        ("target_output", SEPARATE, False),
+    ],
 )
-def test_a_run_comes_back_to_the_bit(share, tokenizers, tmp_path, one_device):
-    model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2)
-    graphdef, abstract = abstract_model(model, vocabulary_info(tokenizers))
-    params: Any = nnx.to_pure_dict(nnx.state(randomised(nnx.merge(graphdef, abstract), 2)))
-    for table in ("source_embedding", "target_embedding", "output_embedding"):  # rows of padding are not the model's
-        if table in params:
-            params[table]["table"] = params[table]["table"].at[tokenizers.target.vocab_size :].set(0.0)
-    write_marian(Translator(model, tokenizers, params, DECODING, one_device), model, tmp_path / "marian")
+def test_a_run_comes_back_to_the_bit_in_all_that_is_read(share, tokenizers, zero_start, tmp_path, one_device):
+    """Rows that nothing reads come back as zeros: those that pad a vocabulary, and the start token's if it is zero."""
+    model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2, zero_start=zero_start)
+    params: Any = params_of(model, 2, tokenizers)
+    ours = Translator(model, tokenizers, params, DECODING, one_device)
+    write_marian(ours, model, tmp_path / "marian")
     run, lost = read_marian(tmp_path / "marian", tmp_path / "run")
     back = Translator.load(run.path, one_device)
+    if share == "all":
+        same = ours.with_params(back.params).translate(ALIKE[:4], num_hypotheses=3)
+        assert same == ours.translate(ALIKE[:4], num_hypotheses=3)
+    size = tokenizers.target.vocab_size
+    assert size % model.vocab_multiple
+    for name in ("source_embedding", "target_embedding", "output_embedding"):
+        if name in params:
+            unread = [START_ID] if zero_start and name == "target_embedding" else []
+            read = np.delete(np.arange(size), unread)
+            found, table = np.array(back.params.pop(name)["table"]), np.array(params.pop(name)["table"])
+            np.testing.assert_array_equal(found[read], table[read])
+            assert found.shape == table.shape and not np.delete(found, read, axis=0).any()
     chex.assert_trees_all_equal(back.params, params)
     assert back.tokenizers.fingerprint == tokenizers.fingerprint and back.tokenizers.joint == tokenizers.joint
     assert (tmp_path / "marian" / "target_vocab.json").exists() == (share != "all") and lost == []

@@ -7,6 +7,9 @@ any order; our four special tokens come first then, and the others keep theirs. 
 row for it that is as good as never chosen, and is written without it. Nor did Marian's models know a `<pad>` when they
 were trained; where the settings of `generate` exclude it, the start token is made as good as never chosen, too, and is
 written as that: without the setting the outputs are the same then.
+
+Two kinds of rows that nothing reads are not kept: those that pad a vocabulary to a multiple are not written, and the
+start token's is written as zeros if it is read as zeros (`zero_start`).
 """
 
 import dataclasses
