@@ -153,6 +153,7 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"{expected}warning: CTranslate2 begins every output with a vector of zeros, and this run")
     assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
-    started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True), 1)
+    started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True, embedding_dropout=0.4), 1)
     assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
-    assert capsys.readouterr().err == expected
+    expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from there has its "
+    assert capsys.readouterr().err == f"{expected}dropout, 0.1) (of section 'model').\n"

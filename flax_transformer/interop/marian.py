@@ -172,6 +172,18 @@ def check_expressible(config: ModelConfig) -> TransformerConfig:
     return config
 
 
+def options_left_out(config: TransformerConfig) -> list[str]:
+    """Returns the options that a folder has no place for and that do not change what the parameters mean."""
+    left_out = []
+    if config.embedding_dropout not in (None, config.dropout):
+        left_out.append(
+            f"embedding_dropout: {config.embedding_dropout} (a training from there has its dropout, {config.dropout})"
+        )
+    if config.compute_dtype != "float32":
+        left_out.append(f"compute_dtype: {config.compute_dtype} (what is written computes in float32)")
+    return left_out
+
+
 def marian_order(tokenizer: Tokenizer, with_unused: bool = True) -> np.ndarray:
     """Returns our ids in the order in which they are written; `with_unused` says whether our padding is one of them."""
     pieces = np.arange(NUM_SPECIAL, tokenizer.vocab_size)
