@@ -396,7 +396,7 @@ def foreign_marian(folder: Path) -> Path:
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
         "activation_function": "swish", "scale_embedding": True, "max_position_embeddings": 64, "eos_token_id": 0,
         "pad_token_id": size - 1, "decoder_start_token_id": size - 1, "forced_eos_token_id": 0,
-        "share_encoder_decoder_embeddings": True, "tie_word_embeddings": True,
+        "max_length": 64, "share_encoder_decoder_embeddings": True, "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))

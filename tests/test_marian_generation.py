@@ -17,6 +17,7 @@ from tests.test_marian import MODEL, convert, foreign_marian, pieces_to_marian
 ORDER = marian_order(TOKENIZERS.target)
 INSIDE = [vocabulary(TOKENIZERS.target)["neun"]]
 LONGEST = 48
+LIMIT = {"max_length": LONGEST + 1}  # without one of theirs, which counts the start token, it is said
 
 
 def ids_of(text: str) -> list[int]:
@@ -31,10 +32,10 @@ def ids_of(text: str) -> list[int]:
         ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
         ({"early_stopping": True}, {"stop": "finished"}),
         ({"early_stopping": "never"}, {"stop": "sure"}),
-        # Theirs count the start token.
-        ({"max_length": 20}, {"max_length_factor": 0.0, "max_length_offset": 19}),
-        ({"max_length": 512}, {"max_length_factor": 0.0, "max_length_offset": LONGEST}),
-        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_factor": 0.0, "max_length_offset": 19}),
+        ({"max_length": 20}, {"max_length_offset": 19}),
+        ({"max_length": 512}, {"max_length_offset": LONGEST}),
+        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 19}),
+        ({"max_length": None, "max_new_tokens": 19}, {"max_length_offset": 19}),
         ({"min_length": 5}, {"min_length": 4}),
         ({"min_length": 0}, {"min_length": 0}),
         ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
@@ -52,9 +53,11 @@ def ids_of(text: str) -> list[int]:
     ],
 )
 def test_settings_of_generate_become_those_of_a_run(theirs, ours):
-    neutral = DecodingConfig(beam_size=1, length_penalty="average:1.0", stop="likely")
+    neutral = DecodingConfig(
+        beam_size=1, length_penalty="average:1.0", stop="likely", max_length_factor=0.0, max_length_offset=LONGEST
+    )
     expected = dataclasses.replace(neutral, **ours)
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
+    assert read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
 )
 def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
     """What other rules take away is shared out there, too, and not here."""
-    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | more
+    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | LIMIT | more
     expected = (True, ["renormalize_logits: True"] if lost else [])
     assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == expected
     theirs["renormalize_logits"] = False
@@ -99,11 +102,23 @@ def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, ph
     ],
 )
 def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
-    decoding, start_excluded, found = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
+    decoding, start_excluded, found = read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST)
     assert found == lost and not start_excluded
-    stop = "sure" if "early_stopping" in theirs else "likely"
-    neutral = DecodingConfig(beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty, stop=stop)
+    neutral = DecodingConfig(
+        beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty,
+        stop="sure" if "early_stopping" in theirs else "likely", max_length_factor=0.0, max_length_offset=LONGEST,
+    )  # fmt: skip
     assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
+
+
+@pytest.mark.parametrize("theirs", [{}, {"max_length": None, "num_beams": 4}])
+def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
+    """Theirs then make 20 tokens."""
+    decoding, _, lost = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
+    ours = DecodingConfig()
+    assert decoding.max_length_factor == ours.max_length_factor
+    assert decoding.max_length_offset == ours.max_length_offset
+    assert lost == ["max_length: none given, which is 20 tokens there, and here our default"]
 
 
 @pytest.mark.parametrize(

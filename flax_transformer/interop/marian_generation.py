@@ -123,8 +123,9 @@ def export_generation(
 def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int) -> Generation:
     """Returns what their settings say.
 
-    Without a maximum length it is our default's. Where they ban their padding, which is the start token, and share out
-    its probability (`renormalize_logits`), it is as if the model did not know it, which is how Marian trained it.
+    Without a maximum length it is our default's, and that is named among what is lost. Where they ban their padding,
+    which is the start token, and share out its probability (`renormalize_logits`), it is as if the model did not know
+    it, which is how Marian trained it.
 
     Args:
         theirs: contents of their generation_config.json, or of their config.json where that is not there.
@@ -182,6 +183,8 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     )
     if most > 0:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
+    else:
+        lost["max_length"] = "none given, which is 20 tokens there, and here our default"
     renormalize = given.get("renormalize_logits") is True
     others_banned = ban_unknown or phrases or others or decoding.min_length or decoding.no_repeat_ngram
     if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
