@@ -15,7 +15,7 @@ from tests.test_decoding_contract import TOKENIZERS, make_run
 from tests.test_marian import MODEL, convert, foreign_marian, pieces_to_marian
 
 ORDER = marian_order(TOKENIZERS.target)
-INSIDE = [vocabulary(TOKENIZERS.target)["neun"]]
+INSIDE = vocabulary(TOKENIZERS.target)["neun"]
 LONGEST = 48
 LIMIT = {"max_length": LONGEST + 1}  # without one of theirs, which counts the start token, it is said
 
@@ -45,8 +45,8 @@ def ids_of(text: str) -> list[int]:
         ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_end": True}),
         ({"bad_words_ids": [[59], [58], [0]]}, {}),  # padding, <unused>, and the end, which they leave out themselves
         (
-            {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty")]},
-            {"ban_unknown": True, "banned_phrases": ("neun", "thirty")},
+            {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty"), [INSIDE]]},
+            {"ban_unknown": True, "banned_phrases": ("neun",), "banned_tokens": ("\u2581thirty", "neun")},
         ),
         ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
         ({"renormalize_logits": True}, {}),  # nothing is banned whose probability could be shared out
@@ -70,6 +70,7 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
         ({"num_beams": 2, "repetition_penalty": 1.5}, [], True),
         ({}, [[1]], True),
         ({}, [ids_of("neun")], True),
+        ({}, [[INSIDE]], True),
     ],
 )
 def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
@@ -98,7 +99,10 @@ def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, ph
         ({"length_penalty": -1.0}, ["length_penalty: -1.0"]),
         ({"exponential_decay_length_penalty": [9, 1.1]}, ["exponential_decay_length_penalty: [9, 1.1]"]),
         # No text is cut into the inside of a word alone, nor into padding, and there is no token 60.
-        ({"bad_words_ids": [[59], INSIDE, [59, 5], [60]]}, [f"bad_words_ids: [{INSIDE}, [59, 5], [60]]"]),
+        (
+            {"bad_words_ids": [[59], [INSIDE, INSIDE], [59, 5], [60]]},
+            [f"bad_words_ids: [[{INSIDE}, {INSIDE}], [59, 5], [60]]"],
+        ),
     ],
 )
 def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
@@ -127,6 +131,7 @@ def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
         ({}, []),
         ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
         ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
+        ({"banned_tokens": ("neun", "\u2581hundred")}, []),
         ({"stop": "likely"}, []),
         (
             {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},

@@ -312,7 +312,7 @@ def test_pieces_that_the_vocabulary_lacks_are_unknown_to_both(tmp_path):
 
 
 def test_generate_does_what_was_written_of_the_settings(tmp_path):
-    """Without an argument: limits, repetition, banned phrases and a forced end are in generation_config.json."""
+    """Without an argument: limits, repetition, bans and a forced end are in generation_config.json."""
     import torch
 
     transformers = pytest.importorskip("transformers")
@@ -331,7 +331,9 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
     said = [found.tokens[n : n + size] for found in usual for size in (1, 2) for n in range(len(found.tokens))]
     often = collections.Counter(target.decode(target._processor.piece_to_id(pieces)) for pieces in said)
     phrases = [text for text, _ in often.most_common() if target.pieces(target.encode([text])[0]) in said][:4]
-    ours = loaded.with_decoding(dataclasses.replace(decoding, banned_phrases=tuple(phrases)))
+    inside = next(pieces[0] for pieces in said if len(pieces) == 1 and pieces[0].isalpha())
+    bans = {"banned_phrases": tuple(phrases), "banned_tokens": (inside,)}
+    ours = loaded.with_decoding(dataclasses.replace(decoding, **bans))
     assert any(" " in phrase for phrase in phrases)
     assert write_marian(ours, run.read_config().model, tmp_path / "marian") == []
 
