@@ -120,6 +120,7 @@ class DecodingConfig:
         repetition_penalty: factor on the log-probabilities of tokens that have occurred, at least 1; part of the score.
         ban_unknown: whether outputs may not hold the unknown token.
         banned_phrases: texts whose tokens never occur one after the other in an output.
+        banned_tokens: tokens that no output holds, by the names of pieces: "\u2581the" begins a word, "ing" does not.
         temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
         mbr_samples: of sampling: draw so many outputs and put those first that agree best with all that were drawn
             (minimum Bayes risk); 0 puts the most probable first.
@@ -142,6 +143,7 @@ class DecodingConfig:
     repetition_penalty: float = 1.0
     ban_unknown: bool = False
     banned_phrases: tuple[str, ...] = ()
+    banned_tokens: tuple[str, ...] = ()
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

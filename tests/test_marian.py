@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 from flax_transformer.cli import main as cli
 from flax_transformer.data.tokenizer import (
     END_ID,
+    START_ID,
     UNKNOWN_ID,
     SubwordSample,
     Tokenizer,
@@ -26,15 +28,22 @@ from flax_transformer.data.tokenizer import (
 )
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.scorer import Scorer
-from flax_transformer.inference.translator import Translator, vocabulary_info
-from flax_transformer.interop.marian import export_weights, marian_order, vocabulary, write_marian
-from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
+from flax_transformer.inference.translator import Translator
+from flax_transformer.interop.marian import (
+    check_expressible,
+    export_config,
+    export_weights,
+    marian_order,
+    options_left_out,
+    vocabulary,
+    write_marian,
+)
+from flax_transformer.interop.marian_reader import our_order, read_marian, read_model_config, renumbered
 from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
-from flax_transformer.training.state import abstract_model
-from tests.small_models import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
-from tests.tiny import randomised
+from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
 MODEL = MODELS["transformer"]
@@ -126,34 +135,98 @@ def test_vocabularies_of_two_sizes_are_refused(tmp_path, one_device):
     "model, message",
     [
         (dataclasses.replace(MODEL, norm_order="pre"), "model.norm_order: pre cannot be written as a MarianMT model"),
-        (dataclasses.replace(MODEL, positions="learned"), "model.positions: learned cannot be written"),
-        (dataclasses.replace(MODEL, norm_epsilon=1e-6), "model.norm_epsilon: 1e-06 cannot be written"),
         (RecurrentConfig(), "model.kind: rnn cannot be written as a MarianMT model, which is a Transformer"),
     ],
 )
-def test_options_that_marian_does_not_have_are_named(translator, tmp_path, model, message):
+def test_what_cannot_be_written_leaves_nothing_behind(translator, tmp_path, model, message):
     with pytest.raises(ConfigError, match=message):
         write_marian(translator, model, tmp_path / "marian")
     assert not list(tmp_path.iterdir())
+
+
+# For each option of a model a value, and what becomes of it: "kept" by config.json, or by the "parameters"; "refused",
+# since Marian has one way alone; "named" as left out; or "dropped", as neither outputs nor the learning depend on it.
+WHAT_BECOMES_OF: dict[str, tuple[Any, str]] = {
+    "model_dim": (32, "kept"),
+    "num_heads": (4, "kept"),
+    "feed_forward_dim": (64, "kept"),
+    "num_encoder_layers": (3, "kept"),
+    "num_decoder_layers": (3, "kept"),
+    "max_source_length": (96, "kept"),  # as the longer of both
+    "max_target_length": (96, "kept"),
+    "positions": ("learned", "refused"),
+    "norm_order": ("pre", "refused"),
+    "norm_epsilon": (1e-6, "refused"),
+    "activation": ("gelu", "kept"),
+    "share_embeddings": ("none", "kept"),
+    "dropout": (0.3, "kept"),
+    "embedding_dropout": (0.3, "named"),
+    "attention_dropout": (0.3, "kept"),
+    "activation_dropout": (0.3, "kept"),
+    "vocab_multiple": (1, "dropped"),
+    "output_bias": (True, "parameters"),
+    "zero_start": (True, "parameters"),
+    "scan_layers": (True, "dropped"),
+    "rematerialize": (True, "dropped"),
+    "param_dtype": ("bfloat16", "dropped"),  # it is written in float32, which holds the same
+    "compute_dtype": ("bfloat16", "named"),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TransformerConfig)])
+def test_no_option_of_a_model_is_lost_without_a_word(name, tmp_path, one_device):
+    value, expected = WHAT_BECOMES_OF[name]
+    default, model = getattr(MODEL, name), dataclasses.replace(MODEL, **{name: value})
+    assert value != default
+    if expected == "refused":
+        with pytest.raises(ConfigError, match=f"model.{name}: {value} cannot be written as a MarianMT model"):
+            check_expressible(model)
+        return
+    back = read_model_config(export_config(check_expressible(model), TOKENIZERS, with_unused=True))
+    if expected == "parameters":
+        write_marian(Translator(model, TOKENIZERS, params_of(model, 1), DECODING, one_device), model, tmp_path / "to")
+        back = read_marian(tmp_path / "to", tmp_path / "run")[0].read_config().model
+    assert getattr(back, name) == (value if expected in ("kept", "parameters") else default)
+    left_out = options_left_out(model)
+    assert [option.partition(" (")[0] for option in left_out] == [f"{name}: {value}"] * (expected == "named")
+
+
+def test_dropout_of_embeddings_that_is_the_others_is_not_left_out():
+    assert options_left_out(dataclasses.replace(MODEL, dropout=0.3, embedding_dropout=0.3)) == []
 
 
 # --- and back
 
 
 @pytest.mark.parametrize(
-    "share, tokenizers",
-    [("all", TOKENIZERS), ("target_output", TOKENIZERS), ("none", TOKENIZERS), ("target_output", SEPARATE)],
+    "share, tokenizers, zero_start",
+    [
+        ("all", TOKENIZERS, True),
+        ("target_output", TOKENIZERS, True),
+        ("none", TOKENIZERS, True),
+        ("target_output", SEPARATE, False),
+    ],
 )
-def test_a_run_comes_back_to_the_bit(share, tokenizers, tmp_path, one_device):
-    model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2)
-    graphdef, abstract = abstract_model(model, vocabulary_info(tokenizers))
-    params: Any = nnx.to_pure_dict(nnx.state(randomised(nnx.merge(graphdef, abstract), 2)))
-    for table in ("source_embedding", "target_embedding", "output_embedding"):  # rows of padding are not the model's
-        if table in params:
-            params[table]["table"] = params[table]["table"].at[tokenizers.target.vocab_size :].set(0.0)
-    write_marian(Translator(model, tokenizers, params, DECODING, one_device), model, tmp_path / "marian")
+def test_a_run_comes_back_to_the_bit_in_all_that_is_read(share, tokenizers, zero_start, tmp_path, one_device):
+    """Rows that nothing reads come back as zeros: those that pad a vocabulary, and the start token's if it is zero."""
+    model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2, zero_start=zero_start)
+    params: Any = params_of(model, 2, tokenizers)
+    ours = Translator(model, tokenizers, params, DECODING, one_device)
+    write_marian(ours, model, tmp_path / "marian")
     run, lost = read_marian(tmp_path / "marian", tmp_path / "run")
     back = Translator.load(run.path, one_device)
+    if share == "all":
+        same = ours.with_params(back.params).translate(ALIKE[:4], num_hypotheses=3)
+        assert same == ours.translate(ALIKE[:4], num_hypotheses=3)
+    size = tokenizers.target.vocab_size
+    assert size % model.vocab_multiple
+    for name in ("source_embedding", "target_embedding", "output_embedding"):
+        if name in params:
+            unread = [START_ID] if zero_start and name == "target_embedding" else []
+            read = np.delete(np.arange(size), unread)
+            found, table = np.array(back.params.pop(name)["table"]), np.array(params.pop(name)["table"])
+            np.testing.assert_array_equal(found[read], table[read])
+            assert found.shape == table.shape and not np.delete(found, read, axis=0).any()
     chex.assert_trees_all_equal(back.params, params)
     assert back.tokenizers.fingerprint == tokenizers.fingerprint and back.tokenizers.joint == tokenizers.joint
     assert (tmp_path / "marian" / "target_vocab.json").exists() == (share != "all") and lost == []
@@ -323,7 +396,7 @@ def foreign_marian(folder: Path) -> Path:
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
         "activation_function": "swish", "scale_embedding": True, "max_position_embeddings": 64, "eos_token_id": 0,
         "pad_token_id": size - 1, "decoder_start_token_id": size - 1, "forced_eos_token_id": 0,
-        "share_encoder_decoder_embeddings": True, "tie_word_embeddings": True,
+        "max_length": 64, "share_encoder_decoder_embeddings": True, "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
@@ -465,6 +538,28 @@ def test_weights_that_are_not_whole_are_explained(tmp_path, size):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(InputError, match=r"model.safetensors is damaged or not whole \(.*\). Copy or download"):
+        read_marian(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_weights_of_16_bits_are_read_in_float32(tmp_path, one_device, dtype):
+    folder = foreign_marian(tmp_path / "theirs")
+    weights = {name: value.astype(dtype) for name, value in load_file(folder / "model.safetensors").items()}
+    runs = []
+    for name, as_saved in (("short", weights), ("long", {n: v.astype(np.float32) for n, v in weights.items()})):
+        save_file(as_saved, folder / "model.safetensors", metadata={"format": "pt"})
+        runs.append(Translator.load(read_marian(folder, tmp_path / name)[0].path, one_device).params)
+    chex.assert_trees_all_equal(*runs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(runs[0])} == {np.dtype(np.float32)}
+
+
+def test_weights_of_a_type_that_is_not_read_are_explained(tmp_path):
+    folder = foreign_marian(tmp_path / "theirs")
+    weights = load_file(folder / "model.safetensors")
+    weights["final_logits_bias"] = weights["final_logits_bias"].astype(jnp.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds tensors of a type that is not read \(.*float8.*\); float32, float16"):
         read_marian(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

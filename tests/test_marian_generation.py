@@ -15,8 +15,9 @@ from tests.small_models import TOKENIZERS, make_run
 from tests.test_marian import MODEL, convert, foreign_marian, pieces_to_marian
 
 ORDER = marian_order(TOKENIZERS.target)
-INSIDE = [vocabulary(TOKENIZERS.target)["neun"]]
+INSIDE = vocabulary(TOKENIZERS.target)["neun"]
 LONGEST = 48
+LIMIT = {"max_length": LONGEST + 1}  # without one of theirs, which counts the start token, it is said
 
 
 def ids_of(text: str) -> list[int]:
@@ -31,10 +32,10 @@ def ids_of(text: str) -> list[int]:
         ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
         ({"early_stopping": True}, {"stop": "finished"}),
         ({"early_stopping": "never"}, {"stop": "sure"}),
-        # Theirs count the start token.
-        ({"max_length": 20}, {"max_length_factor": 0.0, "max_length_offset": 19}),
-        ({"max_length": 512}, {"max_length_factor": 0.0, "max_length_offset": LONGEST}),
-        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_factor": 0.0, "max_length_offset": 19}),
+        ({"max_length": 20}, {"max_length_offset": 19}),
+        ({"max_length": 512}, {"max_length_offset": LONGEST}),
+        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 19}),
+        ({"max_length": None, "max_new_tokens": 19}, {"max_length_offset": 19}),
         ({"min_length": 5}, {"min_length": 4}),
         ({"min_length": 0}, {"min_length": 0}),
         ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
@@ -44,17 +45,19 @@ def ids_of(text: str) -> list[int]:
         ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_end": True}),
         ({"bad_words_ids": [[59], [58], [0]]}, {}),  # padding, <unused>, and the end, which they leave out themselves
         (
-            {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty")]},
-            {"ban_unknown": True, "banned_phrases": ("neun", "thirty")},
+            {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty"), [INSIDE]]},
+            {"ban_unknown": True, "banned_phrases": ("neun",), "banned_tokens": ("\u2581thirty", "neun")},
         ),
         ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
         ({"renormalize_logits": True}, {}),  # nothing is banned whose probability could be shared out
     ],
 )
 def test_settings_of_generate_become_those_of_a_run(theirs, ours):
-    neutral = DecodingConfig(beam_size=1, length_penalty="average:1.0", stop="likely")
+    neutral = DecodingConfig(
+        beam_size=1, length_penalty="average:1.0", stop="likely", max_length_factor=0.0, max_length_offset=LONGEST
+    )
     expected = dataclasses.replace(neutral, **ours)
-    assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
+    assert read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
 
 
 @pytest.mark.parametrize(
@@ -67,11 +70,12 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
         ({"num_beams": 2, "repetition_penalty": 1.5}, [], True),
         ({}, [[1]], True),
         ({}, [ids_of("neun")], True),
+        ({}, [[INSIDE]], True),
     ],
 )
 def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
     """What other rules take away is shared out there, too, and not here."""
-    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | more
+    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | LIMIT | more
     expected = (True, ["renormalize_logits: True"] if lost else [])
     assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == expected
     theirs["renormalize_logits"] = False
@@ -95,15 +99,30 @@ def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, ph
         ({"length_penalty": -1.0}, ["length_penalty: -1.0"]),
         ({"exponential_decay_length_penalty": [9, 1.1]}, ["exponential_decay_length_penalty: [9, 1.1]"]),
         # No text is cut into the inside of a word alone, nor into padding, and there is no token 60.
-        ({"bad_words_ids": [[59], INSIDE, [59, 5], [60]]}, [f"bad_words_ids: [{INSIDE}, [59, 5], [60]]"]),
+        (
+            {"bad_words_ids": [[59], [INSIDE, INSIDE], [59, 5], [60]]},
+            [f"bad_words_ids: [[{INSIDE}, {INSIDE}], [59, 5], [60]]"],
+        ),
     ],
 )
 def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
-    decoding, start_excluded, found = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
+    decoding, start_excluded, found = read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST)
     assert found == lost and not start_excluded
-    stop = "sure" if "early_stopping" in theirs else "likely"
-    neutral = DecodingConfig(beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty, stop=stop)
+    neutral = DecodingConfig(
+        beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty,
+        stop="sure" if "early_stopping" in theirs else "likely", max_length_factor=0.0, max_length_offset=LONGEST,
+    )  # fmt: skip
     assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
+
+
+@pytest.mark.parametrize("theirs", [{}, {"max_length": None, "num_beams": 4}])
+def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
+    """Theirs then make 20 tokens."""
+    decoding, _, lost = read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)
+    ours = DecodingConfig()
+    assert decoding.max_length_factor == ours.max_length_factor
+    assert decoding.max_length_offset == ours.max_length_offset
+    assert lost == ["max_length: none given, which is 20 tokens there, and here our default"]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +131,7 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
         ({}, []),
         ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
         ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
+        ({"banned_tokens": ("neun", "\u2581hundred")}, []),
         ({"stop": "likely"}, []),
         (
             {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
@@ -153,6 +173,7 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"{expected}warning: CTranslate2 begins every output with a vector of zeros, and this run")
     assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
-    started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True), 1)
+    started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True, embedding_dropout=0.4), 1)
     assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
-    assert capsys.readouterr().err == expected
+    expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from there has its "
+    assert capsys.readouterr().err == f"{expected}dropout, 0.1) (of section 'model').\n"

@@ -9,7 +9,7 @@ import tyro
 
 from flax_transformer.errors import ConfigError, did_you_mean
 from flax_transformer.inference.translator import Translator
-from flax_transformer.interop.marian import write_marian
+from flax_transformer.interop.marian import options_left_out, write_marian
 from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
@@ -57,7 +57,12 @@ def to_hf(arguments: list[str], program: str) -> None:
             f"{'; '.join(lost)} (of section 'decoding').",
             file=sys.stderr,
         )
-    if isinstance(model, TransformerConfig) and not model.zero_start:
+    assert isinstance(model, TransformerConfig)  # no other can be written
+    if left_out := options_left_out(model):
+        print(
+            f"warning: a MarianMT model has no place for {'; '.join(left_out)} (of section 'model').", file=sys.stderr
+        )
+    if not model.zero_start:
         print(
             "warning: CTranslate2 begins every output with a vector of zeros, and this run with a learnt one "
             "(model.zero_start: false), so a CTranslate2 model made of this folder would translate otherwise. "

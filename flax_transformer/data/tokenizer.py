@@ -246,6 +246,11 @@ class Tokenizer:
         """Returns the surface form of each id."""
         return [self._processor.id_to_piece(i) for i in ids]
 
+    def id_of(self, piece: str) -> int | None:
+        """Returns the id of the piece with a surface form, or None if text is not cut into such a piece."""
+        number = PAD_ID if SURROGATE.search(piece) else self._processor.piece_to_id(piece)
+        return number if NUM_SPECIAL <= number < self._vocab_size else None
+
     def encoded_spans(self, line: str) -> list[tuple[int, int]]:
         """Returns which bytes (of UTF-8) of a line each of its ids, as of `encode`, stands for: begin and end."""
         found = LANGUAGE.match(line) if self._languages else None

@@ -7,6 +7,7 @@ from typing import Any
 from flax_transformer.config import DecodingConfig
 from flax_transformer.data.tokenizer import UNKNOWN_ID, Tokenizer
 from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.alignment import WORD_START
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,29 @@ class Demands:
                 )
         return phrases
 
+    def banned_tokens(self) -> dict[str, int]:
+        """Returns the id of each banned token.
+
+        Raises:
+            ConfigError: one that is no piece of the target vocabulary.
+        """
+        tokens = {name: self.target.id_of(name) for name in self.decoding.banned_tokens}
+        for name, number in tokens.items():
+            if number is None:
+                begins = WORD_START + name.lstrip("_ ")
+                hint = "" if self.target.id_of(begins) is None else f" Did you mean {begins!r}?"
+                raise ConfigError(
+                    f"decoding.banned_tokens: {name!r} is no piece that outputs are made of.{hint} Name pieces as "
+                    f"translate --json does, with {WORD_START} where a word begins (decoding.ban_unknown bans what is "
+                    "unknown)."
+                )
+        return {name: number for name, number in tokens.items() if number is not None}
+
+    def _bans(self) -> dict[str, list[int]]:
+        """Returns the ids of all that is banned, by words for it."""
+        bans = {f"decoding.banned_phrases ({text!r})": ids for text, ids in self.banned_phrases().items()}
+        return bans | {f"decoding.banned_tokens ({name!r})": [number] for name, number in self.banned_tokens().items()}
+
     def prefixes(self, prefixes: Sequence[str] | None, num_sentences: int) -> list[list[int]]:
         """Returns the ids of each sentence's prefix, which is empty without one.
 
@@ -71,7 +95,7 @@ class Demands:
             return [[] for _ in range(num_sentences)]
         if isinstance(prefixes, str) or len(prefixes) != num_sentences:
             raise ConfigError(f"prefixes must be a list with one for each of the {num_sentences} sentences.")
-        encoded, banned = self.target.encode(prefixes), self.banned_phrases()
+        encoded, banned = self.target.encode(prefixes), self._bans()
         for number, (text, ids) in enumerate(zip(prefixes, encoded, strict=True), start=1):
             if text and not ids:
                 raise InputError(
@@ -106,7 +130,7 @@ class Demands:
         target, (longest, limit) = self.target, self._longest
         if self.decoding.method != "beam":
             raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
-        encoded, banned = [], self.banned_phrases()
+        encoded, banned = [], self._bans()
         for number, texts in enumerate(required, start=1):
             if isinstance(texts, str):
                 raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
@@ -128,11 +152,9 @@ class Demands:
 
     def _check_allowed(self, named: str, ids: list[int], banned: dict[str, list[int]]) -> None:
         """Raises a `ConfigError` if every output that holds these ids, those of what is named, is against the rules."""
-        for text, ban in banned.items():
+        for by, ban in banned.items():
             if holds(ids, ban):
-                raise ConfigError(
-                    f"{named} and decoding.banned_phrases ({text!r}) contradict each other: leave out one of them."
-                )
+                raise ConfigError(f"{named} and {by} contradict each other: leave out one of them.")
         size = self.decoding.no_repeat_ngram
         if size and (twice := _repeated(ids, size)):
             raise ConfigError(

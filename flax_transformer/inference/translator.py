@@ -47,7 +47,7 @@ SENTENCES_A_ROW_WITH_ATTENTION = 8
 # Empty slots are refilled when they are this share of all: 1 / REFILL_SHARE.
 REFILL_SHARE = 16
 # Fields of section 'decoding' that may leave no token to go on with.
-BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases")
+BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases", "banned_tokens")
 # Of a sentence that an error names.
 SHOWN_CHARACTERS = 80
 
@@ -465,6 +465,7 @@ class Translator:
         # No trained model finds padding or start probable enough for a beam, but what is drawn may be anything.
         drawn = decoding.method == "sampling"
         bans = [PAD_ID, START_ID] * (drawn or self.bans_start) + [UNKNOWN_ID] * decoding.ban_unknown
+        bans += self.demands.banned_tokens().values()
         banned = np.zeros(self.tokenizers.target.vocab_size if bans else 0, bool)
         banned[bans] = True
         sharded = all_devices_sharding(self.mesh)

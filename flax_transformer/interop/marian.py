@@ -7,6 +7,9 @@ any order; our four special tokens come first then, and the others keep theirs. 
 row for it that is as good as never chosen, and is written without it. Nor did Marian's models know a `<pad>` when they
 were trained; where the settings of `generate` exclude it, the start token is made as good as never chosen, too, and is
 written as that: without the setting the outputs are the same then.
+
+Two kinds of rows that nothing reads are not kept: those that pad a vocabulary to a multiple are not written, and the
+start token's is written as zeros if it is read as zeros (`zero_start`).
 """
 
 import dataclasses
@@ -167,6 +170,18 @@ def check_expressible(config: ModelConfig) -> TransformerConfig:
                 f"Train with model.{name}: {value}."
             )
     return config
+
+
+def options_left_out(config: TransformerConfig) -> list[str]:
+    """Returns the options that a folder has no place for and that do not change what the parameters mean."""
+    left_out = []
+    if config.embedding_dropout not in (None, config.dropout):
+        left_out.append(
+            f"embedding_dropout: {config.embedding_dropout} (a training from there has its dropout, {config.dropout})"
+        )
+    if config.compute_dtype != "float32":
+        left_out.append(f"compute_dtype: {config.compute_dtype} (what is written computes in float32)")
+    return left_out
 
 
 def marian_order(tokenizer: Tokenizer, with_unused: bool = True) -> np.ndarray:

@@ -95,6 +95,7 @@ def export_generation(
 
     banned = [[START_ID], [PAD_ID]] + [[UNKNOWN_ID]] * decoding.ban_unknown
     banned += [ids for ids in target.encode(decoding.banned_phrases) if ids]
+    banned += [[number] for name in decoding.banned_tokens if (number := target.id_of(name)) is not None]
     values: dict[str, Any] = {
         "eos_token_id": theirs[END_ID],
         "pad_token_id": theirs[START_ID],
@@ -123,8 +124,9 @@ def export_generation(
 def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int) -> Generation:
     """Returns what their settings say.
 
-    Without a maximum length it is our default's. Where they ban their padding, which is the start token, and share out
-    its probability (`renormalize_logits`), it is as if the model did not know it, which is how Marian trained it.
+    Without a maximum length it is our default's, and that is named among what is lost. Where they ban their padding,
+    which is the start token, and share out its probability (`renormalize_logits`), it is as if the model did not know
+    it, which is how Marian trained it.
 
     Args:
         theirs: contents of their generation_config.json, or of their config.json where that is not there.
@@ -141,13 +143,15 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
-    ban_unknown, ban_start, phrases, others = False, False, [], []
+    ban_unknown, ban_start, phrases, tokens, others = False, False, [], [], []
     for ids in given.get("bad_words_ids", ()):
         ours = order[ids].tolist() if ids and max(ids) < len(order) else []
         if ours == [START_ID]:
             ban_start = True
         elif ours == [UNKNOWN_ID]:
             ban_unknown = True
+        elif len(ours) == 1 and target.id_of(piece := target.pieces(ours)[0]) is not None:
+            tokens.append(piece)
         elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
             phrases.append(text)
         elif ours not in ([PAD_ID], [END_ID]):  # never there, or never banned, in both
@@ -179,11 +183,14 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
         repetition_penalty=float(penalty),
         ban_unknown=ban_unknown,
         banned_phrases=tuple(phrases),
+        banned_tokens=tuple(tokens),
     )
     if most > 0:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
+    else:
+        lost["max_length"] = "none given, which is 20 tokens there, and here our default"
     renormalize = given.get("renormalize_logits") is True
-    others_banned = ban_unknown or phrases or others or decoding.min_length or decoding.no_repeat_ngram
+    others_banned = ban_unknown or phrases or tokens or others or decoding.min_length or decoding.no_repeat_ngram
     if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
         lost["renormalize_logits"] = True
     return Generation(decoding, renormalize and ban_start, named(lost))

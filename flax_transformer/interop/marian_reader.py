@@ -118,10 +118,10 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file.
+    """Returns the tensors of a file; those in bfloat16 have the type of ml_dtypes, which JAX brings along.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or holds tensors of a type that is not read.
         ConfigError: the package safetensors is missing.
     """
     try:
@@ -133,6 +133,11 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or not whole ({error}). Copy or download it again.") from error
+    except (AttributeError, TypeError) as error:  # of NumPy, which is asked for a type by its name
+        raise InputError(
+            f"{path} holds tensors of a type that is not read ({error}); float32, float16 and bfloat16 are. Save the "
+            "model in one of these."
+        ) from error
 
 
 def read_pickled(path: Path) -> dict[str, np.ndarray]:
