@@ -467,6 +467,10 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             "decoding.banned_phrases: 'ein\u4e2d' has characters that the target vocabulary does not hold",
         ),
         ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
+        (
+            {"num_hypotheses": 3, "patience": 0.5},
+            r"num_hypotheses \(3\) and decoding.patience \(0.5\) contradict each other: .* waits for 2 finished",
+        ),
     ],
 )
 def test_bad_options_are_explained(translators, changes, message):
