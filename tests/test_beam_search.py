@@ -27,6 +27,8 @@ from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED
 from tests.chains import END, START, outputs
 
+PENALTY_NAMES = ("none", "average:1.0", "average:0.5", "gnmt:0.6")
+
 
 def float64(x) -> np.ndarray:
     return np.asarray(x, np.float64)
@@ -100,7 +102,10 @@ def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[
 
 
 def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enough: int, stop: str):
-    """A search of the same kind in plain Python, best first, by the rule "finished" or "likely"."""
+    """A search of the same kind in plain Python: what it has found, best first, and how many steps it took.
+
+    By the rule "sure" it looks at every length at which a live hypothesis may still end.
+    """
     log_p = float64(logits) - np.log(np.exp(float64(logits)).sum(-1, keepdims=True))
     rule = LengthPenalty.parse(penalty)
     live, finished = [((), 0.0)], []
@@ -115,10 +120,11 @@ def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enoug
         live = [c for c in candidates if c[0][-1] != END][:beams]
         finished = sorted(finished, key=lambda f: -f[1])[:beams]
         if len(finished) >= enough:
-            as_it_is = max((score / divisor(rule, length) for _, score in live), default=-np.inf)
-            if stop == "finished" or as_it_is <= finished[enough - 1][1]:
+            lengths = [length] if stop == "likely" else range(length + 1, limit + 1)
+            reachable = max((score / divisor(rule, at) for _, score in live for at in lengths), default=-np.inf)
+            if stop == "finished" or reachable <= finished[enough - 1][1]:
                 break
-    return finished
+    return finished, length
 
 
 # --- worked by hand
@@ -202,6 +208,27 @@ def test_the_search_stops_as_soon_as_nothing_can_change():
     assert len(steps_taken) == 2
 
 
+@pytest.mark.parametrize("penalty", PENALTY_NAMES)
+def test_a_search_that_must_be_sure_takes_as_many_steps_as_a_plain_one(penalty):
+    """One slot takes 40 sentences one after the other; the state says which one a step was for."""
+    chains = np.random.default_rng(7).normal(size=(40, 4, 4)).astype(np.float32) * 3
+    config, taken = BeamSearchConfig(2, 1, 10, START, END, LengthPenalty.parse(penalty)), []
+
+    def step(tokens, slots):
+        jax.debug.callback(lambda slot: taken.append(int(slot[0])), slots)
+        return jnp.asarray(chains)[slots[:, None], tokens], None, slots
+
+    def refill(slots, fresh, sentences):
+        return jnp.where(fresh, sentences, slots)
+
+    start = jnp.zeros((1,), jnp.int32)
+    beam_search(step, lambda s, _: s, refill, start, jnp.full((40,), 10), config)
+    jax.effects_barrier()
+    steps = np.bincount(taken, minlength=40).tolist()
+    assert steps == [plain_search(chain, 2, 10, penalty, 2, "sure")[1] for chain in chains]
+    assert len(set(steps)) >= 5 and sum(count < 10 for count in steps) >= 8
+
+
 def test_fewer_outputs_than_beams_leave_no_empty_slots_behind():
     chain = log_probabilities(np.array([[0, 1.0, 0.0], [0, 1, 0], [0, 1, 0]]))
     assert outputs(search(chain, 3, 4)) == [((END,), pytest.approx(0.0, abs=1e-6), True)]
@@ -214,7 +241,7 @@ CHAINS = st.builds(
     st.integers(0, 2**32 - 1),
     st.just(4),  # one size, one compilation
 )
-PENALTIES = st.sampled_from(["none", "average:1.0", "average:0.5", "gnmt:0.6"])
+PENALTIES = st.sampled_from(PENALTY_NAMES)
 
 
 @settings(max_examples=60, deadline=None)
@@ -281,7 +308,7 @@ def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
 @given(CHAINS, PENALTIES)
 def test_stopping_early_changes_nothing(chain, penalty):
     """Against the plain search, which never stops before the limit here."""
-    expected = plain_search(chain, 3, 8, penalty, 1_000, "finished")
+    expected, _ = plain_search(chain, 3, 8, penalty, 1_000, "finished")
     found = [o for o in outputs(search(chain, 3, 8, penalty)) if o[2]]
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
@@ -291,7 +318,7 @@ def test_stopping_early_changes_nothing(chain, penalty):
 def test_the_rules_finished_and_likely_stop_where_a_plain_search_does(chain, penalty):
     """With a patience of 1 three outputs are awaited, with 1/3 one."""
     for stop, (patience, enough) in itertools.product(("finished", "likely"), ((1.0, 3), (1 / 3, 1))):
-        expected = plain_search(chain, 3, 8, penalty, enough, stop)
+        expected, _ = plain_search(chain, 3, 8, penalty, enough, stop)
         found = [o for o in outputs(search(chain, 3, 8, penalty, stop=stop, patience=patience)) if o[2]]
         np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 

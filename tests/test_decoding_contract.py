@@ -1,5 +1,6 @@
 """The contract of decoding (docs/decoding.md) on small models with random parameters: each sentence has a test."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,23 @@ def test_no_composition_of_a_batch_changes_a_bit(translator):
         for sentence, found in zip(chosen, translator.translate(chosen, num_hypotheses=3), strict=True):
             assert found == alone[sentence]
         seen += len(chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_no_small_composition_changes_a_bit_on_one_device_or_two(translators, devices):
+    """1,000 of them. By either rule slots are refilled one by one, as sentences end at different steps."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    params, pool, rng = translators["transformer"].params, SOURCES[:40], np.random.default_rng(devices)
+    for stop in ("sure", "finished"):
+        decoding = dataclasses.replace(DECODING, stop=stop)
+        translator = Translator(MODELS["transformer"], TOKENIZERS, params, decoding, mesh)
+        alone = {s: translator.translate([s], num_hypotheses=3)[0] for s in pool}
+        ended = [sum(h.finished for h in found.hypotheses) for found in alone.values()]
+        assert {0, 3} <= set(ended)
+        for _ in range(500):
+            chosen = rng.choice(pool, int(rng.integers(1, 13)), replace=bool(rng.integers(2))).tolist()
+            assert translator.translate(chosen, num_hypotheses=3) == [alone[sentence] for sentence in chosen]
 
 
 def test_samples_hold_neither_padding_nor_start(translators):
@@ -465,6 +483,10 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             "decoding.banned_phrases: 'ein\u4e2d' has characters that the target vocabulary does not hold",
         ),
         ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
+        (
+            {"num_hypotheses": 3, "patience": 0.5},
+            r"num_hypotheses \(3\) and decoding.patience \(0.5\) contradict each other: .* waits for 2 finished",
+        ),
     ],
 )
 def test_bad_options_are_explained(translators, changes, message):

@@ -106,3 +106,11 @@ def test_every_module_stands_in_the_file_tree():
 def test_named_files_exist():
     for name in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r"configs/\w+\.yaml", README):
         assert (ROOT / name).exists(), name
+
+
+def test_each_test_that_the_promises_of_decoding_name_is_there():
+    there = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        there |= {file.stem, *re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)}
+    named = set(re.findall(r"\btest_\w+", (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")))
+    assert len(named) > 30 and named <= there

@@ -61,6 +61,11 @@ Candidates = Callable[
 StopRule = Literal["sure", "likely", "finished"]
 
 
+def num_awaited(beam_size: int, patience: float) -> int:
+    """Returns how many finished hypotheses a search of one sentence waits for."""
+    return math.ceil(beam_size * patience)
+
+
 @dataclass(frozen=True)
 class BeamSearchConfig:
     """Everything static about a search.
@@ -103,7 +108,7 @@ class BeamSearchConfig:
     @property
     def num_awaited(self) -> int:
         """Finished hypotheses that are waited for."""
-        return math.ceil(self.beam_size * self.patience)
+        return num_awaited(self.beam_size, self.patience)
 
 
 @array_tree

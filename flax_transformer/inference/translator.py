@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from flax_transformer.config import DecodingConfig
 from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, TokenizerPair
-from flax_transformer.decoding.beam_search import BeamSearchConfig
+from flax_transformer.decoding.beam_search import BeamSearchConfig, num_awaited
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
@@ -239,6 +239,12 @@ class Translator:
             raise ConfigError(
                 f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
                 "more hypotheses than it has beams."
+            )
+        if num_hypotheses > (awaited := num_awaited(beams, decoding.patience)):
+            raise ConfigError(
+                f"num_hypotheses ({num_hypotheses}) and decoding.patience ({decoding.patience}) contradict each other: "
+                f"with so much of it, a search with {beams} beams waits for {awaited} finished hypotheses (beam_size * "
+                "patience, rounded up). Ask for no more, or raise patience or beam_size."
             )
         if attention and not self.has_attention or decoding.coverage_penalty and not self.has_attention:
             what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
