@@ -9,7 +9,6 @@ or for the width a parabola, through all the others of its row says.
 """
 
 import dataclasses
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +115,7 @@ def predicted(sizes: np.ndarray, times: np.ndarray, degree: int) -> np.ndarray:
 
 
 def measure(name: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sizes and milliseconds a step; the sizes take turns."""
+    """Returns sizes, and milliseconds a step [sizes, rounds]; the sizes take turns."""
     trainers = [trainer(dataclasses.replace(Work(), **{name: size}), options) for size in SWEEPS[name]]
     times: list[list[float]] = [[] for _ in trainers]
     for turn in range(options.rounds + 1):
@@ -125,7 +124,7 @@ def measure(name: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
             train()
             if turn:
                 kept.append(1e3 * (time.perf_counter() - started) / options.steps)
-    return np.array(SWEEPS[name], float), np.array([statistics.median(kept) for kept in times])
+    return np.array(SWEEPS[name], float), np.array(times)
 
 
 def draw(results: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
@@ -152,12 +151,16 @@ def main() -> None:
     print(f"{options}\nbase {Work()}\n{machine('jax', 'flax')}\n")
     results = {}
     for name in SWEEPS:
-        sizes, times = results[name] = measure(name, options)
+        sizes, all_times = measure(name, options)
+        times = np.median(all_times, axis=1)
+        results[name] = sizes, times
         curve = predicted(sizes, times, 2 if name == "width" else 1)
         print(
             f"| {name} | " + " | ".join(f"{size:,.0f}" for size in sizes) + " |\n|---" * 1 + "|---" * len(sizes) + "|"
         )
         print("| ms a step | " + " | ".join(f"{value:.1f}" for value in times) + " |")
+        spread = zip(all_times.min(axis=1), all_times.max(axis=1), strict=True)
+        print("| least to most | " + " | ".join(f"{least:.1f} to {most:.1f}" for least, most in spread) + " |")
         print("| by the others | " + " | ".join(f"{value:.1f}" for value in curve) + " |\n", flush=True)
     if options.picture is not None:
         draw(results, options.picture)

@@ -98,6 +98,7 @@ def main() -> None:
     }
     packages = ["numpy"]
     if importlib.util.find_spec("grain"):
+        importlib.import_module("absl.flags").FLAGS.mark_as_parsed()  # grain's workers ask for theirs
         loaders["packed by grain"] = lambda epoch: grains(pairs, row, epoch, 0)
         loaders["packed by grain, 2 workers"] = lambda epoch: grains(pairs, row, epoch, 2)
         packages.append("grain")
