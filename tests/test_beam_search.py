@@ -263,6 +263,7 @@ def fewer_twos(read, sentences, lengths):
     return jnp.sum(jnp.where(twos, jnp.float32(-0.7), jnp.float32(0.0)), axis=2)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(CHAINS, PENALTIES)
 def test_with_a_bonus_the_search_is_as_exact_and_stops_no_sooner(chain, penalty):

@@ -53,6 +53,18 @@ def test_the_first_steps_after_a_start_are_left_out_of_the_throughput(one_device
     assert log.progress.call_args_list[0].args[0].throughput.target_tokens == 32.0
 
 
+def test_an_update_that_is_too_large_is_said_to_be(one_device):
+    def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+        one = jnp.float32(1.0)
+        return TrainState(state.step + 1, {}, {}, None), StepMetrics(
+            LossSums(one, one, one, one), one, one, jnp.asarray(True)
+        )
+
+    message = "the last is step 10: loss 1.0, gradient norm 1.0, and the norm of the update is not finite. Its batch"
+    with pytest.raises(DivergenceError, match=message):
+        train(step, one_device)
+
+
 @pytest.mark.parametrize("saved_before", [False, True])
 def test_divergence_says_whether_there_is_a_checkpoint(one_device, saved_before):
     def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:

@@ -121,6 +121,7 @@ def test_gradients_summed_over_pieces_equal_those_of_the_whole_batch(one_device)
     np.testing.assert_allclose(made[2:], made[:2], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_r_drop_computes_each_row_twice_and_has_the_same_losses_on_eight_devices(one_device):
     """Without dropout the two passes agree, and the loss is that of one; in pieces, too."""
     made = []
@@ -176,7 +177,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(one_device, wr
         np.testing.assert_array_equal(new, old + 1 if counts else old)
 
 
-@pytest.mark.parametrize("decay", [0.05, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.05, 0.9])
 def test_the_average_follows_the_parameters(decay):
     """Against the sum written out, on a mesh that splits both; the training itself is not changed by it."""
     mesh = make_mesh(MeshConfig(2, 2, 2))

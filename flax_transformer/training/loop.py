@@ -97,7 +97,7 @@ class Window:
             loss, norm = float(metrics.sums.loss), float(metrics.gradient_norm)
             what = f"loss {loss}, gradient norm {norm}"
             if math.isfinite(loss) and math.isfinite(norm):
-                what += ", and an update that is not finite"
+                what += ", and the norm of the update is not finite"
             log.say(f"warning: step {number} was skipped: {what}")
             if self.skipped_in_a_row == MOST_SKIPPED:
                 kept = log.keep_batch(batch)
