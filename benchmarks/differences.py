@@ -7,7 +7,7 @@ RUN and settings are those of benchmarks/decode.py. For each line whose outputs 
 found, the scores that this project's model gives to the two, and what sets the line apart:
 
     limit  some hypothesis reached the most tokens that are allowed. What is cut there stands behind what has ended
-           here; elsewhere it may be ranked beside it.
+           here; CTranslate2 takes all beams of the last step for hypotheses and ranks them beside what has ended.
     tie    both have ended, and the gap between two candidates of which one was kept is within what float32 rounds away:
            the same search with parameters that are changed by one part in ten million finds CTranslate2's output.
     other  neither.
