@@ -73,6 +73,12 @@ def make_run(path: Path, model, seed: int) -> Path:
     return path
 
 
+def holds(tokens: list[str], text: str) -> bool:
+    """Whether tokens hold those that a text is cut into, one after the other."""
+    pieces = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([text])[0])
+    return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens)))
+
+
 class Stdin(io.TextIOWrapper):
     def isatty(self):
         return False

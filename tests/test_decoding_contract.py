@@ -1,8 +1,6 @@
 """The contract of decoding (docs/decoding.md) on small models with random parameters: each sentence has a test."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +25,7 @@ from tests.small_models import (
     SOURCES,
     TARGETS,
     TOKENIZERS,
-    command,
+    holds,
     make_run,
     params_of,
     params_that_end,
@@ -328,11 +326,6 @@ def test_outputs_hold_what_is_required_or_say_that_they_do_not(translators):
         assert alone == found[number]
 
 
-def holds(tokens: list[str], text: str) -> bool:
-    pieces = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([text])[0])
-    return any(tokens[n : n + len(pieces)] == pieces for n in range(len(tokens)))
-
-
 def with_probable_unknown(translator: Translator, factor: float) -> Translator:
     """A translator whose outputs hold the unknown token, by a factor or by its negative."""
     table = translator.params["target_embedding"]["table"]
@@ -502,108 +495,3 @@ def test_attention_of_a_model_without_is_explained():
         without.translate(["one"], attention=True)
     with pytest.raises(ConfigError, match=r"coverage_penalty \(0.2\) needs a model with attention"):
         without.translate(["one"], coverage_penalty=0.2)
-
-
-# --- the command
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", MODELS["transformer"], SEEDS["transformer"])
-
-
-def test_no_line_is_lost_whatever_comes_in(monkeypatch, capsys, run):
-    lines = ["one", "", "\x00\x07\x1b[31m two \x7f", "one " * 25_000, "\ufeffthree", "a\rb", "\u2028", "four"]
-    code, out, err = command(monkeypatch, capsys, ["translate", "--run", str(run)], "\n".join(lines).encode())
-    written = out.split("\n")
-    assert len(written) == len(lines) + 1 and written[-1] == "" and written[1] == ""
-    assert code == 4 and "warning: line 4 is longer than the model's 47 tokens" in err
-    assert f"{len(lines)} sentences, " in err and "sentences/s" in err
-    code, out, err = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\n\xff\xfe\x00\x01\ntwo\n")
-    assert code == 2 and len(out.splitlines()) == 1
-    assert "standard input, line 2: not valid UTF-8" in err
-
-
-def test_objects_and_scores(monkeypatch, capsys, run):
-    arguments = ["translate", "--run", str(run), "--json", "--num-hypotheses", "2", "--alignment"]
-    code, out, _ = command(monkeypatch, capsys, arguments, b"one\n\ntwenty-one\n")
-    assert code == 0
-    found = [json.loads(line) for line in out.splitlines()]
-    assert [len(f["hypotheses"]) for f in found] == [2, 1, 2]
-    best = found[2]["hypotheses"][0]
-    assert sum(best["token_scores"]) < 0 and not found[2]["truncated"]
-    aligned = [("-" in h["alignment"], h["text"].strip() != "") for f in found for h in f["hypotheses"]]
-    assert (True, True) in aligned and all(has_pairs == has_words for has_pairs, has_words in aligned)
-    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run), "--scores"], b"twenty-one\n")
-    score, text = out.rstrip("\n").split("\t")
-    assert float(score) == pytest.approx(best["score"], abs=1e-6) and text == best["text"]
-    arguments = ["translate", "--run", str(run), "--beam-size", "1", "--prefix", "ein"]
-    code, out, _ = command(monkeypatch, capsys, arguments, b"one\n")
-    assert code == 0 and out.startswith("ein")
-
-
-@pytest.mark.slow
-def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
-    phrases = tmp_path / "phrases"
-    arguments = ["translate", "--run", str(run), "--json", "--required", str(phrases)]
-    phrases.write_text("zwei\tneun\n\n\n")
-    code, out, err = command(monkeypatch, capsys, arguments, b"one\none\none\n")
-    best, *free = (json.loads(line)["hypotheses"][0] for line in out.splitlines())
-    assert code == 0 and "warning" not in err and best["missing"] == []
-    assert holds(best["tokens"], "zwei") and holds(best["tokens"], "neun")
-    assert free[0] == free[1] and free[0]["missing"] == []
-
-    phrases.write_text("\nzwei\tneun\n\nzwei\n")  # no token may occur twice, so one phrase cannot be held
-    code, out, err = command(monkeypatch, capsys, [*arguments, "--no-repeat-ngram", "1"], b"one\none\none\n\n")
-    found = [json.loads(line)["hypotheses"][0] for line in out.splitlines()]
-    assert code == 4 and found[1]["missing"] and not found[1]["finished"]
-    assert "the output of line 2 lacks '" in err
-    assert found[3]["missing"] == ["zwei"] and "the output of line 4 lacks 'zwei'" in err  # nothing in, nothing out
-
-    # Gone on with, each line keeps its phrases.
-    phrases.write_text("zwei\nneun\nein\n")
-    (tmp_path / "in").write_text("one\ntwo\nthree\n")
-    arguments += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, capsys, arguments)[0] == 0
-    whole = (tmp_path / "out").read_text()
-    (tmp_path / "out").unlink()
-    monkeypatch.setattr("flax_transformer.cli.translate.LINES_AT_ONCE", 1)
-    (tmp_path / "in").write_bytes(b"one\n\xff\nthree\n")
-    assert command(monkeypatch, capsys, arguments)[0] == 2
-    (tmp_path / "in").write_text("one\ntwo\nthree\n")
-    assert command(monkeypatch, capsys, [*arguments, "--resume"])[0] == 0
-    assert (tmp_path / "out").read_text() == whole
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"ein\n", "has 1 lines, and standard input has more: line n of one belongs to line n of the other"),
-        (b"ein\n\nein\n", "has 3 lines, and standard input has fewer"),
-        (b"ein\n\xff\n", "not valid UTF-8 (invalid start byte at byte 4)"),
-        (b"ein\n\xe4\xb8\xad\n", "of sentence 2 has characters that the target vocabulary does not hold"),
-        (None, "there is no such file"),
-    ],
-)
-def test_a_bad_file_of_phrases_is_explained(monkeypatch, capsys, run, tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "phrases").write_bytes(content)
-    arguments = ["translate", "--run", str(run), "--required", str(tmp_path / "phrases")]
-    code, _, err = command(monkeypatch, capsys, arguments, b"one\ntwo\n")
-    assert code == 2 and message in err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--scores", "--json"], "--scores and --json contradict each other"),
-        (["--num-hypotheses", "2"], "--num-hypotheses needs --json"),
-        (["--alignment"], "--alignment needs --json"),
-        (["--resume"], "--resume needs --input and --output"),
-        (["--input", "nowhere"], "--input nowhere: there is no such file"),
-        (["--length-penalty", "gnmt:-1"], "needs an exponent of at least 0"),
-    ],
-)
-def test_contradictory_options_are_explained(monkeypatch, capsys, run, arguments, message):
-    code, _, err = command(monkeypatch, capsys, ["translate", "--run", str(run), *arguments])
-    assert code == 2 and message in err.replace("\n", " ")
