@@ -26,7 +26,7 @@ from flax_transformer.data.tokenizer import END_ID, START_ID, SubwordSample
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import Validation, run_experiment
 from flax_transformer.inference.attention_map import attention_map
-from flax_transformer.inference.translator import length_bucket
+from flax_transformer.inference.pieces import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch

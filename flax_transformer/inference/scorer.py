@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.data.tokenizer import END_ID
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import InputError
+from flax_transformer.inference.pieces import length_bucket
 from flax_transformer.inference.search_program import ALL_AXES
-from flax_transformer.inference.translator import Translator, length_bucket
+from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import all_devices_sharding
 from flax_transformer.shapes import Batch
 

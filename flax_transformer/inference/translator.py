@@ -1,11 +1,12 @@
 """Text to text: tokenise, group by length, search inside XLA, and put everything back in order."""
 
-import collections
 import dataclasses
+import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -24,6 +25,7 @@ from flax_transformer.errors import ConfigError, DivergenceError, RunFolderError
 from flax_transformer.inference.alignment import word_numbers
 from flax_transformer.inference.demands import Demands, holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
+from flax_transformer.inference.pieces import Piece, Shape, cut_into_pieces, length_bucket
 from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
 from flax_transformer.inference.translation import EMPTY, Hypothesis, Translation
@@ -34,6 +36,7 @@ from flax_transformer.parallel.mesh import (
     all_devices_sharding,
     make_mesh,
     replicated_sharding,
+    search_meshes,
 )
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import MASKED
@@ -50,35 +53,6 @@ REFILL_SHARE = 16
 BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases", "banned_tokens")
 # Of a sentence that an error names.
 SHOWN_CHARACTERS = 80
-
-
-class Shape(NamedTuple):
-    """What the shapes that a sentence meets depend on.
-
-    Attributes:
-        source: tokens that it is padded to.
-        prefix: tokens that the prefix of its outputs is padded to, 0 without one.
-        phrases: room for required phrases, 0 for none.
-        phrase: tokens that each of them is padded to.
-    """
-
-    source: int
-    prefix: int
-    phrases: int
-    phrase: int
-
-
-def length_bucket(length: int, longest: int) -> int:
-    """Returns the padded length for a sentence: 16, 32, 48, 64, 96, 128, ... but at most `longest`.
-
-    It depends on the sentence alone, so that its batch-mates do not change the program that translates it. Each length
-    is a program to compile, and an end at which slots fall empty: more of them cost more than the padding that they
-    save (docs/lab_book.md, 2026-11-26).
-    """
-    bucket = 16 if length <= 16 else 32
-    while bucket < length:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return min(bucket, longest)
 
 
 def vocabulary_info(tokenizers: TokenizerPair) -> VocabularyInfo:
@@ -102,7 +76,20 @@ class Translator:
         decoding: DecodingConfig,
         mesh: Mesh,
         num_models: int = 1,
+        side_by_side: bool = False,
     ):
+        """Makes a translator of parameters.
+
+        Args:
+            model: configuration of the model.
+            tokenizers: of both sides.
+            params: of the model, or of all models of an ensemble, stacked.
+            decoding: settings of the search.
+            mesh: devices.
+            num_models: of an ensemble.
+            side_by_side: whether devices take work one by one, each when it is free, where `search_meshes` does so;
+                programs take longer to compile then, and long texts less time.
+        """
         self.tokenizers = tokenizers
         self.decoding = decoding
         self.mesh = mesh
@@ -113,6 +100,7 @@ class Translator:
         self.num_models = num_models
         self.graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         self.params = _replicated(params, mesh)
+        self.search_meshes = search_meshes(mesh) if side_by_side else [mesh]
         self._prepared: list[tuple[Any, Any]] = []  # see `_search_form`; copies with other settings share it
         self._programs: dict[Any, Any] = {}
 
@@ -161,7 +149,7 @@ class Translator:
                 restored.append(checkpoints.restore_params(checkpoints.choose(checkpoint), target))
         params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
         model = dataclasses.replace(config.model, compute_dtype="bfloat16") if quantize == "bfloat16" else config.model
-        made = cls(model, tokenizers, params, config.decoding, mesh, len(restored))
+        made = cls(model, tokenizers, params, config.decoding, mesh, len(restored), side_by_side=True)
         return made.quantized() if quantize == "int8" else made
 
     def with_params(self, params: Any) -> "Translator":
@@ -269,46 +257,75 @@ class Translator:
             if asked and not encoded[index]:  # an empty output lacks whatever is required
                 nothing = dataclasses.replace(EMPTY.hypotheses[0], missing=list(asked))
                 results[index] = Translation([nothing])
-        at_once = self._sentences_at_once(attention)
-        for shape, members in sorted(groups.items()):
+        for members in groups.values():
             # The longest first: what is left for the end, when slots fall empty, is short.
-            members = sorted(members, key=lambda index: -len(encoded[index]))
-            spec = self._spec(decoding, beams, shape, attention)
-            pending = collections.deque()
-            num_calls = -(-len(members) // at_once)
-            for call in range(num_calls):  # of nearly as many sentences each
-                chunk = members[call * len(members) // num_calls : (call + 1) * len(members) // num_calls]
+            members.sort(key=lambda index: -len(encoded[index]))
+        queues, at_once = len(self.search_meshes), self._sentences_at_once(attention)
+        pieces = iter(cut_into_pieces(groups, queues, self.rows // queues, at_once))
+        # With one queue the next piece is sent while one is searched; more would only fill memory.
+        in_flight = 2 if queues == 1 else 1
+        self._search_form()  # once for all threads
+        launching = [threading.Lock() for _ in range(queues)]
+
+        def search(number: int, piece: Piece) -> tuple[Hypotheses, list[int]]:
+            """Returns what the mesh of this number finds for a piece, and the row of each of its sentences."""
+            members = piece.members
+            with launching[number]:
                 inputs, places = self._inputs(
-                    [encoded[i][:room] for i in chunk],
-                    [_seed(decoding.seed, sentences[i]) for i in chunk],
-                    [forced[i] for i in chunk],
-                    [phrases[i] for i in chunk],
+                    [encoded[i][:room] for i in members],
+                    [_seed(decoding.seed, sentences[i]) for i in members],
+                    [forced[i] for i in members],
+                    [phrases[i] for i in members],
                     at_once,
-                    shape,
+                    piece.shape,
                     decoding,
+                    self.search_meshes[number],
                 )
-                found = self._program(spec, inputs)(self._search_form()[1], inputs)
-                pending.append((chunk, places, found))
-                # While one is searched the next is made and the one before is read; more would only fill memory.
-                while len(pending) > (1 if call + 1 < num_calls else 0):
-                    chunk, places, found = pending.popleft()
-                    found = jax.device_get(found)
-                    for place, index in zip(places, chunk, strict=True):
-                        most = num_hypotheses if required is None else beams
-                        hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
-                        if not hypotheses:
-                            error = self._without_output(index + 1, sentences[index])
-                            error.sentence = index
-                            raise error
-                        if required is not None:  # one that was cut but holds more stands before one that holds less
-                            named = list(zip(phrases[index], required[index], strict=True))
-                            hypotheses = [self._with_missing(h, named) for h in hypotheses]
-                            hypotheses.sort(key=lambda h: (not h.finished, len(h.missing)))
-                            hypotheses = hypotheses[:num_hypotheses]
-                        tokenizer, sentence = self.tokenizers.source, sentences[index]
-                        source = tokenizer.pieces(encoded[index][:room])
-                        words = word_numbers(sentence, tokenizer.encoded_spans(sentence)[:room]) if attention else []
-                        results[index] = Translation(hypotheses, len(encoded[index]) > room, source, words)
+                program = self._program(self._spec(decoding, beams, piece.shape, attention), inputs, number)
+                found = program(self._search_form()[number][1], inputs)
+            return jax.device_get(found), places
+
+        without_output: list[int] = []
+
+        def read(found: Hypotheses, piece: Piece, places: list[int]) -> None:
+            """Writes what was found for a piece into `results`."""
+            for place, index in zip(places, piece.members, strict=True):
+                most = num_hypotheses if required is None else beams
+                hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
+                if not hypotheses:
+                    without_output.append(index)
+                    continue
+                if required is not None:  # one that was cut but holds more stands before one that holds less
+                    named = list(zip(phrases[index], required[index], strict=True))
+                    hypotheses = [self._with_missing(h, named) for h in hypotheses]
+                    hypotheses.sort(key=lambda h: (not h.finished, len(h.missing)))
+                    hypotheses = hypotheses[:num_hypotheses]
+                tokenizer, sentence = self.tokenizers.source, sentences[index]
+                source = tokenizer.pieces(encoded[index][:room])
+                words = word_numbers(sentence, tokenizer.encoded_spans(sentence)[:room]) if attention else []
+                results[index] = Translation(hypotheses, len(encoded[index]) > room, source, words)
+
+        running: dict[Future[tuple[Hypotheses, list[int]]], tuple[int, Piece]] = {}
+        with ThreadPoolExecutor(queues * in_flight) as pool:
+
+            def send(number: int) -> None:
+                if (piece := next(pieces, None)) is not None:
+                    running[pool.submit(search, number, piece)] = number, piece
+
+            for number in list(range(queues)) * in_flight:
+                send(number)
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    number, piece = running.pop(future)
+                    send(number)
+                    found, places = future.result()
+                    read(found, piece, places)
+        if without_output:
+            first = min(without_output)
+            error = self._without_output(first + 1, sentences[first])
+            error.sentence = first
+            raise error
         return results
 
     def _chosen(self, found: Hypotheses, row: int, num: int, source_length: int) -> list[Hypothesis]:
@@ -352,10 +369,11 @@ class Translator:
 
     def _sentences_at_once(self, attention: bool) -> int:
         """Returns how many sentences a call of a program takes."""
+        rows = self.rows // len(self.search_meshes)
         if self.decoding.method == "sampling":
-            return self.rows
+            return rows
         keeps_attention = attention or self.decoding.coverage_penalty > 0
-        return self.rows * (SENTENCES_A_ROW_WITH_ATTENTION if keeps_attention else SENTENCES_A_ROW)
+        return rows * (SENTENCES_A_ROW_WITH_ATTENTION if keeps_attention else SENTENCES_A_ROW)
 
     def _spec(self, decoding: DecodingConfig, beams: int, shape: Shape, attention: bool) -> SearchSpec:
         max_length = self._max_length(shape.source, shape.prefix + shape.phrases * shape.phrase, decoding)
@@ -376,8 +394,8 @@ class Translator:
             self.num_models,
         )
 
-    def _search_form(self) -> tuple[Any, Any]:
-        """Returns graph and parameters as a search takes them; of shapes of parameters, the shapes.
+    def _search_form(self) -> list[tuple[Any, Any]]:
+        """Returns graph and parameters as a search takes them, for each of its meshes; of shapes, the shapes.
 
         Made by the first search, and kept beside the parameters, which scores and conversions read.
         """
@@ -388,22 +406,22 @@ class Translator:
             make = self._programs[key]
             abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
             graphdef, params = make.out_info if abstract else make(self.params)
-            self._prepared.append((graphdef, _replicated(params, self.mesh)))
-        return self._prepared[0]
+            self._prepared.extend((graphdef, _replicated(params, mesh)) for mesh in self.search_meshes)
+        return self._prepared
 
-    def _program(self, spec: SearchSpec, inputs: SearchInputs, held: int = 0) -> Any:
-        """Returns the compiled search for inputs, and parameters, of these shapes; `held` as for `compile`.
+    def _program(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
+        """Returns the search for inputs of these shapes, compiled for the mesh of a number; `held` as for `compile`.
 
         Raises:
             ConfigError: it needs more memory than a device has.
         """
-        graphdef, params = self._search_form()
+        graphdef, params = self._search_form()[number]
         arguments = params, inputs
-        key = spec, _shapes(arguments)
+        key = number, spec, _shapes(arguments)
         if key not in self._programs:
             beam = spec.beam
             self._programs[key] = compiled_within_memory(
-                jit_search(graphdef, spec, self.mesh).lower(*arguments),
+                jit_search(graphdef, spec, self.search_meshes[number]).lower(*arguments),
                 self.mesh,
                 f"a search of {beam.num_slots * self.mesh.size} sentences at a time, with {beam.beam_size} hypotheses "
                 f"of at most {beam.max_length} tokens for each,",
@@ -424,10 +442,23 @@ class Translator:
             ConfigError: a search needs more memory than a device has.
         """
         encoded = self.tokenizers.source.encode(sentences)
-        for shape in sorted({self._shape(ids, [], []) for ids in encoded if ids}):
-            spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
-            padding, _ = self._inputs([], [], [], [], self._sentences_at_once(False), shape, self.decoding)
-            self._program(spec, padding, held)
+        groups: dict[Shape, list[int]] = {}
+        for index, ids in enumerate(encoded):
+            if ids:
+                groups.setdefault(self._shape(ids, [], []), []).append(index)
+        queues, at_once = len(self.search_meshes), self._sentences_at_once(False)
+        used = min(queues, len(cut_into_pieces(groups, queues, self.rows // queues, at_once)))
+
+        def compile_all(number: int) -> None:
+            for shape in groups:
+                spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
+                mesh = self.search_meshes[number]
+                padding, _ = self._inputs([], [], [], [], at_once, shape, self.decoding, mesh)
+                self._program(spec, padding, number, held)
+
+        self._search_form()
+        with ThreadPoolExecutor(max(used, 1)) as pool:
+            list(pool.map(compile_all, range(used)))
 
     def _inputs(
         self,
@@ -438,6 +469,7 @@ class Translator:
         rows: int,
         shape: Shape,
         decoding: DecodingConfig,
+        mesh: Mesh,
     ) -> tuple[SearchInputs, list[int]]:
         """Returns the inputs of a search, filled up with rows of padding, and the row of each sentence.
 
@@ -449,10 +481,11 @@ class Translator:
             rows: how many sentences there is room for.
             shape: of one sentence.
             decoding: the settings.
+            mesh: where it runs.
 
         Sentences are dealt out to the devices in turn, so that each has as many and the padding stands at its end.
         """
-        devices = self.mesh.size
+        devices = mesh.size
         places = [(n % devices) * (rows // devices) + n // devices for n in range(len(sentences))]
         tokens, segments = np.zeros((2, rows, shape.source), np.int32)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
@@ -474,7 +507,7 @@ class Translator:
         bans += self.demands.banned_tokens().values()
         banned = np.zeros(self.tokenizers.target.vocab_size if bans else 0, bool)
         banned[bans] = True
-        sharded = all_devices_sharding(self.mesh)
+        sharded = all_devices_sharding(mesh)
         inputs = SearchInputs(
             tokens=jax.device_put(tokens, sharded),
             segments=jax.device_put(segments, sharded),
@@ -483,7 +516,7 @@ class Translator:
             prefixes=jax.device_put(forced, sharded),
             required=jax.device_put(required, sharded),
             seeds=jax.device_put(seeds_of_rows, sharded),
-            banned=jax.device_put(banned, replicated_sharding(self.mesh)),
+            banned=jax.device_put(banned, replicated_sharding(mesh)),
         )
         return inputs, places
 

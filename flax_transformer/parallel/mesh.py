@@ -7,6 +7,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flax_transformer.errors import ConfigError
 
+# With more devices than this a search has one program for all of them.
+MOST_SEARCH_MESHES = 4
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -47,6 +50,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(
         shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[: data * fixed]
     )
+
+
+def search_meshes(mesh: Mesh) -> list[Mesh]:
+    """Returns the meshes that search side by side, each taking work when it is free: together the devices of `mesh`.
+
+    On a CPU each device is one, if they are few. Cores may be of different speeds, or have other work to do, and JAX
+    runs a program of several CPU devices only when all of them have ended the one before. But each needs a program of
+    its own, which takes seconds to compile. Elsewhere it is `mesh` itself (docs/lab_book.md, 2026-11-28).
+    """
+    devices = list(mesh.devices.flat)
+    if devices[0].platform != "cpu" or len(devices) > MOST_SEARCH_MESHES:
+        return [mesh]
+    return [make_mesh(MeshConfig(), [device]) for device in devices]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,81 @@
+"""Pieces of work: which sentences one call of a search takes, and in which order calls are made."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# A piece has this share of what is left for each of several queues. So a queue that is half as fast as another does not
+# hold up the end, and pieces are few: at the end of each slots fall empty.
+SHARE = 0.75
+# Sentences that a piece has for each slot at least, where there are enough for all queues.
+LEAST_SENTENCES_A_SLOT = 4
+
+
+class Shape(NamedTuple):
+    """What the shapes that a sentence meets depend on.
+
+    Attributes:
+        source: tokens that it is padded to.
+        prefix: tokens that the prefix of its outputs is padded to, 0 without one.
+        phrases: room for required phrases, 0 for none.
+        phrase: tokens that each of them is padded to.
+    """
+
+    source: int
+    prefix: int
+    phrases: int
+    phrase: int
+
+
+def length_bucket(length: int, longest: int) -> int:
+    """Returns the padded length for a sentence: 16, 32, 48, 64, 96, 128, ... but at most `longest`.
+
+    It depends on the sentence alone, so that its batch-mates do not change the program that translates it. Each length
+    is a program to compile, and an end at which slots fall empty: more of them cost more than the padding that they
+    save (docs/lab_book.md, 2026-11-26).
+    """
+    bucket = 16 if length <= 16 else 32
+    while bucket < length:
+        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
+    return min(bucket, longest)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The sentences of one call.
+
+    Attributes:
+        shape: of each of them.
+        members: their indices.
+    """
+
+    shape: Shape
+    members: list[int]
+
+
+def cut_into_pieces(groups: dict[Shape, list[int]], queues: int, slots: int, most: int) -> list[Piece]:
+    """Returns all sentences in pieces, to be taken in this order by whichever queue is free.
+
+    Long sentences come first, and pieces get smaller towards the end, so that all queues end at about the same time
+    though one may be slower than another (guided self-scheduling). For one queue they are as large as they may be.
+
+    Args:
+        groups: indices of sentences by shape; a piece has them in the order in which they stand there.
+        queues: how many there are.
+        slots: sentences that a queue works on at the same time.
+        most: sentences that a piece may have.
+
+    References:
+        Polychronopoulos and Kuck 1987, "Guided Self-Scheduling".
+    """
+    pieces = []
+    left = sum(map(len, groups.values()))
+    least = max(slots, min(LEAST_SENTENCES_A_SLOT * slots, -(-left // queues)))
+    for shape, members in sorted(groups.items(), reverse=True):
+        while members:
+            share = left if queues == 1 else math.ceil(SHARE * left / queues)
+            size = min(most, max(share, least))
+            size = -(-len(members) // -(-len(members) // size))  # nearly the same for all that the group would need
+            pieces.append(Piece(shape, members[:size]))
+            members, left = members[size:], left - size
+    return pieces
