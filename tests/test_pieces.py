@@ -79,6 +79,13 @@ def test_few_cores_search_one_by_one_and_many_together(translator):
     assert everything.size == 8 and search_meshes(everything) == [everything]
 
 
+def test_cores_read_the_same_weights(translator):
+    """What each reads in every step is in the cache that they share once, not once for each."""
+    first, second = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params) if leaf.nbytes >= 1_024]
+                     for _, params in translator._search_form())  # fmt: skip
+    assert first == second and len(first) > 10
+
+
 def test_a_device_that_hangs_holds_up_no_other(translator, monkeypatch):
     """The first device gives nothing back until the second has done all the rest; and no result changes."""
     text = [source for source in ALIKE if source]

@@ -406,6 +406,8 @@ class Translator:
             make = self._programs[key]
             abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
             graphdef, params = make.out_info if abstract else make(self.params)
+            if len(self.search_meshes) > 1 and not abstract:
+                params = jax.tree.map(np.asarray, params)  # of which no device makes a copy: all read the same memory
             self._prepared.extend((graphdef, _replicated(params, mesh)) for mesh in self.search_meshes)
         return self._prepared
 
