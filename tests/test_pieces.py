@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.inference.pieces import Shape, cut_into_pieces
+from flax_transformer.inference.pieces import Shape, cut_into_pieces, taken_by_queues
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
 from tests.small_models import ALIKE, DECODING, MODELS, SEEDS, TOKENIZERS, params_that_end
@@ -63,6 +63,26 @@ def test_few_sentences_are_left_to_few_queues():
         pieces = cut_into_pieces({shape_of(16): list(range(count))}, 2, 16, 1_024)
         assert [len(piece.members) for piece in pieces] == expected
     assert cut_into_pieces({}, 2, 16, 1_024) == []
+
+
+def test_one_queue_prepares_a_piece_while_another_is_searched():
+    """Each call waits for a second one; and no third is there."""
+    pieces = cut_into_pieces({shape_of(16): list(range(12))}, 1, 3, 3)
+    two, running, most = threading.Barrier(2), [], 0
+
+    def search(queue, piece):
+        nonlocal most
+        assert queue == 0
+        running.append(piece)
+        most = max(most, len(running))
+        two.wait(60)
+        running.remove(piece)
+        return sum(piece.members)
+
+    found = list(taken_by_queues(pieces, 1, search))
+    assert len(found) == 4 and most == 2
+    assert all(total == sum(piece.members) for piece, total in found)
+    assert sorted(index for piece, _ in found for index in piece.members) == list(range(12))
 
 
 @pytest.fixture(scope="module")

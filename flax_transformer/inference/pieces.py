@@ -1,8 +1,12 @@
 """Pieces of work: which sentences one call of a search takes, and in which order calls are made."""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Found = TypeVar("Found")
 
 # A piece has this share of what is left for each of several queues. So a queue that is half as fast as another does not
 # hold up the end, and pieces are few: at the end of each slots fall empty.
@@ -79,3 +83,35 @@ def cut_into_pieces(groups: dict[Shape, list[int]], queues: int, slots: int, mos
             pieces.append(Piece(shape, members[:size]))
             members, left = members[size:], left - size
     return pieces
+
+
+def taken_by_queues(
+    pieces: Sequence[Piece], queues: int, search: Callable[[int, Piece], Found]
+) -> Iterator[tuple[Piece, Found]]:
+    """Yields each piece with what was found for it, as they are done: each queue takes the next one when it is free.
+
+    The next one is sent before what was found is handed out, so that no queue waits for whoever reads it.
+
+    Args:
+        pieces: in the order in which they are taken.
+        queues: how many there are.
+        search: of the number of a queue and a piece, called in a thread; one queue has two calls at a time, of which
+            one prepares while the other waits for its device.
+    """
+    in_flight = 2 if queues == 1 else 1
+    left = iter(pieces)
+    running: dict[Future[Found], tuple[int, Piece]] = {}
+    with ThreadPoolExecutor(queues * in_flight) as pool:
+
+        def send(number: int) -> None:
+            if (piece := next(left, None)) is not None:
+                running[pool.submit(search, number, piece)] = number, piece
+
+        for number in [*range(queues)] * in_flight:
+            send(number)
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                number, piece = running.pop(future)
+                send(number)
+                yield piece, future.result()

@@ -4,7 +4,6 @@ import dataclasses
 import threading
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from flax_transformer.errors import ConfigError, DivergenceError, RunFolderError
 from flax_transformer.inference.alignment import word_numbers
 from flax_transformer.inference.demands import Demands, holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
-from flax_transformer.inference.pieces import Piece, Shape, cut_into_pieces, length_bucket
+from flax_transformer.inference.pieces import Piece, Shape, cut_into_pieces, length_bucket, taken_by_queues
 from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
 from flax_transformer.inference.translation import EMPTY, Hypothesis, Translation
@@ -261,9 +260,7 @@ class Translator:
             # The longest first: what is left for the end, when slots fall empty, is short.
             members.sort(key=lambda index: -len(encoded[index]))
         queues, at_once = len(self.search_meshes), self._sentences_at_once(attention)
-        pieces = iter(cut_into_pieces(groups, queues, self.rows // queues, at_once))
-        # With one queue the next piece is sent while one is searched; more would only fill memory.
-        in_flight = 2 if queues == 1 else 1
+        pieces = cut_into_pieces(groups, queues, self.rows // queues, at_once)
         self._search_form()  # once for all threads
         launching = [threading.Lock() for _ in range(queues)]
 
@@ -286,9 +283,7 @@ class Translator:
             return jax.device_get(found), places
 
         without_output: list[int] = []
-
-        def read(found: Hypotheses, piece: Piece, places: list[int]) -> None:
-            """Writes what was found for a piece into `results`."""
+        for piece, (found, places) in taken_by_queues(pieces, queues, search):
             for place, index in zip(places, piece.members, strict=True):
                 most = num_hypotheses if required is None else beams
                 hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
@@ -304,23 +299,6 @@ class Translator:
                 source = tokenizer.pieces(encoded[index][:room])
                 words = word_numbers(sentence, tokenizer.encoded_spans(sentence)[:room]) if attention else []
                 results[index] = Translation(hypotheses, len(encoded[index]) > room, source, words)
-
-        running: dict[Future[tuple[Hypotheses, list[int]]], tuple[int, Piece]] = {}
-        with ThreadPoolExecutor(queues * in_flight) as pool:
-
-            def send(number: int) -> None:
-                if (piece := next(pieces, None)) is not None:
-                    running[pool.submit(search, number, piece)] = number, piece
-
-            for number in list(range(queues)) * in_flight:
-                send(number)
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    number, piece = running.pop(future)
-                    send(number)
-                    found, places = future.result()
-                    read(found, piece, places)
         if without_output:
             first = min(without_output)
             error = self._without_output(first + 1, sentences[first])
@@ -444,23 +422,12 @@ class Translator:
             ConfigError: a search needs more memory than a device has.
         """
         encoded = self.tokenizers.source.encode(sentences)
-        groups: dict[Shape, list[int]] = {}
-        for index, ids in enumerate(encoded):
-            if ids:
-                groups.setdefault(self._shape(ids, [], []), []).append(index)
-        queues, at_once = len(self.search_meshes), self._sentences_at_once(False)
-        used = min(queues, len(cut_into_pieces(groups, queues, self.rows // queues, at_once)))
-
-        def compile_all(number: int) -> None:
-            for shape in groups:
-                spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
-                mesh = self.search_meshes[number]
+        at_once = self._sentences_at_once(False)
+        for shape in sorted({self._shape(ids, [], []) for ids in encoded if ids}):
+            spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
+            for number, mesh in enumerate(self.search_meshes):
                 padding, _ = self._inputs([], [], [], [], at_once, shape, self.decoding, mesh)
                 self._program(spec, padding, number, held)
-
-        self._search_form()
-        with ThreadPoolExecutor(max(used, 1)) as pool:
-            list(pool.map(compile_all, range(used)))
 
     def _inputs(
         self,
