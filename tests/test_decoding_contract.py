@@ -91,12 +91,15 @@ def test_no_composition_of_a_batch_changes_a_bit(translator):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_no_small_composition_changes_a_bit_on_one_device_or_two(translators, devices):
-    """1,000 of them. By either rule slots are refilled one by one, as sentences end at different steps."""
+    """1,000 of them. By either rule slots are refilled one by one, as sentences end at different steps.
+
+    Two devices search side by side.
+    """
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     params, pool, rng = translators["transformer"].params, SOURCES[:40], np.random.default_rng(devices)
     for stop in ("sure", "finished"):
         decoding = dataclasses.replace(DECODING, stop=stop)
-        translator = Translator(MODELS["transformer"], TOKENIZERS, params, decoding, mesh)
+        translator = Translator(MODELS["transformer"], TOKENIZERS, params, decoding, mesh, side_by_side=True)
         alone = {s: translator.translate([s], num_hypotheses=3)[0] for s in pool}
         ended = [sum(h.finished for h in found.hypotheses) for found in alone.values()]
         assert {0, 3} <= set(ended)
