@@ -1,6 +1,5 @@
 """Pieces of work, and the queues that take them."""
 
-import math
 import threading
 
 import jax
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.inference.pieces import Shape, cut_into_pieces, taken_by_queues
+from flax_transformer.inference.pieces import Piece, Shape, cut_into_pieces, taken_by_queues
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
 from tests.small_models import ALIKE, DECODING, MODELS, SEEDS, TOKENIZERS, params_that_end
@@ -85,6 +84,19 @@ def test_one_queue_prepares_a_piece_while_another_is_searched():
     assert sorted(index for piece, _ in found for index in piece.members) == list(range(12))
 
 
+def test_nothing_more_is_sent_once_a_search_has_failed():
+    pieces = cut_into_pieces({shape_of(16): list(range(12))}, 2, 3, 3)
+    begun = []
+
+    def search(queue, piece):
+        begun.append(piece)
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        list(taken_by_queues(pieces, 2, search))
+    assert len(begun) == 2 < len(pieces)
+
+
 @pytest.fixture(scope="module")
 def translator() -> Translator:
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
@@ -111,7 +123,13 @@ def test_a_device_that_hangs_holds_up_no_other(translator, monkeypatch):
     text = [source for source in ALIKE if source]
     monkeypatch.setattr("flax_transformer.inference.translator.SENTENCES_A_ROW", 2)
     expected = translator.translate(text, num_hypotheses=3)
-    groups = math.ceil(len(text) / (2 * translator.rows // 2))
+    cut: list[Piece] = []
+
+    def recorded(*arguments):
+        cut.extend(cut_into_pieces(*arguments))
+        return cut
+
+    monkeypatch.setattr("flax_transformer.inference.translator.cut_into_pieces", recorded)
     device_get, others_are_done, counts = jax.device_get, threading.Event(), {device: 0 for device in jax.devices()[:2]}
 
     def slow(found):
@@ -119,13 +137,13 @@ def test_a_device_that_hangs_holds_up_no_other(translator, monkeypatch):
         counts[device] += 1
         if device == jax.devices()[0]:
             assert others_are_done.wait(60)
-        elif counts[device] >= groups - 1:
+        elif counts[device] == len(cut) - 1:
             others_are_done.set()
         return device_get(found)
 
     monkeypatch.setattr(jax, "device_get", slow)
     assert translator.translate(text, num_hypotheses=3) == expected
-    assert counts[jax.devices()[0]] <= 2 and counts[jax.devices()[1]] >= groups - 1 >= 3
+    assert list(counts.values()) == [1, len(cut) - 1] and len(cut) >= 4
 
 
 def test_an_error_in_one_queue_is_raised(translator, monkeypatch):

@@ -41,6 +41,17 @@ def translator(run) -> Translator:
     return Translator.load(run, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
+def test_commands_have_few_devices_search_side_by_side_and_a_training_all_together(run, translator):
+    two = Translator.load(run, make_mesh(MeshConfig(), jax.devices()[:2]))
+    assert [mesh.size for mesh in two.search_meshes] == [1, 1]
+    assert [mesh.size for mesh in two.quantized().search_meshes] == [1, 1]
+    whole = Translator(RunFolder.open(run).read_config().model, two.tokenizers, two.params, two.decoding, two.mesh)
+    assert whole.search_meshes == [two.mesh]
+    text = ["one", "twenty-one", "", "five hundred"] * 10
+    expected = [t.text for t in translator.translate(text)]
+    assert [t.text for t in two.translate(text)] == [t.text for t in whole.translate(text)] == expected
+
+
 # --- training
 
 

@@ -97,6 +97,9 @@ def taken_by_queues(
         queues: how many there are.
         search: of the number of a queue and a piece, called in a thread; one queue has two calls at a time, of which
             one prepares while the other waits for its device.
+
+    Raises:
+        Exception: what a search raised, once those that are under way have ended.
     """
     in_flight = 2 if queues == 1 else 1
     left = iter(pieces)
@@ -113,5 +116,6 @@ def taken_by_queues(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 number, piece = running.pop(future)
+                found = future.result()  # before more is sent, which an error would have to wait for
                 send(number)
-                yield piece, future.result()
+                yield piece, found

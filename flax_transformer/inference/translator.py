@@ -262,7 +262,7 @@ class Translator:
         queues, at_once = len(self.search_meshes), self._sentences_at_once(attention)
         pieces = cut_into_pieces(groups, queues, self.rows // queues, at_once)
         self._search_form()  # once for all threads
-        launching = [threading.Lock() for _ in range(queues)]
+        launching = [threading.Lock() for _ in range(queues)]  # so that two calls of a queue compile nothing twice
 
         def search(number: int, piece: Piece) -> tuple[Hypotheses, list[int]]:
             """Returns what the mesh of this number finds for a piece, and the row of each of its sentences."""
