@@ -300,7 +300,10 @@ class Checkpoints:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
             raise
-        except Exception as error:  # ValueError, OSError, AttributeError, JSONDecodeError and plain Exception were seen
+        # As wide as this since Orbax raises what its parts do: with each file cut, emptied or removed in turn,
+        # ValueError, OSError, AttributeError, JSONDecodeError and plain Exception were seen. Nothing is hidden: what it
+        # was is shown, and chained.
+        except Exception as error:
             raise RunFolderError(
                 f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}. A file of it is missing "
                 "or damaged. Fetch it again, or delete that folder to go on from the checkpoint before it."
@@ -313,7 +316,9 @@ class Checkpoints:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the disk
             raise
-        except Exception as error:  # each storage has errors of its own
+        # As wide as this since each storage that Orbax writes to (disk, buckets) has errors of its own, with no common
+        # class. Nothing is hidden: it is shown and chained.
+        except Exception as error:
             raise RunFolderError(
                 f"a checkpoint could not be written to {self.folder}: {_in_short(error)}. Those before it are whole. "
                 "Make room, or mend the file system, and go on by --resume."
