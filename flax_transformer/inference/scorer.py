@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from flax_transformer.data.tokenizer import END_ID
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import InputError
-from flax_transformer.inference.pieces import length_bucket
+from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import all_devices_sharding

@@ -22,9 +22,9 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import ANY
 from flax_transformer.errors import ConfigError, DivergenceError, RunFolderError, did_you_mean
 from flax_transformer.inference.alignment import word_numbers
+from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, length_bucket, run_on_workers
 from flax_transformer.inference.demands import Demands, holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
-from flax_transformer.inference.pieces import Piece, Shape, cut_into_pieces, length_bucket, taken_by_queues
 from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
 from flax_transformer.inference.translation import EMPTY, Hypothesis, Translation
@@ -101,6 +101,7 @@ class Translator:
         self.params = _replicated(params, mesh)
         self.search_meshes = search_meshes(mesh) if side_by_side else [mesh]
         self._prepared: list[tuple[Any, Any]] = []  # see `_search_form`; copies with other settings share it
+        self._preparing = threading.Lock()
         self._programs: dict[Any, Any] = {}
 
     @classmethod
@@ -259,32 +260,28 @@ class Translator:
         for members in groups.values():
             # The longest first: what is left for the end, when slots fall empty, is short.
             members.sort(key=lambda index: -len(encoded[index]))
-        queues, at_once = len(self.search_meshes), self._sentences_at_once(attention)
-        pieces = cut_into_pieces(groups, queues, self.rows // queues, at_once)
-        self._search_form()  # once for all threads
-        launching = [threading.Lock() for _ in range(queues)]  # so that two calls of a queue compile nothing twice
+        workers, at_once = len(self.search_meshes), self._sentences_at_once(attention)
 
-        def search(number: int, piece: Piece) -> tuple[Hypotheses, list[int]]:
-            """Returns what the mesh of this number finds for a piece, and the row of each of its sentences."""
-            members = piece.members
-            with launching[number]:
-                inputs, places = self._inputs(
-                    [encoded[i][:room] for i in members],
-                    [_seed(decoding.seed, sentences[i]) for i in members],
-                    [forced[i] for i in members],
-                    [phrases[i] for i in members],
-                    at_once,
-                    piece.shape,
-                    decoding,
-                    self.search_meshes[number],
-                )
-                program = self._program(self._spec(decoding, beams, piece.shape, attention), inputs, number)
-                found = program(self._search_form()[number][1], inputs)
-            return jax.device_get(found), places
+        def launch(worker: int, chunk: Chunk) -> Hypotheses:
+            """Returns what one of the meshes finds for a chunk, before it has done so."""
+            inputs = self._inputs(
+                [encoded[i][:room] for i in chunk.members],
+                [_seed(decoding.seed, sentences[i]) for i in chunk.members],
+                [forced[i] for i in chunk.members],
+                [phrases[i] for i in chunk.members],
+                at_once,
+                chunk.shape,
+                decoding,
+                self.search_meshes[worker],
+            )
+            program = self._program(self._spec(decoding, beams, chunk.shape, attention), inputs, worker)
+            return program(self._search_form()[worker][1], inputs)
 
+        chunks = cut_into_chunks(groups, workers, self.rows // workers, at_once)
         without_output: list[int] = []
-        for piece, (found, places) in taken_by_queues(pieces, queues, search):
-            for place, index in zip(places, piece.members, strict=True):
+        for chunk, found in run_on_workers(chunks, workers, launch):
+            places = _places(len(chunk.members), at_once, self.search_meshes[0].size)
+            for place, index in zip(places, chunk.members, strict=True):
                 most = num_hypotheses if required is None else beams
                 hypotheses = self._chosen(found, place, most, min(len(encoded[index]), room) + 1)
                 if not hypotheses:
@@ -377,16 +374,17 @@ class Translator:
 
         Made by the first search, and kept beside the parameters, which scores and conversions read.
         """
-        if not self._prepared:
-            key = "for_search", _shapes(self.params)
-            if key not in self._programs:
-                self._programs[key] = for_search.lower(self.graphdef, self.num_models, self.params).compile()
-            make = self._programs[key]
-            abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
-            graphdef, params = make.out_info if abstract else make(self.params)
-            if len(self.search_meshes) > 1 and not abstract:
-                params = jax.tree.map(np.asarray, params)  # of which no device makes a copy: all read the same memory
-            self._prepared.extend((graphdef, _replicated(params, mesh)) for mesh in self.search_meshes)
+        with self._preparing:  # the translator may be shared by threads
+            if not self._prepared:
+                key = "for_search", _shapes(self.params)
+                if key not in self._programs:
+                    self._programs[key] = for_search.lower(self.graphdef, self.num_models, self.params).compile()
+                make = self._programs[key]
+                abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
+                graphdef, params = make.out_info if abstract else make(self.params)
+                if len(self.search_meshes) > 1 and not abstract:
+                    params = jax.tree.map(np.asarray, params)  # no device makes a copy of it: all read the same memory
+                self._prepared[:] = [(graphdef, _replicated(params, mesh)) for mesh in self.search_meshes]
         return self._prepared
 
     def _program(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
@@ -414,6 +412,9 @@ class Translator:
     def compile(self, sentences: Sequence[str], held: int = 0) -> None:
         """Compiles all that `translate(sentences)` needs, so that a lack of memory shows now and nothing waits later.
 
+        After it no device has anything to compile, whichever of them takes which sentences; a call of `translate`
+        compiles on those alone that took some.
+
         Args:
             sentences: of which the lengths matter.
             held: bytes on each device that others keep beside it.
@@ -426,7 +427,7 @@ class Translator:
         for shape in sorted({self._shape(ids, [], []) for ids in encoded if ids}):
             spec = self._spec(self.decoding, self._num_beams(1), shape, attention=False)
             for number, mesh in enumerate(self.search_meshes):
-                padding, _ = self._inputs([], [], [], [], at_once, shape, self.decoding, mesh)
+                padding = self._inputs([], [], [], [], at_once, shape, self.decoding, mesh)
                 self._program(spec, padding, number, held)
 
     def _inputs(
@@ -439,8 +440,8 @@ class Translator:
         shape: Shape,
         decoding: DecodingConfig,
         mesh: Mesh,
-    ) -> tuple[SearchInputs, list[int]]:
-        """Returns the inputs of a search, filled up with rows of padding, and the row of each sentence.
+    ) -> SearchInputs:
+        """Returns the inputs of a search, sentences in their `_places`, filled up with rows of padding.
 
         Args:
             sentences: ids, without the end token.
@@ -451,11 +452,8 @@ class Translator:
             shape: of one sentence.
             decoding: the settings.
             mesh: where it runs.
-
-        Sentences are dealt out to the devices in turn, so that each has as many and the padding stands at its end.
         """
-        devices = mesh.size
-        places = [(n % devices) * (rows // devices) + n // devices for n in range(len(sentences))]
+        places = _places(len(sentences), rows, mesh.size)
         tokens, segments = np.zeros((2, rows, shape.source), np.int32)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds_of_rows = np.zeros(rows, np.int32)
@@ -477,7 +475,7 @@ class Translator:
         banned = np.zeros(self.tokenizers.target.vocab_size if bans else 0, bool)
         banned[bans] = True
         sharded = all_devices_sharding(mesh)
-        inputs = SearchInputs(
+        return SearchInputs(
             tokens=jax.device_put(tokens, sharded),
             segments=jax.device_put(segments, sharded),
             max_lengths=jax.device_put(max_lengths, sharded),
@@ -487,7 +485,6 @@ class Translator:
             seeds=jax.device_put(seeds_of_rows, sharded),
             banned=jax.device_put(banned, replicated_sharding(mesh)),
         )
-        return inputs, places
 
     def _hypotheses(self, found: Hypotheses, row: int, most: int, source_length: int) -> list[Hypothesis]:
         """Returns the different ones of the first `most` outputs of a sentence; none if it has none."""
@@ -558,6 +555,11 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
 def _seed(seed: int, sentence: str) -> int:
     """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
     return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
+
+
+def _places(num_sentences: int, rows: int, devices: int) -> list[int]:
+    """Returns the row of each sentence: dealt out to the devices in turn, so that padding stands at the end of each."""
+    return [(n % devices) * (rows // devices) + n // devices for n in range(num_sentences)]
 
 
 def _power_of_two(number: int, most: int) -> int:
