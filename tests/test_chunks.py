@@ -72,17 +72,19 @@ def test_few_sentences_are_left_to_few_workers():
 @pytest.mark.parametrize("workers, chunks_each", [(1, 2), (2, 1), (3, 1)])
 def test_as_many_chunks_are_under_way_as_is_said(workers, chunks_each, monkeypatch):
     chunks = cut_into_chunks({shape_of(16): list(range(60))}, workers, 3, 3)
-    given, most = [0] * workers, 0
+    given, most, counting = [0] * workers, 0, threading.Lock()
 
     def launch(worker, chunk):
         nonlocal most
-        given[worker] += 1
-        most = max(most, given[worker])
+        with counting:
+            given[worker] += 1
+            most = max(most, given[worker])
         return worker, sum(chunk.members)
 
     def device_get(found):
         time.sleep(0.001)
-        given[found[0]] -= 1
+        with counting:
+            given[found[0]] -= 1
         return found
 
     monkeypatch.setattr(jax, "device_get", device_get)
@@ -124,16 +126,18 @@ def test_nothing_more_is_launched_once_one_has_failed(failing, monkeypatch):
 
 def test_an_error_does_not_wait_for_the_others(monkeypatch):
     chunks = cut_into_chunks({shape_of(16): list(range(12))}, 2, 3, 3)
-    may_end = threading.Event()
+    may_end, ended = threading.Event(), threading.Event()
 
     def device_get(worker):
         if worker == 1:
             raise MemoryError("no room")
-        assert may_end.wait(60)
+        may_end.wait(30)
+        ended.set()
 
     monkeypatch.setattr(jax, "device_get", device_get)
     with pytest.raises(MemoryError, match="no room"):
         list(run_on_workers(chunks, 2, lambda worker, chunk: worker))
+    assert not ended.is_set()
     may_end.set()
 
 

@@ -100,7 +100,7 @@ def run_on_workers(
         chunks: in the order in which they are taken.
         workers: how many there are. A single one has two chunks, of which one waits for the other; several have one
             each, since the chunk that waits for a slow worker could be with a fast one.
-        launch: given the number of a worker and a chunk, returns a tree of arrays that are yet being computed. It is
+        launch: given the number of a worker and a chunk, returns a tree of arrays that are still being computed. It is
             called where the caller is, so that JAX's settings of a thread hold in it and a worker's programs run in
             turn; the values alone are waited for in threads.
 
