@@ -13,7 +13,7 @@ from flax import nnx
 
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import build_model
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel import layout
 from flax_transformer.training.step import Objective, batch_loss
 from tests import tiny

@@ -14,10 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "flax_transformer"
 # Lowest first; a module may import modules of lower layers, and of its own where that makes no circle.
 LAYERS = [
     ["errors", "locks", "shapes", "user_cache"],
+    ["backend"],
+    ["parallel.sharding_rules"],
+    ["ops"],
     ["parallel"],
     ["nn", "data", "decoding"],
     ["models"],
-    ["training.loss", "training.metrics", "training.optimizer"],
+    ["training.metrics", "training.optimizer"],
     ["config"],
     ["run_folder"],
     ["training"],

@@ -9,25 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax_transformer.nn.masks import causal_mask
 
 from flax_transformer.config import read_config
 from flax_transformer.errors import ConfigError
 from flax_transformer.nn import embedding as embedding_module
-from flax_transformer.nn.attention import MultiHeadAttention, dot_product_attention, masked_softmax
-from flax_transformer.nn.dropout import dropout, random_bytes
+from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection
 from flax_transformer.nn.feed_forward import FeedForward
-from flax_transformer.nn.kv_cache import (
+from flax_transformer.nn.linear import Linear
+from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
+from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
+from flax_transformer.ops.attention import masked_softmax
+from flax_transformer.ops.cached_attention import (
     cached_cross_attention,
     cached_self_attention,
     cross_attention_cache,
     empty_self_attention_cache,
     write_ancestors,
 )
-from flax_transformer.nn.linear import Linear
-from flax_transformer.nn.masks import causal_mask
-from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
-from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
+from flax_transformer.ops.dropout import dropout, random_bytes
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 DTYPES = {"param_dtype": FLOAT32, "compute_dtype": FLOAT32}

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.nn.embedding import OutputProjection
+from flax_transformer.ops.cross_entropy import cross_entropy
+from flax_transformer.ops.vocabulary import OutputProjection
 from flax_transformer.training import loss as loss_module
-from flax_transformer.training.loss import cross_entropy
 
 
 def float64(x) -> np.ndarray:

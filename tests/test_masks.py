@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-
 from flax_transformer.nn.masks import causal_mask, segment_mask
 
 

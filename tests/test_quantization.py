@@ -15,8 +15,8 @@ from flax_transformer.errors import ConfigError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
-from flax_transformer.nn.embedding import OutputProjection
-from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up, quantized, without_row
+from flax_transformer.ops.int8_product import Int8Weights, int8_product, looked_up, quantized, without_row
+from flax_transformer.ops.vocabulary import OutputProjection
 from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 RNG = np.random.default_rng(0)
