@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from flax_transformer.inference.quantize import Quantize
 from paired import Built, Systems, machine
 from sacrebleu.metrics import BLEU
 
 from flax_transformer.decoding.beam_search import StopRule
+from flax_transformer.inference.prepare import Quantize
 
 PENALTY = "average:1.0"
 

@@ -6,7 +6,7 @@ the program of a TPU as a TPU's process would. Choices by platform are made in `
 
 import contextlib
 from collections.abc import Generator
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 from jax._src.mesh import AbstractDevice  # no public name; this file alone knows it
@@ -14,21 +14,18 @@ from jax.sharding import AbstractMesh, AxisType
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
-# JAX names GPUs by their maker in some places.
-_SYNONYMS = {"cuda": "gpu", "rocm": "gpu"}
+# What JAX's devices call their platform, and ours; GPUs are named by their maker in some places.
+_PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
 def platform() -> Platform | None:
     """Returns the platform of the program that is being traced, or None when no mesh is in context.
 
     The mesh in context is that of `jax.set_mesh`, or of the `jax.shard_map` that surrounds the caller. Without one the
-    reference forms of `ops` run.
+    reference forms of `ops` run, as they do on a platform that has no name here.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return None
-    name = _SYNONYMS.get(device.platform, device.platform)
-    return name if name in get_args(Platform) else None
+    return None if device is None else _PLATFORMS.get(device.platform)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +152,9 @@ def _input(config: TransformerConfig, max_length: int, rngs: nnx.Rngs, zero_toke
 
 
 def _attention(config: TransformerConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
+    dtypes: Any = _dtypes(config)
     return MultiHeadAttention(
-        config.model_dim, config.num_heads, dropout_rate=config.attention_dropout, **_dtypes(config), rngs=rngs
+        config.model_dim, config.num_heads, dropout_rate=config.attention_dropout, **dtypes, rngs=rngs
     )
 
 

@@ -72,7 +72,7 @@ class AttentionMask:
     def _near(self, query: Int[Array, "T 1"], key: Int[Array, "1 S"]) -> Bool[Array, "T S"] | Bool[Array, "B 1 T S"]:
         """Returns which of the places `key` lie where the queries at the places `query` may look."""
         if self.query_offsets is not None:
-            query, key = query + self.query_offsets[:, None, None, None], key[None, None]
+            query, key = query[None, None] + self.query_offsets[:, None, None, None], key[None, None]
         in_window = True if self.window is None else jnp.abs(query - key) <= self.window
         return (query >= key) & in_window if self.causal else jnp.broadcast_to(in_window, (query - key).shape)
 
