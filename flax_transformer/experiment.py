@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import Plan, Position, TokenizedPairs, data_fingerprint, same_text
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan

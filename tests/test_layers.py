@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.errors import ConfigError
 from flax_transformer.nn import embedding as embedding_module
 from flax_transformer.nn.attention import MultiHeadAttention, dot_product_attention, masked_softmax

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_transformer.config import TrainingConfig
+from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import DivergenceError
 from flax_transformer.training import loop

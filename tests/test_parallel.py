@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from flax_transformer.config import Config, from_dict
+from flax_transformer.config.reading import from_dict
+from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo

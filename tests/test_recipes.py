@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.data.batching import Position
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.loader import training_batches, training_plan

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from flax_transformer.config import Config, TrainingConfig
+from flax_transformer.config.recipe import Config, TrainingConfig
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
 from flax_transformer.parallel.memory import available_bytes, needed_bytes

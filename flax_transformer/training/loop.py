@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flax_transformer.config import TrainingConfig
+from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
 from flax_transformer.errors import DivergenceError
 from flax_transformer.parallel.memory import compiled_within_memory
