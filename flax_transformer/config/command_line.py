@@ -1,7 +1,8 @@
 """A configuration changed by the flags of a command line."""
 
-import copy
-from typing import get_type_hints
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 import tyro
 
@@ -21,6 +22,8 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
             between fields; 0 after --help.
     """
     hints = get_type_hints(Config)
+    # No `Config` yet: a section of the new kind may contradict the others until all flags have been read.
+    sections: Any = SimpleNamespace(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     rest, position = [], 0
     while position < len(arguments):
         name, equals, value = arguments[position].partition("=")
@@ -32,10 +35,10 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
                     raise ConfigError(f"{name} needs a value.")
                 value = arguments[position]
             chosen = section_class(hints[section], {"kind": value}, section)
-            if not isinstance(getattr(config, section), chosen):
-                config = copy.copy(config)  # unchecked: flags that are read below may belong to the new kind
-                object.__setattr__(config, section, chosen())
+            if not isinstance(getattr(sections, section), chosen):
+                setattr(sections, section, chosen())
         else:
             rest.append(arguments[position])
         position += 1
-    return tyro.cli(Config, default=config, args=rest, config=(tyro.conf.AvoidSubcommands,), prog=program)
+    # Of its default tyro reads one attribute for each field, whatever has them.
+    return tyro.cli(Config, default=sections, args=rest, config=(tyro.conf.AvoidSubcommands,), prog=program)
