@@ -23,10 +23,11 @@ from flax_transformer.cli.main import keep_memory, use_every_core
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from flax_transformer.shapes import Batch
 from flax_transformer.training.loop import compile_steps
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 

@@ -56,10 +56,11 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.data.loader import training_batches, training_plan
     from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
     from flax_transformer.inference.translator import vocabulary_info
+    from flax_transformer.optim.optimizer import make_optimizer
+    from flax_transformer.optim.schedule import make_schedule
     from flax_transformer.parallel.mesh import batch_sharding, make_mesh
     from flax_transformer.training.loop import compile_steps
     from flax_transformer.training.metrics import TokenCounts
-    from flax_transformer.training.optimizer import make_optimizer, make_schedule
     from flax_transformer.training.state import init_state, make_layout
     from flax_transformer.training.step import Objective, jit_train_step
     from flax_transformer.training.throughput import ProductCost, peak_flops

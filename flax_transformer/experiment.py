@@ -24,6 +24,8 @@ from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.memory import held_bytes, needed_bytes
 from flax_transformer.parallel.mesh import batch_sharding, check_rows, make_mesh
 from flax_transformer.plots.attention import plot_attention
@@ -32,7 +34,6 @@ from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
 from flax_transformer.training.loop import compile_steps, shape_of, train_loop
 from flax_transformer.training.metrics import LossSummary
-from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
 from flax_transformer.training.state import StateLayout, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_evaluation_step, jit_train_step

@@ -12,15 +12,9 @@ from flax import nnx
 
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, decays, make_optimizer, matrix_axes, scale_by_adafactor
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.training.optimizer import (
-    OptimizerConfig,
-    decays,
-    make_optimizer,
-    make_schedule,
-    matrix_axes,
-    scale_by_adafactor,
-)
 from flax_transformer.training.state import abstract_model, make_layout
 from tests import tiny
 

@@ -18,9 +18,10 @@ from flax_transformer.experiment import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_rows, make_mesh
 from flax_transformer.shapes import Batch
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 

@@ -21,9 +21,10 @@ from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
 from flax_transformer.inference.translator import vocabulary_info
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.training.loop import compile_steps
-from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.state import init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 

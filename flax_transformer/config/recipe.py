@@ -19,8 +19,8 @@ from flax_transformer.decoding.sampling import SamplingConfig
 from flax_transformer.errors import ConfigError, check_finite, check_seed
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig
 from flax_transformer.parallel.mesh import MeshConfig
-from flax_transformer.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
