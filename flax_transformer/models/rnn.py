@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError
-from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.alignment import attend, make_alignment
 from flax_transformer.nn.dropout import check_dropout_rate, dropout, split_key
 from flax_transformer.nn.embedding import OutputProjection, ShareKind, make_embeddings
@@ -474,3 +474,15 @@ class RecurrentSeq2Seq(nnx.Module):
         attention = None if weights is None else weights[:, :, None, None, :]  # one layer, one head
         output = StepOutput(self.output_projection().logits(readout), attention)
         return output, dataclasses.replace(state, per_beam=new, positions=state.positions + 1)
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used: keys of the attention are made of source tokens."""
+        alignment = self.decoder.alignment
+        keys = () if alignment is None or alignment.key is None else (alignment.key,)
+        output = self.target_embedding if self.output_embedding is None else self.output_embedding
+        return ParameterRoles(
+            per_source_token=(self.encoder, *keys),
+            per_target_token=(self.decoder,),
+            output_table=output.table,
+            per_sentence=(self.bridge,),
+        )

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_finite
-from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.dropout import check_dropout_rate, split_key
 from flax_transformer.nn.embedding import (
@@ -533,3 +533,13 @@ class Transformer(nnx.Module):
         )
         output = StepOutput(self.output_projection().logits(hidden), attention)
         return output, DecodeState(state.per_sentence, ancestors, written, state.positions + 1)
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used: keys and values of cross-attention are made of source tokens."""
+        cross_attention = self.decoder.layers.cross_attention
+        output = self.target_embedding if self.output_embedding is None else self.output_embedding
+        return ParameterRoles(
+            per_source_token=(self.encoder, cross_attention.key, cross_attention.value),
+            per_target_token=(self.decoder,),
+            output_table=output.table,
+        )
