@@ -35,7 +35,7 @@ from flax_transformer.training.checkpoint import Checkpoints, checksums_of
 from flax_transformer.training.loop import compile_steps, shape_of, train_loop
 from flax_transformer.training.metrics import LossSummary
 from flax_transformer.training.run_log import RunLog, read_metrics
-from flax_transformer.training.state import StateLayout, init_state, make_layout
+from flax_transformer.training.state import StateLayout, describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_evaluation_step, jit_train_step
 from flax_transformer.training.throughput import ProductCost, peak_flops
 
@@ -104,8 +104,9 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         )
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
-    optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
+    parameter_info = describe_parameters(config.model, vocabulary)
+    optimizer = make_optimizer(config.optimizer, schedule, parameter_info)
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     start = None if parent is None else _best_params(parent, layout, tokenizers)
     objective = Objective(config.training.label_smoothing, config.training.r_drop)
@@ -188,7 +189,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
                 evaluate=functools.partial(watch, log),
                 history=watch.history(folder),
-                cost=ProductCost.of(layout.shapes.params, objective.num_passes),
+                cost=ProductCost.of(parameter_info, objective.num_passes),
                 peak=peak_flops(mesh, config.model.compute_dtype),
             )
             training_seconds = time.monotonic() - clock

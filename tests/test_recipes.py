@@ -25,7 +25,7 @@ from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.training.loop import compile_steps
-from flax_transformer.training.state import init_state, make_layout
+from flax_transformer.training.state import describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -90,7 +90,8 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     size = config.tokenizer.vocab_size
     vocabulary = dataclasses.replace(vocabulary_info(tokenizers), source_size=size, target_size=size)
-    layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), one_device)
+    optimizer = make_optimizer(config.optimizer, schedule, describe_parameters(config.model, vocabulary))
+    layout = make_layout(config.model, vocabulary, optimizer, one_device)
     assert layout.num_parameters / 1e6 == pytest.approx(millions, rel=0.03)
     step = jit_train_step(layout, schedule, Objective(config.training.label_smoothing), 0, one_device)
     compiled = compile_steps(step, layout.abstract, plan.shapes, one_device)

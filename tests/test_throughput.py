@@ -11,14 +11,16 @@ from flax_transformer.models.rnn import RecurrentConfig
 from flax_transformer.training.loop import Window
 from flax_transformer.training.loss import LossSums
 from flax_transformer.training.metrics import TokenCounts
-from flax_transformer.training.state import abstract_model
+from flax_transformer.training.state import abstract_model, describe_parameters
 from flax_transformer.training.step import StepMetrics
 from flax_transformer.training.throughput import ProductCost, Throughput, peak_flops
 from tests import tiny
 
+ROWS = 24  # of each table: 19 or 21 ids, padded to a multiple of 8
 
-def cost(model_config) -> ProductCost:
-    return ProductCost.of(nnx.to_pure_dict(abstract_model(model_config, tiny.VOCABULARY)[1]))
+
+def cost(model_config, num_passes: int = 1) -> ProductCost:
+    return ProductCost.of(describe_parameters(model_config, tiny.VOCABULARY), num_passes)
 
 
 @pytest.mark.parametrize("share", ["all", "target_output", "none"])
@@ -38,15 +40,30 @@ def test_the_cost_of_products_is_what_the_compiler_counts(share):
     assert ours < counted < 1.05 * ours  # the rest: norms, softmax, and attention's products without parameters
 
 
+@pytest.mark.parametrize("share", ["all", "target_output", "none"])
+def test_the_cost_of_a_transformer_is_its_kernels(share):
+    """Two encoder layers and three decoder layers, 16 wide; keys and values of the encoder's output count for it."""
+    square, feed_forward = 16 * 16, 2 * 16 * 32
+    source = 2 * (4 * square + feed_forward) + 3 * 2 * square
+    target = 3 * (4 * square + 2 * square + feed_forward) + ROWS * 16
+    assert cost(tiny.config(share_embeddings=share)) == ProductCost(6 * source, 6 * target)
+
+
 def test_the_cost_of_a_recurrent_model_is_its_kernels():
-    # One-layer LSTM of 8 units: encoder 2 directions of 4 units, no attention.
+    """A one-layer LSTM of 8 units: the encoder has 2 directions of 4 units, and there is no attention."""
     small = RecurrentConfig(model_dim=6, hidden_dim=8, attention="none", share_embeddings="target_output")
     encoder = 2 * 4 * (6 * 4 + 4 * 4)
     decoder = 4 * (6 * 8 + 8 * 8) + 8 * 6
-    rows = 24  # 19 ids, padded to a multiple of 8
-    assert cost(small) == ProductCost(6 * encoder, 6 * (decoder + rows * 6))
-    params = nnx.to_pure_dict(abstract_model(small, tiny.VOCABULARY)[1])
-    assert ProductCost.of(params, num_passes=2) == ProductCost(12 * encoder, 12 * (decoder + rows * 6))
+    assert cost(small) == ProductCost(6 * encoder, 6 * (decoder + ROWS * 6))
+    assert cost(small, num_passes=2) == ProductCost(12 * encoder, 12 * (decoder + ROWS * 6))
+
+
+def test_the_cost_of_recurrent_attention_is_its_kernels():
+    """A GRU with Bahdanau's attention: the context has a kernel in the cell, and the bridge is used once a sentence."""
+    small = RecurrentConfig(model_dim=6, hidden_dim=8, cell="gru", attention="additive", share_embeddings="none")
+    encoder, keys = 2 * 3 * (6 * 4 + 4 * 4), 8 * 8
+    decoder = 3 * (6 * 8 + 8 * 8 + 8 * 8) + 8 * 8 + (8 + 8 + 6) * 6
+    assert cost(small) == ProductCost(6 * (encoder + keys), 6 * (decoder + ROWS * 6))
 
 
 def test_a_progress_line_gives_the_share_of_the_peak_where_it_is_known(one_device):
