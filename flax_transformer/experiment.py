@@ -32,12 +32,12 @@ from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
-from flax_transformer.training.loop import compile_steps, shape_of, train_loop
+from flax_transformer.training.loop import Callbacks, CompiledSteps, compile_steps, shape_of, train_loop
 from flax_transformer.training.metrics import LossSummary
 from flax_transformer.training.run_log import RunLog, read_metrics
 from flax_transformer.training.state import StateLayout, describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_evaluation_step, jit_train_step
-from flax_transformer.training.throughput import ProductCost, peak_flops
+from flax_transformer.training.throughput import FlopFigures, ProductCost, peak_flops
 
 NUM_SAMPLES = 10
 
@@ -179,19 +179,22 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 )
 
             clock = time.monotonic()
-            state, signal = train_loop(
+            trained = train_loop(
                 state,
-                compiled,
                 training_batches(train, plan, position),
                 config.training,
-                mesh,
-                log,
-                save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
-                evaluate=functools.partial(watch, log),
-                history=watch.history(folder),
-                cost=ProductCost.of(parameter_info, objective.num_passes),
-                peak=peak_flops(mesh, config.model.compute_dtype),
+                CompiledSteps(compiled, mesh),
+                Callbacks(
+                    log,
+                    save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
+                    evaluate=functools.partial(watch, log),
+                    history=watch.history(folder),
+                ),
+                FlopFigures(
+                    ProductCost.of(parameter_info, objective.num_passes), peak_flops(mesh, config.model.compute_dtype)
+                ),
             )
+            state, signal = trained.state, trained.signal
             training_seconds = time.monotonic() - clock
             log.stop_progress()
             if signal is not None:

@@ -67,6 +67,19 @@ class ProductCost:
 
 
 @dataclass(frozen=True)
+class FlopFigures:
+    """What the throughput of a training is told by.
+
+    Attributes:
+        cost: of the model's products.
+        peak: FLOP/s that all devices together can do at most; None where that is not known.
+    """
+
+    cost: ProductCost
+    peak: float | None
+
+
+@dataclass(frozen=True)
 class Throughput:
     """What a stretch of training comes to in a second.
 
@@ -82,10 +95,10 @@ class Throughput:
     peak_share: float | None
 
     @classmethod
-    def of(cls, tokens: TokenCounts, seconds: float, cost: ProductCost, peak: float | None) -> "Throughput":
-        """Returns the throughput of so many tokens in so many seconds; `peak` is FLOP/s of all devices together."""
+    def of(cls, tokens: TokenCounts, seconds: float, figures: FlopFigures) -> "Throughput":
+        """Returns the throughput of so many tokens in so many seconds."""
         seconds = max(seconds, 1e-9)
-        flops = cost.total(tokens) / seconds
+        flops, peak = figures.cost.total(tokens) / seconds, figures.peak
         return cls(tokens.source / seconds, tokens.target / seconds, flops, None if peak is None else flops / peak)
 
     @property
