@@ -209,6 +209,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from flax_transformer.inference.translator import SENTENCES_A_ROW
     from flax_transformer.models.build import VocabularyInfo
     from flax_transformer.models.transformer import TransformerConfig
+    from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+    from flax_transformer.optim.schedule import make_schedule
     from flax_transformer.parallel import layout as parallel_layout
     from flax_transformer.parallel.mesh import (
         MeshConfig,
@@ -218,8 +220,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
         replicated_sharding,
     )
     from flax_transformer.training.loop import compile_steps
-    from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-    from flax_transformer.training.state import abstract_model, make_layout
+    from flax_transformer.training.state import abstract_model, describe_parameters, make_layout
     from flax_transformer.training.step import Objective, jit_train_step
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
@@ -245,7 +246,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
 
     # --- the train step, by the function that the training itself calls
     schedule = make_schedule(OptimizerConfig(), model.model_dim)
-    layout = make_layout(model, vocabulary, make_optimizer(OptimizerConfig(), schedule), mesh)
+    optimizer = make_optimizer(OptimizerConfig(), schedule, describe_parameters(model, vocabulary))
+    layout = make_layout(model, vocabulary, optimizer, mesh)
     step = jit_train_step(layout, schedule, Objective(0.1), 0, mesh)
     shape = BatchShape(options.rows, options.length, options.length)
     train = compile_logged(

@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flax_transformer.config import Config as Config
-    from flax_transformer.config import override as override
-    from flax_transformer.config import read_config as read_config
+    from flax_transformer.config.command_line import override as override
+    from flax_transformer.config.reading import read_config as read_config
+    from flax_transformer.config.recipe import Config as Config
     from flax_transformer.decoding.beam_search import BeamSearchConfig as BeamSearchConfig
     from flax_transformer.decoding.beam_search import beam_search as beam_search
     from flax_transformer.decoding.hypotheses import Hypotheses as Hypotheses
@@ -52,9 +52,9 @@ _HOMES = {
     "Translation": "inference.translation",
     "Hypothesis": "inference.translation",
     # Train and evaluate
-    "Config": "config",
-    "read_config": "config",
-    "override": "config",
+    "Config": "config.recipe",
+    "read_config": "config.reading",
+    "override": "config.command_line",
     "run_experiment": "experiment",
     "Outcome": "experiment",
     "evaluate": "inference.evaluate",

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import Plan, Position, TokenizedPairs, data_fingerprint, same_text
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
@@ -24,19 +24,20 @@ from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.memory import held_bytes, needed_bytes
 from flax_transformer.parallel.mesh import batch_sharding, check_rows, make_mesh
 from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
-from flax_transformer.training.loop import compile_steps, shape_of, train_loop
+from flax_transformer.training.loop import Callbacks, CompiledSteps, compile_steps, shape_of, train_loop
 from flax_transformer.training.metrics import LossSummary
-from flax_transformer.training.optimizer import make_optimizer, make_schedule
 from flax_transformer.training.run_log import RunLog, read_metrics
-from flax_transformer.training.state import StateLayout, init_state, make_layout
+from flax_transformer.training.state import StateLayout, describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_evaluation_step, jit_train_step
-from flax_transformer.training.throughput import ProductCost, peak_flops
+from flax_transformer.training.throughput import FlopFigures, ProductCost, peak_flops
 
 NUM_SAMPLES = 10
 
@@ -103,8 +104,9 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         )
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
-    optimizer = make_optimizer(config.optimizer, schedule)
     vocabulary = vocabulary_info(tokenizers)
+    parameter_info = describe_parameters(config.model, vocabulary)
+    optimizer = make_optimizer(config.optimizer, schedule, parameter_info)
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     start = None if parent is None else _best_params(parent, layout, tokenizers)
     objective = Objective(config.training.label_smoothing, config.training.r_drop)
@@ -177,19 +179,22 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 )
 
             clock = time.monotonic()
-            state, signal = train_loop(
+            trained = train_loop(
                 state,
-                compiled,
                 training_batches(train, plan, position),
                 config.training,
-                mesh,
-                log,
-                save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
-                evaluate=functools.partial(watch, log),
-                history=watch.history(folder),
-                cost=ProductCost.of(layout.shapes.params, objective.num_passes),
-                peak=peak_flops(mesh, config.model.compute_dtype),
+                CompiledSteps(compiled, mesh),
+                Callbacks(
+                    log,
+                    save=lambda state, position, quality: checkpoints.save(state, position, fingerprint, quality),
+                    evaluate=functools.partial(watch, log),
+                    history=watch.history(folder),
+                ),
+                FlopFigures(
+                    ProductCost.of(parameter_info, objective.num_passes), peak_flops(mesh, config.model.compute_dtype)
+                ),
             )
+            state, signal = trained.state, trained.signal
             training_seconds = time.monotonic() - clock
             log.stop_progress()
             if signal is not None:

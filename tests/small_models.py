@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from flax_transformer.cli import main as cli
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.synthetic import english_number_words, german_number_words
 from flax_transformer.data.tokenizer import END_ID, TokenizerConfig, TokenizerPair
 from flax_transformer.inference.translator import vocabulary_info

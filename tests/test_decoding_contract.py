@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError
 from flax_transformer.inference.alignment import word_alignment

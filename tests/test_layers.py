@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.errors import ConfigError
 from flax_transformer.nn.embedding import Embedding, InputEmbedding
 from flax_transformer.nn.feed_forward import FeedForward

@@ -17,7 +17,7 @@ import pytest
 
 from flax_transformer import experiment
 from flax_transformer.cli import main as cli
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data import preparation, token_cache, tokenizer
 from flax_transformer.data.batching import BatchingConfig, Mixture, Position, TokenizedPairs
 from flax_transformer.data.bucketing import BatchShape, BucketedPlan

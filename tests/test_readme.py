@@ -12,7 +12,8 @@ import yaml
 
 from flax_transformer.cli import main as cli
 from flax_transformer.cli import train
-from flax_transformer.config import Config, from_dict
+from flax_transformer.config.reading import from_dict
+from flax_transformer.config.recipe import Config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

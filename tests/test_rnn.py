@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.config import Config, from_dict
+from flax_transformer.config.reading import from_dict
+from flax_transformer.config.recipe import Config
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError

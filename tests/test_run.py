@@ -19,7 +19,7 @@ import yaml
 from flax import nnx
 
 from flax_transformer import Translator
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.tokenizer import END_ID, START_ID, SubwordSample

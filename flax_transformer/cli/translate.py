@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
-from flax_transformer.config import METHOD_FIELDS, DecodingConfig
+from flax_transformer.config.recipe import METHOD_FIELDS, DecodingConfig
 from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
 from flax_transformer.errors import ConfigError, DivergenceError, InputError
 from flax_transformer.inference.alignment import word_alignment

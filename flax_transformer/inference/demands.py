@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import UNKNOWN_ID, Tokenizer
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import WORD_START

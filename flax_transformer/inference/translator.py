@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, TokenizerPair
 from flax_transformer.decoding.beam_search import BeamSearchConfig, num_awaited
 from flax_transformer.decoding.hypotheses import Hypotheses

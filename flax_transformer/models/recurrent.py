@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.embedding import ShareKind
 from flax_transformer.nn.linear import Linear
@@ -450,3 +450,14 @@ class RecurrentSeq2Seq(EncoderDecoder):
         attention = None if weights is None else weights[:, :, None, None, :]  # one layer, one head
         output = StepOutput(self.output_projection().logits(readout), attention)
         return output, dataclasses.replace(state, per_beam=new, positions=state.positions + 1)
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used: keys of the attention are made of source tokens."""
+        alignment = self.decoder.alignment
+        keys = () if alignment is None or alignment.key is None else (alignment.key,)
+        return ParameterRoles(
+            per_source_token=(self.encoder, *keys),
+            per_target_token=(self.decoder,),
+            output_table=self.decoder_output_embedding.table,
+            per_sentence=(self.bridge,),
+        )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_finite
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, ShareKind
 from flax_transformer.nn.feed_forward import Activation, FeedForward
@@ -436,3 +436,12 @@ class Transformer(EncoderDecoder):
         )
         output = StepOutput(self.output_projection().logits(hidden), attention)
         return output, DecodeState(state.per_sentence, ancestors, written, state.positions + 1)
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used: keys and values of cross-attention are made of source tokens."""
+        cross_attention = self.decoder.layers.cross_attention
+        return ParameterRoles(
+            per_source_token=(self.encoder, cross_attention.key, cross_attention.value),
+            per_target_token=(self.decoder,),
+            output_table=self.decoder_output_embedding.table,
+        )

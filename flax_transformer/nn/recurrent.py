@@ -87,12 +87,12 @@ class RecurrentCell(nnx.Module):
         gates = self.num_gates
         input_kernel = _kernel(rngs.params(), in_dim, gates, units, param_dtype, orthogonal=False)
         recurrent_kernel = _kernel(rngs.params(), units, gates, units, param_dtype, orthogonal=True)
-        self.input_kernel = nnx.Param(input_kernel, logical_axes=INPUT_AXES)
-        self.recurrent_kernel = nnx.Param(recurrent_kernel, logical_axes=RECURRENT_AXES)
+        self.input_kernel = nnx.Param(input_kernel, logical_axes=INPUT_AXES, num_in_dims=1)
+        self.recurrent_kernel = nnx.Param(recurrent_kernel, logical_axes=RECURRENT_AXES, num_in_dims=1)
         self.bias = nnx.Param(jnp.zeros((gates, units), param_dtype), logical_axes=BIAS_AXES)
         if context_dim:
             context_kernel = _kernel(rngs.params(), context_dim, gates, units, param_dtype, orthogonal=False)
-            self.context_kernel = nnx.Param(context_kernel, logical_axes=CONTEXT_AXES)
+            self.context_kernel = nnx.Param(context_kernel, logical_axes=CONTEXT_AXES, num_in_dims=1)
         else:
             self.context_kernel = None
 

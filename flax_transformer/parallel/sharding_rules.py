@@ -66,6 +66,28 @@ def _partitioned() -> bool:
     return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
+def logical_axes_of(path: tuple[Any, ...], parameter: nnx.Variable) -> tuple[str | None, ...]:
+    """Returns the logical name of each dimension of a parameter; "layers" stands first in a stack of layers.
+
+    Args:
+        path: where it stands in its model.
+        parameter: with the metadata `logical_axes`.
+
+    Raises:
+        ValueError: the parameter has no `logical_axes`, or names for another number of dimensions.
+    """
+    axes = parameter.get_metadata().get("logical_axes")
+    shape = parameter.get_value().shape
+    name = "/".join(map(str, path))
+    if axes is None:
+        raise ValueError(f"parameter {name} has no logical_axes metadata")
+    if len(axes) + 1 == len(shape):  # one of a stack of layers
+        axes = ("layers", *axes)
+    if len(axes) != len(shape):
+        raise ValueError(f"parameter {name} has shape {shape} but logical axes {axes}")
+    return axes
+
+
 def parameter_specs(abstract_params: Any) -> dict[str, Any]:
     """Returns a nested dict of partition specs for the parameters, in the form of `nnx.to_pure_dict`.
 
@@ -73,22 +95,11 @@ def parameter_specs(abstract_params: Any) -> dict[str, Any]:
         abstract_params: the `nnx.State` of a model, of arrays or of shapes, whose variables carry `logical_axes`.
 
     Raises:
-        ValueError: a parameter without `logical_axes`, or with names for another number of dimensions.
+        ValueError: as `logical_axes_of`.
     """
-
-    def spec(path, variable):
-        axes = variable.get_metadata().get("logical_axes")
-        shape = variable.get_value().shape
-        name = "/".join(map(str, path))
-        if axes is None:
-            raise ValueError(f"parameter {name} has no logical_axes metadata")
-        if len(axes) + 1 == len(shape):  # one of a stack of layers
-            axes = ("layers", *axes)
-        if len(axes) != len(shape):
-            raise ValueError(f"parameter {name} has shape {shape} but logical axes {axes}")
-        return partition_spec(axes)
-
-    flat = [(path, spec(path, variable)) for path, variable in nnx.to_flat_state(abstract_params)]
+    flat = [
+        (path, partition_spec(logical_axes_of(path, variable))) for path, variable in nnx.to_flat_state(abstract_params)
+    ]
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 

@@ -1,16 +1,17 @@
-"""The optimiser, its learning-rate schedule, and which parameters decay: names for what optax has."""
+"""The optimiser, and which parameters decay: names for what optax has."""
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from flax_transformer.errors import ConfigError, check_finite
+from flax_transformer.models.parameters import ParameterInfo
 
 DECAYS_TO_AN_END = ("linear", "cosine")
 # The root mean square of Adam's updates as Liu et al. 2025 ("Muon is Scalable for LLM Training", section 2.2) found it:
@@ -100,40 +101,6 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is not a regular expression: {error}.") from error
 
 
-def make_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of updates already made (0 for the first).
-
-    With step = n + 1, so that the first update already moves, noam is
-
-        rate(n) = scale * D^-0.5 * min(step^-0.5, step * warmup^-1.5)
-
-    and all others rise linearly to `learning_rate` at step = warmup and then go their way.
-
-    References:
-        Vaswani et al. 2017, section 5.3, equation 3.
-    """
-    warmup = config.warmup_steps
-    if config.schedule == "noam":
-        peak = config.learning_rate_scale * model_dim**-0.5 * warmup**-0.5
-    else:
-        assert config.learning_rate is not None, "checked by the configuration"
-        peak = config.learning_rate
-    span = (config.decay_steps or 0) - warmup
-    after = {  # functions of the steps since the end of the warm-up
-        "noam": lambda step: peak * (warmup / (warmup + step)) ** 0.5,
-        "inverse_sqrt": lambda step: peak * (warmup / (warmup + step)) ** 0.5,
-        "constant": optax.constant_schedule(peak),
-        "linear": lambda step: optax.linear_schedule(peak, config.final_fraction * peak, span)(step),
-        "cosine": lambda step: optax.cosine_decay_schedule(peak, span, config.final_fraction)(step),
-    }[config.schedule]
-
-    def rate(count):
-        step = jnp.asarray(count, jnp.float32) + 1.0
-        return jnp.where(step < warmup, peak * step / warmup, after(jnp.maximum(step - warmup, 0.0)))
-
-    return rate
-
-
 def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -159,86 +126,90 @@ def decays(config: OptimizerConfig, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
 
 
-def matrix_axes(params: Any) -> Any:
+def matrix_axes(params: Any, parameter_info: Any) -> Any:
     """Returns, for each kernel, which axes are rows and which are columns of a matrix, and None for other parameters.
 
-    Kernels are matrices once their input and output dimensions are flattened, one for each layer of a stack.
+    Args:
+        params: a tree of some of a model's parameters, or of their gradients.
+        parameter_info: the tree of `ParameterInfo` of all its parameters.
     """
 
-    def axes(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
-        module, name = _path(path).split("/")[-2:]
-        if not name.endswith("kernel"):
-            return None
-        own = tuple(range(_stacked(path), leaf.ndim))
-        inputs = 2 if module == "output" and len(own) == 3 else 1  # heads and their channels to the model dim
-        return contrib.MuonDimensionNumbers(own[:inputs], own[inputs:])
+    def axes(info: ParameterInfo, _: Any) -> contrib.MuonDimensionNumbers | None:
+        return None if info.matrix_axes is None else contrib.MuonDimensionNumbers(*info.matrix_axes)
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return _map_with_info(axes, parameter_info, params)
 
 
-def _stacked(path: Any) -> bool:
-    """Returns whether a parameter is a stack of all layers' parameters, the layer its first axis."""
-    return "layers" in _path(path).split("/")
+def _map_with_info(function: Callable[..., Any], parameter_info: Any, *trees: Any) -> Any:
+    """Returns the tree of `function(info, *leaves)` for each leaf of `trees`, which may lack some of the parameters."""
+    info_of = dict(jax.tree_util.tree_leaves_with_path(parameter_info))
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(info_of[path], *leaves), *trees)
 
 
-def _as_matrices(tree: Any) -> Any:
+def _as_matrices(tree: Any, parameter_info: Any) -> Any:
     """Returns a tree of parameters or of their gradients with every kernel as [inputs, outputs], or a stack of such."""
 
-    def flatten(leaf: Any, axes: Any) -> Any:
-        if axes is None:
+    def flatten(info: ParameterInfo, leaf: Any) -> Any:
+        if info.matrix_axes is None:
             return leaf
-        layers = leaf.shape[: axes.reduction_axis[0]]
-        return leaf.reshape(*layers, math.prod(leaf.shape[axis] for axis in axes.reduction_axis), -1)
+        inputs, _ = info.matrix_axes
+        layers = leaf.shape[: inputs[0]]
+        return leaf.reshape(*layers, math.prod(leaf.shape[axis] for axis in inputs), -1)
 
-    return jax.tree.map(flatten, tree, matrix_axes(tree))
+    return _map_with_info(flatten, parameter_info, tree)
 
 
-def scale_by_adafactor() -> optax.GradientTransformation:
+def scale_by_adafactor(parameter_info: Any) -> optax.GradientTransformation:
     """Returns what Adafactor does to gradients before the learning rate: divides by the factored root mean square, then
     clips the update of each layer's matrix or vector to a root mean square of 1.
+
+    Args:
+        parameter_info: the tree of the parameters' `ParameterInfo`.
 
     References:
         Shazeer and Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", sections 3 and 6.
     """
     factored, clip = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
 
-    def clipped(path: Any, update: Any, gradient: Any) -> Any:
-        def clip_one(update: Any) -> Any:
-            return clip.update(update, optax.EmptyState())[0]
+    def init(params: Any) -> Any:
+        return factored.init(_as_matrices(params, parameter_info))
 
-        return (jax.vmap(clip_one) if _stacked(path) else clip_one)(update).reshape(gradient.shape)
+    def clip_one(update: Any) -> Any:
+        return clip.update(update, optax.EmptyState())[0]
+
+    def clipped(info: ParameterInfo, update: Any, gradient: Any) -> Any:
+        return (jax.vmap(clip_one) if info.stacked else clip_one)(update).reshape(gradient.shape)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        scaled, state = factored.update(_as_matrices(updates), state, _as_matrices(params))
-        return jax.tree_util.tree_map_with_path(clipped, scaled, updates), state
+        scaled, state = factored.update(
+            _as_matrices(updates, parameter_info), state, _as_matrices(params, parameter_info)
+        )
+        return _map_with_info(clipped, parameter_info, scaled, updates), state
 
-    return optax.GradientTransformation(lambda params: factored.init(_as_matrices(params)), update)
+    return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping, then the optimiser, then weight decay, then the schedule."""
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, parameter_info: Any
+) -> optax.GradientTransformation:
+    """Returns clipping, then the optimiser, then weight decay, then the schedule.
+
+    Args:
+        config: which, and its settings.
+        schedule: the learning rate.
+        parameter_info: the tree of the parameters' `ParameterInfo`; it tells matrices from other parameters.
+
+    Raises:
+        ConfigError: weight decay of a parameter that Muon cannot let decay.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
     def mask(params: Any) -> Any:
         return decays(config, params)
 
-    def dimensions(params: Any) -> Any:
-        found = matrix_axes(params)
-        if config.weight_decay:
-            pairs = zip(
-                jax.tree_util.tree_leaves_with_path(mask(params)),
-                jax.tree.leaves(found, is_leaf=lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)),
-                strict=True,
-            )
-            wrong = [_path(path) for (path, decay), axes in pairs if decay and axes is None]
-            if wrong:
-                raise ConfigError(
-                    "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.decaying "
-                    f"({config.decaying!r}) matches {', '.join(wrong[:4])}."
-                )
-        return found
-
     if config.name == "muon":
+        if config.weight_decay:
+            _check_only_kernels_decay(config, parameter_info)
         muon = contrib.muon(
             schedule,
             weight_decay=config.weight_decay,
@@ -246,15 +217,27 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             eps=config.epsilon,
-            muon_weight_dimension_numbers=dimensions,
+            muon_weight_dimension_numbers=lambda params: matrix_axes(params, parameter_info),
             consistent_rms=MUON_UPDATE_RMS,
         )
         return optax.chain(clip, muon)
     scale = {
         "adam": lambda: optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
         "adamw": lambda: optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
-        "adafactor": scale_by_adafactor,
+        "adafactor": lambda: scale_by_adafactor(parameter_info),
         "lion": lambda: optax.scale_by_lion(b1=config.beta1, b2=config.beta2),
     }[config.name]()
     decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else optax.identity()
     return optax.chain(clip, scale, decay, optax.scale_by_learning_rate(schedule))
+
+
+def _check_only_kernels_decay(config: OptimizerConfig, parameter_info: Any) -> None:
+    """Raises a `ConfigError` if a parameter that is no kernel decays: Muon leaves it to Adam without weight decay."""
+    decaying = dict(jax.tree_util.tree_leaves_with_path(decays(config, parameter_info)))
+    infos = jax.tree_util.tree_leaves_with_path(parameter_info)
+    wrong = [_path(path) for path, info in infos if decaying[path] and info.matrix_axes is None]
+    if wrong:
+        raise ConfigError(
+            "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.decaying "
+            f"({config.decaying!r}) matches {', '.join(wrong[:4])}."
+        )
