@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flax_transformer.errors import (
         RunFolderError as RunFolderError,
     )
-    from flax_transformer.experiment import Outcome as Outcome
-    from flax_transformer.experiment import run_experiment as run_experiment
+    from flax_transformer.experiment.run import Outcome as Outcome
+    from flax_transformer.experiment.run import run_experiment as run_experiment
     from flax_transformer.inference.evaluate import Scores as Scores
     from flax_transformer.inference.evaluate import evaluate as evaluate
     from flax_transformer.inference.translation import Hypothesis as Hypothesis
@@ -55,8 +55,8 @@ _HOMES = {
     "Config": "config.recipe",
     "read_config": "config.reading",
     "override": "config.command_line",
-    "run_experiment": "experiment",
-    "Outcome": "experiment",
+    "run_experiment": "experiment.run",
+    "Outcome": "experiment.run",
     "evaluate": "inference.evaluate",
     "Scores": "inference.evaluate",
     # Build a model, or bring one

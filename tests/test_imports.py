@@ -140,7 +140,7 @@ def test_the_command_is_there_before_the_libraries():
 
 def test_importing_the_package_starts_no_device():
     code = (
-        "import flax_transformer.experiment, flax_transformer.cli.main\n"
+        "import flax_transformer.experiment.run, flax_transformer.cli.main\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was asked for at import'\n"
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flax_transformer.config.reading import from_dict
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import run_experiment
+from flax_transformer.experiment.run import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig

@@ -24,7 +24,8 @@ from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.tokenizer import END_ID, START_ID, SubwordSample
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import Validation, run_experiment
+from flax_transformer.experiment.run import run_experiment
+from flax_transformer.experiment.validation import Validation
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
