@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from flax_transformer.inference.translator import Translator as Translator
     from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
     from flax_transformer.models.build import build_model as build_model
-    from flax_transformer.models.rnn import RecurrentConfig as RecurrentConfig
-    from flax_transformer.models.rnn import RecurrentSeq2Seq as RecurrentSeq2Seq
+    from flax_transformer.models.recurrent import RecurrentConfig as RecurrentConfig
+    from flax_transformer.models.recurrent import RecurrentSeq2Seq as RecurrentSeq2Seq
     from flax_transformer.models.seq2seq import Seq2Seq as Seq2Seq
     from flax_transformer.models.transformer import Transformer as Transformer
     from flax_transformer.models.transformer import TransformerConfig as TransformerConfig
@@ -66,8 +66,8 @@ _HOMES = {
     "Batch": "shapes",
     "Transformer": "models.transformer",
     "TransformerConfig": "models.transformer",
-    "RecurrentSeq2Seq": "models.rnn",
-    "RecurrentConfig": "models.rnn",
+    "RecurrentSeq2Seq": "models.recurrent",
+    "RecurrentConfig": "models.recurrent",
     # Search with any step function
     "beam_search": "decoding.beam_search",
     "BeamSearchConfig": "decoding.beam_search",

@@ -14,7 +14,7 @@ from flax_transformer.config import Config, DecodingConfig
 from flax_transformer.data.synthetic import english_number_words, german_number_words
 from flax_transformer.data.tokenizer import END_ID, TokenizerConfig, TokenizerPair
 from flax_transformer.inference.translator import vocabulary_info
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints

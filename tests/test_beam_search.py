@@ -13,13 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.decoding import beam_search as beam_search_module
 from flax_transformer.decoding.beam_search import (
     BeamSearchConfig,
     Bonus,
     beam_search,
     best_candidates,
-    best_of_vocabulary,
 )
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress
@@ -480,22 +478,3 @@ def test_bad_sizes_are_explained():
         BeamSearchConfig(0, 1, 5, START, END, LengthPenalty.parse("none"))
     with pytest.raises(ConfigError, match="patience must be above 0 and at most 1, got 0"):
         BeamSearchConfig(2, 1, 5, START, END, LengthPenalty.parse("none"), patience=0.0)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("size", [7, 24, 1000, 1009])  # 7 and 1009 are prime: one block
-def test_the_best_of_a_vocabulary_are_those_of_top_k_ties_included(size, first, monkeypatch):
-    """However it lies in memory, and so are their log-probabilities."""
-    monkeypatch.setattr(beam_search_module, "vocabulary_first", lambda: first)
-    logits = jnp.asarray(np.random.default_rng(size).integers(0, 12, (2, 3, size)).astype(np.float32))
-    expected, expected_tokens = jax.lax.top_k(logits, 5)
-    best, tokens = best_of_vocabulary(logits, 5)
-    np.testing.assert_array_equal(best, expected)
-    np.testing.assert_array_equal(tokens, expected_tokens)
-
-    progress = Progress(jnp.zeros((2, 3, 1), jnp.int32), jnp.zeros(2, jnp.int32), jnp.arange(2))
-    scores, parents, tokens, log_probs = best_candidates(jnp.zeros((2, 3)), logits, 5, progress, ())
-    expected, flat = jax.lax.top_k(jax.nn.log_softmax(logits).reshape(2, -1), 5)
-    np.testing.assert_allclose(scores, expected, rtol=1e-6)
-    np.testing.assert_array_equal(scores, log_probs)
-    np.testing.assert_array_equal(parents * size + tokens, flat)

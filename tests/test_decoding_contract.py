@@ -14,7 +14,7 @@ from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.small_models import (
     ALIKE,

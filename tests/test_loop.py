@@ -9,8 +9,8 @@ import pytest
 from flax_transformer.config import TrainingConfig
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import DivergenceError
+from flax_transformer.ops.cross_entropy import LossSums
 from flax_transformer.training import loop
-from flax_transformer.training.loss import LossSums
 from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
 from flax_transformer.training.step import StepMetrics

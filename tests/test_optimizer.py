@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from flax_transformer.errors import ConfigError
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.training.optimizer import (
     OptimizerConfig,

@@ -15,7 +15,7 @@ from flax_transformer.config import Config, from_dict
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_rows, make_mesh
 from flax_transformer.shapes import Batch

@@ -44,7 +44,7 @@ from flax_transformer.data.tokenizer import (
 )
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.experiment import _description, describe_pairs
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.training.state import make_layout
 from tests import tiny
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.ops.cross_entropy import LossSums
 from flax_transformer.training.loop import Window
-from flax_transformer.training.loss import LossSums
 from flax_transformer.training.metrics import TokenCounts
 from flax_transformer.training.state import abstract_model
 from flax_transformer.training.step import StepMetrics

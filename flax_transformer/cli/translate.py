@@ -19,7 +19,7 @@ from flax_transformer.config import METHOD_FIELDS, DecodingConfig
 from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
 from flax_transformer.errors import ConfigError, DivergenceError, InputError
 from flax_transformer.inference.alignment import word_alignment
-from flax_transformer.inference.quantize import Quantize
+from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import Hypothesis, Translation, cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder

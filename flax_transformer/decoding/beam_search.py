@@ -40,7 +40,7 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress, Rule
 from flax_transformer.errors import ConfigError
-from flax_transformer.parallel.layout import vocabulary_first
+from flax_transformer.ops.vocabulary import best_of_vocabulary, log_probabilities, sum_of_exponentials
 from flax_transformer.shapes import MASKED, array_tree
 
 # (last tokens [B, K], state) -> logits [B, K, V], extras to keep beside the token (tree of [B, K, ...], or None), state
@@ -178,51 +178,6 @@ def _choose(condition: Bool[Array, "B"], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
-def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
-    """Returns what `jax.lax.top_k` does, with less to sort: the best lie in the blocks with the highest maxima.
-
-    Blocks are in a row, and those chosen stay in order, so that ties go to the lower index here, too. Where the
-    vocabulary comes first in memory (`vocabulary_first`), it does so in here.
-    """
-    size = x.shape[-1]
-    divisors = [block for block in range(1, size // num + 1) if size % block == 0]
-    block = min(divisors, key=lambda block: size // block + num * block)
-    if block == 1:
-        best, place = jax.lax.top_k(x, num)
-        return best, place
-    if vocabulary_first():
-        blocks = jnp.moveaxis(x, -1, 0).reshape(size // block, block, *x.shape[:-1])
-        highest = jnp.moveaxis(jnp.max(blocks, axis=1), 0, -1)
-    else:
-        blocks = x.reshape(*x.shape[:-1], size // block, block)
-        highest = jnp.max(blocks, axis=-1)
-    _, chosen = jax.lax.top_k(highest, num)  # [B, K, num]
-    chosen = jnp.sort(chosen, axis=-1)
-    if vocabulary_first():
-        slots, beams = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[None, :, None]
-        entries = blocks.at[chosen, :, slots, beams].get(mode="clip")  # [B, K, num, block]
-    else:
-        entries = jnp.take_along_axis(blocks, chosen[..., None], axis=2, mode="clip")  # [B, K, num, block]
-    best, place = jax.lax.top_k(entries.reshape(*x.shape[:-1], num * block), num)
-    return best, jnp.take_along_axis(chosen, place // block, axis=-1) * block + place % block
-
-
-def _sum_of_exponentials(logits: Float[Array, "B K V"], highest: Float[Array, "B K 1"]) -> Float[Array, "B K 1"]:
-    """Returns the sum over V of exp(logits - highest)."""
-    if vocabulary_first():
-        return jnp.sum(jnp.exp(jnp.moveaxis(logits, -1, 0) - highest[None, ..., 0]), axis=0)[..., None]
-    return jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
-
-
-def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
-    """Returns what `jax.nn.log_softmax` does, read in the order in which logits lie in memory."""
-    if vocabulary_first():
-        highest = jnp.max(jnp.moveaxis(logits, -1, 0), axis=0)[..., None]
-    else:
-        highest = jnp.max(logits, axis=-1, keepdims=True)
-    return (logits - highest) - jnp.log(_sum_of_exponentials(logits, highest))
-
-
 def best_candidates(
     live_scores: Float[Array, "B K"], logits: Float[Array, "B K V"], num: int, progress: Progress, rules: Sequence[Rule]
 ) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
@@ -242,7 +197,7 @@ def best_candidates(
     else:
         top, top_tokens = best_of_vocabulary(logits, per_beam)
         highest = jnp.max(top, axis=-1, keepdims=True)  # a slice of it would make a sort of the whole `top_k`
-        log_probs = (top - highest) - jnp.log(_sum_of_exponentials(logits, highest))
+        log_probs = (top - highest) - jnp.log(sum_of_exponentials(logits, highest))
     scores = live_scores[:, :, None] + log_probs
     scores = jnp.where(top > MASKED / 2, scores, MASKED)  # a banned token is no candidate
     best, flat = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num)  # [B, K * per_beam] -> [B, num]

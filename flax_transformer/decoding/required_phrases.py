@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_transformer.decoding.beam_search import Candidates, best_of_vocabulary, log_probabilities
+from flax_transformer.decoding.beam_search import Candidates
 from flax_transformer.decoding.rules import ANY, Progress, Rule
+from flax_transformer.ops.vocabulary import best_of_vocabulary, log_probabilities
 from flax_transformer.shapes import MASKED
 
 # Stands before the beginning of an output: equals no token.

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_transformer.decoding.beam_search import Step, log_probabilities
+from flax_transformer.decoding.beam_search import Step
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.rules import Progress, Rule
 from flax_transformer.errors import ConfigError
+from flax_transformer.ops.vocabulary import log_probabilities
 from flax_transformer.shapes import MASKED, array_tree
 
 # Logits that are divided by less may leave the range of float32.

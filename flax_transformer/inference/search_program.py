@@ -89,24 +89,8 @@ class Functions:
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def for_search(graphdef: Any, num_models: int, params: Any) -> tuple[Any, Any]:
-    """Returns the graph and the parameters with which `search` is called, once for all calls (see `Seq2Seq`).
-
-    Args:
-        graphdef: of the model.
-        num_models: of an ensemble, whose parameters are stacked.
-        params: of the model, or of all of them.
-    """
-
-    def of(params: Any) -> tuple[Any, Any]:
-        return nnx.split(nnx.merge(graphdef, params).for_search())
-
-    return of(params) if num_models == 1 else jax.vmap(of)(params)
-
-
 def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
-    """Returns the functions of a model, or of an ensemble of models alike, as `for_search` made them.
+    """Returns the functions of a model, or of an ensemble of models alike, as `prepare_for_inference` made them.
 
     The leaves of an ensemble's memory and state lead with [B] or [B, K] as ever, and have the models after that.
     """
@@ -249,7 +233,7 @@ def _rules(spec: SearchSpec, inputs: SearchInputs) -> tuple[rules.Rule, ...]:
 
 
 def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Encodes the sentences of one device and searches, with what `for_search` made of a model.
+    """Encodes the sentences of one device and searches, with what `prepare_for_inference` made of a model.
 
     A rule whose array is empty is not asked: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0,
     no required phrase.

@@ -25,8 +25,8 @@ from flax_transformer.inference.alignment import word_numbers
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, length_bucket, run_on_workers
 from flax_transformer.inference.demands import Demands, holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
-from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
+from flax_transformer.inference.prepare import Quantize, is_quantized, prepare_for_inference, quantized_params
+from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.inference.translation import EMPTY, Hypothesis, Translation
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
 from flax_transformer.parallel.memory import compiled_within_memory
@@ -161,7 +161,7 @@ class Translator:
         """Returns a translator with 8-bit integers for weights: itself if it has them."""
         if is_quantized(self.params):
             return self
-        params = quantized_ensemble(self.graphdef, self.params, self.num_models)
+        params = quantized_params(self.graphdef, self.num_models, self.params)
         return self._copy(params=params, _prepared=[])
 
     def with_decoding(self, decoding: DecodingConfig) -> "Translator":
@@ -376,9 +376,11 @@ class Translator:
         """
         with self._preparing:  # the translator may be shared by threads
             if not self._prepared:
-                key = "for_search", _shapes(self.params)
+                key = "prepare", _shapes(self.params)
                 if key not in self._programs:
-                    self._programs[key] = for_search.lower(self.graphdef, self.num_models, self.params).compile()
+                    with jax.set_mesh(self.mesh):
+                        lowered = prepare_for_inference.lower(self.graphdef, self.num_models, self.params)
+                    self._programs[key] = lowered.compile()
                 make = self._programs[key]
                 abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
                 graphdef, params = make.out_info if abstract else make(self.params)

@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict
 from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer, TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import WORD_START
-from flax_transformer.inference.quantize import is_quantized
+from flax_transformer.inference.prepare import is_quantized
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian_generation import export_generation
 from flax_transformer.models.build import ModelConfig

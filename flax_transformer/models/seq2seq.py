@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from flax_transformer.nn.embedding import OutputProjection
+from flax_transformer.ops.vocabulary import OutputProjection
 from flax_transformer.shapes import Batch, array_tree
 
 
@@ -93,10 +93,6 @@ class Seq2Seq(Protocol):
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's hidden vectors when it is fed the reference (teacher forcing)."""
-        ...
-
-    def for_search(self) -> "Seq2Seq":
-        """Returns the model with its parameters in the order in which a search reads them at each step."""
         ...
 
     def output_projection(self) -> OutputProjection:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from flax_transformer.nn.linear import product, xavier_uniform
+from flax_transformer.nn.linear import xavier_uniform
+from flax_transformer.ops.product import product
 
 CellKind = Literal["lstm", "gru"]
 State = tuple[Any, ...]
@@ -116,7 +117,7 @@ class RecurrentCell(nnx.Module):
 
     def _product(self, x: jax.Array, kernel: Any) -> jax.Array:
         """Returns the gates side by side: cutting them apart in the last axis is cheap, in a middle one it is not."""
-        return product(x.astype(self.compute_dtype), kernel[...].reshape(kernel.shape[0], -1), 1)
+        return product(x, kernel[...].reshape(kernel.shape[0], -1), 1, self.compute_dtype)
 
     def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns the state after one more token, from `project` of that token."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from flax_transformer.models.build import ModelConfig, VocabularyInfo, build_model
 from flax_transformer.parallel.mesh import replicated_sharding
-from flax_transformer.parallel.rules import parameter_shardings
+from flax_transformer.parallel.sharding_rules import parameter_shardings
 from flax_transformer.shapes import array_tree
 
 
@@ -129,4 +129,6 @@ def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayo
     def create(key: jax.Array) -> TrainState:
         return _init(model, vocabulary, layout.optimizer, layout.ema_decay, key)
 
-    return jax.jit(create, out_shardings=layout.shardings)(jax.random.key(seed))
+    mesh = layout.shardings.step.mesh
+    with jax.set_mesh(mesh):
+        return jax.jit(create, out_shardings=layout.shardings)(jax.random.key(seed))

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from flax_transformer.models.seq2seq import Seq2Seq
+from flax_transformer.ops.cross_entropy import LossSums, cross_entropy
 from flax_transformer.parallel.mesh import batch_sharding, replicated_sharding
-from flax_transformer.parallel.rules import constrain
+from flax_transformer.parallel.sharding_rules import constrain
 from flax_transformer.shapes import Batch, array_tree
-from flax_transformer.training.loss import LossSums, cross_entropy
 from flax_transformer.training.state import StateLayout, TrainState
 
 

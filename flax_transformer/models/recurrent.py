@@ -20,12 +20,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError
+from flax_transformer.models.encoder_decoder import EncoderDecoder
 from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
-from flax_transformer.nn.alignment import attend, make_alignment
-from flax_transformer.nn.dropout import check_dropout_rate, dropout, split_key
-from flax_transformer.nn.embedding import OutputProjection, ShareKind, make_embeddings
+from flax_transformer.nn.additive_attention import attend, make_attention
+from flax_transformer.nn.embedding import ShareKind
 from flax_transformer.nn.linear import Linear
 from flax_transformer.nn.recurrent import CELLS, CellKind, State, run_over_time
+from flax_transformer.ops.dropout import check_dropout_rate, dropout, split_key
 from flax_transformer.shapes import Batch, array_tree
 
 
@@ -253,7 +254,7 @@ class RecurrentDecoder(nnx.Module):
             cells[f"{layer:02d}"] = CELLS[config.cell](*sizes, **config.dtypes, rngs=rngs)
         self.cells = nnx.Dict(cells)
         kind = config.attention
-        self.alignment = None if kind == "none" else make_alignment(kind, units, **config.dtypes, rngs=rngs)
+        self.alignment = None if kind == "none" else make_attention(kind, units, **config.dtypes, rngs=rngs)
         width = {"none": units, "input": 2 * units + dim, "output": 2 * units}[config.join]
         self.readout = Linear((width,), (dim,), ("recurrent", "embed"), **config.dtypes, rngs=rngs)
 
@@ -378,7 +379,7 @@ class RecurrentDecoder(nnx.Module):
         return dropout(made, self.dropout_rate, readout_key)
 
 
-class RecurrentSeq2Seq(nnx.Module):
+class RecurrentSeq2Seq(EncoderDecoder):
     """A recurrent encoder and decoder; satisfies `Seq2Seq`.
 
     Example:
@@ -400,32 +401,17 @@ class RecurrentSeq2Seq(nnx.Module):
         start_token: int,
         rngs: nnx.Rngs,
     ):
-        self.config = config
-        self.target_vocab_size = target_vocab_size
-        self.start_token = start_token
-        self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.target_embedding, self.source_embedding, self.output_embedding = make_embeddings(
-            config.share_embeddings,
-            source_vocab_size,
-            target_vocab_size,
-            config.model_dim,
-            vocab_multiple=config.vocab_multiple,
-            param_dtype=jnp.dtype(config.param_dtype),
+        super().__init__(
+            config,
+            source_vocab_size=source_vocab_size,
+            target_vocab_size=target_vocab_size,
+            start_token=start_token,
             rngs=rngs,
         )
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.encoder = RecurrentEncoder(config, rngs=rngs)
         self.bridge = Bridge(config, rngs=rngs)
         self.decoder = RecurrentDecoder(config, rngs=rngs)
-
-    @property
-    def max_source_length(self) -> int:
-        """The most source tokens of one sentence."""
-        return self.config.max_source_length
-
-    @property
-    def max_target_length(self) -> int:
-        """The most target tokens of one sentence."""
-        return self.config.max_target_length
 
     def encode(
         self,
@@ -435,9 +421,8 @@ class RecurrentSeq2Seq(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Memory:
         """Returns the encoder's output; positions are not used, since the recurrence knows its own."""
-        embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
         input_key, encoder_key = split_key(key, 2)
-        x = dropout(embedding(tokens).astype(self.compute_dtype), self.config.dropout, input_key)
+        x = dropout(self.encoder_embedding(tokens).astype(self.compute_dtype), self.config.dropout, input_key)
         states, last = self.encoder(x, segments, encoder_key)
         return Memory(states, segments, self.bridge(last))
 
@@ -450,15 +435,6 @@ class RecurrentSeq2Seq(nnx.Module):
         embedded = dropout(embedded, self.config.dropout, input_key)
         start = self.decoder.start(memory.decoder_start, 1)
         return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
-
-    def for_search(self) -> "RecurrentSeq2Seq":
-        """Returns the model itself, whose layers are separate."""
-        return self
-
-    def output_projection(self) -> OutputProjection:
-        """Returns the map from readouts to logits."""
-        embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
-        return OutputProjection(embedding.table.get_value(), None, self.target_vocab_size)
 
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
         """Returns the state before the first token; a recurrent state has the same size whatever is asked for."""

@@ -1,6 +1,6 @@
 """How well a recurrent decoder's state fits each encoder state: score functions of attention before the Transformer.
 
-Legend: B batch, K beams (1 in training), S source length, U recurrent units, A alignment dim.
+Legend: B batch, K beams (1 in training), S source length, U recurrent units, A attention dim.
 """
 
 from typing import Literal
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from flax_transformer.nn.attention import masked_softmax
 from flax_transformer.nn.linear import Linear, xavier_uniform
-from flax_transformer.parallel.layout import product_type
+from flax_transformer.ops.attention import masked_softmax
+from flax_transformer.ops.product import accumulation_dtype
 
-AlignmentKind = Literal["additive", "dot", "general", "concat"]
+AttentionKind = Literal["additive", "dot", "general", "concat"]
 
 
 @jax.checkpoint  # [B, K, S, A] is made again for the backward pass, since writing and reading it back costs more
@@ -25,7 +25,7 @@ def _additive_scores(
     return jnp.einsum("bksa,a->bks", inner, vector, preferred_element_type=jnp.float32)
 
 
-class AdditiveAlignment(nnx.Module):
+class AdditiveAttention(nnx.Module):
     """score(s, h) = v . tanh(W s + U h + b): a one-layer network over the decoder's and the encoder's state.
 
     Luong's "concat", v . tanh(W [s; h]), is the same function, its W being our W and U side by side; the two papers
@@ -52,7 +52,7 @@ class AdditiveAlignment(nnx.Module):
         return _additive_scores(self.query(query), keys, self.vector[...].astype(self.compute_dtype))
 
 
-class MultiplicativeAlignment(nnx.Module):
+class MultiplicativeAttention(nnx.Module):
     """score(s, h) = s . h ("dot"), or s . W h ("general").
 
     References:
@@ -75,14 +75,14 @@ class MultiplicativeAlignment(nnx.Module):
         return jnp.einsum("bka,bsa->bks", query, keys, preferred_element_type=jnp.float32)
 
 
-def make_alignment(
-    kind: AlignmentKind, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs
-) -> AdditiveAlignment | MultiplicativeAlignment:
+def make_attention(
+    kind: AttentionKind, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> AdditiveAttention | MultiplicativeAttention:
     """Returns the score function of that name."""
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     if kind in ("additive", "concat"):
-        return AdditiveAlignment(units, **dtypes, rngs=rngs)
-    return MultiplicativeAlignment(units, general=kind == "general", **dtypes, rngs=rngs)
+        return AdditiveAttention(units, **dtypes, rngs=rngs)
+    return MultiplicativeAttention(units, general=kind == "general", **dtypes, rngs=rngs)
 
 
 def attend(
@@ -95,6 +95,6 @@ def attend(
     """
     weights = masked_softmax(scores, jnp.broadcast_to(mask[:, None, :], scores.shape))
     contexts = jnp.einsum(
-        "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=product_type(states.dtype)
+        "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=accumulation_dtype(states.dtype)
     )
     return contexts.astype(states.dtype), weights

@@ -10,11 +10,10 @@ References:
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 from flax_transformer.shapes import array_tree
 
@@ -35,7 +34,7 @@ class Int8Weights:
     scales: Float[Array, "..."]
 
 
-def quantized(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weights:
+def quantize(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weights:
     """Returns `weights` rounded to 127 steps either side of zero.
 
     Args:
@@ -68,17 +67,10 @@ def int8_product(
     return total * jnp.expand_dims(left[1], range(left[1].ndim, total.ndim)) * right[1][(None,) * left[1].ndim]
 
 
-def looked_up(weights: Int8Weights, rows: Any) -> Float[Array, "..."]:
+def int8_rows(table: Int8Weights, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """Returns the float32 `rows` of a table [V, D] with a scale for each row."""
-    values = jnp.take(weights.values, rows, axis=0, mode="clip").astype(jnp.float32)
-    return values * jnp.take(weights.scales, rows, axis=0, mode="clip")[..., None]
-
-
-def without_row(table: Float[Array, "V D"] | Int8Weights, row: int) -> Float[Array, "V D"] | Int8Weights:
-    """Returns a table with zeros in one of its rows."""
-    if isinstance(table, Int8Weights):
-        return dataclasses.replace(table, values=table.values.at[row].set(0))
-    return table.at[row].set(0.0)
+    values = jnp.take(table.values, rows, axis=0, mode="clip").astype(jnp.float32)
+    return values * jnp.take(table.scales, rows, axis=0, mode="clip")[..., None]
 
 
 def _scales(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
