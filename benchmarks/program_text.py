@@ -7,13 +7,14 @@ of what a program computes. Two forms leave them out:
     graph   what each instruction computes from what, whatever stands before it in the text
 
 Equal text is the same program in the same order. An equal graph with another text is the same program, whose
-instructions or computations stand in another order.
+instructions or computations stand in another order. Arguments may have changed places, too: a graph in which those of
+one type are not told apart is then equal.
 """
 
 import hashlib
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +24,7 @@ INDEX_COMMENT = re.compile(r"/\*index=\d+\*/")
 HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 NAME = re.compile(r"%([\w.\-]+)")
+PARAMETER = re.compile(r"parameter\(\d+\)")
 PREDECESSORS = re.compile(r"predecessors=\{([^}]*)\}")
 
 
@@ -90,13 +92,22 @@ class ProgramText:
     @cached_property
     def graph(self) -> tuple[str, Counter[str]]:
         """The signature, and how often each instruction occurs, known by all that its result depends on."""
+        return self.signature, self._graph(self.computations)
+
+    @cached_property
+    def graph_of_any_arguments(self) -> Counter[str]:
+        """How often each instruction occurs, where arguments of one type are not told apart."""
+        entry = [replace(line, rest=PARAMETER.sub("parameter()", line.rest)) for line in self.computations[self.entry]]
+        return self._graph(self.computations | {self.entry: entry})
+
+    def _graph(self, computations: dict[str, list[Line]]) -> Counter[str]:
         roots: dict[str, str] = {}  # of the computations that have been seen
         counts: Counter[str] = Counter()
         for name in self._callees_first():
-            known = _hashed(self.computations[name], roots)
-            counts.update(known[line.name] + " root" * line.root for line in self.computations[name])
-            roots[name] = next(known[line.name] for line in self.computations[name] if line.root)
-        return self.signature, counts
+            known = _hashed(computations[name], roots)
+            counts.update(known[line.name] + " root" * line.root for line in computations[name])
+            roots[name] = next(known[line.name] for line in computations[name] if line.root)
+        return counts
 
     def _callees_first(self) -> list[str]:
         """Returns the names of the computations, each behind those that it calls."""
@@ -176,6 +187,8 @@ def difference(program: ProgramText, other: ProgramText) -> str:
         return "equal as text"
     if program.graph == other.graph:
         return "equal, in another order"
+    if program.graph_of_any_arguments == other.graph_of_any_arguments:
+        return "equal but for the order of arguments"
     ours, theirs = instructions(program), instructions(other)
     if ours == theirs:
         return "same instructions, with other operands"
