@@ -28,6 +28,11 @@ def platform() -> Platform | None:
     return None if device is None else _PLATFORMS.get(device.platform)
 
 
+def abstract_device(name: Platform) -> AbstractDevice:
+    """Returns what stands for a device of a platform in an `AbstractMesh`; no such device need be there."""
+    return AbstractDevice(device_kind=name, num_cores=None, platform=name)
+
+
 @contextlib.contextmanager
 def tracing_for(name: Platform) -> Generator[None, None, None]:
     """Makes `platform` return `name` inside a `with` block: for the export of a program of one device.
@@ -35,8 +40,7 @@ def tracing_for(name: Platform) -> Generator[None, None, None]:
     Args:
         name: what the program will run on; such a device need not be there.
     """
-    device = AbstractDevice(device_kind=name, num_cores=None, platform=name)
     # The axis is manual, as inside `shard_map`: the program of one device has nothing that could be split.
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Manual,), abstract_device=device)
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Manual,), abstract_device=abstract_device(name))
     with jax.sharding.use_abstract_mesh(mesh):
         yield

@@ -27,7 +27,7 @@ LAYERS = [
     ["training"],
     ["inference"],
     ["plots", "interop"],
-    ["experiment"],
+    ["experiment", "compiled_programs"],
     ["cli"],
     ["__init__"],
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.decoding import rules
@@ -265,7 +265,7 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     return found if spec.keep_attention else dataclasses.replace(found, extras=None)
 
 
-def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh) -> Any:
+def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
 
     Sentences are split over all axes of the mesh and parameters are copied, so each device runs a loop of its own with

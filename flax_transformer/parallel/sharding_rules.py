@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from flax_transformer.errors import ConfigError
 
@@ -103,7 +103,7 @@ def parameter_specs(abstract_params: Any) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 
-def parameter_shardings(abstract_params: Any, mesh: Mesh) -> dict[str, Any]:
+def parameter_shardings(abstract_params: Any, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Returns a nested dict of `NamedSharding`s, after checking that every sharded dimension divides evenly.
 
     Raises:

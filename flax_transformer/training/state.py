@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from flax_transformer.models.build import ModelConfig, VocabularyInfo, build_model
 from flax_transformer.models.parameters import parameter_info
@@ -102,7 +102,7 @@ def make_layout(
     model: ModelConfig,
     vocabulary: VocabularyInfo,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     ema_decay: float = 0.0,
 ) -> StateLayout:
     """Returns the layout of a training state on `mesh`; `ema_decay` above 0 keeps an average of the parameters.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from flax_transformer.models.seq2seq import Seq2Seq
@@ -178,7 +178,7 @@ def jit_train_step(
     schedule: optax.Schedule,
     objective: Objective,
     seed: int,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     micro_batches: int = 1,
 ) -> Any:
     """Returns `train_step` jitted, (state, batch) -> (state, metrics): state donated, rows split over data and fsdp.
