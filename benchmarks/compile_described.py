@@ -21,11 +21,11 @@ from pathlib import Path
 
 import tyro
 
-from flax_transformer.compiled_programs import RecipePrograms
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.data.tokenizer import START_ID
 from flax_transformer.errors import InputError
+from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.memory import available_bytes, needed_bytes
