@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from flax_transformer import backend
-from flax_transformer.decoding.beam_search import best_candidates
-from flax_transformer.decoding.rules import Progress
+from flax_transformer.decoding.candidates import best_candidates
+from flax_transformer.decoding.logits_processors import Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator

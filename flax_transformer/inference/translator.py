@@ -19,7 +19,7 @@ from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 from flax_transformer.decoding.beam_search import BeamSearchConfig, num_awaited
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.rules import ANY
+from flax_transformer.decoding.logits_processors import ANY
 from flax_transformer.errors import ConfigError, DivergenceError, RunFolderError, did_you_mean
 from flax_transformer.inference.alignment import word_numbers
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, length_bucket, run_on_workers
@@ -501,8 +501,10 @@ class Translator:
                 continue
             target = self.tokenizers.target
             text, attention, words = target.decode(ids), None, []
-            if found.extras is not None:
-                attention = found.extras["attention"][row, beam, :length, :source_length].copy()  # not the whole batch
+            if found.auxiliary is not None:
+                attention = found.auxiliary["attention"][
+                    row, beam, :length, :source_length
+                ].copy()  # not the whole batch
                 words = word_numbers(text, target.decoded_spans(ids))
             results[(*ids, finished)] = Hypothesis(
                 text,
