@@ -14,14 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.decoding import vocabulary
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.beam_state import ScoreAdjustment
 from flax_transformer.decoding.candidates import best_candidates
 from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import Progress
-from flax_transformer.ops.vocabulary import best_of_vocabulary
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, array_tree
 from tests.chains import END, START, chain_functions, chain_state, outputs

@@ -21,8 +21,8 @@ from flax_transformer.decoding.beam_state import gather_beams
 from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.logits_processors import LogitsProcessor, Progress
-from flax_transformer.ops.vocabulary import log_probabilities
 from flax_transformer.errors import ConfigError
+from flax_transformer.ops.vocabulary import log_probabilities
 from flax_transformer.shapes import MASKED, array_tree
 
 # Logits that are divided by less may leave the range of float32.
