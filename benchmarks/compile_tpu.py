@@ -202,7 +202,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from jax.experimental import topologies
 
     from flax_transformer.data.batching import BatchShape
-    from flax_transformer.data.tokenizer import END_ID, START_ID
+    from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
     from flax_transformer.decoding.beam_search import BeamSearchConfig
     from flax_transformer.decoding.length_penalty import LengthPenalty
     from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
@@ -239,7 +239,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
         activation_dropout=0.1,
         compute_dtype="bfloat16",
     )
-    vocabulary = VocabularyInfo(VOCABULARY, VOCABULARY, START_ID)
+    vocabulary = VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start)
 
     parallel_layout.backend = lambda: "tpu"  # jax itself runs on a CPU here
 
@@ -254,7 +254,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
 
     # --- the search
     slots = options.rows // mesh.size
-    beam = BeamSearchConfig(BEAM_SIZE, slots, output_length, START_ID, END_ID, LengthPenalty.parse("gnmt:0.6"))
+    penalty = LengthPenalty.parse("gnmt:0.6")
+    beam = BeamSearchConfig(BEAM_SIZE, slots, output_length, SPECIAL.start, SPECIAL.end, penalty)
     graphdef, abstract_params = abstract_model(model, vocabulary)
     graphdef, abstract_params = jax.eval_shape(
         functools.partial(for_search, graphdef, 1), nnx.to_pure_dict(abstract_params)

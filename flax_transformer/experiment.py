@@ -18,12 +18,13 @@ from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import evaluation_batches, evaluation_plan, training_batches, training_plan
 from flax_transformer.data.parallel_text import Corpus, ParallelText
 from flax_transformer.data.preparation import held_out_pairs, prepare_tokenizers, prepare_training_pairs
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import cut_line
-from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.inference.translator import Translator
+from flax_transformer.models.build import vocabulary_info
 from flax_transformer.parallel.memory import held_bytes, needed_bytes
 from flax_transformer.parallel.mesh import batch_sharding, check_rows, make_mesh
 from flax_transformer.plots.attention import plot_attention

@@ -8,14 +8,14 @@ import tyro
 
 from flax_transformer.cli.translate import TranslateOptions
 from flax_transformer.config import Config, DecodingConfig, read_config, write_config
-from flax_transformer.data.tokenizer import NUM_SPECIAL
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.small_models import ALIKE, DECODING, MODELS, TOKENIZERS, params_of
 
 MODEL = MODELS["transformer"]
-EVERY = TOKENIZERS.target.pieces(range(NUM_SPECIAL, TOKENIZERS.target.vocab_size))
+EVERY = TOKENIZERS.target.pieces(range(len(SPECIAL.ids), TOKENIZERS.target.vocab_size))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flax_transformer.config import DecodingConfig
-from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
@@ -45,7 +46,8 @@ def translator(request, translators) -> Translator:
 
 
 def ids_of(hypothesis) -> list[int]:
-    return [TOKENIZERS.target._processor.piece_to_id(piece) for piece in hypothesis.tokens]
+    target: Any = TOKENIZERS.target
+    return [target._processor.piece_to_id(piece) for piece in hypothesis.tokens]
 
 
 def test_the_models_of_these_tests_make_outputs_of_many_lengths_and_cut_ones(translator):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_transformer.data.tokenizer import END_ID, START_ID
 from flax_transformer.inference.translator import Translator
 
 
@@ -28,8 +27,9 @@ class AttentionMap:
 
 def attention_map(translator: Translator, source: str, target: str) -> AttentionMap | None:
     """Returns the attention over `source` while the model is fed `target`; None for a model without attention."""
-    source_ids = [*translator.tokenizers.source.encode([source])[0][: translator.max_source_length - 1], END_ID]
-    target_ids = [*translator.tokenizers.target.encode([target])[0][: translator.max_target_length - 1], END_ID]
+    ends = [side.special.end for side in (translator.tokenizers.source, translator.tokenizers.target)]
+    source_ids = [*translator.tokenizers.source.encode([source])[0][: translator.max_source_length - 1], ends[0]]
+    target_ids = [*translator.tokenizers.target.encode([target])[0][: translator.max_target_length - 1], ends[1]]
 
     @jax.jit
     def run(params, tokens, inputs):
@@ -44,7 +44,7 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
 
         return jax.lax.scan(step, state, inputs)[1]
 
-    inputs = np.asarray([START_ID, *target_ids[:-1]], np.int32)
+    inputs = np.asarray([translator.tokenizers.target.special.start, *target_ids[:-1]], np.int32)
     weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
     if weights is None:
         return None

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flax_transformer.config import DecodingConfig
-from flax_transformer.data.tokenizer import UNKNOWN_ID, Tokenizer
+from flax_transformer.data.sentencepiece_tokenizer import WORD_START
+from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.alignment import WORD_START
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Demands:
         for text, ids in phrases.items():
             if not ids:
                 raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
-            if UNKNOWN_ID in ids:
+            if self.target.special.unknown in ids:
                 raise ConfigError(
                     f"decoding.banned_phrases: {text!r} has characters that the target vocabulary does not hold, so no "
                     "output can hold it: leave it out (decoding.ban_unknown bans all that is unknown)."
@@ -101,7 +101,7 @@ class Demands:
                 raise InputError(
                     f"prefix {number} ({text!r}) has no token that an output could begin with: leave it out."
                 )
-            if UNKNOWN_ID in ids:
+            if self.target.special.unknown in ids:
                 raise InputError(
                     f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
                     "can begin with it."
@@ -137,7 +137,7 @@ class Demands:
             phrases = target.encode(list(texts))
             for text, ids in zip(texts, phrases, strict=True):
                 named = f"required phrase {text!r} of sentence {number}"
-                if not ids or UNKNOWN_ID in ids:
+                if not ids or self.target.special.unknown in ids:
                     what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
                     raise InputError(f"{named} {what}")
                 self._check_allowed(named, ids, banned)

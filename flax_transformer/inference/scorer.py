@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_transformer.data.tokenizer import END_ID
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import InputError
 from flax_transformer.inference.chunks import length_bucket
@@ -122,7 +121,7 @@ class Scorer:
             InputError: a target for an empty source, or one that is longer than the model's outputs.
             ConfigError: a bad length penalty.
         """
-        translator = self.translator
+        translator, tokenizers = self.translator, self.translator.tokenizers
         penalty = LengthPenalty.parse(translator.decoding.length_penalty if length_penalty is None else length_penalty)
         room, limit = translator.max_source_length - 1, translator.max_target_length - int(end)
         for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
@@ -157,8 +156,9 @@ class Scorer:
         for shape, members in sorted(groups.items()):
             for start in range(0, len(members), translator.rows):
                 chunk = members[start : start + translator.rows]
-                closed = [(targets[i] + [END_ID]) if end else targets[i] for i in chunk]
-                batch = self._batch([sources[i] + [END_ID] for i in chunk], closed, shape)
+                source_end, target_end = (side.special.end for side in (tokenizers.source, tokenizers.target))
+                closed = [(targets[i] + [target_end]) if end else targets[i] for i in chunk]
+                batch = self._batch([sources[i] + [source_end] for i in chunk], closed, shape)
                 found = np.asarray(self._program(translator.params, batch))
                 for row, index in enumerate(chunk):
                     token_scores = found[row, : len(closed[row])]

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flax_transformer.config import DecodingConfig
-from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.decoding.beam_search import BeamSearchConfig, num_awaited
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
@@ -28,7 +28,7 @@ from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.quantize import Quantize, is_quantized, quantized_ensemble
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
 from flax_transformer.inference.translation import EMPTY, Hypothesis, Translation
-from flax_transformer.models.build import ModelConfig, VocabularyInfo
+from flax_transformer.models.build import ModelConfig, vocabulary_info
 from flax_transformer.parallel.memory import compiled_within_memory
 from flax_transformer.parallel.mesh import (
     MeshConfig,
@@ -52,11 +52,6 @@ REFILL_SHARE = 16
 BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases", "banned_tokens")
 # Of a sentence that an error names.
 SHOWN_CHARACTERS = 80
-
-
-def vocabulary_info(tokenizers: TokenizerPair) -> VocabularyInfo:
-    """Returns what a model must know of the tokenizers."""
-    return VocabularyInfo(tokenizers.source.vocab_size, tokenizers.target.vocab_size, START_ID)
 
 
 class Translator:
@@ -355,10 +350,19 @@ class Translator:
         penalty = LengthPenalty.parse(decoding.length_penalty)
         slots = self.rows // self.mesh.size
         refill_at = max(1, slots // REFILL_SHARE)
+        special = self.tokenizers.target.special
         return SearchSpec(
             BeamSearchConfig(
-                beams, slots, max_length, START_ID, END_ID, penalty, decoding.stop, decoding.patience, refill_at
-            ),
+                beams,
+                slots,
+                max_length,
+                special.start,
+                special.end,
+                penalty,
+                decoding.stop,
+                decoding.patience,
+                refill_at,
+            ),  # fmt: skip
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,
@@ -460,7 +464,7 @@ class Translator:
         forced = np.full((rows, shape.prefix), ANY, np.int32)
         required = np.full((rows, shape.phrases, shape.phrase), ANY, np.int32)
         for place, ids, seed, prefix, asked in zip(places, sentences, seeds, prefixes, phrases, strict=True):
-            tokens[place, : len(ids) + 1] = [*ids, END_ID]
+            tokens[place, : len(ids) + 1] = [*ids, self.tokenizers.source.special.end]
             segments[place, : len(ids) + 1] = 1
             max_lengths[place] = self._max_length(len(ids) + 1, len(prefix) + sum(map(len, asked)), decoding)
             min_lengths[place] = decoding.min_length + 1
@@ -469,11 +473,13 @@ class Translator:
             for number, phrase in enumerate(asked):
                 required[place, number, : len(phrase)] = phrase
         # No trained model finds padding or start probable enough for a beam, but what is drawn may be anything.
-        drawn = decoding.method == "sampling"
-        bans = [PAD_ID, START_ID] * (drawn or self.bans_start) + [UNKNOWN_ID] * decoding.ban_unknown
-        bans += self.demands.banned_tokens().values()
-        banned = np.zeros(self.tokenizers.target.vocab_size if bans else 0, bool)
-        banned[bans] = True
+        target, bans = self.tokenizers.target, set(self.demands.banned_tokens().values())
+        if decoding.method == "sampling" or self.bans_start:
+            bans |= target.special.never_in_outputs
+        if decoding.ban_unknown and target.special.unknown is not None:
+            bans.add(target.special.unknown)
+        banned = np.zeros(target.vocab_size if bans else 0, bool)
+        banned[list(bans)] = True
         sharded = all_devices_sharding(mesh)
         return SearchInputs(
             tokens=jax.device_put(tokens, sharded),
