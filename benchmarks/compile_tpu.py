@@ -205,8 +205,8 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
     from flax_transformer.decoding.beam_search import BeamSearchConfig
     from flax_transformer.decoding.length_penalty import LengthPenalty
+    from flax_transformer.inference.programs import ProgramOptions
     from flax_transformer.inference.search_program import SearchInputs, SearchSpec, for_search, jit_search
-    from flax_transformer.inference.translator import SENTENCES_A_ROW
     from flax_transformer.models.build import VocabularyInfo
     from flax_transformer.models.transformer import TransformerConfig
     from flax_transformer.parallel import layout as parallel_layout
@@ -268,7 +268,7 @@ def compile_programs(options: CompileOptions, log_folder: Path) -> tuple[Program
     def per_row(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((sentences, *shape), "int32", sharding=all_devices_sharding(mesh))
 
-    sentences = SENTENCES_A_ROW * options.rows
+    sentences = ProgramOptions().sentences_per_row * options.rows
     nothing = jax.ShapeDtypeStruct((0,), "int32", sharding=all_devices_sharding(mesh))
     banned = jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(mesh))
     inputs = SearchInputs(

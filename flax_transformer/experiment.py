@@ -22,7 +22,7 @@ from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
-from flax_transformer.inference.translation import cut_line
+from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.parallel.memory import held_bytes, needed_bytes
@@ -118,7 +118,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         config.batching.micro_batches,
     )
     # Made of shapes: what is evaluated gets its copies of the parameters when it is, and gives them back.
-    translator = Translator(config.model, tokenizers, layout.abstract.params, config.decoding, mesh)
+    translator = Translator.from_params(config.model, tokenizers, layout.abstract.params, config.decoding, mesh)
     watch = Validation(config, corpus.validation, validation, validation_plan, translator, layout)
 
     def compile_all() -> tuple[dict[tuple[int, ...], Any], float]:
@@ -262,7 +262,8 @@ class Validation:
             for batch in evaluation_batches(self.pairs, self.plan)
         ]
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*sums, strict=True)))
-        hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
+        translations = self.translator.with_params(params).translate(self.source)
+        hypotheses = texts_or_empty(translations)
         scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
         record = {
             "step": step,
@@ -279,6 +280,8 @@ class Validation:
             f"BLEU {scores.bleu:.2f} chrF {scores.chrf:.2f} exact {scores.exact_match:.1f}% "
             f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
         )
+        if without := no_output_line(translations, "validation sentences"):
+            log.say(f"warning: {without}")
         return self.quality(record)
 
 
@@ -398,7 +401,7 @@ def _score(
     clock = time.monotonic()
     translations = translator.translate(corpus.test.source)
     seconds = time.monotonic() - clock
-    hypotheses = [t.text for t in translations]
+    hypotheses = texts_or_empty(translations)
     scores = evaluate(hypotheses, corpus.test.target, config.evaluation.bleu_tokenizer)
     folder.write_test(corpus.test.source, corpus.test.target, hypotheses)
 
@@ -410,9 +413,11 @@ def _score(
         log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
     cut = [number for number, t in enumerate(translations, start=1) if t.truncated]
     if cut:
-        first = cut_line(f"{corpus.test.name}, line {cut[0]}", translator.max_source_length)
+        first = cut_line(f"{corpus.test.name}, line {cut[0]}", translator.model.max_source_length)
         others = f" So were {len(cut) - 1} test lines after it." if cut[1:] else ""
         log.say(f"\nwarning: {first}{others}")
+    if without := no_output_line(translations, "test sentences"):
+        log.say(f"\nwarning: {without}")
     decoding = config.decoding
     log.say(f"\ntest, beam {decoding.beam_size}, length penalty {decoding.length_penalty}, {seconds:.1f} s")
     log.say(scores.text)
@@ -425,10 +430,10 @@ def _draw(config: Config, corpus: Corpus, translator: Translator, folder: RunFol
     plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
     by_length = sorted((corpus.test.source[index] for index in samples), key=len)
     source = by_length[len(by_length) // 2]
-    best = translator.translate([source])[0].text
-    attention = attention_map(translator, source, best)
+    (found,) = translator.translate([source])
+    attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if attention is not None:
-        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{best}")
+        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}")
 
 
 def _run_card(

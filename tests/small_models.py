@@ -64,13 +64,13 @@ def params_that_end(model, seed: int) -> Any:
     return params | {"target_embedding": {"table": table.at[TOKENIZERS.target.special.end].multiply(-2.0)}}
 
 
-def make_run(path: Path, model, seed: int) -> Path:
-    """A run folder with random parameters."""
+def make_run(path: Path, model, seed: int, factor: float = 1.0) -> Path:
+    """A run folder with random parameters, each times a factor."""
     folder = RunFolder(path)
     tokenizer = TokenizerConfig(vocab_size=60)
     folder.create(Config(run=str(path), model=model, decoding=DECODING, tokenizer=tokenizer), TOKENIZERS)
     with Checkpoints(folder.checkpoints, (1, 1)) as checkpoints:
-        checkpoints.save_params(1, params_that_end(model, seed))
+        checkpoints.save_params(1, jax.tree.map(lambda leaf: leaf * factor, params_that_end(model, seed)))
     return path
 
 

@@ -53,7 +53,7 @@ def pieces_to_marian(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def translator() -> Translator:
-    return Translator(MODEL, TOKENIZERS, params_of(MODEL, 1), DECODING, make_mesh(MeshConfig()))
+    return Translator.from_params(MODEL, TOKENIZERS, params_of(MODEL, 1), DECODING, make_mesh(MeshConfig()))
 
 
 def test_every_parameter_has_its_place(translator):
@@ -106,8 +106,8 @@ def test_a_folder_is_written_whole(translator, tmp_path):
 
 def test_separate_vocabularies_are_written_apart(tmp_path):
     params = params_of(MODEL, 1)
-    separate = Translator(MODEL, TOKENIZERS, params, DECODING, make_mesh(MeshConfig()))
-    separate.tokenizers = SEPARATE
+    separate = Translator.from_params(MODEL, TOKENIZERS, params, DECODING, make_mesh(MeshConfig()))
+    separate = dataclasses.replace(separate, tokenizers=SEPARATE)
     write_marian(separate, MODEL, tmp_path / "marian")
     source, target = (json.loads((tmp_path / "marian" / f).read_text()) for f in ("vocab.json", "target_vocab.json"))
     assert len(source) == len(target) == 45 and source != target
@@ -116,7 +116,7 @@ def test_separate_vocabularies_are_written_apart(tmp_path):
 
 def test_vocabularies_of_two_sizes_are_refused(tmp_path, one_device):
     smaller = TokenizerPair(SEPARATE.source, TOKENIZERS.target)
-    translator = Translator(MODEL, smaller, params_of(MODEL, 1), DECODING, one_device)
+    translator = Translator.from_params(MODEL, smaller, params_of(MODEL, 1), DECODING, one_device)
     with pytest.raises(ConfigError, match=r"vocabularies of different sizes \(45 and 60\) cannot be written"):
         write_marian(translator, MODEL, tmp_path / "marian")
 
@@ -150,7 +150,7 @@ def test_a_run_comes_back_to_the_bit_in_all_that_is_read(share, tokenizers, zero
     """Rows that nothing reads come back as zeros: those that pad a vocabulary, and the start token's if it is zero."""
     model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2, zero_start=zero_start)
     params: Any = params_of(model, 2, tokenizers)
-    ours = Translator(model, tokenizers, params, DECODING, one_device)
+    ours = Translator.from_params(model, tokenizers, params, DECODING, one_device)
     write_marian(ours, model, tmp_path / "marian")
     run, lost = read_marian(tmp_path / "marian", tmp_path / "run")
     back = Translator.load(run.path, one_device)
@@ -230,7 +230,7 @@ def test_padding_that_their_settings_exclude_has_no_share_in_the_probabilities(t
     config: Any = run.read_config()
     params = translators[0].params
     moved = params | {"output_bias": params["output_bias"] + 0.25}
-    trained = Translator(config.model, translators[0].tokenizers, moved, config.decoding, one_device)
+    trained = Translator.from_params(config.model, translators[0].tokenizers, moved, config.decoding, one_device)
     for translator, change, name in ((translators[0], 0.0, "again"), (trained, 0.25, "trained")):
         assert write_marian(translator, config.model, tmp_path / name) == []
         first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / name))
@@ -535,7 +535,7 @@ def test_token_ids_are_those_of_transformers(reference):
 
 def test_logits_are_those_of_transformers(reference):
     ours, expected, order = reference
-    model = nnx.merge(ours.graphdef, ours.params)
+    model = nnx.merge(ours.parameters.graphdef, ours.params)
     for source, target, logits in zip(expected["source_ids"], expected["target_ids"], expected["logits"], strict=False):
         tokens = [jnp.asarray([order[ids]], jnp.int32) for ids in (source, target)]
         places = [jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in tokens]

@@ -46,7 +46,7 @@ def pair(tmp_path_factory):
         DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
         force_end=True,
     )  # fmt: skip
-    ours = Translator(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
+    ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
     folder = tmp_path_factory.mktemp("marian") / "model"
     assert write_marian(ours, model, folder) == []
     theirs = transformers.MarianMTModel.from_pretrained(folder).eval()
@@ -70,7 +70,7 @@ def test_logits_are_equal(pair):
     import torch
 
     ours, theirs, _ = pair
-    model = nnx.merge(ours.graphdef, ours.params)
+    model = nnx.merge(ours.parameters.graphdef, ours.params)
     tokenizer = TOKENIZERS.target
     for source_text, target_text in list(zip(SOURCES, TARGETS, strict=True))[:5]:
         source = [*tokenizer.encode([source_text])[0], SPECIAL.end]
@@ -146,7 +146,7 @@ def lively(share: Literal["target_output", "none"], seed: int) -> tuple[Transfor
         DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=12,
         stop="finished", force_end=True,
     )  # fmt: skip
-    return model, Translator(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
+    return model, Translator.from_params(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("share, seed", [("target_output", 4), ("none", 6)])
@@ -200,7 +200,7 @@ def test_ctranslate2_reads_what_is_written_for_hugging_face(tmp_path):
         DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
         stop="finished",
     )  # fmt: skip
-    ours = Translator(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
+    ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
     write_marian(ours, model, tmp_path / "marian")
     TransformersConverter(str(tmp_path / "marian")).convert(str(tmp_path / "ctranslate2"))
     theirs = ctranslate2.Translator(str(tmp_path / "ctranslate2"), device="cpu", compute_type="float32")

@@ -66,7 +66,7 @@ def test_a_training_has_all_devices_search_together(monkeypatch, tmp_path):
     meshes = []
 
     def stopped(translator, *_):
-        meshes.extend(translator.search_meshes)
+        meshes.extend(translator.parameters.search_meshes)
         raise ConfigError("that is all that is asked")
 
     monkeypatch.setattr(Translator, "compile", stopped)
@@ -309,7 +309,7 @@ def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
     assert finished == sorted(finished, reverse=True)
     target: Any = translator.tokenizers.target
     tokenizer = target._processor
-    model = nnx.merge(translator.graphdef, translator.params)
+    model = nnx.merge(translator.parameters.graphdef, translator.params)
     source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], SPECIAL.end]])
     positions = jnp.arange(source_ids.shape[1])[None]
     memory = jax.jit(model.encode)(source_ids, positions, jnp.ones_like(source_ids))
@@ -328,7 +328,7 @@ def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
 def test_one_beam_is_greedy_and_nothing_is_compiled_twice(translator):
     source = "nine hundred thousand"
     source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], SPECIAL.end]])
-    model = nnx.merge(translator.graphdef, translator.params)
+    model = nnx.merge(translator.parameters.graphdef, translator.params)
     memory = jax.jit(model.encode)(source_ids, jnp.arange(source_ids.shape[1])[None], jnp.ones_like(source_ids))
     step = jax.jit(model.decode_step)
     found = translator.translate([source], beam_size=1)[0].hypotheses[0]
@@ -339,13 +339,13 @@ def test_one_beam_is_greedy_and_nothing_is_compiled_twice(translator):
         greedy.append(previous)
     assert found.tokens == translator.tokenizers.target.pieces([t for t in greedy if t != SPECIAL.end])
     assert (greedy[-1] == SPECIAL.end) == found.finished
-    programs = dict(translator._programs)
+    programs = dict(translator.parameters.programs)
     translator.translate([source, "nine hundred million"], beam_size=1)
-    assert translator._programs == programs
+    assert translator.parameters.programs == programs
 
 
 def test_a_sentence_beyond_the_limit_is_cut_and_said_to_be(translator):
-    assert translator.max_source_length == 64
+    assert translator.model.max_source_length == 64
     long = "one " * 80
     short, cut = translator.translate(["one", long])
     assert not short.truncated and cut.truncated
