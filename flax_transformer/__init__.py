@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flax_transformer.inference.evaluate import Scores as Scores
     from flax_transformer.inference.evaluate import evaluate as evaluate
     from flax_transformer.inference.translation import Hypothesis as Hypothesis
+    from flax_transformer.inference.translation import NoTranslation as NoTranslation
     from flax_transformer.inference.translation import Translation as Translation
     from flax_transformer.inference.translator import Translator as Translator
     from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
@@ -51,6 +52,7 @@ _HOMES = {
     # Translate with a trained run
     "Translator": "inference.translator",
     "Translation": "inference.translation",
+    "NoTranslation": "inference.translation",
     "Hypothesis": "inference.translation",
     # Train and evaluate
     "Config": "config.recipe",

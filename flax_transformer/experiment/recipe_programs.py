@@ -14,12 +14,12 @@ from jax.stages import Traced
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import BatchShape
-from flax_transformer.data.tokenizer import END_ID
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
+from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
-from flax_transformer.inference.translator import SENTENCES_A_ROW
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
@@ -100,14 +100,14 @@ class RecipePrograms:
             decoding.batch_rows // mesh.size,
             max_length,
             self.vocabulary.start_token,
-            END_ID,
+            SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
         )
         sharding = replicated_sharding(mesh)  # a copy on every device
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
-        inputs = self._inputs(SENTENCES_A_ROW * decoding.batch_rows, source_length)
+        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_rows, source_length)
         return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
