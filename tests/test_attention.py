@@ -85,6 +85,14 @@ def test_a_window_and_offsets_of_the_queries():
     np.testing.assert_array_equal(later.materialize(2, 4), expected)
 
 
+def test_a_shared_mask_is_made_once():
+    mask = AttentionMask(key_segments=jnp.array([[1, 2, 0]]), query_segments=jnp.array([[1, 2, 2]]), causal=True)
+    shared = mask.shared(3, 3)
+    assert shared.array is not None and shared.materialize(3, 3) is shared.array
+    np.testing.assert_array_equal(shared.array, mask.materialize(3, 3))
+    assert not shared.is_padding_only and AttentionMask().shared(2, 2).is_padding_only
+
+
 def test_masks_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="query_segments need key_segments"):
         AttentionMask(query_segments=jnp.ones((1, 2), jnp.int32))

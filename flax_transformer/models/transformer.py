@@ -287,7 +287,8 @@ class Encoder(LayerStack):
     ) -> Float[Array, "B S D"]:
         """Returns one vector for each source token."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        mask = AttentionMask(key_segments=segments, query_segments=segments)
+        length = tokens.shape[1]
+        mask = AttentionMask(key_segments=segments, query_segments=segments).shared(length, length)
         x = self.input(embedding, tokens, positions, input_key)
         x = self.run(lambda layer, x, key: layer(x, mask, key), x, layer_keys)
         return x if self.norm is None else self.norm(x)
@@ -320,8 +321,9 @@ class Decoder(LayerStack):
     ) -> Float[Array, "B T D"]:
         """Returns the hidden vectors of all positions, each from the inputs up to its own."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        self_mask = AttentionMask(key_segments=segments, query_segments=segments, causal=True)
-        cross_mask = AttentionMask(key_segments=memory.segments, query_segments=segments)
+        length, source_length = inputs.shape[1], memory.segments.shape[1]
+        self_mask = AttentionMask(key_segments=segments, query_segments=segments, causal=True).shared(length, length)
+        cross_mask = AttentionMask(key_segments=memory.segments, query_segments=segments).shared(length, source_length)
         x = self.input(embedding, inputs, positions, input_key)
 
         def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
@@ -354,7 +356,9 @@ class Decoder(LayerStack):
     ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
         """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
         one_pair = jnp.ones((tokens.shape[0], 1), jnp.int32)
+        source_length = source_segments.shape[1]
         cross_mask = AttentionMask(key_segments=jnp.minimum(source_segments, 1), query_segments=one_pair)
+        cross_mask = cross_mask.shared(1, source_length)
         x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
         new_caches, attention = [], []
         layers = self.unstacked()

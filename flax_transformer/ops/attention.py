@@ -30,6 +30,7 @@ class AttentionMask:
         query_offsets: [B], place among the keys of each row's first query; None stands for zeros.
         causal: whether a query attends to no later place than its own.
         window: a query attends to so many places before its own, and with `causal` False after it; None for all.
+        array: what `materialize` returns, where it has been made already; see `shared`.
     """
 
     key_segments: Int[Array, "B S"] | None = None
@@ -37,6 +38,7 @@ class AttentionMask:
     query_offsets: Int[Array, "B"] | None = None
     causal: bool = static_field(default=False)
     window: int | None = static_field(default=None)
+    array: Bool[Array, "#B 1 #T S"] | None = None
 
     def __post_init__(self):
         if self.query_segments is not None and self.key_segments is None:
@@ -49,6 +51,14 @@ class AttentionMask:
         """Whether it keeps nothing out but padding, so that a kernel may take the rows' lengths in its place."""
         return self.query_segments is None and not self.causal and self.window is None
 
+    def shared(self, query_length: int, key_length: int) -> "AttentionMask":
+        """Returns the mask with its array, so that all layers read the same one.
+
+        A loop of layers, or of decoding steps, would make or carry one for each layer otherwise. Where no layer reads
+        the array, nothing of it is left in the program.
+        """
+        return dataclasses.replace(self, array=self.materialize(query_length, key_length))
+
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "#B 1 #T S"]:
         """Returns True where a query may attend to a key.
 
@@ -58,6 +68,8 @@ class AttentionMask:
             0 0 1 0
             0 0 0 0
         """
+        if self.array is not None:
+            return self.array
         allowed = jnp.ones((1, 1, 1, key_length), bool)
         if self.query_segments is not None and self.key_segments is not None:
             same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
