@@ -21,11 +21,11 @@ from pathlib import Path
 
 import tyro
 
-from flax_transformer.compiled_programs import RecipePrograms
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.batching import BatchShape
-from flax_transformer.data.tokenizer import START_ID
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import InputError
+from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.memory import available_bytes, needed_bytes
@@ -86,7 +86,7 @@ def compile_programs(options: Options) -> tuple[Program, Program]:
         compute_dtype="bfloat16",
     )
     config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_rows=options.rows))
-    programs = RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, START_ID), mesh)
+    programs = RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
     available = available_bytes(mesh)
     said = "nobody knows how many" if available is None else f"{available:,}"
     print(f"{options.topology}, {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}; bytes of a device: {said}")

@@ -55,7 +55,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.data.corpus import load_corpus
     from flax_transformer.data.loader import training_batches, training_plan
     from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
-    from flax_transformer.inference.translator import vocabulary_info
+    from flax_transformer.models.build import vocabulary_info
     from flax_transformer.optim.optimizer import make_optimizer
     from flax_transformer.optim.schedule import make_schedule
     from flax_transformer.parallel.mesh import batch_sharding, make_mesh

@@ -12,7 +12,6 @@ Before that, random compositions of the text, whose n-best lists are compared wi
 
 import dataclasses
 import gzip
-import importlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -77,18 +76,18 @@ def scores(translator: Any, text: list[str], whole: list[Any]) -> str:
 
 def refilling(translator: Any, text: list[str], rounds: int) -> str:
     """Returns a table of seconds with slots that are refilled, and with calls of one batch each."""
-    module: Any = importlib.import_module("flax_transformer.inference.translator")
-    default = module.SENTENCES_A_ROW
-    seconds: dict[str, list[float]] = {"refilled": [], "one batch after another": []}
+    from flax_transformer.inference.programs import ProgramOptions
+
+    options = {"refilled": ProgramOptions(), "one batch after another": ProgramOptions(sentences_per_row=1)}
+    seconds: dict[str, list[float]] = {name: [] for name in options}
     for turn in range(rounds + 1):
         for name, times in seconds.items():
-            module.SENTENCES_A_ROW = default if name == "refilled" else 1
-            translator.compile(text)  # for every device, whichever of them takes what
+            made = dataclasses.replace(translator, options=options[name])
+            made.compile(text)  # for every device, whichever of them takes what
             started = time.perf_counter()
-            translator.translate(text)
+            made.translate(text)
             if turn:
                 times.append(time.perf_counter() - started)
-    module.SENTENCES_A_ROW = default
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     lines = "\n".join(f"| {name} | {', '.join(f'{s:.2f}' for s in times)} |" for name, times in seconds.items())
     return f"| slots | seconds |\n|---|---|\n{lines}\n\nrefilled: {statistics.median(ratios):.2f} times as fast"
@@ -112,7 +111,7 @@ def main() -> None:
     found = {}
     for rows in options.rows:
         sized = translator.with_decoding(dataclasses.replace(translator.decoding, batch_rows=rows))
-        found[sized.rows] = [translation.hypotheses[0] for translation in sized.translate(text)]
+        found[sized.batch_size] = [translation.hypotheses[0] for translation in sized.translate(text)]
     first, *others = found
     print("| rows | equal tokens | largest relative difference of scores among those |\n|---|---|---|")
     for rows in others:

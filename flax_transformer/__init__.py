@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flax_transformer.config.recipe import Config as Config
     from flax_transformer.decoding.beam_search import BeamSearchConfig as BeamSearchConfig
     from flax_transformer.decoding.beam_search import beam_search as beam_search
+    from flax_transformer.decoding.decoder_functions import DecoderFunctions as DecoderFunctions
     from flax_transformer.decoding.hypotheses import Hypotheses as Hypotheses
     from flax_transformer.decoding.length_penalty import LengthPenalty as LengthPenalty
     from flax_transformer.errors import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from flax_transformer.inference.evaluate import Scores as Scores
     from flax_transformer.inference.evaluate import evaluate as evaluate
     from flax_transformer.inference.translation import Hypothesis as Hypothesis
+    from flax_transformer.inference.translation import NoTranslation as NoTranslation
     from flax_transformer.inference.translation import Translation as Translation
     from flax_transformer.inference.translator import Translator as Translator
     from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
@@ -50,6 +52,7 @@ _HOMES = {
     # Translate with a trained run
     "Translator": "inference.translator",
     "Translation": "inference.translation",
+    "NoTranslation": "inference.translation",
     "Hypothesis": "inference.translation",
     # Train and evaluate
     "Config": "config.recipe",
@@ -71,6 +74,7 @@ _HOMES = {
     # Search with any step function
     "beam_search": "decoding.beam_search",
     "BeamSearchConfig": "decoding.beam_search",
+    "DecoderFunctions": "decoding.decoder_functions",
     "Hypotheses": "decoding.hypotheses",
     "LengthPenalty": "decoding.length_penalty",
     # What users can get wrong

@@ -10,13 +10,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something given by the user (a file, a value, a line of text) cannot be used as it is.
-
-    Attributes:
-        sentence: index of the one at fault among those that were to be translated, if it is one.
-    """
-
-    sentence: int | None = None
+    """Something given by the user (a file, a value, a line of text) cannot be used as it is."""
 
 
 class ConfigError(InputError):
@@ -28,13 +22,12 @@ class RunFolderError(InputError):
 
 
 class DivergenceError(RuntimeError):
-    """Training or search met numbers that are not finite; a person must change the recipe.
+    """Training or search met numbers that are not finite; a person must change the recipe."""
 
-    Attributes:
-        sentence: as of `InputError`.
-    """
 
-    sentence: int | None = None
+def shortened(text: str, num_characters: int = 80) -> str:
+    """Returns a text as an error shows it: its beginning, where it is long."""
+    return text if len(text) <= num_characters else f"{text[:num_characters]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ run_card.json    what was run, on what, and what came out
 metrics.jsonl    one JSON object for each progress line and evaluation
 train.log        what was printed; the process that trains holds a lock on it
 bad_batch.npz    the batch at which a training gave up, if it did
-tokenizer/       SentencePiece models
+tokenizer/       the tokenizers of both languages, or one for both
 checkpoints/     STEP/{params,optimizer,meta}; with training.ema_decay params is the average, and trained lies beside
 samples/         the test part: sources, references, translations
 tensorboard/  plots/
@@ -20,7 +20,7 @@ from typing import Any
 
 from flax_transformer.config.reading import read_config, write_config
 from flax_transformer.config.recipe import Config
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.locks import take_lock
 

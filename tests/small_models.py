@@ -12,8 +12,9 @@ from flax import nnx
 from flax_transformer.cli import main as cli
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.synthetic import english_number_words, german_number_words
-from flax_transformer.data.tokenizer import END_ID, TokenizerConfig, TokenizerPair
-from flax_transformer.inference.translator import vocabulary_info
+from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
+from flax_transformer.models.build import vocabulary_info
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
@@ -60,16 +61,16 @@ def params_that_end(model, seed: int) -> Any:
 
     params = jax.tree_util.tree_map_with_path(larger, params_of(model, seed))
     table = params["target_embedding"]["table"]
-    return params | {"target_embedding": {"table": table.at[END_ID].multiply(-2.0)}}
+    return params | {"target_embedding": {"table": table.at[TOKENIZERS.target.special.end].multiply(-2.0)}}
 
 
-def make_run(path: Path, model, seed: int) -> Path:
-    """A run folder with random parameters."""
+def make_run(path: Path, model, seed: int, factor: float = 1.0) -> Path:
+    """A run folder with random parameters, each times a factor."""
     folder = RunFolder(path)
     tokenizer = TokenizerConfig(vocab_size=60)
     folder.create(Config(run=str(path), model=model, decoding=DECODING, tokenizer=tokenizer), TOKENIZERS)
     with Checkpoints(folder.checkpoints, (1, 1)) as checkpoints:
-        checkpoints.save_params(1, params_that_end(model, seed))
+        checkpoints.save_params(1, jax.tree.map(lambda leaf: leaf * factor, params_that_end(model, seed)))
     return path
 
 

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
-from flax_transformer.data.tokenizer import NUM_SPECIAL, UNKNOWN_ID, Tokenizer, TokenizerConfig
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL, SentencePieceTokenizer
+from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.inference.alignment import word_alignment, word_numbers
 
+UNKNOWN: Any = SPECIAL.unknown
 TEXT = ["a rose is a rose", "the rose is red", "a red sea"] * 5
 TOKENIZERS = {
-    "word": Tokenizer.train(TEXT, TokenizerConfig("word", 9)),  # a, rose, is, red and the
-    "unigram": Tokenizer.train(TEXT, TokenizerConfig("unigram", 17)),
-    "bpe": Tokenizer.train(TEXT, TokenizerConfig("bpe", 22)),
-    "char": Tokenizer.train(TEXT, TokenizerConfig("char", 20)),
-    "few characters": Tokenizer.train(TEXT, TokenizerConfig("char", 9)),
+    "word": SentencePieceTokenizer.train(TEXT, TokenizerConfig("word", 9)),  # a, rose, is, red and the
+    "unigram": SentencePieceTokenizer.train(TEXT, TokenizerConfig("unigram", 17)),
+    "bpe": SentencePieceTokenizer.train(TEXT, TokenizerConfig("bpe", 22)),
+    "char": SentencePieceTokenizer.train(TEXT, TokenizerConfig("char", 20)),
+    "few characters": SentencePieceTokenizer.train(TEXT, TokenizerConfig("char", 9)),
 }
 # Known and unknown words, beside each other and in one word, and characters that normalisation makes spaces, no
 # characters or several words of.
@@ -83,7 +85,7 @@ def test_a_word_tokenizer_counts_unknown_words():
     assert word_numbers("a xyz rose", tokenizer.encoded_spans("a xyz rose")) == [[0], [1], [2]]
     assert word_numbers("a xyz XYZ rose", tokenizer.encoded_spans("a xyz XYZ rose")) == [[0], [1, 2], [3]]
     a, rose = tokenizer.encode(["a rose"])[0]
-    ids = [UNKNOWN_ID, a, UNKNOWN_ID, UNKNOWN_ID, rose]
+    ids = [UNKNOWN, a, UNKNOWN, UNKNOWN, rose]
     source = word_numbers("xyz a xyz rose", tokenizer.encoded_spans("xyz a xyz rose"))
     target = word_numbers(tokenizer.decode(ids), tokenizer.decoded_spans(ids))
     assert words_of(tokenizer.decode(ids)) == ["\u2047", "a", "\u2047", "\u2047", "rose"]
@@ -96,7 +98,7 @@ def test_a_language_token_stands_where_the_line_has_it():
     proto: Any = made_by_protobuf
     model = proto.ModelProto.FromString(TOKENIZERS["bpe"].model)
     model.pieces.add(piece=">>deu<<", score=0.0, type=proto.ModelProto.SentencePiece.Type.UNUSED)
-    tokenizer = Tokenizer(model.SerializeToString())
+    tokenizer = SentencePieceTokenizer(model.SerializeToString())
     for line, expected in ((">>deu<< a rose", [0, 1, 2]), (">>fra<< \u4e2d", [0, 1, 1]), ("a rose", [0, 1])):
         (ids,), numbers = tokenizer.encode([line]), word_numbers(line, tokenizer.encoded_spans(line))
         assert numbers == [[number] for number in expected] and len(ids) == len(numbers)
@@ -108,7 +110,7 @@ def test_pieces_of_an_output_belong_to_the_words_of_its_text(kind):
     tokenizer, rng = TOKENIZERS[kind], np.random.default_rng(0)
     for _ in range(300):
         ids = rng.integers(0, tokenizer.vocab_size, int(rng.integers(1, 9)))
-        ids = np.where(rng.random(ids.shape) < 0.3, UNKNOWN_ID, ids).tolist()
+        ids = np.where(rng.random(ids.shape) < 0.3, UNKNOWN, ids).tolist()
         text = tokenizer.decode(ids)
         numbers, words = word_numbers(text, tokenizer.decoded_spans(ids)), words_of(text)
         assert len(numbers) == len(ids)
@@ -116,7 +118,7 @@ def test_pieces_of_an_output_belong_to_the_words_of_its_text(kind):
         for piece, of in zip(tokenizer.pieces(ids), numbers, strict=True):
             if piece == "<unk>":
                 assert len(of) == 1 and "\u2047" in words[of[0]]
-            elif tokenizer._processor.piece_to_id(piece) >= NUM_SPECIAL and (letters := piece.strip("\u2581")):
+            elif tokenizer._processor.piece_to_id(piece) >= len(SPECIAL.ids) and (letters := piece.strip("\u2581")):
                 assert len(of) == 1 and letters in words[of[0]]
 
 

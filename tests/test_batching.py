@@ -33,7 +33,8 @@ from flax_transformer.data.loader import (
     training_plan,
 )
 from flax_transformer.data.packing import PackedPlan, pack, packed_shape
-from flax_transformer.data.tokenizer import END_ID, TokenizedText
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
+from flax_transformer.data.tokenizer import TokenizedText
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.training.step import Objective, batch_loss
 from tests import tiny
@@ -42,7 +43,7 @@ from tests import tiny
 def random_text(rng: np.random.Generator, lengths: np.ndarray, vocab: int = 100) -> TokenizedText:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(4, vocab, int(offsets[-1])).astype(np.int32)
-    ids[offsets[1:] - 1] = END_ID
+    ids[offsets[1:] - 1] = SPECIAL.end
     return TokenizedText(ids, offsets)
 
 

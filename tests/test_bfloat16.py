@@ -124,7 +124,7 @@ def test_a_step_is_the_same_within_rounding_whatever_the_caches_are():
 @pytest.mark.slow
 def test_a_translation_in_bfloat16_does_not_depend_on_its_batch(one_device):
     model = dataclasses.replace(MODELS["transformer"], compute_dtype="bfloat16")
-    translator = Translator(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
+    translator = Translator.from_params(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
     text = ALIKE[:6]
     for source, expected in zip(text, translator.translate(text), strict=True):  # alone, and beside all others
         (one,) = translator.translate([source])

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_transformer.inference import chunks as chunks_module
-from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
+from flax_transformer.inference.chunks import Shape, cut_into_chunks, run_on_workers
+from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
 from tests.small_models import ALIKE, DECODING, MODELS, SEEDS, TOKENIZERS, params_that_end
@@ -146,11 +147,12 @@ def translator() -> Translator:
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     model = MODELS["transformer"]
     params = params_that_end(model, SEEDS["transformer"])
-    return Translator(model, TOKENIZERS, params, DECODING, mesh, side_by_side=True)
+    return Translator.from_params(model, TOKENIZERS, params, DECODING, mesh, side_by_side=True)
 
 
 def test_few_cores_search_one_by_one_and_many_together(translator):
-    assert [m.devices.flatten().tolist() for m in translator.search_meshes] == [[d] for d in jax.devices()[:2]]
+    meshes = translator.parameters.search_meshes
+    assert [m.devices.flatten().tolist() for m in meshes] == [[d] for d in jax.devices()[:2]]
     everything = make_mesh(MeshConfig())
     assert everything.size == 8 and search_meshes(everything) == [everything]
 
@@ -158,22 +160,17 @@ def test_few_cores_search_one_by_one_and_many_together(translator):
 def test_cores_read_the_same_weights(translator):
     """What each reads in every step is in the cache that they share once, not once for each."""
     first, second = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params) if leaf.nbytes >= 1_024]
-                     for _, params in translator._search_form())  # fmt: skip
+                     for _, params in translator.parameters.prepared())  # fmt: skip
     assert first == second and len(first) > 10
 
 
 def test_a_device_that_hangs_holds_up_no_other(translator, monkeypatch):
     """The first device gives nothing back until the second has done all the rest; and no result changes."""
     text = [source for source in ALIKE if source]
-    monkeypatch.setattr("flax_transformer.inference.translator.SENTENCES_A_ROW", 2)
+    translator = dataclasses.replace(translator, options=ProgramOptions(sentences_per_row=2))
     expected = translator.translate(text, num_hypotheses=3)
-    cut: list[Chunk] = []
-
-    def recorded(*arguments):
-        cut.extend(cut_into_chunks(*arguments))
-        return cut
-
-    monkeypatch.setattr("flax_transformer.inference.translator.cut_into_chunks", recorded)
+    reader = translator.requests
+    cut = translator.programs(reader).chunks({n: reader.read(sentence) for n, sentence in enumerate(text)})
     device_get, others_are_done, counts = jax.device_get, threading.Event(), {device: 0 for device in jax.devices()[:2]}
 
     def slow(found):
@@ -217,14 +214,14 @@ def test_threads_may_share_a_translator_before_its_first_search(translator):
 
         with ThreadPoolExecutor(num_threads) as pool:
             assert all(made == expected for made in pool.map(found, range(num_threads)))
-        assert len(fresh._search_form()) == len(fresh.search_meshes)
+        assert len(fresh.parameters.prepared()) == len(fresh.parameters.search_meshes)
 
 
 def test_after_compile_no_device_has_anything_to_compile(translator):
     fresh = translator.with_decoding(dataclasses.replace(translator.decoding, beam_size=2))
     text = [source for source in ALIKE if source]
     fresh.compile(text)
-    compiled = set(fresh._programs)
+    compiled = set(fresh.parameters.programs)
     fresh.translate(text[:1])
     fresh.translate(text)
-    assert set(fresh._programs) == compiled
+    assert set(fresh.parameters.programs) == compiled

@@ -16,13 +16,15 @@ from flax_transformer.data.parallel_text import (
     read_corpus,
     read_parallel_text,
 )
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL, SentencePieceTokenizer
 from flax_transformer.data.synthetic import (
     NumberWordsConfig,
     english_number_words,
     german_number_words,
     number_words_corpus,
 )
-from flax_transformer.data.tokenizer import END_ID, UNKNOWN_ID, TokenizedText, Tokenizer, TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import TokenizedText, TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError, RunFolderError
 
 # --- number words
@@ -144,10 +146,10 @@ LINES = [english_number_words(n) for n in range(300)] + ["Straße und Katze"]
 @pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
 def test_tokenizer_round_trip_and_reproducible_training(algorithm):
     config = TokenizerConfig(algorithm, vocab_size=40)
-    tokenizer = Tokenizer.train(LINES, config)
+    tokenizer = SentencePieceTokenizer.train(LINES, config)
     assert tokenizer.vocab_size == 40
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(LINES)] == LINES
-    assert Tokenizer.train(LINES, config).fingerprint == tokenizer.fingerprint
+    assert SentencePieceTokenizer.train(LINES, config).fingerprint == tokenizer.fingerprint
     assert not any(i in (0, 1, 2) for ids in tokenizer.encode(LINES) for i in ids)
 
 
@@ -163,7 +165,7 @@ def test_tokenizers_survive_saving(tmp_path, joint):
 
 def test_bad_tokenizers_are_explained(tmp_path):
     with pytest.raises(InputError, match="cannot learn tokenizer.vocab_size = 5000 pieces from this text"):
-        Tokenizer.train(LINES, TokenizerConfig(vocab_size=5000))
+        SentencePieceTokenizer.train(LINES, TokenizerConfig(vocab_size=5000))
     with pytest.raises(ConfigError, match="vocab_size must be above 4, got 3"):
         TokenizerConfig(vocab_size=3)
     with pytest.raises(RunFolderError, match=r"holds no tokenizer: expected joint.model, or source.model and target"):
@@ -175,9 +177,9 @@ def test_line_ends_and_halves_of_characters():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["one two three four"] * 20), model_writer=model, vocab_size=290, byte_fallback=True,
-        hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=END_ID, unk_id=UNKNOWN_ID, minloglevel=2,
+        hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=SPECIAL.end, unk_id=SPECIAL.unknown, minloglevel=2,
     )  # fmt: skip
-    tokenizer = Tokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     one, two = tokenizer.encode(["one", "two"])
     assert tokenizer.decode([*one, tokenizer._processor.piece_to_id("<0x0A>"), *two]).split("one")[1].strip() == "two"
     assert tokenizer._processor.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == "\n"
@@ -187,9 +189,9 @@ def test_line_ends_and_halves_of_characters():
 
 
 def test_tokenized_text_closes_each_sentence():
-    tokenizer = Tokenizer.train(LINES, TokenizerConfig(vocab_size=40))
+    tokenizer = SentencePieceTokenizer.train(LINES, TokenizerConfig(vocab_size=40))
     text = TokenizedText.from_lines(["forty", "", "two hundred"], tokenizer)
     ids = tokenizer.encode(["forty", "", "two hundred"])
     for i, sentence in enumerate(ids):
-        assert text.ids[text.offsets[i] : text.offsets[i + 1]].tolist() == [*sentence, END_ID]
+        assert text.ids[text.offsets[i] : text.offsets[i + 1]].tolist() == [*sentence, SPECIAL.end]
     assert text.lengths.tolist() == [len(s) + 1 for s in ids]

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from flax_transformer.config.recipe import DecodingConfig
-from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
-from flax_transformer.inference.scorer import Scorer
+from flax_transformer.inference.programs import ProgramOptions
+from flax_transformer.inference.scorer import NoScore, Scorer
+from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslation, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
@@ -36,7 +39,9 @@ from tests.small_models import (
 def translators() -> dict[str, Translator]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = {name: params_that_end(model, SEEDS[name]) for name, model in MODELS.items()}
-    return {name: Translator(model, TOKENIZERS, params[name], DECODING, mesh) for name, model in MODELS.items()}
+    return {
+        name: Translator.from_params(model, TOKENIZERS, params[name], DECODING, mesh) for name, model in MODELS.items()
+    }
 
 
 @pytest.fixture(params=list(MODELS))
@@ -45,7 +50,8 @@ def translator(request, translators) -> Translator:
 
 
 def ids_of(hypothesis) -> list[int]:
-    return [TOKENIZERS.target._processor.piece_to_id(piece) for piece in hypothesis.tokens]
+    target: Any = TOKENIZERS.target
+    return [target._processor.piece_to_id(piece) for piece in hypothesis.tokens]
 
 
 def test_the_models_of_these_tests_make_outputs_of_many_lengths_and_cut_ones(translator):
@@ -63,14 +69,13 @@ def test_the_models_of_these_tests_make_outputs_of_many_lengths_and_cut_ones(tra
 # --- batch invariance
 
 
-def test_how_many_sentences_a_call_takes_changes_no_bit(translators, monkeypatch):
+def test_how_many_sentences_a_call_takes_changes_no_bit(translators):
     """One call for all, with more pieces of sentences than wait at a time, or several calls of nearly as many each."""
     translator = translators["transformer"]
     text = [source for source in ALIKE if source]
-    assert len(text) > 3 * 2 * translator.rows
+    assert len(text) > 3 * 2 * translator.batch_size
     expected = translator.translate(text)
-    monkeypatch.setattr("flax_transformer.inference.translator.SENTENCES_A_ROW", 2)
-    found = translator.translate(text)
+    found = dataclasses.replace(translator, options=ProgramOptions(sentences_per_row=2)).translate(text)
     assert [[(h.tokens, h.score) for h in t.hypotheses] for t in found] == [
         [(h.tokens, h.score) for h in t.hypotheses] for t in expected
     ]
@@ -99,7 +104,9 @@ def test_no_small_composition_changes_a_bit_on_one_device_or_two(translators, de
     params, pool, rng = translators["transformer"].params, SOURCES[:40], np.random.default_rng(devices)
     for stop in ("sure", "finished"):
         decoding = dataclasses.replace(DECODING, stop=stop)
-        translator = Translator(MODELS["transformer"], TOKENIZERS, params, decoding, mesh, side_by_side=True)
+        translator = Translator.from_params(
+            MODELS["transformer"], TOKENIZERS, params, decoding, mesh, side_by_side=True
+        )
         alone = {s: translator.translate([s], num_hypotheses=3)[0] for s in pool}
         ended = [sum(h.finished for h in found.hypotheses) for found in alone.values()]
         assert {0, 3} <= set(ended)
@@ -115,13 +122,13 @@ def test_samples_hold_neither_padding_nor_start(translators):
 
 
 @pytest.mark.parametrize("method", ["beam", "sampling"])
-def test_a_sentence_without_any_output_is_named_with_the_cause(method):
+def test_a_sentence_without_any_output_says_why_and_costs_the_others_nothing(method):
     # With four tokens beside padding, start and end, an output of 20 that are all different cannot be.
     tokenizers = TokenizerPair.train(["ab ba"] * 3, ["ab ba"] * 3, TokenizerConfig("char", 8))
     assert tokenizers.target.vocab_size == 7
     model, mesh = MODELS["transformer"], make_mesh(MeshConfig(), jax.devices()[:1])
     decoding = DecodingConfig(method, length_penalty="average:1.0", batch_rows=2)
-    translator = Translator(model, tokenizers, params_of(model, 1, tokenizers), decoding, mesh)
+    translator = Translator.from_params(model, tokenizers, params_of(model, 1, tokenizers), decoding, mesh)
     spoilt = translator.with_params(jax.tree.map(lambda leaf: leaf * np.nan, translator.params))
     rules: dict[str, Any] = {"min_length": 20, "no_repeat_ngram": 1}
     by_rules = r"the rules that are set \(decoding.min_length: 20, decoding.no_repeat_ngram: 1\) leave no token"
@@ -130,10 +137,74 @@ def test_a_sentence_without_any_output_is_named_with_the_cause(method):
         (spoilt, rules, DivergenceError, "the model's scores are not finite: the training has diverged"),
         (spoilt, {}, DivergenceError, "the model's scores are not finite: the training has diverged"),
     ):
-        with pytest.raises(error, match=r"sentence 2 \('ba b'\): the search found no output at all, since " + cause):
-            # The third sentence is longer, so it is searched first.
-            made.translate(["", "ba b", "ab ba" * 6], **changes)
+        nothing, *others = made.translate(["", "ba b", "ab ba" * 6], **changes)
+        assert nothing == EMPTY
+        for sentence, found in zip(("ba b", "ab ba" * 6), others, strict=True):
+            assert isinstance(found, NoTranslation) and type(found.reason) is error and found.sentence == sentence
+            for name in ("text", "hypotheses", "score", "tokens"):
+                message = rf"'{sentence}' has no translation: the search found no output at all, since {cause}"
+                with pytest.raises(error, match=message):
+                    getattr(found, name)
     assert translator.translate(["", "ba b"])[1].tokens
+
+
+def test_what_one_sentence_cannot_have_leaves_the_others_as_they_are(translators):
+    """Whether that is known before the search or after it."""
+    translator, text = translators["transformer"], ALIKE[:4]
+    usual = translator.translate(text, num_hypotheses=2)
+    for asked, bad in (
+        ({"prefixes": ["", "\u4e2d", "", "ein" * 40]}, {1, 3}),
+        ({"required": [[], [], ["\u4e2d"], []]}, {2}),
+    ):
+        found = translator.translate(text, num_hypotheses=2, **asked)
+        assert {n for n, each in enumerate(found) if isinstance(each, NoTranslation)} == bad
+        assert all(each == before for n, (each, before) in enumerate(zip(found, usual, strict=True)) if n not in bad)
+    halves = translator.translate([text[0], "a\udcff", text[1]], num_hypotheses=2)
+    assert [halves[0], halves[2]] == usual[:2] and "not valid Unicode" in str(halves[1].reason)
+
+    # Of two tokens, each once and in one order alone: an output that begins with the wrong one has no second.
+    sampler = translator.with_decoding(DecodingConfig("sampling", batch_rows=4, temperature=9.0))
+    begin, end = TOKENIZERS.target.pieces(TOKENIZERS.target.encode(["neun"])[0])
+    others = set(TOKENIZERS.target.pieces(range(4, TOKENIZERS.target.vocab_size))) - {begin, end}
+    rules = {"min_length": 2, "ban_unknown": True, "no_repeat_ngram": 1, "banned_phrases": ("neun",)}
+    found = sampler.translate(
+        text[:2], num_hypotheses=16, prefixes=["", [begin]], banned_tokens=tuple(sorted(others)), **rules
+    )
+    assert found[0].tokens == [end, begin]
+    with pytest.raises(ConfigError, match="has no translation: .* the rules that are set .* leave no token to go on"):
+        _ = found[1].text
+
+
+def test_an_evaluation_takes_an_empty_line_for_a_sentence_without_an_output():
+    whole = dataclasses.replace(EMPTY, hypotheses=[Hypothesis("eins", ["eins"], -1.0, True, [-1.0])], source=["one"])
+    ruled, spoilt = NoTranslation("two", ConfigError("no token")), NoTranslation("six", DivergenceError("no number"))
+    assert texts_or_empty([EMPTY, ruled, whole, spoilt]) == ["", "", "eins", ""]
+    named = "2 of 4 test sentences have no output and count as empty. The first is 'two': no token"
+    assert no_output_line([EMPTY, ruled, whole, spoilt], "test sentences") == named
+    assert texts_or_empty([ruled, spoilt]) == ["", ""] and texts_or_empty([EMPTY]) == [""]
+    assert no_output_line([EMPTY, whole], "test sentences") == ""
+    with pytest.raises(DivergenceError, match="'six' has no translation: no number"):  # of all that are not empty
+        texts_or_empty([EMPTY, spoilt])
+
+
+def test_a_prefix_may_be_pieces_by_their_names(translators):
+    """So an output may begin with what no text is cut into, and go on where another stopped."""
+    translator = translators["transformer"]
+    target = TOKENIZERS.target
+    before = max(translator.translate(ALIKE[:9]), key=lambda found: len(found.tokens))
+    begun = before.tokens[: len(before.tokens) // 2]
+    (found,) = translator.translate(ALIKE[:1], prefixes=[begun])
+    assert len(begun) > 2 and found.tokens[: len(begun)] == begun
+    (text,) = translator.translate(ALIKE[:1], prefixes=["neun"])
+    assert text == translator.translate(ALIKE[:1], prefixes=[target.pieces(target.encode(["neun"])[0])])[0]
+    inner = next(name for name in target.pieces(range(4, 60)) if not name.startswith("\u2581"))
+    assert translator.translate(ALIKE[:1], prefixes=[[inner]])[0].tokens[0] == inner  # no text begins with it
+    for name, message in (
+        ("hundred", "prefix 'hundred': 'hundred' is no piece .* Did you mean '\u2581hundred'"),
+        ("</s>", "no piece"),
+    ):
+        with pytest.raises(InputError, match=message):
+            _ = translator.translate(ALIKE[:1], prefixes=[[name]])[0].text
 
 
 def test_samples_do_not_depend_on_the_batch(translators):
@@ -201,13 +272,29 @@ def test_scores_of_text(translator):
     scores = scorer.score(SOURCES[:9], TARGETS[:9], "none")
     assert [s.tokens for s in scores] == [TOKENIZERS.target.pieces(i) for i in TOKENIZERS.target.encode(TARGETS[:9])]
     assert all(s.score == s.log_prob for s in scores)
-    for sources, targets, message in (
-        (["one"], [], "1 sources and 0 targets"),
-        (["one", ""], ["eins", "zwei"], "source line 2 is empty, and its target is not"),
-        (["one"], ["eins " * 60], "target line 1 has .* tokens, and the model's outputs have at most 47"),
+    with pytest.raises(InputError, match="1 sources and 0 targets"):
+        scorer.score(["one"], [])
+
+
+def test_a_pair_without_a_score_says_why_and_costs_the_others_nothing(translator):
+    scorer = Scorer(translator)
+    (usual,) = scorer.score(["one"], ["eins"])
+    for source, target, message in (
+        ("", "zwei", "'zwei' has no score: its source is empty, and its target is not"),
+        ("one", "eins " * 60, "has no score: its target has .* tokens, and the model's outputs have at most 47"),
+        ("one", "\udcff", "not valid Unicode"),
+        ("\udcff", "", "not valid Unicode"),
     ):
-        with pytest.raises(InputError, match=message):
-            scorer.score(sources, targets)
+        first, without, last = scorer.score(["one", source, "one"], ["eins", target, "eins"])
+        assert first == last == usual and isinstance(without, NoScore)
+        for name in ("score", "log_prob", "tokens", "token_scores"):
+            with pytest.raises(InputError, match=message):
+                getattr(without, name)
+    spoilt = translator.with_params(jax.tree.map(lambda leaf: leaf * np.nan, translator.params))
+    (without, nothing) = Scorer(spoilt).score(["one", ""], ["eins", ""])
+    assert isinstance(without, NoScore) and nothing.score == 0.0
+    with pytest.raises(DivergenceError, match="'eins' has no score: the model's scores are not finite"):
+        _ = without.score
 
 
 def test_what_translate_makes_of_an_empty_and_of_a_long_line_is_scored_as_it_was(translator):
@@ -419,23 +506,23 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ({"method": "sampling", "patience": 0.5}, r"patience \(0.5\) and decoding.method: sampling contradict"),
         ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
         ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),
-        ({"prefixes": ["", "\u4e2d"]}, "prefix 2 .* has characters that the target vocabulary does not hold"),
+        ({"prefixes": ["", "\u4e2d"]}, "prefix '\u4e2d' has characters that the target vocabulary does not hold"),
         (
             {"prefixes": ["", "ein" * 30]},
-            r"prefix 2 has \d+ tokens, and outputs have at most 47 \(model.max_target",
+            r"prefix 'ein.*' has \d+ tokens, and outputs have at most 47 \(model.max_target",
         ),
-        ({"prefixes": ["", " "]}, r"prefix 2 \(' '\) has no token that an output could begin with: leave it out"),
+        ({"prefixes": ["", " "]}, "prefix ' ' has no token that an output could begin with: leave it out"),
         (
             {"max_length_factor": 0.0, "max_length_offset": 6, "min_length": 6},
             r"min_length \(6\) is more than the 5 tokens .*decoding.max_length_offset with max_length_factor 0",
         ),
         (
             {"max_length_factor": 0.0, "max_length_offset": 4, "prefixes": ["", "ein" * 5]},
-            r"prefix 2 has \d+ tokens, and outputs have at most 3 \(decoding.max_length_offset with",
+            r"prefix 'ein.*' has \d+ tokens, and outputs have at most 3 \(decoding.max_length_offset with",
         ),
         (
             {"max_length_factor": 0.0, "max_length_offset": 4, "required": [["ein" * 5], []]},
-            r"required phrases of sentence 1 have \d+ .* at most 3 \(decoding.max_length_offset with max",
+            r"the required phrases have \d+ .* at most 3 \(decoding.max_length_offset with max",
         ),
         ({"min_length": -1}, "decoding.min_length must not be negative, got -1"),
         ({"method": "sampling", "mbr_samples": -1}, "decoding.mbr_samples must not be negative, got -1"),
@@ -449,11 +536,14 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ({"banned_phrases": ("\u200b",)}, "has no token that could be banned"),
         ({"required": [["ein"]]}, "required must be a list with one for each of the 2 sentences"),
         ({"required": [[], "ein"]}, r"required phrases of sentence 2: give a list, not one text \('ein'\)"),
-        ({"required": [[], [" "]]}, "required phrase ' ' of sentence 2 is empty"),
-        ({"required": [[], ["\u4e2d"]]}, "of sentence 2 has characters that the target vocabulary does not hold"),
+        ({"required": [[], [" "]]}, "required phrase ' ' is empty"),
+        (
+            {"required": [[], ["\u4e2d"]]},
+            "required phrase '\u4e2d' has characters that the target vocabulary does not hold",
+        ),
         (
             {"required": [["ein" * 30], []]},
-            r"sentence 1 have \d+ tokens, one after the other, and outputs have at most 47 \(model.max_target_length",
+            r"phrases have \d+ tokens, one after the other, and outputs have at most 47 \(model.max_target_length",
         ),
         (
             {"required": [["ein"], []], "method": "sampling"},
@@ -461,20 +551,20 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ),
         (
             {"required": [["ein"], []], "banned_phrases": ("ein",)},
-            r"required phrase 'ein' of sentence 1 and decoding.banned_phrases \('ein'\) contradict each other",
+            r"required phrase 'ein' and decoding.banned_phrases \('ein'\) contradict each other",
         ),
         (
             {"required": [[], ["neun neun"]], "no_repeat_ngram": 2},
-            r"required phrase 'neun neun' of sentence 2 and decoding.no_repeat_ngram \(2\) contradict each other, "
+            r"required phrase 'neun neun' and decoding.no_repeat_ngram \(2\) contradict each other, "
             "since it holds '\u2581 neun' twice: leave out one of them",
         ),
         (
             {"prefixes": ["", "neun neun"], "no_repeat_ngram": 2},
-            r"prefix 2 \('neun neun'\) and decoding.no_repeat_ngram \(2\) contradict each other, since it holds",
+            r"prefix 'neun neun' and decoding.no_repeat_ngram \(2\) contradict each other, since it holds",
         ),
         (
             {"prefixes": ["ein", ""], "banned_phrases": ("ein",)},
-            r"prefix 1 \('ein'\) and decoding.banned_phrases \('ein'\) contradict each other: leave out one of them",
+            r"prefix 'ein' and decoding.banned_phrases \('ein'\) contradict each other: leave out one of them",
         ),
         (
             {"banned_phrases": ("ein", "ein\u4e2d")},
@@ -489,12 +579,14 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
 )
 def test_bad_options_are_explained(translators, changes, message):
     with pytest.raises((ConfigError, InputError), match=message):
-        translators["transformer"].translate(["one", "two"], **changes)
+        _ = [found.text for found in translators["transformer"].translate(["one", "two"], **changes)]
 
 
 def test_attention_of_a_model_without_is_explained():
     model = RecurrentConfig(hidden_dim=16, attention="none", **SMALL)
-    without = Translator(model, TOKENIZERS, params_of(model, 0), DECODING, make_mesh(MeshConfig(), jax.devices()[:1]))
+    without = Translator.from_params(
+        model, TOKENIZERS, params_of(model, 0), DECODING, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     with pytest.raises(ConfigError, match="attention needs a model with attention, and this one has none"):
         without.translate(["one"], attention=True)
     with pytest.raises(ConfigError, match=r"coverage_penalty \(0.2\) needs a model with attention"):

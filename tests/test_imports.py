@@ -27,7 +27,7 @@ LAYERS = [
     ["training"],
     ["inference"],
     ["plots", "interop"],
-    ["experiment", "compiled_programs"],
+    ["experiment"],
     ["cli"],
     ["__init__"],
 ]

@@ -17,15 +17,9 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.cli import main as cli
-from flax_transformer.data.tokenizer import (
-    END_ID,
-    START_ID,
-    UNKNOWN_ID,
-    SubwordSample,
-    Tokenizer,
-    TokenizerConfig,
-    TokenizerPair,
-)
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL, SentencePieceTokenizer
+from flax_transformer.data.tokenizer import SubwordSample, Tokenizer, TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
@@ -59,7 +53,7 @@ def pieces_to_marian(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def translator() -> Translator:
-    return Translator(MODEL, TOKENIZERS, params_of(MODEL, 1), DECODING, make_mesh(MeshConfig()))
+    return Translator.from_params(MODEL, TOKENIZERS, params_of(MODEL, 1), DECODING, make_mesh(MeshConfig()))
 
 
 def test_every_parameter_has_its_place(translator):
@@ -112,8 +106,8 @@ def test_a_folder_is_written_whole(translator, tmp_path):
 
 def test_separate_vocabularies_are_written_apart(tmp_path):
     params = params_of(MODEL, 1)
-    separate = Translator(MODEL, TOKENIZERS, params, DECODING, make_mesh(MeshConfig()))
-    separate.tokenizers = SEPARATE
+    separate = Translator.from_params(MODEL, TOKENIZERS, params, DECODING, make_mesh(MeshConfig()))
+    separate = dataclasses.replace(separate, tokenizers=SEPARATE)
     write_marian(separate, MODEL, tmp_path / "marian")
     source, target = (json.loads((tmp_path / "marian" / f).read_text()) for f in ("vocab.json", "target_vocab.json"))
     assert len(source) == len(target) == 45 and source != target
@@ -122,7 +116,7 @@ def test_separate_vocabularies_are_written_apart(tmp_path):
 
 def test_vocabularies_of_two_sizes_are_refused(tmp_path, one_device):
     smaller = TokenizerPair(SEPARATE.source, TOKENIZERS.target)
-    translator = Translator(MODEL, smaller, params_of(MODEL, 1), DECODING, one_device)
+    translator = Translator.from_params(MODEL, smaller, params_of(MODEL, 1), DECODING, one_device)
     with pytest.raises(ConfigError, match=r"vocabularies of different sizes \(45 and 60\) cannot be written"):
         write_marian(translator, MODEL, tmp_path / "marian")
 
@@ -156,7 +150,7 @@ def test_a_run_comes_back_to_the_bit_in_all_that_is_read(share, tokenizers, zero
     """Rows that nothing reads come back as zeros: those that pad a vocabulary, and the start token's if it is zero."""
     model = dataclasses.replace(MODEL, share_embeddings=share, num_encoder_layers=2, zero_start=zero_start)
     params: Any = params_of(model, 2, tokenizers)
-    ours = Translator(model, tokenizers, params, DECODING, one_device)
+    ours = Translator.from_params(model, tokenizers, params, DECODING, one_device)
     write_marian(ours, model, tmp_path / "marian")
     run, lost = read_marian(tmp_path / "marian", tmp_path / "run")
     back = Translator.load(run.path, one_device)
@@ -167,7 +161,7 @@ def test_a_run_comes_back_to_the_bit_in_all_that_is_read(share, tokenizers, zero
     assert size % model.vocab_multiple
     for name in ("source_embedding", "target_embedding", "output_embedding"):
         if name in params:
-            unread = [START_ID] if zero_start and name == "target_embedding" else []
+            unread = [SPECIAL.start] if zero_start and name == "target_embedding" else []
             read = np.delete(np.arange(size), unread)
             found, table = np.array(back.params.pop(name)["table"]), np.array(params.pop(name)["table"])
             np.testing.assert_array_equal(found[read], table[read])
@@ -236,7 +230,7 @@ def test_padding_that_their_settings_exclude_has_no_share_in_the_probabilities(t
     config: Any = run.read_config()
     params = translators[0].params
     moved = params | {"output_bias": params["output_bias"] + 0.25}
-    trained = Translator(config.model, translators[0].tokenizers, moved, config.decoding, one_device)
+    trained = Translator.from_params(config.model, translators[0].tokenizers, moved, config.decoding, one_device)
     for translator, change, name in ((translators[0], 0.0, "again"), (trained, 0.25, "trained")):
         assert write_marian(translator, config.model, tmp_path / name) == []
         first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / name))
@@ -256,20 +250,20 @@ def test_a_language_token_is_taken_off_before_the_text_is_cut(tmp_path):
     tokenizer = renumbered((folder / "source.spm").read_bytes(), pieces)
     (plain,) = tokenizer.encode([SOURCES[0]])
     german = int(order[words[">>deu<<"]])
-    for code, first in ((">>deu<< ", german), (">>deu<<", german), (">>x<<", UNKNOWN_ID)):
+    for code, first in ((">>deu<< ", german), (">>deu<<", german), (">>x<<", SPECIAL.unknown)):
         text = [code + SOURCES[0], SOURCES[0], ">>deu<<"]
         assert tokenizer.encode(text) == [[first, *plain], plain, [german]]
         assert tokenizer.encode(text[:1], SubwordSample(0.5, 1))[0][0] == first
     assert tokenizer.pieces([german]) == [">>deu<<"] and tokenizer.decode([german, *plain]) == f">>deu<< {SOURCES[0]}"
     assert german not in tokenizer.encode([f"{SOURCES[0]} >>deu<<"])[0]
     # A tokenizer of our own, which knows no languages, cuts the same text as any other.
-    assert TOKENIZERS.source.encode([f">>deu<< {SOURCES[0]}"])[0][:2] != [UNKNOWN_ID, *plain][:2]
+    assert TOKENIZERS.source.encode([f">>deu<< {SOURCES[0]}"])[0][:2] != [SPECIAL.unknown, *plain][:2]
 
 
 def without_pieces(folder: Path, dropped: int) -> tuple[dict[str, int], list[str]]:
     """Takes the last pieces that source text is cut into out of vocab.json; returns that, and what was taken out."""
     words = json.loads((folder / "vocab.json").read_text())
-    processor = Tokenizer((folder / "source.spm").read_bytes())._processor
+    processor = SentencePieceTokenizer((folder / "source.spm").read_bytes())._processor
     cut = {piece for line in processor.encode(SOURCES, out_type=str) for piece in line}
     gone = [name for name in words if name in cut][-dropped:]
     names = [name for name in words if name not in gone]
@@ -282,7 +276,7 @@ def test_pieces_that_the_vocabulary_lacks_are_cut_and_unknown(tmp_path):
     folder = foreign_marian(tmp_path / "theirs")
     words, gone = without_pieces(folder, 5)
     _, pieces = our_order(words, words["<pad>"], words["</s>"])
-    before = Tokenizer((folder / "source.spm").read_bytes())
+    before = SentencePieceTokenizer((folder / "source.spm").read_bytes())
     after = renumbered(before.model, pieces)
     assert after.vocab_size == len(words) + 1  # and our padding
     number_unknown = 0
@@ -302,7 +296,7 @@ def foreign_marian(folder: Path) -> Path:
     sides = {"source": SOURCES, "target": TARGETS}
     pieces: list[str] = []
     for side, text in sides.items():
-        model = Tokenizer.train(text, TokenizerConfig(vocab_size=40))
+        model = SentencePieceTokenizer.train(text, TokenizerConfig(vocab_size=40))
         proto = sentencepiece_model_pb2.ModelProto()
         proto.ParseFromString(model.model)
         del proto.pieces[:2]  # theirs have no padding and no start: <unk> and </s> alone
@@ -535,13 +529,13 @@ def reference(tmp_path_factory):
 def test_token_ids_are_those_of_transformers(reference):
     ours, expected, order = reference
     for side, tokenizer in (("source", ours.tokenizers.source), ("target", ours.tokenizers.target)):
-        found = [[*ids, END_ID] for ids in tokenizer.encode(expected[f"{side}s"])]
+        found = [[*ids, SPECIAL.end] for ids in tokenizer.encode(expected[f"{side}s"])]
         assert found == [order[ids].tolist() for ids in expected[f"{side}_ids"]]
 
 
 def test_logits_are_those_of_transformers(reference):
     ours, expected, order = reference
-    model = nnx.merge(ours.graphdef, ours.params)
+    model = nnx.merge(ours.parameters.graphdef, ours.params)
     for source, target, logits in zip(expected["source_ids"], expected["target_ids"], expected["logits"], strict=False):
         tokens = [jnp.asarray([order[ids]], jnp.int32) for ids in (source, target)]
         places = [jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in tokens]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from flax_transformer.config.recipe import DecodingConfig
-from flax_transformer.data.tokenizer import START_ID
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.interop.marian import marian_order, vocabulary
 from flax_transformer.interop.marian_generation import export_generation, read_generation
 from flax_transformer.run_folder import RunFolder
@@ -75,7 +75,9 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
 )
 def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
     """What other rules take away is shared out there, too, and not here."""
-    theirs = {"bad_words_ids": [[ORDER.tolist().index(START_ID)], *phrases], "renormalize_logits": True} | LIMIT | more
+    theirs = (
+        {"bad_words_ids": [[ORDER.tolist().index(SPECIAL.start)], *phrases], "renormalize_logits": True} | LIMIT | more
+    )
     expected = (True, ["renormalize_logits: True"] if lost else [])
     assert read_generation(theirs, ORDER, TOKENIZERS.target, LONGEST)[1:] == expected
     theirs["renormalize_logits"] = False

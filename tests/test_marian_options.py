@@ -54,7 +54,9 @@ def test_no_option_of_a_model_is_lost_without_a_word(name, tmp_path, one_device)
         return
     back = read_model_config(export_config(check_expressible(model), TOKENIZERS, with_unused=True))
     if expected == "parameters":
-        write_marian(Translator(model, TOKENIZERS, params_of(model, 1), DECODING, one_device), model, tmp_path / "to")
+        write_marian(
+            Translator.from_params(model, TOKENIZERS, params_of(model, 1), DECODING, one_device), model, tmp_path / "to"
+        )
         back = read_marian(tmp_path / "to", tmp_path / "run")[0].read_config().model
     assert getattr(back, name) == (value if expected in ("kept", "parameters") else default)
     left_out = options_left_out(model)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.data.synthetic import english_number_words
-from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 from flax_transformer.errors import InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import marian_order, write_marian
@@ -41,16 +41,21 @@ def pair(tmp_path_factory):
     model = dataclasses.replace(MODEL, output_bias=True)
     params = params_of(model, 3)
     # Random models hardly ever end: a bias makes them, at many lengths.
-    params = params | {"output_bias": params["output_bias"].at[END_ID].set(3.0)}
+    params = params | {"output_bias": params["output_bias"].at[SPECIAL.end].set(3.0)}
     decoding = dataclasses.replace(
         DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
         force_end=True,
     )  # fmt: skip
-    ours = Translator(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
+    ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
     folder = tmp_path_factory.mktemp("marian") / "model"
     assert write_marian(ours, model, folder) == []
     theirs = transformers.MarianMTModel.from_pretrained(folder).eval()
     return ours, theirs, transformers.MarianTokenizer.from_pretrained(folder)
+
+
+def processor(tokenizer: Any) -> Any:
+    """SentencePiece itself."""
+    return tokenizer._processor
 
 
 def test_token_ids_are_equal(pair):
@@ -65,16 +70,16 @@ def test_logits_are_equal(pair):
     import torch
 
     ours, theirs, _ = pair
-    model = nnx.merge(ours.graphdef, ours.params)
+    model = nnx.merge(ours.parameters.graphdef, ours.params)
     tokenizer = TOKENIZERS.target
     for source_text, target_text in list(zip(SOURCES, TARGETS, strict=True))[:5]:
-        source = [*tokenizer.encode([source_text])[0], END_ID]
-        target = [*tokenizer.encode([target_text])[0], END_ID]
+        source = [*tokenizer.encode([source_text])[0], SPECIAL.end]
+        target = [*tokenizer.encode([target_text])[0], SPECIAL.end]
         rows = [jnp.asarray([ids], jnp.int32) for ids in (source, target)]
         places = [jnp.arange(len(ids), dtype=jnp.int32)[None] for ids in (source, target)]
         batch = Batch(rows[0], places[0], jnp.ones_like(rows[0]), rows[1], places[1], jnp.ones_like(rows[1]))
         logits = np.asarray(model.output_projection().logits(model(batch)))[0]
-        inputs = pieces_to_marian(tokenizer, [START_ID, *target[:-1]])
+        inputs = pieces_to_marian(tokenizer, [SPECIAL.start, *target[:-1]])
         with torch.no_grad():
             found = theirs(
                 input_ids=torch.tensor([pieces_to_marian(tokenizer, source)]), decoder_input_ids=torch.tensor([inputs])
@@ -108,7 +113,7 @@ def assert_alike(ours: Translator, theirs: Any, tokenizer: Any, order: np.ndarra
         rows, scores = made.sequences.tolist(), made.sequences_scores.tolist()
         for found, row, score in zip(ours.translate(chunk), rows, scores, strict=True):
             best = found.hypotheses[0]
-            ids = ours.tokenizers.target._processor.piece_to_id(best.tokens) + [END_ID] * best.finished
+            ids = processor(ours.tokenizers.target).piece_to_id(best.tokens) + [SPECIAL.end] * best.finished
             if best.finished and 0 not in row[1:]:
                 assert score > best.score
             else:
@@ -136,12 +141,12 @@ def lively(share: Literal["target_output", "none"], seed: int) -> tuple[Transfor
     params = params | {"source_embedding": {"table": 5.0 * params["source_embedding"]["table"]}}
     if share == "none":  # tokens that no trained model outputs, and theirs is told not to
         table = params["output_embedding"]["table"]
-        params = params | {"output_embedding": {"table": table.at[jnp.array([PAD_ID, START_ID])].set(0.0)}}
+        params = params | {"output_embedding": {"table": table.at[jnp.array([SPECIAL.pad, SPECIAL.start])].set(0.0)}}
     decoding = dataclasses.replace(
         DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=12,
         stop="finished", force_end=True,
     )  # fmt: skip
-    return model, Translator(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
+    return model, Translator.from_params(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize("share, seed", [("target_output", 4), ("none", 6)])
@@ -176,7 +181,7 @@ def test_two_vocabularies_are_theirs_too(share, seed, tmp_path):
     same = again.with_decoding(ours.decoding).translate(SOURCES)
     for found, back, row in zip(ours.translate(SOURCES), same, made, strict=True):
         assert back == found
-        ids = SEPARATE.target._processor.piece_to_id(found.tokens)
+        ids = processor(SEPARATE.target).piece_to_id(found.tokens)
         assert row[1 : 2 + len(ids)] == [*pieces_to_marian(SEPARATE.target, ids), 0]
         outputs.add(tuple(ids))
     assert len(SOURCES) >= 200 and len(outputs) >= 20
@@ -190,16 +195,16 @@ def test_ctranslate2_reads_what_is_written_for_hugging_face(tmp_path):
     model = dataclasses.replace(MODEL, zero_start=True)
     params = params_of(model, 4)
     table = params["target_embedding"]["table"]
-    params = params | {"target_embedding": {"table": table.at[END_ID].multiply(2.0)}}
+    params = params | {"target_embedding": {"table": table.at[SPECIAL.end].multiply(2.0)}}
     decoding = dataclasses.replace(
         DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
         stop="finished",
     )  # fmt: skip
-    ours = Translator(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
+    ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
     write_marian(ours, model, tmp_path / "marian")
     TransformersConverter(str(tmp_path / "marian")).convert(str(tmp_path / "ctranslate2"))
     theirs = ctranslate2.Translator(str(tmp_path / "ctranslate2"), device="cpu", compute_type="float32")
-    source = TOKENIZERS.source._processor.encode(SOURCES, out_type=str)
+    source = processor(TOKENIZERS.source).encode(SOURCES, out_type=str)
     made = theirs.translate_batch(
         [[*pieces, "</s>"] for pieces in source], beam_size=4, num_hypotheses=4, length_penalty=1.0,
         max_decoding_length=LONGEST - 1, min_decoding_length=0,
@@ -253,8 +258,8 @@ def test_a_set_up_as_published_finds_the_same(tmp_path):
     order, _ = our_order(words, theirs.config.pad_token_id, 0)
     outputs = set()
     for found, row in zip(ours.translate(SOURCES), made, strict=True):
-        ids = [ours.tokenizers.target._processor.piece_to_id(piece) for piece in found.tokens]
-        assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, END_ID]
+        ids = [processor(ours.tokenizers.target).piece_to_id(piece) for piece in found.tokens]
+        assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, SPECIAL.end]
         outputs.add(tuple(ids))
     assert len(SOURCES) >= 200 and len(outputs) >= 20
     assert sum(a != b for a, b in zip(made, otherwise, strict=True)) >= 20
@@ -266,10 +271,10 @@ def test_a_model_of_theirs_has_equal_ids(foreign):
     text += [f">>deu<<{SOURCES[0]}", ">>deu<<", ">>deu<<  two", ">>fra<< two", ">>fra<<two", ">><<two", ">>two"]
     text += [" >>deu<< two", "two >>deu<< two", ">>deu<<>>deu<< two", ">>a>>deu<< two<<", ">>two<"]
     found = [order[ids].tolist() for ids in tokenizer(text)["input_ids"]]
-    assert found == [[*ids, END_ID] for ids in ours.tokenizers.source.encode(text)]
+    assert found == [[*ids, SPECIAL.end] for ids in ours.tokenizers.source.encode(text)]
     text = [*TARGETS, ">>deu<<ein", ">>fra<< ein"]
     found = [order[ids].tolist() for ids in tokenizer(text_target=text)["input_ids"]]
-    assert found == [[*ids, END_ID] for ids in ours.tokenizers.target.encode(text)]
+    assert found == [[*ids, SPECIAL.end] for ids in ours.tokenizers.target.encode(text)]
 
 
 def test_a_pytorch_file_is_read_by_weights_only_loading_or_refused(tmp_path):
@@ -307,8 +312,8 @@ def test_pieces_that_the_vocabulary_lacks_are_unknown_to_both(tmp_path):
     order, pieces = our_order(words, words["<pad>"], words["</s>"])
     theirs = transformers.MarianTokenizer.from_pretrained(folder)(SOURCES)["input_ids"]
     ours = renumbered((folder / "source.spm").read_bytes(), pieces).encode(SOURCES)
-    assert [order[ids].tolist() for ids in theirs] == [[*ids, END_ID] for ids in ours]
-    assert len(gone) == 5 and sum(UNKNOWN_ID in ids for ids in ours) > 5
+    assert [order[ids].tolist() for ids in theirs] == [[*ids, SPECIAL.end] for ids in ours]
+    assert len(gone) == 5 and sum(SPECIAL.unknown in ids for ids in ours) > 5
 
 
 def test_generate_does_what_was_written_of_the_settings(tmp_path):
@@ -329,7 +334,7 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
     usual = loaded.with_decoding(decoding).translate(text)
     # What outputs like to say, one piece or two in a row, as far as a text is cut into them.
     said = [found.tokens[n : n + size] for found in usual for size in (1, 2) for n in range(len(found.tokens))]
-    often = collections.Counter(target.decode(target._processor.piece_to_id(pieces)) for pieces in said)
+    often = collections.Counter(target.decode(processor(target).piece_to_id(pieces)) for pieces in said)
     phrases = [text for text, _ in often.most_common() if target.pieces(target.encode([text])[0]) in said][:4]
     inside = next(pieces[0] for pieces in said if len(pieces) == 1 and pieces[0].isalpha())
     bans = {"banned_phrases": tuple(phrases), "banned_tokens": (inside,)}
@@ -345,8 +350,8 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
         made = theirs.generate(**tokenizer(text, return_tensors="pt", padding=True)).tolist()
     changed = closed = 0
     for found, before, row in zip(ours.translate(text), usual, made, strict=True):
-        ids = target._processor.piece_to_id(found.tokens)
-        assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, END_ID]
+        ids = processor(target).piece_to_id(found.tokens)
+        assert order[row[1 : 2 + len(ids)]].tolist() == [*ids, SPECIAL.end]
         changed += found.tokens != before.tokens
         closed += len(ids) == 6
     assert len(text) >= 100 and changed >= 10 and closed >= 10

@@ -17,7 +17,7 @@ import pytest
 from flax_transformer.cli import main as cli
 from flax_transformer.config.reading import read_config
 from flax_transformer.config.recipe import Config
-from flax_transformer.data import preparation, token_cache, tokenizer
+from flax_transformer.data import preparation, token_cache
 from flax_transformer.data.batching import BatchingConfig, Mixture, Position, TokenizedPairs
 from flax_transformer.data.bucketing import BatchShape, BucketedPlan
 from flax_transformer.data.corpus import load_corpus
@@ -35,13 +35,8 @@ from flax_transformer.data.parallel_text import (
 from flax_transformer.data.preparation import held_out_pairs, prepare_tokenizers, prepare_training_pairs
 from flax_transformer.data.synthetic import NumberWordsConfig, english_number_words, number_words_corpus
 from flax_transformer.data.token_cache import tokenized_parts
-from flax_transformer.data.tokenizer import (
-    SubwordSample,
-    SubwordSamplingConfig,
-    TokenizedText,
-    TokenizerConfig,
-    TokenizerPair,
-)
+from flax_transformer.data.tokenizer import SubwordSample, SubwordSamplingConfig, TokenizedText, TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.experiment.new_run import tokenizers_of_new_run
 from flax_transformer.experiment.report import describe_pairs, describe_run
@@ -434,8 +429,7 @@ def test_sampled_segmentations_differ_and_come_back(algorithm):
 
 
 def test_a_sampled_segmentation_does_not_depend_on_the_number_of_cores(monkeypatch):
-    monkeypatch.setattr(tokenizer, "LINES_IN_A_ROW", 10)
-    lines, sample = [*TEXT.target[:20]] * 3, SubwordSample(0.02, 5)  # nearly every way is as likely
+    lines, sample = [*TEXT.target[:20]] * 3, SubwordSample(0.02, 5, num_lines=10)  # nearly every way is as likely
     found = []
     for cores in (1, 1, 2, 5):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)

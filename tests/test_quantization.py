@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from flax_transformer import backend
-from flax_transformer.decoding.beam_search import best_candidates
-from flax_transformer.decoding.rules import Progress
+from flax_transformer.decoding.candidates import best_candidates
+from flax_transformer.decoding.logits_processors import Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
@@ -74,7 +74,7 @@ def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind, one_d
     if kind == "transformer":
         changes = {"zero_start": True, "num_encoder_layers": 2, "num_decoder_layers": 2}
     model: Any = dataclasses.replace(MODELS[kind], **changes)
-    whole = Translator(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
+    whole = Translator.from_params(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
     made = whole.quantized()
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(t.params)) for t in (made, whole)]
     assert sizes[0] < (0.5 if kind == "transformer" else 0.8) * sizes[1]  # the gates of recurrent cells stay float32
@@ -87,15 +87,16 @@ def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind, one_d
     for source, expected in zip(text, found, strict=True):  # alone, and beside all others
         (one,) = made.translate([source])
         assert [(h.tokens, h.score) for h in one.hypotheses] == [(h.tokens, h.score) for h in expected.hypotheses]
-    assert made.with_decoding(DECODING)._search_form() is made._search_form()  # made once, whatever the settings
+    other = made.with_decoding(dataclasses.replace(DECODING, beam_size=2))
+    assert other.parameters.prepared() is made.parameters.prepared()  # made once, whatever the settings
 
 
 @pytest.mark.slow
 def test_an_ensemble_of_one_model_twice_is_that_model(one_device):
     model, params = MODELS["transformer"], params_of(MODELS["transformer"], 4)
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), params)
-    one = Translator(model, TOKENIZERS, params, DECODING, one_device).quantized().translate(ALIKE[:4])
-    two = Translator(model, TOKENIZERS, twice, DECODING, one_device, 2).quantized().translate(ALIKE[:4])
+    one = Translator.from_params(model, TOKENIZERS, params, DECODING, one_device).quantized().translate(ALIKE[:4])
+    two = Translator.from_params(model, TOKENIZERS, twice, DECODING, one_device, 2).quantized().translate(ALIKE[:4])
     for a, b in zip(one, two, strict=True):
         assert a.tokens == b.tokens
         assert a.score == pytest.approx(b.score, rel=1e-5)
@@ -109,7 +110,7 @@ def test_an_ensemble_of_one_model_twice_is_that_model(one_device):
 def test_other_models_are_quantised_alike(changes, one_device):
     """Attention over the source stays near, too, and is as well spread; a translator is quantised once at most."""
     model: Any = dataclasses.replace(MODELS["transformer"], **changes)
-    whole = Translator(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
+    whole = Translator.from_params(model, TOKENIZERS, params_of(model, 4), DECODING, one_device)
     made = whole.quantized()
     assert made.quantized() is made and whole.quantized() is not whole
     text = ALIKE[:6]
@@ -132,8 +133,10 @@ def test_an_ensemble_of_two_models_has_the_scales_of_each(one_device):
     model = MODELS["transformer"]
     params = [params_of(model, 4), params_of(model, 5)]
     params[1] = jax.tree.map(lambda a: 2 * a, params[1])  # scales that do not fit the first
-    both = Translator(model, TOKENIZERS, jax.tree.map(lambda *a: jnp.stack(a), *params), DECODING, one_device, 2)
-    singles = [Translator(model, TOKENIZERS, p, DECODING, one_device) for p in params]
+    both = Translator.from_params(
+        model, TOKENIZERS, jax.tree.map(lambda *a: jnp.stack(a), *params), DECODING, one_device, 2
+    )
+    singles = [Translator.from_params(model, TOKENIZERS, p, DECODING, one_device) for p in params]
 
     def best(translator: Translator) -> np.ndarray:
         found = translator.translate(ALIKE[:8], beam_size=1, max_length_offset=1, max_length_factor=0.0)

@@ -19,7 +19,8 @@ from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.loader import training_batches, training_plan
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.preparation import prepare_training_pairs
-from flax_transformer.data.tokenizer import TokenizerConfig, TokenizerPair
+from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.inference.translator import vocabulary_info
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule

@@ -12,6 +12,7 @@ from flax import nnx
 from flax_transformer.config.reading import from_dict
 from flax_transformer.config.recipe import Config
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
+from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.build import build_model
@@ -219,7 +220,8 @@ def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
         return output.logits, None, state
 
     state = of.init_decode_state(memory, beams, limit)
-    found = jax.device_get(beam_search(step, reorder_beams, lambda s, *_: s, state, jnp.array([limit]), search))
+    functions = DecoderFunctions(step, reorder_beams, lambda s, *_: s)
+    found = jax.device_get(beam_search(functions, search, state, jnp.array([limit])))
     finished = [i for i in range(beams) if found.finished[0, i]]
     assert len(finished) == len(expected) == 21
     np.testing.assert_allclose(found.scores[0, finished], [s for s, _ in expected], rtol=1e-4)

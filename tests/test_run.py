@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import chex
 import jax
@@ -21,8 +22,9 @@ from flax import nnx
 from flax_transformer import Translator
 from flax_transformer.config.reading import read_config
 from flax_transformer.data.parallel_text import ParallelText
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
-from flax_transformer.data.tokenizer import END_ID, START_ID, SubwordSample
+from flax_transformer.data.tokenizer import SubwordSample
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.run import run_experiment
 from flax_transformer.experiment.validation import Validation
@@ -65,7 +67,7 @@ def test_a_training_has_all_devices_search_together(monkeypatch, tmp_path):
     meshes = []
 
     def stopped(translator, *_):
-        meshes.extend(translator.search_meshes)
+        meshes.extend(translator.parameters.search_meshes)
         raise ConfigError("that is all that is asked")
 
     monkeypatch.setattr(Translator, "compile", stopped)
@@ -306,16 +308,17 @@ def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
     assert 1 <= len(found.hypotheses) <= 3
     finished = [h.finished for h in found.hypotheses]
     assert finished == sorted(finished, reverse=True)
-    tokenizer = translator.tokenizers.target._processor
-    model = nnx.merge(translator.graphdef, translator.params)
-    source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], END_ID]])
+    target: Any = translator.tokenizers.target
+    tokenizer = target._processor
+    model = nnx.merge(translator.parameters.graphdef, translator.params)
+    source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], SPECIAL.end]])
     positions = jnp.arange(source_ids.shape[1])[None]
     memory = jax.jit(model.encode)(source_ids, positions, jnp.ones_like(source_ids))
     step = jax.jit(model.decode_step)
     for hypothesis in found.hypotheses:
-        ids = [tokenizer.piece_to_id(p) for p in hypothesis.tokens] + [END_ID] * hypothesis.finished
+        ids = [tokenizer.piece_to_id(p) for p in hypothesis.tokens] + [SPECIAL.end] * hypothesis.finished
         state = model.init_decode_state(memory, 1, 64)
-        total, previous = 0.0, START_ID
+        total, previous = 0.0, SPECIAL.start
         for token in ids:
             output, state = step(jnp.array([[previous]]), state)
             total += float(jax.nn.log_softmax(output.logits[0, 0])[token])
@@ -325,25 +328,25 @@ def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
 
 def test_one_beam_is_greedy_and_nothing_is_compiled_twice(translator):
     source = "nine hundred thousand"
-    source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], END_ID]])
-    model = nnx.merge(translator.graphdef, translator.params)
+    source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], SPECIAL.end]])
+    model = nnx.merge(translator.parameters.graphdef, translator.params)
     memory = jax.jit(model.encode)(source_ids, jnp.arange(source_ids.shape[1])[None], jnp.ones_like(source_ids))
     step = jax.jit(model.decode_step)
     found = translator.translate([source], beam_size=1)[0].hypotheses[0]
-    state, previous, greedy = model.init_decode_state(memory, 1, 64), START_ID, []
+    state, previous, greedy = model.init_decode_state(memory, 1, 64), SPECIAL.start, []
     for _ in range(len(found.tokens) + found.finished):
         output, state = step(jnp.array([[previous]]), state)
         previous = int(jnp.argmax(output.logits[0, 0]))
         greedy.append(previous)
-    assert found.tokens == translator.tokenizers.target.pieces([t for t in greedy if t != END_ID])
-    assert (greedy[-1] == END_ID) == found.finished
-    programs = dict(translator._programs)
+    assert found.tokens == translator.tokenizers.target.pieces([t for t in greedy if t != SPECIAL.end])
+    assert (greedy[-1] == SPECIAL.end) == found.finished
+    programs = dict(translator.parameters.programs)
     translator.translate([source, "nine hundred million"], beam_size=1)
-    assert translator._programs == programs
+    assert translator.parameters.programs == programs
 
 
 def test_a_sentence_beyond_the_limit_is_cut_and_said_to_be(translator):
-    assert translator.max_source_length == 64
+    assert translator.model.max_source_length == 64
     long = "one " * 80
     short, cut = translator.translate(["one", long])
     assert not short.truncated and cut.truncated

@@ -13,7 +13,7 @@ from flax_transformer import Translator
 from flax_transformer.config.reading import read_config
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.run_folder import RunFolder
 from tests.small_run import checkpoint_params, command

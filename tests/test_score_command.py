@@ -65,7 +65,7 @@ def test_score_gives_the_number_that_translate_printed_with_the_same_text(monkey
 
 
 def test_the_last_line_of_translate_counts_the_tokens_of_what_it_wrote(monkeypatch, capsys, run):
-    clock = itertools.count(0, 4)
+    clock = itertools.count(0.0, 4.0)
     monkeypatch.setattr(translate, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     code, out, err = command(
         monkeypatch, capsys, ["translate", "--run", str(run), "--json"], "\n".join(ALIKE[:10]).encode()
@@ -92,14 +92,21 @@ def test_pieces_of_long_files_are_scored_and_summed_up_as_the_whole(monkeypatch,
     assert whole[0] == 0 and len(whole[1].splitlines()) == 7 and "7 pairs, " in whole[2]
 
 
-def test_pairs_before_one_that_cannot_be_scored_are(monkeypatch, capsys, run, tmp_path):
+def test_a_pair_that_cannot_be_scored_is_named_and_all_others_are_scored(monkeypatch, capsys, run, tmp_path):
     monkeypatch.setattr(score, "PAIRS_AT_ONCE", 3)
     sources, targets = [*SOURCES[:4], "", *SOURCES[4:6]], [*TARGETS[:4], "", *TARGETS[4:6]]
-    for other_targets, before, message in (
-        ([*targets[:4], "zwei", *targets[5:]], 4, "source line 5 is empty, and its target is not"),
-        ([*targets[:5], "eins " * 60, targets[6]], 5, "target line 6 has "),
-        (targets[:5], 5, "source has 7 and"),
+    usual = score_of_files(monkeypatch, capsys, run, tmp_path, sources, targets)[1].splitlines()
+    for bad, target, message in (
+        (4, "zwei", "pair 5 has no score: its source is empty, and its target is not"),
+        (5, "eins " * 60, "pair 6 has no score: its target has "),
     ):
-        code, out, err = score_of_files(monkeypatch, capsys, run, tmp_path, sources, other_targets)
-        assert code == 2 and message in err and "perplexity" not in err
-        assert len(out.splitlines()) == before
+        others = [*targets[:bad], target, *targets[bad + 1 :]]
+        code, out, err = score_of_files(monkeypatch, capsys, run, tmp_path, sources, others)
+        assert code == 4 and f"warning: {message}" in err and "7 pairs, " in err and "; 1 pair has no score" in err
+        assert out.splitlines() == [*usual[:bad], "nan", *usual[bad + 1 :]]
+    files = ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target")]
+    code, out, _ = command(monkeypatch, capsys, ["score", "--run", str(run), *files, "--json"])
+    assert code == 4 and json.loads(out.splitlines()[5])["error"].startswith("its target has ")
+    code, out, err = score_of_files(monkeypatch, capsys, run, tmp_path, sources, targets[:5])
+    assert code == 2 and "source has 7 and" in err and "perplexity" not in err
+    assert len(out.splitlines()) == 5

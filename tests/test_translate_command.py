@@ -1,5 +1,6 @@
 """The command translate: no line is lost, files that are gone on with, phrases, methods, a person who types."""
 
+import dataclasses
 import gzip
 import io
 import itertools
@@ -13,6 +14,7 @@ import pytest
 
 from flax_transformer.cli import translate
 from flax_transformer.cli.partial_output import PartialOutput, StandardOutput
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
@@ -275,7 +277,45 @@ def test_what_is_wrong_with_phrases_is_said_rightly(monkeypatch, capsys, run, tm
     long = [text for text, ids in zip(texts, TOKENIZERS.target.encode(texts), strict=True) if len(ids) < 47][-1]
     (tmp_path / "phrases").write_text("\n" * 9 + "zwei\n")
     code, out, err = command(monkeypatch, capsys, [*arguments, "--prefix", long], b"one\n" * 10)
-    assert code == 2 and out == "" and "of sentence 10" in err  # before anything is written
+    written = out.splitlines()
+    assert code == 4 and len(written) == 10 and all(line.startswith(long) for line in written[:9]) and not written[9]
+    assert "warning: line 10 has no output: the prefix and the required phrases have " in err
+    code, out, err = command(monkeypatch, capsys, [*arguments, "--prefix", "\u4e2d"], b"one\n" * 10)
+    assert code == 2 and out == "" and "error: prefix '\u4e2d' has characters" in err  # it is that of every line
+
+
+def test_a_model_that_has_diverged_is_named_once_and_nothing_is_written(monkeypatch, capsys, tmp_path):
+    run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"], factor=np.nan)
+    (tmp_path / "text").write_text("one\n\ntwo\n")
+    text, output = str(tmp_path / "text"), str(tmp_path / "out")
+    for arguments in (
+        ["translate", "--input", text, "--output", output],
+        ["evaluate", "--source", text, "--reference", text, "--output", output],
+        ["score", "--source", text, "--target", text],
+    ):
+        code, out, err = command(monkeypatch, capsys, [arguments[0], "--run", str(run), *arguments[1:]])
+        assert code == 1 and not out and "warning" not in err
+        assert "error: 'one' has no " in err and "scores are not finite: the training has diverged" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "text"}
+
+
+def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys, tmp_path):
+    run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"])
+    (tmp_path / "text").write_text("one\ntwo\n")
+    arguments = ["evaluate", "--run", str(run), "--source", str(tmp_path / "text")]
+    arguments += ["--reference", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    assert command(monkeypatch, capsys, arguments)[0] == 0
+    pieces = TOKENIZERS.target.pieces(range(len(SPECIAL.ids), TOKENIZERS.target.vocab_size))
+    folder = RunFolder.open(run)
+    config = folder.read_config()
+    # Few tokens are left, so an output of many that are all different is none.
+    rules = {"banned_tokens": tuple(pieces[5:]), "no_repeat_ngram": 1, "min_length": 9}
+    folder.update_config(dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **rules)))
+    code, out, err = command(monkeypatch, capsys, arguments)
+    assert code == 4 and out.startswith("BLEU 0.00") and (tmp_path / "out").read_text() == "\n\n"
+    for number in (1, 2):
+        assert f"warning: {tmp_path / 'text'}, line {number} has no output: the search found no output at all" in err
+    assert "the rules that are set (decoding.min_length: 9, decoding.no_repeat_ngram: 1, decoding.banned_tokens:" in err
 
 
 def test_a_beam_that_does_not_fit_the_memory_is_explained(monkeypatch, capsys, run):
@@ -353,7 +393,6 @@ def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
         (b"ein\n", "has 1 lines, and standard input has more: line n of one belongs to line n of the other"),
         (b"ein\n\nein\n", "has 3 lines, and standard input has fewer"),
         (b"ein\n\xff\n", "not valid UTF-8 (invalid start byte at byte 4)"),
-        (b"ein\n\xe4\xb8\xad\n", "of sentence 2 has characters that the target vocabulary does not hold"),
         (None, "there is no such file"),
     ],
 )

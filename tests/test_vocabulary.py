@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flax_transformer import backend
-from flax_transformer.decoding.beam_search import best_candidates
-from flax_transformer.decoding.rules import Progress
+from flax_transformer.decoding.candidates import best_candidates
+from flax_transformer.decoding.logits_processors import Progress
 from flax_transformer.ops.vocabulary import best_of_vocabulary, log_probabilities
 
 
@@ -24,9 +24,9 @@ def test_the_best_of_a_vocabulary_are_those_of_top_k_ties_included(size, platfor
 
     progress = Progress(jnp.zeros((2, 3, 1), jnp.int32), jnp.zeros(2, jnp.int32), jnp.arange(2))
     with backend.tracing_for(platform):
-        scores, parents, tokens, log_probs = best_candidates(jnp.zeros((2, 3)), logits, 5, progress, ())
+        found = best_candidates(jnp.zeros((2, 3)), logits, 5, progress, ())
         np.testing.assert_allclose(log_probabilities(logits), jax.nn.log_softmax(logits), rtol=1e-6, atol=1e-6)
     expected, flat = jax.lax.top_k(jax.nn.log_softmax(logits).reshape(2, -1), 5)
-    np.testing.assert_allclose(scores, expected, rtol=1e-6)
-    np.testing.assert_array_equal(scores, log_probs)
-    np.testing.assert_array_equal(parents * size + tokens, flat)
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-6)
+    np.testing.assert_array_equal(found.scores, found.log_probs)
+    np.testing.assert_array_equal(found.parents * size + found.tokens, flat)

@@ -11,7 +11,7 @@ from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.prepare import Quantize
-from flax_transformer.inference.translation import cut_line
+from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
@@ -20,6 +20,8 @@ from flax_transformer.training.checkpoint import Choice
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Translates a source file and prints BLEU and chrF against a reference file, with their signatures.
+
+    A line without any output counts as an empty one.
 
     Attributes:
         run: run folder of the model.
@@ -46,10 +48,11 @@ class EvaluateOptions:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened.
+    """Returns the exit code: 0, or 4 when lines were shortened or have no output.
 
     Raises:
         InputError: a bad run folder, setting or file.
+        DivergenceError: no line has any output, since the model's scores are not finite.
     """
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()
@@ -62,12 +65,17 @@ def main(arguments: list[str], program: str) -> int:
     translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
     changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
     translations = translator.translate(text.source, **changes)
-    hypotheses = [t.text for t in translations]
+    hypotheses = texts_or_empty(translations)
     print(evaluate(hypotheses, text.target, config.evaluation.bleu_tokenizer).text)
     if options.output is not None:
         options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
-    shortened = [number for number, t in enumerate(translations, start=1) if t.truncated]
-    for number in shortened:
-        warning = cut_line(f"{options.source}, line {number}", translator.max_source_length)
+    warnings = []
+    for number, found in enumerate(translations, start=1):
+        line = f"{options.source}, line {number}"
+        if isinstance(found, NoTranslation):
+            warnings.append(f"{line} has no output: {found.reason}")
+        elif found.truncated:
+            warnings.append(cut_line(line, translator.model.max_source_length))
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return 4 if shortened else 0
+    return 4 if warnings else 0

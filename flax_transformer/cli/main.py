@@ -1,7 +1,7 @@
 """The command `flax-transformer VERB ...`: sets up the process, dispatches verbs, words a user's mistakes.
 
 Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 a training was stopped by a signal, its state saved, 4 done but
-some lines were shortened or lack what was required, 130 something else was interrupted.
+some lines were shortened, lack what was required or have no output, 130 something else was interrupted.
 """
 
 import importlib

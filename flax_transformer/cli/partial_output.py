@@ -18,7 +18,7 @@ class Progress:
     Attributes:
         lines: done and written.
         source: SHA-256 of the lines that they were made from.
-        faulty: whether one of them was shortened, or lacks a phrase that was required.
+        faulty: whether one of them was shortened, lacks a phrase that was required, or has no output.
         settings: all else that makes them what they are.
     """
 
@@ -151,7 +151,7 @@ class PartialOutput:
         Args:
             lines: without their ends.
             source: SHA-256 of what these and all before them were made from.
-            faulty: whether one of these was shortened, or lacks a phrase that was required.
+            faulty: whether one of these was shortened, lacks a phrase that was required, or has no output.
         """
         before = self.progress
         self._file.write("".join(f"{line}\n" for line in lines).encode())

@@ -12,7 +12,7 @@ import tyro
 from flax_transformer.data.parallel_text import ParallelFiles, ParallelTextConfig
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.prepare import Quantize
-from flax_transformer.inference.scorer import PairScore, Scorer
+from flax_transformer.inference.scorer import NoScore, PairScore, Scorer, raise_if_diverged
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
@@ -30,7 +30,8 @@ class ScoreOptions:
 
     The score of a pair is its log-probability (nats, end token included) divided by the length penalty. That is the
     number that translate prints for an output that has ended, unless a repetition penalty, a coverage penalty or a
-    forced end had a part in it, or the output's text is cut into other tokens than it was made of.
+    forced end had a part in it, or the output's text is cut into other tokens than it was made of. For a pair that has
+    no score, such as one whose target is longer than any output, nan is printed, and an object that says why.
 
     Attributes:
         run: run folder of the model, or several as an ensemble.
@@ -56,19 +57,25 @@ class Total:
     """What all pairs so far come to.
 
     Attributes:
-        pairs, tokens: how many; of the targets, end tokens included.
-        log_prob: of all targets, nats.
+        pairs: how many there were.
+        without: how many of them have no score.
+        tokens: of the targets of the others, end tokens included.
+        log_prob: of these targets, nats.
         shortened: whether a source was.
     """
 
     pairs: int = 0
+    without: int = 0
     tokens: int = 0
     log_prob: float = 0.0
     shortened: bool = False
 
-    def add(self, score: PairScore) -> None:
+    def add(self, score: PairScore | NoScore) -> None:
         """Takes over one more."""
         self.pairs += 1
+        if isinstance(score, NoScore):
+            self.without += 1
+            return
         self.tokens += len(score.token_scores)
         self.log_prob += score.log_prob
         self.shortened |= score.truncated
@@ -77,17 +84,20 @@ class Total:
     def text(self) -> str:
         """All of it in a line; the perplexity is exp(- log-probability / tokens)."""
         perplexity = math.exp(-self.log_prob / self.tokens) if self.tokens else math.nan
+        pairs = "1 pair has" if self.without == 1 else f"{self.without:,} pairs have"
+        without = f"; {pairs} no score" if self.without else ""
         return (
             f"{self.pairs:,} pairs, {self.tokens:,} target tokens, log-probability {self.log_prob:.2f}, perplexity "
-            f"{perplexity:.4f}"
+            f"{perplexity:.4f}{without}"
         )
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened.
+    """Returns the exit code: 0, or 4 when lines were shortened or pairs have no score.
 
     Raises:
-        InputError: a bad run folder, setting or file, or a pair that cannot be scored; those before it are.
+        InputError: a bad run folder, setting or file; the pairs before a bad line are scored.
+        DivergenceError: no pair has a score, since none is finite.
     """
     options = tyro.cli(ScoreOptions, args=arguments, prog=program)
     if not options.run:
@@ -104,32 +114,32 @@ def main(arguments: list[str], program: str) -> int:
             piece.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
         except InputError as bad_line:
             error = bad_line
-        scores = []
-        while piece and not scores:
-            try:
-                sources, targets = zip(*piece, strict=True)
-                scores = scorer.score(sources, targets, options.length_penalty, first=total.pairs + 1)
-            except InputError as bad_pair:
-                if bad_pair.sentence is None:
-                    raise
-                error, piece = bad_pair, piece[: bad_pair.sentence]
-        if not scores:
+        if not piece:
             break
+        sources, targets = zip(*piece, strict=True)
+        scores = scorer.score(sources, targets, options.length_penalty)
+        if not total.tokens:
+            raise_if_diverged(scores)
         for score in scores:
             total.add(score)
-            if score.truncated:
-                warning = cut_line(f"{options.source}, line {total.pairs}", scorer.translator.max_source_length, "read")
+            if isinstance(score, NoScore):
+                print(f"warning: pair {total.pairs} has no score: {score.reason}", file=sys.stderr)
+            elif score.truncated:
+                longest = scorer.translator.model.max_source_length
+                warning = cut_line(f"{options.source}, line {total.pairs}", longest, "read")
                 print(f"warning: {warning}", file=sys.stderr)
             sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 whatever the locale
         sys.stdout.buffer.flush()
     if error is not None:
         raise error
     print(total.text, file=sys.stderr)
-    return 4 if total.shortened else 0
+    return 4 if total.shortened or total.without else 0
 
 
-def as_line(options: ScoreOptions, score: PairScore) -> str:
+def as_line(options: ScoreOptions, score: PairScore | NoScore) -> str:
     """Returns what is written for a pair."""
+    if isinstance(score, NoScore):
+        return json.dumps({"error": str(score.reason)}, ensure_ascii=False) if options.json else "nan"
     if not options.json:
         return f"{score.score:.6f}"
     named = {name: getattr(score, name) for name in ("score", "log_prob", "tokens", "token_scores")}

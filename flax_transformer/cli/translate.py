@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +17,10 @@ import tyro
 from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
 from flax_transformer.config.recipe import METHOD_FIELDS, DecodingConfig
 from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
-from flax_transformer.errors import ConfigError, DivergenceError, InputError
+from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
-from flax_transformer.inference.translation import Hypothesis, Translation, cut_line
+from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_diverged
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
@@ -32,6 +32,8 @@ LINES_AT_ONCE = 4_096
 @dataclass(frozen=True)
 class TranslateOptions:
     """Translates line by line: one line out for each line in, in order, empty for empty.
+
+    A line that has no output is written as an empty line, with --json as an object that says why; a warning names it.
 
     Attributes:
         run: run folder of the model, or several as an ensemble.
@@ -119,8 +121,13 @@ def read_phrases(path: Path) -> list[list[str]]:
     return [[phrase for phrase in line.removesuffix("\r").split("\t") if phrase.strip()] for line in lines]
 
 
-def as_line(options: TranslateOptions, translation: Translation) -> str:
+def as_line(options: TranslateOptions, translation: Translation | NoTranslation) -> str:
     """Returns what is written for a line."""
+    if isinstance(translation, NoTranslation):
+        if options.json:
+            nothing = {"hypotheses": [], "truncated": translation.truncated, "error": str(translation.reason)}
+            return json.dumps(nothing, ensure_ascii=False)
+        return "nan\t" if options.scores else ""
     if not options.json:
         return f"{translation.score:.6f}\t{translation.text}" if options.scores else translation.text
 
@@ -192,10 +199,11 @@ def values_of(arguments: list[str], option: str) -> list[str]:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened or lack a required phrase.
+    """Returns the exit code: 0, or 4 when lines were shortened, lack a required phrase or have no output.
 
     Raises:
-        InputError: a bad run folder, setting, file or line.
+        InputError: a bad run folder, setting or file.
+        DivergenceError: no line has any output, since the model's scores are not finite.
     """
     defaults = TranslateOptions(run=())
     if runs := values_of(arguments, "--run"):  # the run says what is used where nothing is said
@@ -219,13 +227,70 @@ def main(arguments: list[str], program: str) -> int:
         return translate_stream(options, translator, phrases, source, output)
 
 
-def missing_words(line: int, translation: Translation) -> Iterator[str]:
-    """Yields a warning for each required phrase that the output of a line lacks."""
-    best = translation.hypotheses[0]
-    empty = not translation.source
-    reason = "the line is empty, and so is its output" if empty else "it reached its maximum length first"
-    for phrase in best.missing:
-        yield f"the output of line {line} lacks {phrase!r}: {reason}."
+def warnings_of(number: int, translation: Translation | NoTranslation, max_source_length: int) -> Iterator[str]:
+    """Yields what is to be said of a line: that it has no output, that it was cut, which required phrases it lacks."""
+    if isinstance(translation, NoTranslation):
+        yield f"line {number} has no output: {translation.reason}"
+        return
+    reason = "it reached its maximum length first" if translation.source else "the line is empty, and so is its output"
+    for phrase in translation.hypotheses[0].missing:
+        yield f"the output of line {number} lacks {phrase!r}: {reason}."
+    if translation.truncated:
+        yield cut_line(f"line {number}", max_source_length)
+
+
+@dataclass
+class Total:
+    """What all lines of this call so far come to.
+
+    Attributes:
+        lines: how many.
+        tokens: of their outputs.
+        unfinished: outputs that were cut at their maximum length.
+        without: lines that have no output.
+    """
+
+    lines: int = 0
+    tokens: int = 0
+    unfinished: int = 0
+    without: int = 0
+
+    def add(self, translations: Sequence[Translation | NoTranslation]) -> None:
+        """Takes over more of them."""
+        self.lines += len(translations)
+        for translation in translations:
+            if isinstance(translation, NoTranslation):
+                self.without += 1
+            else:
+                self.tokens += len(translation.tokens)
+                self.unfinished += not translation.hypotheses[0].finished
+
+    def text(self, seconds: float) -> str:
+        """All of it in a line."""
+        lines = "1 line has" if self.without == 1 else f"{self.without:,} lines have"
+        without = f"; {lines} no output" if self.without else ""
+        cut = f"; {self.unfinished:,} outputs were cut at their maximum length" if self.unfinished else ""
+        return (
+            f"{self.lines:,} sentences, {self.tokens:,} tokens in {seconds:.1f} s: {self.lines / seconds:,.1f} "
+            f"sentences/s, {self.tokens / seconds:,.1f} tokens/s{without}{cut}"
+        )
+
+
+def skip_translated(lines: Iterator[str], name: str, output: PartialOutput | StandardOutput) -> Any:
+    """Reads the lines that have been translated before, and returns their digest.
+
+    Raises:
+        InputError: the output was made of other lines.
+    """
+    done, digest = output.progress.lines, digest_of([])
+    for start in range(0, done, LINES_AT_ONCE):
+        digest_of(list(itertools.islice(lines, min(LINES_AT_ONCE, done - start))), digest)
+    if digest.hexdigest() != output.progress.source:
+        raise InputError(
+            f"--resume: {name} does not begin with the {done:,} lines that have been translated: it is another file, "
+            "or it has been changed."
+        )
+    return digest
 
 
 def translate_stream(
@@ -238,26 +303,16 @@ def translate_stream(
     """Translates a stream piece by piece, and returns the exit code.
 
     Raises:
-        InputError: a bad line; what stands before it is translated. Phrases that no output can hold, or more or fewer
-            lines of them. An output that was made of another text.
+        InputError: a line that cannot be read; what stands before it is translated. More or fewer lines of phrases. A
+            prefix that no output can have. An output that was made of another text.
+        DivergenceError: nothing has any output, since the model's scores are not finite.
     """
-    if phrases is not None:  # raises now, rather than in the middle
-        prefix = [] if options.prefix is None else translator.tokenizers.target.encode([options.prefix])[0]
-        translator.demands.required_phrases(phrases, [prefix] * len(phrases))
+    translator.requests.demands.prefix(options.prefix or "")  # of every line: it is no fault of one
     at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
     name = "standard input" if options.input is None else str(options.input)
     lines = read_lines(source, name)
-    done = skipped = output.progress.lines
-    digest = digest_of([])
-    for start in range(0, skipped, LINES_AT_ONCE):
-        digest_of(list(itertools.islice(lines, min(LINES_AT_ONCE, skipped - start))), digest)
-    if digest.hexdigest() != output.progress.source:
-        raise InputError(
-            f"--resume: {name} does not begin with the {skipped:,} lines that have been translated: it is another "
-            "file, or it has been changed."
-        )
-    tokens, unfinished, error, faulty = 0, 0, None, output.progress.faulty
-    started = time.monotonic()
+    digest, done, total, error = skip_translated(lines, name, output), output.progress.lines, Total(), None
+    faulty, started = output.progress.faulty, time.monotonic()
     while error is None:
         chunk: list[str] = []
         try:
@@ -272,29 +327,20 @@ def translate_stream(
             )
         if not chunk:
             break
-        translations = []
-        while chunk and not translations:
-            try:
-                translations = translator.translate(
-                    chunk,
-                    num_hypotheses=options.num_hypotheses,
-                    prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
-                    required=None if phrases is None else phrases[done : done + len(chunk)],
-                    attention=options.alignment or options.attention,
-                )
-            except (InputError, DivergenceError) as bad:
-                if bad.sentence is None:
-                    raise
-                # As with a bad line, what stands before it is still translated.
-                error = type(bad)(f"line {done + bad.sentence + 1:,} of {name}: {bad}")
-                chunk = chunk[: bad.sentence]
-        warnings: list[str] = []
-        for number, translation in enumerate(translations, start=done + 1):
-            tokens += len(translation.tokens)
-            unfinished += not translation.hypotheses[0].finished
-            warnings.extend(missing_words(number, translation))
-            if translation.truncated:
-                warnings.append(cut_line(f"line {number}", translator.max_source_length))
+        translations = translator.translate(
+            chunk,
+            num_hypotheses=options.num_hypotheses,
+            prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
+            required=None if phrases is None else phrases[done : done + len(chunk)],
+            attention=options.alignment or options.attention,
+        )
+        if not total.tokens:
+            raise_if_diverged(translations)
+        warnings = [
+            warning
+            for number, translation in enumerate(translations, start=done + 1)
+            for warning in warnings_of(number, translation, translator.model.max_source_length)
+        ]
         output.write(
             [as_line(options, translation) for translation in translations],
             digest_of(chunk, digest).hexdigest(),
@@ -303,15 +349,9 @@ def translate_stream(
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         faulty = faulty or bool(warnings)
+        total.add(translations)
         done += len(chunk)
     if error is not None:
         raise error
-    seconds = max(time.monotonic() - started, 1e-9)
-    sentences = done - skipped
-    cut = f"; {unfinished:,} outputs were cut at their maximum length" if unfinished else ""
-    print(
-        f"{sentences:,} sentences, {tokens:,} tokens in {seconds:.1f} s: {sentences / seconds:,.1f} sentences/s, "
-        f"{tokens / seconds:,.1f} tokens/s{cut}",
-        file=sys.stderr,
-    )
+    print(total.text(max(time.monotonic() - started, 1e-9)), file=sys.stderr)
     return 4 if faulty else 0

@@ -9,19 +9,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import sentencepiece
-
 from flax_transformer.data.batching import Mixture, TokenizedPairs
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.parallel_text import ParallelText, TextPart
+from flax_transformer.data.sentencepiece_tokenizer import VERSION
 from flax_transformer.data.token_cache import tokenized_parts
 from flax_transformer.data.tokenizer import (
     SubwordSample,
     SubwordSamplingConfig,
     TokenizedText,
     TokenizerConfig,
-    TokenizerPair,
 )
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.user_cache import user_cache
 
@@ -30,16 +29,14 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
     """Returns tokenizers learnt from the training text, or those that were learnt from it before in the same way.
 
     Raises:
-        InputError: bad text, or as `Tokenizer.train`.
+        InputError: bad text, or as `SentencePieceTokenizer.train`.
     """
-    content = [[part.fingerprint for part in parts], dataclasses.asdict(config), sentencepiece.__version__]
+    content = [[part.fingerprint for part in parts], dataclasses.asdict(config), VERSION]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = user_cache("tokenizers")
     if (folder / key).is_dir():
         with contextlib.suppress(RunFolderError):  # damaged: it is learnt again
-            kept = TokenizerPair.load(folder / key)
-            if kept.source.vocab_size and kept.target.vocab_size:
-                return kept
+            return TokenizerPair.load(folder / key)
         shutil.rmtree(folder / key, ignore_errors=True)
     names = ", ".join(part.name for part in parts)
     tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config, names)

@@ -23,7 +23,8 @@ import rich.progress
 
 from flax_transformer.data.filters import PairMarks
 from flax_transformer.data.parallel_text import TextPart
-from flax_transformer.data.tokenizer import LINES_IN_A_ROW, SubwordSample, TokenizedText, Tokenizer, TokenizerPair
+from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokenizer
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError
 
 # Of the files in a cache; another number makes all older caches be made anew.
@@ -75,7 +76,7 @@ def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subw
         tokenizers.target.fingerprint,
     ]
     if sample is not None:
-        content.append([sample.alpha, sample.seed, LINES_IN_A_ROW])
+        content.append([sample.alpha, sample.seed, sample.num_lines])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

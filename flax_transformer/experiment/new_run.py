@@ -9,11 +9,11 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import Position
 from flax_transformer.data.parallel_text import Corpus
 from flax_transformer.data.preparation import prepare_tokenizers
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.programs import CompiledPrograms, Programs
 from flax_transformer.experiment.text import PreparedText
-from flax_transformer.inference.translator import vocabulary_info
+from flax_transformer.models.build import vocabulary_info
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
 from flax_transformer.training.state import StateLayout, TrainState, init_state

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from flax_transformer.config.recipe import Config
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.experiment.validation import Validation
-from flax_transformer.inference.translator import Translator, vocabulary_info
+from flax_transformer.inference.translator import Translator
+from flax_transformer.models.build import vocabulary_info
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.memory import needed_bytes
@@ -87,7 +88,7 @@ def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     objective = Objective(config.training.label_smoothing, config.training.r_drop)
     step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
-    translator = Translator(config.model, text.tokenizers, layout.abstract.params, config.decoding, mesh)
+    translator = Translator.from_params(config.model, text.tokenizers, layout.abstract.params, config.decoding, mesh)
     validation = Validation(config, text, translator, layout)
     cost = ProductCost.of(parameter_info, objective.num_passes)
     flops = FlopFigures(cost, peak_flops(mesh, config.model.compute_dtype))

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import Plan, TokenizedPairs
 from flax_transformer.data.parallel_text import Corpus
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
-from flax_transformer.inference.translation import cut_line
+from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
@@ -111,7 +111,7 @@ def score_test_part(
     clock = time.monotonic()
     translations = translator.translate(corpus.test.source)
     seconds = time.monotonic() - clock
-    hypotheses = [t.text for t in translations]
+    hypotheses = texts_or_empty(translations)
     scores = evaluate(hypotheses, corpus.test.target, config.evaluation.bleu_tokenizer)
     folder.write_test(corpus.test.source, corpus.test.target, hypotheses)
 
@@ -123,9 +123,11 @@ def score_test_part(
         log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
     cut = [number for number, t in enumerate(translations, start=1) if t.truncated]
     if cut:
-        first = cut_line(f"{corpus.test.name}, line {cut[0]}", translator.max_source_length)
+        first = cut_line(f"{corpus.test.name}, line {cut[0]}", translator.model.max_source_length)
         others = f" So were {len(cut) - 1} test lines after it." if cut[1:] else ""
         log.say(f"\nwarning: {first}{others}")
+    if without := no_output_line(translations, "test sentences"):
+        log.say(f"\nwarning: {without}")
     decoding = config.decoding
     log.say(f"\ntest, beam {decoding.beam_size}, length penalty {decoding.length_penalty}, {seconds:.1f} s")
     log.say(scores.text)
@@ -140,10 +142,10 @@ def draw_pictures(
     plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
     by_length = sorted((corpus.test.source[index] for index in samples), key=len)
     source = by_length[len(by_length) // 2]
-    best = translator.translate([source])[0].text
-    attention = attention_map(translator, source, best)
+    (found,) = translator.translate([source])
+    attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if attention is not None:
-        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{best}")
+        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}")
 
 
 def run_card(

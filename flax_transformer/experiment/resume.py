@@ -7,7 +7,7 @@ from typing import Any
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import Position, same_text
 from flax_transformer.data.parallel_text import Corpus
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.new_run import Start, initial_params, initial_state, training_checkpoints
 from flax_transformer.experiment.programs import Programs

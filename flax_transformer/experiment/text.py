@@ -10,7 +10,7 @@ from flax_transformer.data.batching import Plan, TokenizedPairs, data_fingerprin
 from flax_transformer.data.loader import evaluation_plan, training_plan
 from flax_transformer.data.parallel_text import Corpus
 from flax_transformer.data.preparation import held_out_pairs, prepare_training_pairs
-from flax_transformer.data.tokenizer import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.parallel.mesh import check_rows
 
 

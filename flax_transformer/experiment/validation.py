@@ -9,6 +9,7 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.loader import evaluation_batches
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.evaluate import evaluate
+from flax_transformer.inference.translation import no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.memory import held_bytes
 from flax_transformer.parallel.mesh import batch_sharding
@@ -68,7 +69,8 @@ class Validation:
             for batch in evaluation_batches(self.pairs, self.plan)
         ]
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*sums, strict=True)))
-        hypotheses = [t.text for t in self.translator.with_params(params).translate(self.source)]
+        translations = self.translator.with_params(params).translate(self.source)
+        hypotheses = texts_or_empty(translations)
         scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
         record = {
             "step": step,
@@ -85,4 +87,6 @@ class Validation:
             f"BLEU {scores.bleu:.2f} chrF {scores.chrf:.2f} exact {scores.exact_match:.1f}% "
             f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
         )
+        if without := no_output_line(translations, "validation sentences"):
+            log.say(f"warning: {without}")
         return self.quality(record)

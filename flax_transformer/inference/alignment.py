@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# What SentencePiece puts in place of the space before a word.
-WORD_START = "\u2581"
-
 
 def word_numbers(text: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Returns for each piece of a text the numbers of its words, from 0; a word is what stands between spaces (U+0020).

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_transformer.data.tokenizer import END_ID, START_ID
+from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.inference.translator import Translator
 
 
@@ -28,12 +28,17 @@ class AttentionMap:
 
 def attention_map(translator: Translator, source: str, target: str) -> AttentionMap | None:
     """Returns the attention over `source` while the model is fed `target`; None for a model without attention."""
-    source_ids = [*translator.tokenizers.source.encode([source])[0][: translator.max_source_length - 1], END_ID]
-    target_ids = [*translator.tokenizers.target.encode([target])[0][: translator.max_target_length - 1], END_ID]
+    tokenizers, graphdef = translator.tokenizers, translator.parameters.graphdef
+
+    def closed(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
+        return [*tokenizer.encode([text])[0][: longest - 1], tokenizer.special.end]
+
+    source_ids = closed(tokenizers.source, source, translator.model.max_source_length)
+    target_ids = closed(tokenizers.target, target, translator.model.max_target_length)
 
     @jax.jit
     def run(params, tokens, inputs):
-        model = nnx.merge(translator.graphdef, params)
+        model = nnx.merge(graphdef, params)
         positions = jnp.arange(tokens.shape[1])[None, :]
         memory = model.encode(tokens, positions, jnp.ones_like(tokens))
         state = model.init_decode_state(memory, 1, inputs.shape[0])
@@ -44,12 +49,13 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
 
         return jax.lax.scan(step, state, inputs)[1]
 
-    inputs = np.asarray([START_ID, *target_ids[:-1]], np.int32)
-    weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
+    inputs = np.asarray([tokenizers.target.special.start, *target_ids[:-1]], np.int32)
+    with jax.set_mesh(translator.mesh):
+        weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
     if weights is None:
         return None
     return AttentionMap(
-        translator.tokenizers.source.pieces(source_ids),
-        translator.tokenizers.target.pieces(target_ids),
+        tokenizers.source.pieces(source_ids),
+        tokenizers.target.pieces(target_ids),
         np.moveaxis(np.asarray(weights)[:, 0, 0], 0, 2),
     )

@@ -1,18 +1,21 @@
 """What is demanded of outputs, as ids: what they begin with, what they hold and what not; and what contradicts what."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flax_transformer.config.recipe import DecodingConfig
-from flax_transformer.data.tokenizer import UNKNOWN_ID, Tokenizer
-from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.alignment import WORD_START
+from flax_transformer.data.tokenizer import Tokenizer
+from flax_transformer.errors import ConfigError, InputError, shortened
+
+# What the outputs of a sentence begin with: text, or the names of pieces, as `Hypothesis.tokens` has them.
+Prefix = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Demands:
-    """Turns what is demanded as text into ids.
+    """Turns what is demanded of the outputs of one sentence into ids.
 
     Attributes:
         target: tokenizer of the outputs.
@@ -35,8 +38,29 @@ class Demands:
             return fixed, "decoding.max_length_offset with max_length_factor 0"
         return self.longest, "model.max_target_length"
 
+    def max_length(self, source_length: int, demanded_length: int) -> int:
+        """Returns the most target tokens for so many source and demanded tokens, end tokens included."""
+        decoding = self.decoding
+        limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
+        return min(max(limit, decoding.min_length + 1, demanded_length + 1), self.longest + 1)
+
+    def check_settings(self) -> None:
+        """Returns if the settings demand nothing that no output of the model can have.
+
+        Raises:
+            ConfigError: a minimum length above the longest output, or a ban that means nothing.
+        """
+        longest, limit = self._longest
+        if self.decoding.min_length > longest:
+            raise ConfigError(
+                f"decoding.min_length ({self.decoding.min_length}) is more than the {longest} tokens that outputs have "
+                f"at most ({limit}, less the end token)."
+            )
+        _ = self._bans
+
+    @functools.cached_property
     def banned_phrases(self) -> dict[str, list[int]]:
-        """Returns the ids of each banned phrase.
+        """The ids of each banned phrase.
 
         Raises:
             ConfigError: one that has no token, or characters that the vocabulary does not hold.
@@ -46,113 +70,112 @@ class Demands:
         for text, ids in phrases.items():
             if not ids:
                 raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
-            if UNKNOWN_ID in ids:
+            if self.target.special.unknown in ids:
                 raise ConfigError(
                     f"decoding.banned_phrases: {text!r} has characters that the target vocabulary does not hold, so no "
                     "output can hold it: leave it out (decoding.ban_unknown bans all that is unknown)."
                 )
         return phrases
 
+    @functools.cached_property
     def banned_tokens(self) -> dict[str, int]:
-        """Returns the id of each banned token.
+        """The id of each banned token.
 
         Raises:
             ConfigError: one that is no piece of the target vocabulary.
         """
-        tokens = {name: self.target.id_of(name) for name in self.decoding.banned_tokens}
-        for name, number in tokens.items():
-            if number is None:
-                begins = WORD_START + name.lstrip("_ ")
-                hint = "" if self.target.id_of(begins) is None else f" Did you mean {begins!r}?"
+        found = {}
+        for name in self.decoding.banned_tokens:
+            if (number := self.target.id_of(name)) is None:
                 raise ConfigError(
-                    f"decoding.banned_tokens: {name!r} is no piece that outputs are made of.{hint} Name pieces as "
-                    f"translate --json does, with {WORD_START} where a word begins (decoding.ban_unknown bans what is "
-                    "unknown)."
+                    f"decoding.banned_tokens: {self._no_piece(name)} (decoding.ban_unknown bans what is unknown)."
                 )
-        return {name: number for name, number in tokens.items() if number is not None}
+            found[name] = number
+        return found
 
+    @functools.cached_property
     def _bans(self) -> dict[str, list[int]]:
-        """Returns the ids of all that is banned, by words for it."""
-        bans = {f"decoding.banned_phrases ({text!r})": ids for text, ids in self.banned_phrases().items()}
-        return bans | {f"decoding.banned_tokens ({name!r})": [number] for name, number in self.banned_tokens().items()}
+        """The ids of all that is banned, by words for it."""
+        bans = {f"decoding.banned_phrases ({text!r})": ids for text, ids in self.banned_phrases.items()}
+        return bans | {f"decoding.banned_tokens ({name!r})": [number] for name, number in self.banned_tokens.items()}
 
-    def prefixes(self, prefixes: Sequence[str] | None, num_sentences: int) -> list[list[int]]:
-        """Returns the ids of each sentence's prefix, which is empty without one.
+    def _no_piece(self, name: str) -> str:
+        """Returns what is wrong with a name that no piece has, without the full stop."""
+        try:  # the piece that the name would be as a word of its own
+            meant = self.target.encode([name.lstrip("_ ")])[0]
+        except InputError:
+            meant = []
+        known = len(meant) == 1 and meant[0] != self.target.special.unknown
+        hint = f" Did you mean {self.target.pieces(meant)[0]!r}?" if known else ""
+        return (
+            f"{name!r} is no piece that outputs are made of.{hint} Name pieces as translate --json does, which shows "
+            "where a word begins"
+        )
+
+    def prefix(self, prefix: Prefix) -> list[int]:
+        """Returns the ids of what a sentence's outputs begin with; none for an empty prefix.
+
+        The names of pieces say what no text is cut into, such as a token for the language of the output.
 
         Raises:
-            ConfigError: not as many prefixes as sentences, an output that must be longer than the model makes any, or
-                another setting contradicts a prefix.
-            InputError: a prefix without a token or with characters that the vocabulary does not hold, or one that is
-                too long.
+            InputError: a prefix without a token, with a piece or with characters that the vocabulary does not hold, or
+                one that is too long.
+            ConfigError: another setting contradicts it.
         """
-        (longest, limit), decoding = self._longest, self.decoding
-        if decoding.min_length > longest:
-            raise ConfigError(
-                f"decoding.min_length ({decoding.min_length}) is more than the {longest} tokens that outputs have at "
-                f"most ({limit}, less the end token)."
+        named = f"prefix {shortened(prefix if isinstance(prefix, str) else ' '.join(prefix))!r}"
+        if isinstance(prefix, str):
+            (ids,) = self.target.encode([prefix])
+        else:
+            ids = [self._id_of(named, piece) for piece in prefix]
+        if prefix and not ids:
+            raise InputError(f"{named} has no token that an output could begin with: leave it out.")
+        if self.target.special.unknown in ids:
+            raise InputError(
+                f"{named} has characters that the target vocabulary does not hold, so no output can begin with it."
             )
-        if prefixes is None:
-            return [[] for _ in range(num_sentences)]
-        if isinstance(prefixes, str) or len(prefixes) != num_sentences:
-            raise ConfigError(f"prefixes must be a list with one for each of the {num_sentences} sentences.")
-        encoded, banned = self.target.encode(prefixes), self._bans()
-        for number, (text, ids) in enumerate(zip(prefixes, encoded, strict=True), start=1):
-            if text and not ids:
-                raise InputError(
-                    f"prefix {number} ({text!r}) has no token that an output could begin with: leave it out."
-                )
-            if UNKNOWN_ID in ids:
-                raise InputError(
-                    f"prefix {number} ({text!r}) has characters that the target vocabulary does not hold, so no output "
-                    "can begin with it."
-                )
-            self._check_allowed(f"prefix {number} ({text!r})", ids, banned)
-            if len(ids) > longest:
-                raise InputError(
-                    f"prefix {number} has {len(ids)} tokens, and outputs have at most {longest} ({limit}, less the end "
-                    "token)."
-                )
-        return encoded
+        self._check_allowed(named, ids)
+        longest, limit = self._longest
+        if len(ids) > longest:
+            raise InputError(
+                f"{named} has {len(ids)} tokens, and outputs have at most {longest} ({limit}, less the end token)."
+            )
+        return ids
 
-    def required_phrases(
-        self, required: Sequence[Sequence[str]], prefixes: Sequence[Sequence[int]] | None = None
-    ) -> list[list[list[int]]]:
-        """Returns the ids of each sentence's required phrases.
+    def _id_of(self, named: str, piece: str) -> int:
+        number = self.target.id_of(piece)
+        if number is None:
+            raise InputError(f"{named}: {self._no_piece(piece)}.")
+        return number
+
+    def required_phrases(self, texts: Sequence[str], prefix: Sequence[int] = ()) -> list[list[int]]:
+        """Returns the ids of the phrases that a sentence's outputs must hold.
 
         Args:
-            required: phrases of each sentence.
-            prefixes: ids that each sentence's outputs begin with.
+            texts: the phrases.
+            prefix: ids that the outputs begin with.
 
         Raises:
-            ConfigError: not lists, or another setting contradicts them.
             InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
+            ConfigError: another setting contradicts one.
         """
-        target, (longest, limit) = self.target, self._longest
-        if self.decoding.method != "beam":
-            raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
-        encoded, banned = [], self._bans()
-        for number, texts in enumerate(required, start=1):
-            if isinstance(texts, str):
-                raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
-            phrases = target.encode(list(texts))
-            for text, ids in zip(texts, phrases, strict=True):
-                named = f"required phrase {text!r} of sentence {number}"
-                if not ids or UNKNOWN_ID in ids:
-                    what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
-                    raise InputError(f"{named} {what}")
-                self._check_allowed(named, ids, banned)
-            total = len(prefixes[number - 1] if prefixes else ()) + sum(map(len, phrases))
-            if total > longest:
-                raise InputError(
-                    f"the prefix and the required phrases of sentence {number} have {total} tokens, one after the "
-                    f"other, and outputs have at most {longest} ({limit}, less the end token)."
-                )
-            encoded.append(phrases)
-        return encoded
+        phrases = self.target.encode(list(texts))
+        for text, ids in zip(texts, phrases, strict=True):
+            named = f"required phrase {shortened(text)!r}"
+            if not ids or self.target.special.unknown in ids:
+                what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
+                raise InputError(f"{named} {what}")
+            self._check_allowed(named, ids)
+        total, (longest, limit) = len(prefix) + sum(map(len, phrases)), self._longest
+        if total > longest:
+            raise InputError(
+                f"the prefix and the required phrases have {total} tokens, one after the other, and outputs have at "
+                f"most {longest} ({limit}, less the end token)."
+            )
+        return phrases
 
-    def _check_allowed(self, named: str, ids: list[int], banned: dict[str, list[int]]) -> None:
+    def _check_allowed(self, named: str, ids: list[int]) -> None:
         """Raises a `ConfigError` if every output that holds these ids, those of what is named, is against the rules."""
-        for by, ban in banned.items():
+        for by, ban in self._bans.items():
             if holds(ids, ban):
                 raise ConfigError(f"{named} and {by} contradict each other: leave out one of them.")
         size = self.decoding.no_repeat_ngram

@@ -69,8 +69,8 @@ def prepared_model(model: Any) -> Any:
             module.layers = nnx.List(module.unstacked())
     plain = model.output_projection()
     kernel = _cast(plain.kernel, jnp.dtype(model.config.compute_dtype))
-    projection = fold_bias_into_kernel(dataclasses.replace(plain, kernel=kernel))
-    if projection.kernel is not model.decoder_output_embedding.table.get_value():  # else the table is there once
+    projection = fold_bias_into_kernel(plain if kernel is plain.kernel else dataclasses.replace(plain, kernel=kernel))
+    if projection is not plain or model.zeroes_output_row:  # else the table itself serves, which is there once then
         model.prepared_projection = nnx.data(nnx.Param(projection))
     return model
 

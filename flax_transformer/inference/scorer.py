@@ -1,9 +1,10 @@
 """The log-probability that a model gives to pairs of sentences that exist already."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flax_transformer.data.tokenizer import END_ID
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import InputError
+from flax_transformer.errors import DivergenceError, InputError, shortened
 from flax_transformer.inference.chunks import length_bucket
+from flax_transformer.inference.requests import encode_each
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import all_devices_sharding
@@ -39,6 +40,42 @@ class PairScore:
     tokens: list[str]
     token_scores: list[float]
     truncated: bool = False
+
+
+@dataclass(frozen=True)
+class NoScore:
+    """The reason why a pair has no score. Whoever asks for a number of it gets the reason raised.
+
+    Attributes:
+        target: its text.
+        reason: what no model scores (`InputError`), or a log-probability that is not finite (`DivergenceError`).
+    """
+
+    target: str
+    reason: InputError | DivergenceError
+
+    @property
+    def error(self) -> InputError | DivergenceError:
+        """The reason, with the target that it is of."""
+        return type(self.reason)(f"{shortened(self.target)!r} has no score: {self.reason}")
+
+    def _raised(self) -> NoReturn:
+        raise self.error from self.reason
+
+    # What a `PairScore` has and this has not.
+    score = log_prob = tokens = token_scores = truncated = property(_raised)
+
+
+def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
+    """Returns if some pair has a score, or has none for a reason of its own.
+
+    Raises:
+        DivergenceError: no pair has one, but for the empty ones, since none is finite. So the model is at fault.
+    """
+    asked = [each for each in scores if isinstance(each, NoScore) or each.token_scores]
+    diverged = [e for e in asked if isinstance(e, NoScore) and isinstance(e.reason, DivergenceError)]
+    if diverged and len(diverged) == len(asked):
+        raise diverged[0].error from diverged[0].reason
 
 
 def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
@@ -73,28 +110,28 @@ class Scorer:
 
     def __init__(self, translator: Translator):
         self.translator = translator
-        rows = jax.P(ALL_AXES)
-        function = functools.partial(_token_log_probs, translator.graphdef, translator.num_models)
+        rows, parameters = jax.P(ALL_AXES), translator.parameters
+        function = functools.partial(_token_log_probs, parameters.graphdef, parameters.num_models)
         self._program = jax.jit(
             jax.shard_map(function, mesh=translator.mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)
         )
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None, first: int = 1
-    ) -> list[PairScore]:
-        """Returns the score of each pair.
+        self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None
+    ) -> list[PairScore | NoScore]:
+        """Returns the score of each pair, or the reason why it has none.
 
-        A target is scored as the tokens that its text is cut into, and as an output that has ended.
+        A target is scored as the tokens that its text is cut into, and as an output that has ended. A pair has no score
+        where its target is longer than the model's outputs, where its source alone is empty, and where its text is no
+        valid Unicode.
 
         Args:
             sources, targets: equally many lines of raw text. A source that is longer than the model takes is cut, as it
                 is in `translate`; an empty one has an empty target.
             length_penalty: such as "gnmt:0.6"; the run's own when None.
-            first: number of the first pair, for messages.
 
         Raises:
-            InputError: unequal numbers of lines, a target for an empty source, or one that is longer than the model's
-                outputs.
+            InputError: unequal numbers of lines.
             ConfigError: a bad length penalty.
         """
         if len(sources) != len(targets):
@@ -102,9 +139,11 @@ class Scorer:
                 f"every source needs its target, but there are {len(sources)} sources and {len(targets)} targets."
             )
         tokenizers = self.translator.tokenizers
-        return self.score_ids(
-            tokenizers.source.encode(sources), tokenizers.target.encode(targets), length_penalty, True, first
-        )
+        encoded = encode_each(tokenizers.source, sources), encode_each(tokenizers.target, targets)
+        faults = {n: each for side in encoded for n, each in enumerate(side) if isinstance(each, InputError)}
+        source_ids, target_ids = ([[] if isinstance(each, InputError) else each for each in side] for side in encoded)
+        scores = self.score_ids(source_ids, target_ids, length_penalty)
+        return [NoScore(targets[n], faults[n]) if n in faults else score for n, score in enumerate(scores)]
 
     def score_ids(
         self,
@@ -112,66 +151,86 @@ class Scorer:
         targets: Sequence[list[int]],
         length_penalty: str | None = None,
         end: bool = True,
-        first: int = 1,
-    ) -> list[PairScore]:
+    ) -> list[PairScore | NoScore]:
         """Returns the score of each pair of token ids; `end` says whether the end token closes the targets.
 
         For the rest see `score`.
 
         Raises:
-            InputError: a target for an empty source, or one that is longer than the model's outputs.
             ConfigError: a bad length penalty.
         """
-        translator = self.translator
+        translator, model = self.translator, self.translator.model
         penalty = LengthPenalty.parse(translator.decoding.length_penalty if length_penalty is None else length_penalty)
-        room, limit = translator.max_source_length - 1, translator.max_target_length - int(end)
-        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            wrong = ""
-            if len(target) > limit:
-                wrong = (
-                    f"target line {first + index} has {len(target)} tokens, and the model's outputs have at most "
-                    f"{limit} (model.max_target_length, less the end token)"
-                )
-            elif target and not source:
-                wrong = (
-                    f"source line {first + index} is empty, and its target is not: an empty line has an empty "
-                    "translation"
-                )
-            if wrong:
-                error = InputError(f"{wrong}. Take the pair out.")
-                error.sentence = index
-                raise error
-        long = [len(source) > room for source in sources]
-        sources = [source[:room] for source in sources]
-        results = [PairScore(0.0, 0.0, [], [], truncated) for truncated in long]
+        results: list[PairScore | NoScore] = []
         groups: dict[tuple[int, int], list[int]] = {}
         for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            if not source or not target and not end:  # nothing that could be asked of the model
+            truncated = len(source) >= model.max_source_length
+            fault = self._fault(source, target, end)
+            nothing = PairScore(0.0, 0.0, [], [], truncated)
+            results.append(nothing if fault is None else NoScore(self._text(target), fault))
+            if fault is not None or not source or not target and not end:  # nothing that could be asked of the model
                 continue
             shape = (
-                length_bucket(len(source) + 1, translator.max_source_length),
-                length_bucket(len(target) + int(end), translator.max_target_length),
+                length_bucket(min(len(source) + 1, model.max_source_length), model.max_source_length),
+                length_bucket(len(target) + int(end), model.max_target_length),
             )
             groups.setdefault(shape, []).append(index)
 
         for shape, members in sorted(groups.items()):
-            for start in range(0, len(members), translator.rows):
-                chunk = members[start : start + translator.rows]
-                closed = [(targets[i] + [END_ID]) if end else targets[i] for i in chunk]
-                batch = self._batch([sources[i] + [END_ID] for i in chunk], closed, shape)
-                found = np.asarray(self._program(translator.params, batch))
-                for row, index in enumerate(chunk):
-                    token_scores = found[row, : len(closed[row])]
-                    log_prob = float(token_scores.sum(dtype=np.float32))
-                    divisor = float(penalty.divisor(jnp.asarray(len(token_scores))))
-                    pieces = translator.tokenizers.target.pieces(targets[index])
-                    scores = token_scores.tolist()
-                    results[index] = PairScore(log_prob / divisor, log_prob, pieces, scores, long[index])
+            for start in range(0, len(members), translator.batch_size):
+                chunk = members[start : start + translator.batch_size]
+                for index, token_scores in zip(chunk, self._scored(chunk, sources, targets, end, shape), strict=True):
+                    truncated = len(sources[index]) >= model.max_source_length
+                    results[index] = self._result(targets[index], token_scores, penalty, truncated)
         return results
+
+    def _text(self, target: list[int]) -> str:
+        return self.translator.tokenizers.target.decode(target)
+
+    def _fault(self, source: list[int], target: list[int], end: bool) -> InputError | None:
+        """Returns why no model scores a pair, or None."""
+        limit = self.translator.model.max_target_length - int(end)
+        if len(target) > limit:
+            return InputError(
+                f"its target has {len(target)} tokens, and the model's outputs have at most {limit} "
+                "(model.max_target_length, less the end token). Take the pair out."
+            )
+        if target and not source:
+            return InputError(
+                "its source is empty, and its target is not: an empty line has an empty translation. Take the pair out."
+            )
+        return None
+
+    def _scored(
+        self,
+        chunk: list[int],
+        sources: Sequence[list[int]],
+        targets: Sequence[list[int]],
+        end: bool,
+        shape: tuple[int, int],
+    ) -> list[np.ndarray]:
+        """Returns the log-probability of each target token of some pairs of one shape."""
+        tokenizers, room = self.translator.tokenizers, self.translator.model.max_source_length - 1
+        closed = [targets[i] + [tokenizers.target.special.end] * end for i in chunk]
+        batch = self._batch([sources[i][:room] + [tokenizers.source.special.end] for i in chunk], closed, shape)
+        found = np.asarray(self._program(self.translator.params, batch))
+        return [found[row, : len(target)] for row, target in enumerate(closed)]
+
+    def _result(
+        self, target: list[int], token_scores: np.ndarray, penalty: LengthPenalty, truncated: bool
+    ) -> PairScore | NoScore:
+        """Returns the score that the log-probabilities of a target's tokens come to."""
+        log_prob = float(token_scores.sum(dtype=np.float32))
+        if math.isnan(log_prob):
+            diverged = "the model's scores are not finite: the training has diverged."
+            return NoScore(self._text(target), DivergenceError(f"{diverged} Train again with a lower learning rate."))
+        divisor = float(penalty.divisor(jnp.asarray(len(token_scores))))
+        pieces = self.translator.tokenizers.target.pieces(target)
+        return PairScore(log_prob / divisor, log_prob, pieces, token_scores.tolist(), truncated)
 
     def _batch(self, sources: list[list[int]], targets: list[list[int]], shape: tuple[int, int]) -> Batch:
         def side(sentences: list[list[int]], length: int) -> list[np.ndarray]:
-            tokens, segments = np.zeros((2, self.translator.rows, length), np.int32)
+            tokens, segments = np.zeros((2, self.translator.batch_size, length), np.int32)
             for row, ids in enumerate(sentences):
                 tokens[row, : len(ids)] = ids
                 segments[row, : len(ids)] = 1

@@ -1,8 +1,12 @@
-"""What a translation consists of: a sentence's outputs, best first, and what is known of each."""
+"""What `translate` answers for a sentence: its outputs, best first, or the reason why there are none."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
+
+from flax_transformer.errors import DivergenceError, InputError, shortened
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,76 @@ class Translation:
     def tokens(self) -> list[str]:
         """Target pieces of the best hypothesis."""
         return self.hypotheses[0].tokens
+
+
+@dataclass(frozen=True)
+class NoTranslation:
+    """The reason why a sentence has no translation. Whoever asks for an output of it gets the reason raised.
+
+    Attributes:
+        sentence: the raw text.
+        reason: what cannot be had for this sentence (`InputError`), or scores that are not finite (`DivergenceError`).
+        truncated: as of `Translation`.
+
+    Example:
+        found = translator.translate(sentences)
+        texts = ["" if isinstance(each, NoTranslation) else each.text for each in found]
+    """
+
+    sentence: str
+    reason: InputError | DivergenceError
+    truncated: bool = False
+
+    @property
+    def error(self) -> InputError | DivergenceError:
+        """The reason, with the sentence that it is of."""
+        return type(self.reason)(f"{shortened(self.sentence)!r} has no translation: {self.reason}")
+
+    def _raised(self) -> NoReturn:
+        raise self.error from self.reason
+
+    # What a `Translation` has and this has not.
+    hypotheses = text = score = tokens = source = source_words = property(_raised)
+
+
+def raise_if_diverged(answers: Sequence[Translation | NoTranslation]) -> None:
+    """Returns if some sentence has a translation, or lacks one because of rules or of what is asked of it alone.
+
+    Raises:
+        DivergenceError: scores that are not finite are why no sentence has one, but for the empty ones. So it is the
+            model that is at fault.
+    """
+    asked = [each for each in answers if isinstance(each, NoTranslation) or each.source]
+    diverged = [e for e in asked if isinstance(e, NoTranslation) and isinstance(e.reason, DivergenceError)]
+    if diverged and len(diverged) == len(asked):
+        raise diverged[0].error from diverged[0].reason
+
+
+def no_output_line(answers: Sequence[Translation | NoTranslation], what: str) -> str:
+    """Returns what a warning says of sentences without a translation; nothing if all have one.
+
+    Args:
+        answers: to all sentences.
+        what: they are, "test sentences".
+    """
+    without = [each for each in answers if isinstance(each, NoTranslation)]
+    if not without:
+        return ""
+    first = without[0]
+    return (
+        f"{len(without):,} of {len(answers):,} {what} have no output and count as empty. The first is "
+        f"{shortened(first.sentence)!r}: {first.reason}"
+    )
+
+
+def texts_or_empty(answers: Sequence[Translation | NoTranslation]) -> list[str]:
+    """Returns the best output of each sentence, empty where there is none: for evaluations.
+
+    Raises:
+        DivergenceError: see `raise_if_diverged`.
+    """
+    raise_if_diverged(answers)
+    return ["" if isinstance(each, NoTranslation) else each.text for each in answers]
 
 
 def cut_line(name: str, max_source_length: int, what: str = "translated") -> str:

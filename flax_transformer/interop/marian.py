@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flax_transformer.data.tokenizer import END_ID, NUM_SPECIAL, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer, TokenizerPair
+from flax_transformer.data.sentencepiece_tokenizer import WORD_START, SentencePieceTokenizer
+from flax_transformer.data.tokenizer import Tokenizer
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.alignment import WORD_START
 from flax_transformer.inference.prepare import is_quantized
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian_generation import export_generation
@@ -186,15 +187,17 @@ def options_left_out(config: TransformerConfig) -> list[str]:
 
 def marian_order(tokenizer: Tokenizer, with_unused: bool = True) -> np.ndarray:
     """Returns our ids in the order in which they are written; `with_unused` says whether our padding is one of them."""
-    pieces = np.arange(NUM_SPECIAL, tokenizer.vocab_size)
-    return np.array([END_ID, UNKNOWN_ID, *pieces, *([PAD_ID] if with_unused else []), START_ID])
+    special = tokenizer.special
+    pieces = [i for i in range(tokenizer.vocab_size) if i not in special.ids]
+    return np.array([special.end, special.unknown, *pieces, *([special.pad] if with_unused else []), special.start])
 
 
 def vocabulary(tokenizer: Tokenizer, with_unused: bool = True) -> dict[str, int]:
     """Returns the vocabulary as it is written: each piece and its id there."""
-    special = {END_ID: "</s>", UNKNOWN_ID: "<unk>", PAD_ID: UNUSED, START_ID: "<pad>"}
+    special = tokenizer.special
+    named = {special.end: "</s>", special.unknown: "<unk>", special.pad: UNUSED, special.start: "<pad>"}
     order = marian_order(tokenizer, with_unused).tolist()
-    names = [special.get(i, name) for i, name in zip(order, tokenizer.pieces(order), strict=True)]
+    names = [named.get(i, name) for i, name in zip(order, tokenizer.pieces(order), strict=True)]
     return {code_of(name) or name: number for number, name in enumerate(names)}
 
 
@@ -204,10 +207,10 @@ def code_of(piece: str) -> str | None:
     return found[1] if found else None
 
 
-def knows_unused(config: TransformerConfig, params: Any) -> bool:
+def knows_unused(config: TransformerConfig, target: Tokenizer, params: Any) -> bool:
     """Returns whether our padding token is one of the model's own, and not a row that was added when it was read."""
     # A training from a model that was read may have moved the bias a little.
-    return not config.output_bias or bool(np.asarray(params["output_bias"])[PAD_ID] > NEVER / 2)
+    return not config.output_bias or bool(np.asarray(params["output_bias"])[target.special.pad] > NEVER / 2)
 
 
 def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params: Any) -> Flat:
@@ -216,13 +219,14 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
     Raises:
         InputError: a parameter of ours that has no place there.
     """
-    unused = knows_unused(config, params)
+    unused = knows_unused(config, tokenizers.target, params)
     order = {side: marian_order(getattr(tokenizers, side), unused) for side in ("source", "target")}
     table = parameter_table(config, order)
     ours = {path: np.asarray(value) for path, value in flatten_dict(params, sep="/").items()}
     if config.zero_start:
         name = "target_embedding/table"
-        ours[name] = np.where(np.arange(len(ours[name]))[:, None] == START_ID, 0, ours[name])
+        is_start = np.arange(len(ours[name]))[:, None] == tokenizers.target.special.start
+        ours[name] = np.where(is_start, 0, ours[name])
     if homeless := sorted(set(ours) - {entry.ours for entry in table}):
         raise InputError(f"these parameters have no place in a MarianMT model: {', '.join(homeless)}.")
     weights = {}
@@ -279,8 +283,8 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
     outputs.
 
     Raises:
-        ConfigError: an option of the model that Marian does not have, weights that are integers, or the package
-            safetensors is missing.
+        ConfigError: an option of the model that Marian does not have, weights that are integers, tokenizers that are
+            not SentencePiece's, or the package safetensors is missing.
         InputError: the folder is there already.
     """
     config = check_expressible(model)
@@ -293,6 +297,8 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
     except ImportError as error:
         raise ConfigError("writing a MarianMT model needs the package safetensors: pip install safetensors.") from error
     tokenizers = translator.tokenizers
+    if not all(isinstance(each, SentencePieceTokenizer) for each in (tokenizers.source, tokenizers.target)):
+        raise ConfigError("a MarianMT model has SentencePiece tokenizers, and this run has others.")
     sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
     if sizes[0] != sizes[1]:
         raise ConfigError(
@@ -300,7 +306,7 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
             "it has one id for padding on both sides. Train with tokenizers of the same size."
         )
     weights = export_weights(config, tokenizers, translator.params)
-    unused = knows_unused(config, translator.params)
+    unused = knows_unused(config, tokenizers.target, translator.params)
     generation, lost = export_generation(
         translator.decoding, marian_order(tokenizers.target, unused), tokenizers.target, config.max_target_length
     )

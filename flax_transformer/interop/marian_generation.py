@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_transformer.config.recipe import DecodingConfig
-from flax_transformer.data.tokenizer import END_ID, PAD_ID, START_ID, UNKNOWN_ID, Tokenizer
+from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 
@@ -80,7 +80,7 @@ def export_generation(
         target: tokenizer of the outputs.
         longest: most tokens of the model's outputs, end token included.
     """
-    theirs = {ours: number for number, ours in enumerate(order.tolist())}
+    theirs, special = {ours: number for number, ours in enumerate(order.tolist())}, target.special
     defaults = DecodingConfig()
     penalty = LengthPenalty.parse(decoding.length_penalty)
     lost: dict[str, Any] = {}
@@ -93,14 +93,15 @@ def export_generation(
         most = min(max(decoding.max_length_offset, decoding.min_length + 1), longest)
     lost |= {name: getattr(decoding, name) for name in NOT_THEIRS if getattr(decoding, name) != getattr(defaults, name)}
 
-    banned = [[START_ID], [PAD_ID]] + [[UNKNOWN_ID]] * decoding.ban_unknown
+    never = [special.start, special.pad] + [special.unknown] * decoding.ban_unknown
+    banned = [[number] for number in never if number in theirs]
     banned += [ids for ids in target.encode(decoding.banned_phrases) if ids]
     banned += [[number] for name in decoding.banned_tokens if (number := target.id_of(name)) is not None]
     values: dict[str, Any] = {
-        "eos_token_id": theirs[END_ID],
-        "pad_token_id": theirs[START_ID],
-        "decoder_start_token_id": theirs[START_ID],
-        "bad_words_ids": [[theirs[i] for i in ids] for ids in banned if ids != [PAD_ID] or PAD_ID in theirs],
+        "eos_token_id": theirs[special.end],
+        "pad_token_id": theirs[special.start],
+        "decoder_start_token_id": theirs[special.start],
+        "bad_words_ids": [[theirs[i] for i in ids] for ids in banned],
         "num_beams": decoding.beam_size,
         "early_stopping": EARLY_STOPPING[decoding.stop],
         "max_length": most + 1,  # theirs counts the start token
@@ -110,7 +111,7 @@ def export_generation(
     if decoding.min_length:
         values["min_length"] = decoding.min_length + 1
     if decoding.force_end:
-        values["forced_eos_token_id"] = theirs[END_ID]
+        values["forced_eos_token_id"] = theirs[special.end]
     if decoding.no_repeat_ngram:
         values["no_repeat_ngram_size"] = decoding.no_repeat_ngram
     if decoding.repetition_penalty != 1.0:
@@ -139,22 +140,23 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     lost = {name: given[name] for name, value in neutral.items() if given.get(name, value) not in (value, [], {})}
 
     # --- tokens
-    end, start = (int(np.flatnonzero(order == token)[0]) for token in (END_ID, START_ID))
+    special = target.special
+    end, start = (int(np.flatnonzero(order == token)[0]) for token in (special.end, special.start))
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
     ban_unknown, ban_start, phrases, tokens, others = False, False, [], [], []
     for ids in given.get("bad_words_ids", ()):
         ours = order[ids].tolist() if ids and max(ids) < len(order) else []
-        if ours == [START_ID]:
+        if ours == [special.start]:
             ban_start = True
-        elif ours == [UNKNOWN_ID]:
+        elif ours == [special.unknown]:
             ban_unknown = True
         elif len(ours) == 1 and target.id_of(piece := target.pieces(ours)[0]) is not None:
             tokens.append(piece)
         elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
             phrases.append(text)
-        elif ours not in ([PAD_ID], [END_ID]):  # never there, or never banned, in both
+        elif ours not in ([special.pad], [special.end]):  # never there, or never banned, in both
             others.append(ids)
     if others:
         lost["bad_words_ids"] = others

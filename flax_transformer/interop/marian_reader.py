@@ -14,23 +14,18 @@ from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.parallel_text import ParallelTextConfig
-from flax_transformer.data.tokenizer import (
-    END_ID,
+from flax_transformer.data.sentencepiece_tokenizer import (
     END_OF_VOCABULARY,
     LANGUAGE,
-    NUM_SPECIAL,
-    PAD_ID,
-    START_ID,
-    UNKNOWN_ID,
-    Tokenizer,
-    TokenizerConfig,
-    TokenizerPair,
+    SPECIAL,
+    SentencePieceTokenizer,
 )
+from flax_transformer.data.tokenizer import TokenizerConfig
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.translator import vocabulary_info
 from flax_transformer.interop.marian import NEVER, UNUSED, parameter_table
 from flax_transformer.interop.marian_generation import read_generation
-from flax_transformer.models.build import build_model
+from flax_transformer.models.build import build_model, vocabulary_info
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.nn.feed_forward import Activation
 from flax_transformer.run_folder import RunFolder
@@ -191,7 +186,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>") -> tuple[np.ndarray, list[str]]:
-    """Returns, for each of their ids, our id, and the pieces from our id `NUM_SPECIAL` on.
+    """Returns, for each of their ids, our id, and the pieces after our special ids, which come first.
 
     Raises:
         InputError: a vocabulary without the unknown token, or whose ids are not 0, 1, 2, ...
@@ -199,23 +194,25 @@ def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>")
     names = sorted(words, key=lambda name: words[name])
     if unknown not in words or [words[name] for name in names] != list(range(len(names))):
         raise InputError(f"the vocabulary must have the token {unknown} and the ids 0 to {len(words) - 1}.")
-    special = {pad: START_ID, end: END_ID, words[unknown]: UNKNOWN_ID}
+    special: dict[int, Any] = {pad: SPECIAL.start, end: SPECIAL.end, words[unknown]: SPECIAL.unknown}
     if UNUSED in words:
-        special[words[UNUSED]] = PAD_ID
+        special[words[UNUSED]] = SPECIAL.pad
     order, pieces = np.zeros(len(names), np.int64), []
     for number, name in enumerate(names):
-        order[number] = special.get(number, NUM_SPECIAL + len(pieces))
+        order[number] = special.get(number, len(SPECIAL.ids) + len(pieces))
         if number not in special:
             pieces.append(name)
     return order, pieces
 
 
-def renumbered(model: bytes, pieces: list[str], name_of_model: str = "the SentencePiece model") -> Tokenizer:
+def renumbered(
+    model: bytes, pieces: list[str], name_of_model: str = "the SentencePiece model"
+) -> SentencePieceTokenizer:
     """Returns a tokenizer that cuts text as a SentencePiece model does, with the ids of a vocabulary.
 
     Pieces that the vocabulary has and the model has not are never cut; language tokens, such as ">>deu<<", are taken
-    off a text before it is cut (see `Tokenizer.encode`). Pieces that the model has and the vocabulary has not are cut
-    all the same, and unknown.
+    off a text before it is cut (see `SentencePieceTokenizer.encode`). Pieces that the model has and the vocabulary has
+    not are cut all the same, and unknown.
 
     Raises:
         InputError: a damaged model, or one of BPE that lacks pieces of the vocabulary: unused pieces would take part in
@@ -230,8 +227,8 @@ def renumbered(model: bytes, pieces: list[str], name_of_model: str = "the Senten
         ) from error
     if not any(piece.type in CUT for piece in proto.pieces):
         raise InputError(f"{name_of_model} has no piece that text could be cut into. Copy or download it again.")
-    if [p.piece for p in proto.pieces[NUM_SPECIAL:]] == pieces and proto.trainer_spec.eos_id == END_ID:
-        return Tokenizer(model)  # our own
+    if [p.piece for p in proto.pieces[len(SPECIAL.ids) :]] == pieces and proto.trainer_spec.eos_id == SPECIAL.end:
+        return SentencePieceTokenizer(model)  # our own
     known = {piece.piece: piece for piece in proto.pieces}
     lacking = [name for name in pieces if name not in known and not LANGUAGE.fullmatch(name)]
     if lacking and proto.trainer_spec.model_type == proto.trainer_spec.BPE:
@@ -239,8 +236,14 @@ def renumbered(model: bytes, pieces: list[str], name_of_model: str = "the Senten
             f"{name_of_model} is a BPE model, and lacks {len(lacking)} pieces of the vocabulary, the first is "
             f"{lacking[0]!r}. Two models of one vocabulary can be taken over if they are unigram models."
         )
-    made = [("<pad>", Piece.Type.CONTROL), ("<s>", Piece.Type.CONTROL), ("</s>", Piece.Type.CONTROL)]
-    made.append(("<unk>", Piece.Type.UNKNOWN))
+    control, unknown = Piece.Type.CONTROL, Piece.Type.UNKNOWN
+    special = {
+        SPECIAL.pad: ("<pad>", control),
+        SPECIAL.start: ("<s>", control),
+        SPECIAL.end: ("</s>", control),
+        SPECIAL.unknown: ("<unk>", unknown),
+    }
+    made = [special[number] for number in sorted(SPECIAL.ids)]
     taken = {name for name, _ in made}
     new = [Piece(piece=name, score=0.0, type=kind) for name, kind in made]
     for name in pieces:
@@ -256,10 +259,10 @@ def renumbered(model: bytes, pieces: list[str], name_of_model: str = "the Senten
     del proto.pieces[:]
     proto.pieces.extend(new)
     spec = proto.trainer_spec
-    spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = PAD_ID, START_ID, END_ID, UNKNOWN_ID
-    spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = (name for name, _ in made)
+    spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = SPECIAL.pad, SPECIAL.start, SPECIAL.end, SPECIAL.unknown
+    spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = (name for name, _ in special.values())
     spec.vocab_size = len(new)
-    return Tokenizer(proto.SerializeToString())
+    return SentencePieceTokenizer(proto.SerializeToString())
 
 
 def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
@@ -329,9 +332,9 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
 
     params = place_weights(model, pair, orders, weights)
     if not has_unused:
-        params["output_bias"][PAD_ID] = NEVER
+        params["output_bias"][pair.target.special.pad] = NEVER
     if generation.start_excluded:
-        params["output_bias"][START_ID] = NEVER  # what theirs says of it has no part in anything
+        params["output_bias"][pair.target.special.start] = NEVER  # what theirs says of it has no part in anything
 
     config = Config(
         run=str(output),

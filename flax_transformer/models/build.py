@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flax import nnx
 
+from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.models.recurrent import RecurrentConfig, RecurrentSeq2Seq
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.models.transformer import Transformer, TransformerConfig
@@ -24,6 +25,12 @@ class VocabularyInfo:
     source_size: int
     target_size: int
     start_token: int
+
+
+def vocabulary_info(tokenizers: TokenizerPair) -> VocabularyInfo:
+    """Returns what a model must know of the tokenizers."""
+    target = tokenizers.target
+    return VocabularyInfo(tokenizers.source.vocab_size, target.vocab_size, target.special.start)
 
 
 def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rngs) -> Seq2Seq:

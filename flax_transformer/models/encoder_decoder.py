@@ -82,12 +82,17 @@ class EncoderDecoder(nnx.Module):
         """The table whose rows make logits."""
         return self.target_embedding if self.output_embedding is None else self.output_embedding
 
+    @property
+    def zeroes_output_row(self) -> bool:
+        """Whether the start token's row makes logits as zeros: its vector is zero in both uses of a shared table."""
+        return self.zero_start and self.output_embedding is None
+
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
         if self.prepared_projection is not None:
             return self.prepared_projection.get_value()
         kernel = self.decoder_output_embedding.table.get_value()
-        if self.zero_start and self.output_embedding is None:  # the vector is zero in both of the table's uses
+        if self.zeroes_output_row:
             kernel = without_row(kernel, self.start_token)
         bias = None if self.output_bias is None else self.output_bias[...]
         return OutputProjection(kernel, bias, self.target_vocab_size)

@@ -4,6 +4,8 @@ Without attention the encoder's last state is all that the decoder knows of the 
 scores every encoder state at each step, takes the softmax of the scores, and joins the weighted sum to what it reads or
 to what it says.
 
+The whole model stands in this file, so that it can be read from its configuration to its decode step.
+
 Legend: B batch, S source length, T target length, D model dim (embeddings and readout), U recurrent units, K beams.
 
 References:

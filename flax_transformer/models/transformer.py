@@ -1,5 +1,7 @@
 """The Transformer encoder-decoder.
 
+The whole model stands in this file, so that it can be read from its configuration to its decode step.
+
 Legend: B batch, S source length, T target length, D model dim, N heads, H head dim, K beams, L layers.
 
 References:

@@ -6,6 +6,8 @@ chunk into its gradients: the loss is one number, so its gradient is known up to
 begins. Logits are made once, and no [B, T, V] array ever exists. Tokens that are padding are put behind all others; on
 a CPU the loop ends before them.
 
+The reference, the choice and the fused form stand in one file, since each is the test of the other.
+
 Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a chunk.
 """
 

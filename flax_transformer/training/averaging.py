@@ -14,9 +14,8 @@ import numpy as np
 from flax import nnx
 
 from flax_transformer.config.recipe import Config
-from flax_transformer.data.tokenizer import START_ID
 from flax_transformer.errors import ConfigError, RunFolderError
-from flax_transformer.models.build import VocabularyInfo
+from flax_transformer.models.build import vocabulary_info
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.state import abstract_model
@@ -72,8 +71,7 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
     folder, made = RunFolder.open(run), RunFolder(output)
     made.check_unused("--output")
     config, tokenizers = folder.read_config(), folder.tokenizers()
-    sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
-    _, abstract = abstract_model(config.model, VocabularyInfo(*sizes, START_ID))
+    _, abstract = abstract_model(config.model, vocabulary_info(tokenizers))
     total: Any = None
     with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
         steps = _chosen_steps(of, num, checkpoints, config)

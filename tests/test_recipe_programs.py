@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from flax_transformer import backend
-from flax_transformer.compiled_programs import RecipePrograms
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.errors import ConfigError
+from flax_transformer.experiment.recipe_programs import RecipePrograms
 from tests import tiny
 
 PLATFORMS = ("cpu", "gpu", "tpu")

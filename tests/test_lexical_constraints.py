@@ -1,4 +1,4 @@
-"""Required phrases: against plain Python, against an exhaustive search, and by their promise.
+"""Lexical constraints: against plain Python, against an exhaustive search, and by their promise.
 
 The step is a Markov chain, as in `test_beam_search.py`.
 """
@@ -13,16 +13,15 @@ import pytest
 
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.required_phrases import (
+from flax_transformer.decoding.lexical_constraints import (
     NOTHING,
-    ended_phrases,
-    held_phrases,
-    required_phrases,
-    shared_beam,
+    LexicalConstraints,
+    allocate_beam,
+    begun_phrases,
+    contained_phrases,
 )
-from flax_transformer.decoding.rules import ANY, banned_tokens
-
-START, END = 0, 1
+from flax_transformer.decoding.logits_processors import ANY, SuppressTokens
+from tests.chains import END, START, chain_functions, chain_state
 
 
 def padded(phrases: list[list[list[int]]]) -> jnp.ndarray:
@@ -44,16 +43,10 @@ def holds(tokens, phrase) -> bool:
 def compiled(config: BeamSearchConfig, constrained: bool, banned: tuple[int, ...]):
     @jax.jit
     def run(chains, limits, phrases):
-        def step(tokens, slots):
-            return jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains[slots], tokens), None, slots
-
-        def refill(slots, fresh, sentences):
-            return jnp.where(fresh, sentences, slots)
-
-        rules = [banned_tokens(jnp.isin(jnp.arange(chains.shape[1]), jnp.array(banned)))] if banned else []
-        choose = required_phrases(phrases, END) if constrained else None
-        start = jnp.zeros((config.num_slots,), jnp.int32)
-        return beam_search(step, lambda s, _: s, refill, start, limits, config, rules, None, choose)
+        suppress = SuppressTokens(jnp.isin(jnp.arange(chains.shape[1]), jnp.array(banned, jnp.int32)))
+        constraints = LexicalConstraints(phrases, END) if constrained else None
+        state = chain_state(chains, config.num_slots)
+        return beam_search(chain_functions(), config, state, limits, (suppress,) if banned else (), constraints)
 
     return run
 
@@ -82,14 +75,14 @@ def test_what_is_held_and_begun_is_what_python_says():
     rng = np.random.default_rng(0)
     tokens, steps = rng.integers(0, 3, (40, 2, 7)), rng.integers(0, 8, 40)
     phrases = [[rng.integers(0, 3, rng.integers(0, 4)).tolist() for _ in range(3)] for _ in range(40)]
-    held = held_phrases(jnp.asarray(tokens), jnp.asarray(steps), padded(phrases))
+    held = contained_phrases(jnp.asarray(tokens), jnp.asarray(steps), padded(phrases))
     tails = np.full((40, 2, 3), NOTHING)
     for row, beam in itertools.product(range(40), range(2)):
         decoded = tokens[row, beam, : steps[row]].tolist()
         tails[row, beam] = ([NOTHING] * 3 + decoded)[-3:]
         for phrase, is_held in zip(phrases[row], held[row, beam].tolist(), strict=True):
             assert is_held == (holds(decoded, phrase) or not phrase)
-    ended = ended_phrases(jnp.asarray(tails), padded(phrases))
+    ended = begun_phrases(jnp.asarray(tails), padded(phrases))
     for row, beam in itertools.product(range(40), range(2)):
         for phrase, size in zip(phrases[row], ended[row, beam].tolist(), strict=True):
             tail = tails[row, beam].tolist()
@@ -108,7 +101,7 @@ def test_what_is_held_and_begun_is_what_python_says():
 def test_measures_share_a_beam(beams, order):
     scores = jnp.array([[-1.0, -2.0, -3.0, -4.0, -5.0, -1e30]])
     measures = jnp.array([[0, 0, 1, 1, 2, 2]])
-    assert shared_beam(scores, measures, jnp.array([2]), beams).tolist() == [order]
+    assert allocate_beam(scores, measures, jnp.array([2]), beams).tolist() == [order]
 
 
 def test_outputs_hold_their_phrases_and_keep_the_models_scores():

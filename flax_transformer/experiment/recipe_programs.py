@@ -12,21 +12,22 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.stages import Traced
 
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import BatchShape
-from flax_transformer.data.tokenizer import END_ID
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
+from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
-from flax_transformer.inference.translator import SENTENCES_A_ROW
 from flax_transformer.models.build import VocabularyInfo
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.memory import compiled_within_memory
 from flax_transformer.parallel.mesh import all_devices_sharding, batch_sharding, check_rows, replicated_sharding
 from flax_transformer.parallel.topology import Program
 from flax_transformer.shapes import Batch
-from flax_transformer.training.optimizer import make_optimizer, make_schedule
-from flax_transformer.training.state import abstract_model, make_layout
+from flax_transformer.training.state import abstract_model, describe_parameters, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 
 
@@ -53,7 +54,7 @@ class RecipePrograms:
         config, mesh = self.config, self.mesh
         check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
         schedule = make_schedule(config.optimizer, config.model.model_dim)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer, schedule, describe_parameters(config.model, self.vocabulary))
         layout = make_layout(config.model, self.vocabulary, optimizer, mesh, config.training.ema_decay)
         objective = Objective(config.training.label_smoothing, config.training.r_drop)
         step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
@@ -99,14 +100,14 @@ class RecipePrograms:
             decoding.batch_rows // mesh.size,
             max_length,
             self.vocabulary.start_token,
-            END_ID,
+            SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
         )
         sharding = replicated_sharding(mesh)  # a copy on every device
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
-        inputs = self._inputs(SENTENCES_A_ROW * decoding.batch_rows, source_length)
+        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_rows, source_length)
         return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:

@@ -1,0 +1,79 @@
+"""The tokenizers of both languages, and the one place that knows which kinds of tokenizer there are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flax_transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig
+from flax_transformer.errors import RunFolderError
+
+# What makes a tokenizer of the contents of its file, by what the name of the file ends with (`Tokenizer.suffix`).
+KINDS: dict[str, Callable[[bytes], Tokenizer]] = {SentencePieceTokenizer.suffix: SentencePieceTokenizer}
+
+
+@dataclass(frozen=True)
+class TokenizerPair:
+    """The tokenizers of the source and the target language; the same object when they share a vocabulary."""
+
+    source: Tokenizer
+    target: Tokenizer
+
+    @property
+    def joint(self) -> bool:
+        """Whether both languages share one vocabulary."""
+        return self.source is self.target
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both; see `Tokenizer.fingerprint`."""
+        return f"{self.source.fingerprint}-{self.target.fingerprint}"
+
+    @classmethod
+    def train(
+        cls, source: Sequence[str], target: Sequence[str], config: TokenizerConfig, name: str = "this text"
+    ) -> "TokenizerPair":
+        """Returns tokenizers learnt from both sides of the training text; see `SentencePieceTokenizer.train`."""
+        train = SentencePieceTokenizer.train
+        if config.joint:
+            both = train([*source, *target], config, f"both sides of {name}")
+            return cls(both, both)
+        return cls(
+            train(source, config, f"the source side of {name}"), train(target, config, f"the target side of {name}")
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes a file named joint, or two named source and target, into `folder`; `Tokenizer.suffix` ends the names.
+
+        So SentencePiece models lie in joint.model, or in source.model and target.model.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {"joint": self.source} if self.joint else {"source": self.source, "target": self.target}
+        for name, tokenizer in named.items():
+            (folder / f"{name}.{tokenizer.suffix}").write_bytes(tokenizer.model)
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenizerPair":
+        """Returns the tokenizers that `save` wrote.
+
+        Raises:
+            RunFolderError: a file is missing.
+        """
+        both = _read(folder, "joint")
+        if both is not None:
+            return cls(both, both)
+        source, target = _read(folder, "source"), _read(folder, "target")
+        if source is None or target is None:
+            raise RunFolderError(
+                f"{folder} holds no tokenizer: expected joint.model, or source.model and target.model. "
+                "Was the run interrupted before it began to train? Start it again in a new folder."
+            )
+        return cls(source, target)
+
+
+def _read(folder: Path, name: str) -> Tokenizer | None:
+    """Returns the tokenizer that lies in a folder under a name, whatever its kind, or None if there is none."""
+    for suffix, make in KINDS.items():
+        if (file := folder / f"{name}.{suffix}").is_file():
+            return make(file.read_bytes())
+    return None

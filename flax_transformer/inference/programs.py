@@ -1,0 +1,237 @@
+"""The programs that search: what each is compiled for, the arrays that it takes, and which devices run it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_transformer.decoding.beam_search import BeamSearchConfig
+from flax_transformer.decoding.hypotheses import Hypotheses
+from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.decoding.logits_processors import ANY
+from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
+from flax_transformer.inference.demands import Demands
+from flax_transformer.inference.parameters import Parameters, shapes_of
+from flax_transformer.inference.requests import Request
+from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
+
+
+@dataclass(frozen=True)
+class ProgramOptions:
+    """Sizes of a search's programs. They change no result.
+
+    Attributes:
+        sentences_per_row: sentences that one call of a program takes, as a multiple of those that are searched at the
+            same time. At its end slots fall empty, so the more the better; its results bound it.
+        sentences_per_row_with_attention: the same where the results hold attention, which is large.
+        refill_share: empty slots are refilled when they are 1 / `refill_share` of all.
+    """
+
+    sentences_per_row: int = 64
+    sentences_per_row_with_attention: int = 8
+    refill_share: int = 16
+
+
+class Found(NamedTuple):
+    """Where what was found for a request lies.
+
+    Attributes:
+        index: number of the request.
+        hypotheses: of a whole call.
+        row: of the request among them.
+    """
+
+    index: int
+    hypotheses: Hypotheses
+    row: int
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The searches of one set of settings.
+
+    Attributes:
+        parameters: of the model, on its devices, with the programs that have been compiled.
+        demands: settings, tokenizer and limits of the outputs.
+        source_end: id that closes a source.
+        suppress_start: whether a beam search must be kept from padding and start, since the model may find them
+            probable.
+        num_beams: hypotheses that are kept, or drawn, for each sentence.
+        attention: whether the attention over the source is returned.
+        options: sizes.
+    """
+
+    parameters: Parameters
+    demands: Demands
+    suppress_start: bool
+    num_beams: int
+    attention: bool
+    options: ProgramOptions = ProgramOptions()
+
+    @property
+    def batch_size(self) -> int:
+        """Sentences that one of the meshes searches at the same time."""
+        return rounded_up(self.demands.decoding.batch_rows, self.parameters.mesh) // len(self.parameters.search_meshes)
+
+    @property
+    def num_sentences(self) -> int:
+        """Sentences that one call of a program takes."""
+        decoding, options = self.demands.decoding, self.options
+        if decoding.method == "sampling":
+            return self.batch_size
+        keeps_attention = self.attention or decoding.coverage_penalty > 0
+        multiple = options.sentences_per_row_with_attention if keeps_attention else options.sentences_per_row
+        return self.batch_size * multiple
+
+    def spec(self, shape: Shape) -> SearchSpec:
+        """Returns everything static about the search of requests of one shape."""
+        demands, decoding = self.demands, self.demands.decoding
+        slots, special = self.batch_size // self.parameters.search_meshes[0].size, demands.target.special
+        return SearchSpec(
+            BeamSearchConfig(
+                self.num_beams,
+                slots,
+                demands.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
+                special.start,
+                special.end,
+                LengthPenalty.parse(decoding.length_penalty),
+                decoding.stop,
+                decoding.patience,
+                refill_at=max(1, slots // self.options.refill_share),
+            ),
+            decoding.sampling,
+            decoding.no_repeat_ngram,
+            decoding.repetition_penalty,
+            tuple(tuple(phrase) for phrase in demands.banned_phrases.values()),
+            decoding.force_end,
+            decoding.coverage_penalty,
+            self.attention,
+            self.parameters.num_models,
+        )
+
+    def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:
+        """Returns the inputs of a search of requests of one shape, in their `places`, filled up with rows of padding.
+
+        Args:
+            requests: at most `num_sentences`.
+            shape: of each.
+            mesh: where the search runs.
+        """
+        rows, decoding = self.num_sentences, self.demands.decoding
+        tokens, segments = np.zeros((2, rows, shape.source), np.int32)
+        max_lengths, min_lengths = np.zeros((2, rows), np.int32)
+        seeds = np.zeros(rows, np.int32)
+        prefixes = np.full((rows, shape.prefix), ANY, np.int32)
+        required = np.full((rows, shape.phrases, shape.phrase), ANY, np.int32)
+        for row, request in zip(places(len(requests), rows, mesh.size), requests, strict=True):
+            tokens[row, : len(request.source)] = request.source
+            segments[row, : len(request.source)] = 1
+            max_lengths[row] = request.max_length
+            min_lengths[row] = decoding.min_length + 1
+            seeds[row] = request.seed
+            prefixes[row, : len(request.prefix)] = request.prefix
+            for number, phrase in enumerate(request.phrases):
+                required[row, number, : len(phrase)] = phrase
+        sharded = all_devices_sharding(mesh)
+        return SearchInputs(
+            tokens=jax.device_put(tokens, sharded),
+            segments=jax.device_put(segments, sharded),
+            max_lengths=jax.device_put(max_lengths, sharded),
+            min_lengths=jax.device_put(min_lengths if decoding.min_length else min_lengths[:0], sharded),
+            prefixes=jax.device_put(prefixes, sharded),
+            required=jax.device_put(required, sharded),
+            seeds=jax.device_put(seeds, sharded),
+            banned=jax.device_put(self._banned(), replicated_sharding(mesh)),
+        )
+
+    def _banned(self) -> np.ndarray:
+        """Returns [vocabulary] which tokens no output holds, or an empty array where all may be."""
+        target, decoding = self.demands.target, self.demands.decoding
+        bans = set(self.demands.banned_tokens.values())
+        # No trained model finds padding or start probable enough for a beam, but what is drawn may be anything.
+        if decoding.method == "sampling" or self.suppress_start:
+            bans |= target.special.never_in_outputs
+        if decoding.ban_unknown and target.special.unknown is not None:
+            bans.add(target.special.unknown)
+        banned = np.zeros(target.vocab_size if bans else 0, bool)
+        banned[list(bans)] = True
+        return banned
+
+    def compiled(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
+        """Returns the search for inputs of these shapes, compiled for the mesh of a number; `held` as for `compile`.
+
+        Raises:
+            ConfigError: it needs more memory than a device has.
+        """
+        parameters, beam = self.parameters, spec.beam
+        graphdef, params = parameters.prepared()[number]
+        arguments = params, inputs
+        key = number, spec, shapes_of(arguments)
+        if key not in parameters.programs:
+            parameters.programs[key] = compiled_within_memory(
+                jit_search(graphdef, spec, parameters.search_meshes[number]).lower(*arguments),
+                parameters.mesh,
+                f"a search of {beam.num_slots * parameters.mesh.size} sentences at a time, with {beam.beam_size} "
+                f"hypotheses of at most {beam.max_length} tokens for each,",
+                "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_rows, or the limits on "
+                "the length, decoding.max_length_factor and max_length_offset.",
+                held=held + parameters.num_bytes,
+            )
+        return parameters.programs[key]
+
+    def compile(self, shapes: Iterable[Shape], held: int = 0) -> None:
+        """Compiles the searches of requests of some shapes, for every mesh.
+
+        Args:
+            shapes: which.
+            held: bytes on each device that others keep beside them.
+
+        Raises:
+            ConfigError: one needs more memory than a device has.
+        """
+        for shape in sorted(set(shapes)):
+            for number, mesh in enumerate(self.parameters.search_meshes):
+                self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, held)
+
+    def launch(self, requests: Sequence[Request], shape: Shape, number: int) -> Hypotheses:
+        """Returns what the mesh of a number finds for requests of one shape, before it has found it."""
+        inputs = self.inputs(requests, shape, self.parameters.search_meshes[number])
+        program = self.compiled(self.spec(shape), inputs, number)
+        return program(self.parameters.prepared()[number].params, inputs)
+
+    def chunks(self, requests: Mapping[int, Request]) -> list[Chunk]:
+        """Returns the calls that search for all requests, in the order in which they begin."""
+        groups: dict[Shape, list[int]] = {}
+        for index, request in requests.items():
+            groups.setdefault(request.shape, []).append(index)
+        for members in groups.values():
+            # The longest first: what is left for the end, when slots fall empty, is short.
+            members.sort(key=lambda index: -requests[index].num_tokens)
+        return cut_into_chunks(groups, len(self.parameters.search_meshes), self.batch_size, self.num_sentences)
+
+    def search(self, requests: Mapping[int, Request]) -> Iterator[Found]:
+        """Yields what is found for each request, as it is there."""
+
+        def launch(number: int, chunk: Chunk) -> Hypotheses:
+            return self.launch([requests[index] for index in chunk.members], chunk.shape, number)
+
+        meshes = self.parameters.search_meshes
+        for chunk, hypotheses in run_on_workers(self.chunks(requests), len(meshes), launch):
+            rows = places(len(chunk.members), self.num_sentences, meshes[0].size)
+            for row, index in zip(rows, chunk.members, strict=True):
+                yield Found(index, hypotheses, row)
+
+
+def rounded_up(num_rows: int, mesh: Mesh) -> int:
+    """Returns the least multiple of the number of devices, so that a run can be used on any number of them."""
+    return -(-num_rows // mesh.size) * mesh.size
+
+
+def places(num_sentences: int, rows: int, devices: int) -> list[int]:
+    """Returns the row of each sentence: dealt out to the devices in turn, so that padding stands at the end of each."""
+    return [(n % devices) * (rows // devices) + n // devices for n in range(num_sentences)]

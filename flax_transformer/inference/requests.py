@@ -1,0 +1,184 @@
+"""Requests: text as what a search is asked for, sentence by sentence, each checked by itself."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flax_transformer.config.recipe import DecodingConfig
+from flax_transformer.data.tokenizer import Tokenizer
+from flax_transformer.decoding.beam_search import num_awaited
+from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.chunks import Shape, length_bucket
+from flax_transformer.inference.demands import Demands, Prefix
+from flax_transformer.inference.translation import NoTranslation
+from flax_transformer.models.build import ModelConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a search is asked for one sentence. Nothing in it depends on another sentence.
+
+    Attributes:
+        sentence: the raw text.
+        source: ids that the encoder reads, end token included; none for a sentence without a token.
+        num_tokens: of the whole sentence, end token not counted; the model takes the first ones.
+        prefix: ids that the outputs begin with.
+        required: phrases that the outputs hold.
+        phrases: ids of each of them.
+        seed: of sampling.
+        max_length: tokens of an output at most, end token included.
+        shape: what the shapes that the sentence meets depend on.
+    """
+
+    sentence: str
+    source: list[int]
+    num_tokens: int
+    prefix: list[int]
+    required: list[str]
+    phrases: list[list[int]]
+    seed: int
+    max_length: int
+    shape: Shape
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the sentence was longer than the model takes and was cut."""
+        return self.num_tokens >= max(len(self.source), 1)
+
+
+@dataclass(frozen=True)
+class RequestReader:
+    """Makes requests of text.
+
+    Attributes:
+        source: tokenizer of the sentences.
+        demands: turns prefixes and required phrases into ids.
+        max_source_length: of the model, end token included.
+    """
+
+    source: Tokenizer
+    demands: Demands
+    max_source_length: int
+
+    def read(self, sentence: str, prefix: Prefix = "", required: Sequence[str] = ()) -> Request:
+        """Returns the request for a sentence.
+
+        Args:
+            sentence: raw text.
+            prefix: what its outputs begin with.
+            required: phrases that its outputs hold.
+
+        Raises:
+            InputError: text that is no valid Unicode; a prefix or a phrase that no output can have, or that another
+                setting contradicts.
+        """
+        return self._read(sentence, self.source.encode([sentence])[0], prefix, required)
+
+    def _read(self, sentence: str, ids: list[int], prefix: Prefix, required: Sequence[str]) -> Request:
+        demands, longest = self.demands, self.demands.longest + 1
+        forced = demands.prefix(prefix) if prefix else []
+        phrases = demands.required_phrases(required, forced) if required else []
+        source = [*ids[: self.max_source_length - 1], self.source.special.end] if ids else []
+        shape = Shape(
+            length_bucket(len(source), self.max_source_length),
+            _power_of_two(len(forced), longest) if forced else 0,
+            1 << (len(phrases) - 1).bit_length() if phrases else 0,
+            _power_of_two(max(map(len, phrases)), longest) if phrases else 0,
+        )
+        max_length = demands.max_length(len(source), len(forced) + sum(map(len, phrases)))
+        seed = _seed(demands.decoding.seed, sentence)
+        return Request(sentence, source, len(ids), forced, list(required), phrases, seed, max_length, shape)
+
+    def read_all(
+        self,
+        sentences: Sequence[str],
+        prefixes: Sequence[Prefix] | None = None,
+        required: Sequence[Sequence[str]] | None = None,
+    ) -> list[Request | NoTranslation]:
+        """Returns the request for each sentence, or the reason why there is none; no sentence minds another.
+
+        Raises:
+            ConfigError: settings that no request can have, or lists that do not belong to the sentences.
+        """
+        self.demands.check_settings()
+        _check_lists(len(sentences), prefixes, required)
+        found: list[Request | NoTranslation] = []
+        for number, (sentence, ids) in enumerate(zip(sentences, encode_each(self.source, sentences), strict=True)):
+            prefix = "" if prefixes is None else prefixes[number]
+            phrases = () if required is None else required[number]
+            try:
+                if isinstance(ids, InputError):
+                    raise ids
+                found.append(self._read(sentence, ids, prefix, phrases))
+            except InputError as reason:
+                found.append(NoTranslation(sentence, reason))
+        return found
+
+
+def encode_each(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int] | InputError]:
+    """Returns the ids of each line, or what is wrong with it."""
+    try:
+        return list(tokenizer.encode(lines))
+    except InputError as reason:
+        if len(lines) == 1:
+            return [reason]
+        return [found for line in lines for found in encode_each(tokenizer, [line])]
+
+
+def check_call(
+    model: ModelConfig, decoding: DecodingConfig, num_hypotheses: int, attention: bool, required: bool
+) -> None:
+    """Returns if the settings of a call of `translate` contradict neither each other nor the model.
+
+    Raises:
+        ConfigError: one that does.
+    """
+    if required and decoding.method != "beam":
+        raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
+    beams = num_beams(decoding, num_hypotheses)
+    if 0 < decoding.mbr_samples < num_hypotheses:
+        raise ConfigError(
+            f"num_hypotheses ({num_hypotheses}) and decoding.mbr_samples ({decoding.mbr_samples}) contradict each "
+            "other: hypotheses are chosen among the samples, so draw at least as many."
+        )
+    if not 1 <= num_hypotheses <= beams:
+        raise ConfigError(
+            f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
+            "more hypotheses than it has beams."
+        )
+    if num_hypotheses > (awaited := num_awaited(beams, decoding.patience)):
+        raise ConfigError(
+            f"num_hypotheses ({num_hypotheses}) and decoding.patience ({decoding.patience}) contradict each other: "
+            f"with so much of it, a search with {beams} beams waits for {awaited} finished hypotheses (beam_size * "
+            "patience, rounded up). Ask for no more, or raise patience or beam_size."
+        )
+    if (attention or decoding.coverage_penalty) and not model.has_attention:
+        what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
+        raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
+
+
+def num_beams(decoding: DecodingConfig, num_hypotheses: int) -> int:
+    """Returns how many hypotheses a search keeps, or draws, to find so many."""
+    return decoding.beam_size if decoding.method == "beam" else decoding.mbr_samples or num_hypotheses
+
+
+def _check_lists(
+    num_sentences: int, prefixes: Sequence[Prefix] | None, required: Sequence[Sequence[str]] | None
+) -> None:
+    """Raises a `ConfigError` unless prefixes and required phrases are lists with one for each sentence."""
+    for name, each in (("prefixes", prefixes), ("required", required)):
+        if each is not None and (isinstance(each, str) or len(each) != num_sentences):
+            raise ConfigError(f"{name} must be a list with one for each of the {num_sentences} sentences.")
+    for number, texts in enumerate(required or (), start=1):
+        if isinstance(texts, str):
+            raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
+
+
+def _seed(seed: int, sentence: str) -> int:
+    """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
+    return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
+
+
+def _power_of_two(number: int, most: int) -> int:
+    """Returns the least of 8, 16, 32, 64, ... that is no less than `number`, but at most `most`."""
+    return min(max(1 << (number - 1).bit_length(), 8), most)
