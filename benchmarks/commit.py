@@ -1,5 +1,6 @@
 """A commit of this repository, run by its commands from files of its own."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -115,14 +116,17 @@ def check_out(name: str, work: Path, python: Path) -> Commit:
 
 
 def kept(folder: Path, what: str, make: Callable[[Path], None]) -> Path:
-    """Returns a folder that `make` fills, at once if that has been done before."""
+    """Returns a folder that `make` fills, once; a process that comes while another fills it waits."""
     done = folder / "done.json"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        started = time.monotonic()
-        make(folder)
-        seconds = round(time.monotonic() - started, 1)
-        done.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
-        print(f"{datetime.now(UTC):%H:%M:%S} {what}: {seconds:.0f} s", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            started = time.monotonic()
+            make(folder)
+            seconds = round(time.monotonic() - started, 1)
+            done.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+            print(f"{datetime.now(UTC):%H:%M:%S} {what}: {seconds:.0f} s", flush=True)
     return folder

@@ -329,7 +329,8 @@ def main(arguments: list[str]) -> int:
     summary = f"{after.short} against {before.short}: {len(verdicts)} verdicts, {wrong} different"
     print(summary)
     if options.output is not None:
-        command = f"python benchmarks/same_results.py {' '.join(arguments)}"
+        shown = re.sub(r"(--(?:work|data|python|output)[ =])\S+", r"\1...", " ".join(arguments))  # no one's folders
+        command = f"python benchmarks/same_results.py {shown}"
         about = f"{environment['processor']}, {environment['cores']} cores, Python {environment['versions']}"
         head = f"# {summary}\n\n{datetime.now(UTC):%Y-%m-%d}. {about}.\n\n    {command}\n\n"
         table = "| recipe | what | verdict | detail |\n|---|---|---|---|\n"

@@ -23,7 +23,7 @@ class Verdict:
     Attributes:
         recipe: of the run.
         what: was compared.
-        equal: None where a difference is no fault.
+        equal: None where a difference is no fault; of a time, whether a loss is excluded.
         detail: how much was compared, or what differs.
     """
 
@@ -35,7 +35,10 @@ class Verdict:
     @property
     def row(self) -> str:
         """A line of a table in Markdown."""
-        word = {True: "equal", False: "**DIFFERENT**", None: "differs, allowed"}[self.equal]
+        words = {True: "equal", False: "**DIFFERENT**", None: "differs, allowed"}
+        if self.what.startswith("time"):
+            words = {True: "no loss of 5 %", False: "**a loss of 5 % is not excluded**", None: ""}
+        word = words[self.equal]
         return f"| {self.recipe} | {self.what} | {word} | {self.detail} |"
 
 
