@@ -36,7 +36,7 @@ from paired import Built, Systems, machine
 from sacrebleu.metrics import BLEU
 
 from flax_transformer.decoding.beam_search import StopRule
-from flax_transformer.inference.quantize import Quantize
+from flax_transformer.inference.prepare import Quantize
 
 PENALTY = "average:1.0"
 

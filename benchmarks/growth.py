@@ -23,11 +23,12 @@ from flax_transformer.cli.main import keep_memory, use_every_core
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from flax_transformer.shapes import Batch
 from flax_transformer.training.loop import compile_steps
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from flax_transformer.training.state import init_state, make_layout
+from flax_transformer.training.state import describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 
 
@@ -77,11 +78,12 @@ def trainer(work: Work, options: Options) -> Any:
         num_encoder_layers=work.depth,
         num_decoder_layers=work.depth,
     )
-    optimizer = OptimizerConfig()
+    optimizer_config = OptimizerConfig()
     mesh = make_mesh(MeshConfig())
     vocabulary = VocabularyInfo(options.vocab_size, options.vocab_size, 1)
-    schedule = make_schedule(optimizer, model.model_dim)
-    layout = make_layout(model, vocabulary, make_optimizer(optimizer, schedule), mesh)
+    schedule = make_schedule(optimizer_config, model.model_dim)
+    optimizer = make_optimizer(optimizer_config, schedule, describe_parameters(model, vocabulary))
+    layout = make_layout(model, vocabulary, optimizer, mesh)
     step = jit_train_step(layout, schedule, Objective(0.1), 0, mesh)
     rows = work.tokens // work.length
     (compiled,) = compile_steps(step, layout.abstract, [BatchShape(rows, work.length, work.length)], mesh).values()

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from paired import machine, set_threads
 
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.data.batching import BatchShape, LengthSummary, Position, TokenizedPairs
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import training_batches, training_plan

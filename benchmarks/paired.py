@@ -56,11 +56,12 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.data.loader import training_batches, training_plan
     from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
     from flax_transformer.models.build import vocabulary_info
+    from flax_transformer.optim.optimizer import make_optimizer
+    from flax_transformer.optim.schedule import make_schedule
     from flax_transformer.parallel.mesh import batch_sharding, make_mesh
     from flax_transformer.training.loop import compile_steps
     from flax_transformer.training.metrics import TokenCounts
-    from flax_transformer.training.optimizer import make_optimizer, make_schedule
-    from flax_transformer.training.state import init_state, make_layout
+    from flax_transformer.training.state import describe_parameters, init_state, make_layout
     from flax_transformer.training.step import Objective, jit_train_step
     from flax_transformer.training.throughput import ProductCost, peak_flops
 
@@ -75,7 +76,8 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     mesh = make_mesh(config.mesh)
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     vocabulary = vocabulary_info(tokenizers)
-    layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), mesh)
+    parameter_info = describe_parameters(config.model, vocabulary)
+    layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule, parameter_info), mesh)
     step = jit_train_step(layout, schedule, Objective(config.training.label_smoothing), config.training.seed, mesh)
     shapes = [(*b.source_tokens.shape, b.target_tokens.shape[1]) for b in batches]
     compiled = compile_steps(step, layout.abstract, plan.shapes, mesh)
@@ -95,7 +97,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
         "vocab_size": vocabulary.target_size,
         "start_token": vocabulary.start_token,
         "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
-        "flops": ProductCost.of(layout.shapes.params).total(tokens),
+        "flops": ProductCost.of(parameter_info).total(tokens),
         "peak": peak_flops(mesh, config.model.compute_dtype),
         "target_tokens": tokens.target,
     }

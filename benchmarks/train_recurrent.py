@@ -55,8 +55,8 @@ class Options:
 
 def ours(options: Options, changes: dict[str, Any]) -> Built:
     """Returns this project's training of a recurrent model."""
-    from flax_transformer.config import read_config
-    from flax_transformer.models.rnn import RecurrentConfig
+    from flax_transformer.config.reading import read_config
+    from flax_transformer.models.recurrent import RecurrentConfig
 
     config = read_config(options.config)
     assert isinstance(config.model, RecurrentConfig), "this benchmark needs the recipe of a recurrent model"

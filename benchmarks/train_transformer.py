@@ -56,7 +56,7 @@ class Options:
 
 def ours(options: Options, size: str) -> Built:
     """Returns this project's training of a size."""
-    from flax_transformer.config import read_config
+    from flax_transformer.config.reading import read_config
     from flax_transformer.models.transformer import TransformerConfig
 
     config = read_config(options.config)

@@ -8,11 +8,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flax_transformer.config import Config as Config
-    from flax_transformer.config import override as override
-    from flax_transformer.config import read_config as read_config
+    from flax_transformer.config.command_line import override as override
+    from flax_transformer.config.reading import read_config as read_config
+    from flax_transformer.config.recipe import Config as Config
     from flax_transformer.decoding.beam_search import BeamSearchConfig as BeamSearchConfig
     from flax_transformer.decoding.beam_search import beam_search as beam_search
+    from flax_transformer.decoding.decoder_functions import DecoderFunctions as DecoderFunctions
     from flax_transformer.decoding.hypotheses import Hypotheses as Hypotheses
     from flax_transformer.decoding.length_penalty import LengthPenalty as LengthPenalty
     from flax_transformer.errors import (
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from flax_transformer.errors import (
         RunFolderError as RunFolderError,
     )
-    from flax_transformer.experiment import Outcome as Outcome
-    from flax_transformer.experiment import run_experiment as run_experiment
+    from flax_transformer.experiment.run import Outcome as Outcome
+    from flax_transformer.experiment.run import run_experiment as run_experiment
     from flax_transformer.inference.evaluate import Scores as Scores
     from flax_transformer.inference.evaluate import evaluate as evaluate
     from flax_transformer.inference.translation import Hypothesis as Hypothesis
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from flax_transformer.inference.translator import Translator as Translator
     from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
     from flax_transformer.models.build import build_model as build_model
-    from flax_transformer.models.rnn import RecurrentConfig as RecurrentConfig
-    from flax_transformer.models.rnn import RecurrentSeq2Seq as RecurrentSeq2Seq
+    from flax_transformer.models.recurrent import RecurrentConfig as RecurrentConfig
+    from flax_transformer.models.recurrent import RecurrentSeq2Seq as RecurrentSeq2Seq
     from flax_transformer.models.seq2seq import Seq2Seq as Seq2Seq
     from flax_transformer.models.transformer import Transformer as Transformer
     from flax_transformer.models.transformer import TransformerConfig as TransformerConfig
@@ -54,11 +55,11 @@ _HOMES = {
     "NoTranslation": "inference.translation",
     "Hypothesis": "inference.translation",
     # Train and evaluate
-    "Config": "config",
-    "read_config": "config",
-    "override": "config",
-    "run_experiment": "experiment",
-    "Outcome": "experiment",
+    "Config": "config.recipe",
+    "read_config": "config.reading",
+    "override": "config.command_line",
+    "run_experiment": "experiment.run",
+    "Outcome": "experiment.run",
     "evaluate": "inference.evaluate",
     "Scores": "inference.evaluate",
     # Build a model, or bring one
@@ -68,11 +69,12 @@ _HOMES = {
     "Batch": "shapes",
     "Transformer": "models.transformer",
     "TransformerConfig": "models.transformer",
-    "RecurrentSeq2Seq": "models.rnn",
-    "RecurrentConfig": "models.rnn",
+    "RecurrentSeq2Seq": "models.recurrent",
+    "RecurrentConfig": "models.recurrent",
     # Search with any step function
     "beam_search": "decoding.beam_search",
     "BeamSearchConfig": "decoding.beam_search",
+    "DecoderFunctions": "decoding.decoder_functions",
     "Hypotheses": "decoding.hypotheses",
     "LengthPenalty": "decoding.length_penalty",
     # What users can get wrong

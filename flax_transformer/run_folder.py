@@ -18,7 +18,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_transformer.config import Config, read_config, write_config
+from flax_transformer.config.reading import read_config, write_config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.locks import take_lock

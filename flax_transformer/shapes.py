@@ -20,6 +20,11 @@ MASKED = -1e30
 Container = TypeVar("Container")
 
 
+def is_possible(score: Any) -> Any:
+    """Returns where scores are real ones: sums with `MASKED` in them are not, and neither is a NaN."""
+    return score > MASKED / 2
+
+
 class Batch(NamedTuple):
     """Sentence pairs as fixed-shape int32 arrays: the one interface between data, training and inference.
 
@@ -44,6 +49,15 @@ class Batch(NamedTuple):
     target_segments: Any
 
 
+def static_field(**arguments: Any) -> Any:
+    """Returns a dataclass field that `array_tree` keeps in the structure of the tree; its value must be hashable.
+
+    Args:
+        **arguments: of `dataclasses.field`, such as `default`.
+    """
+    return dataclasses.field(metadata={"static": True}, **arguments)
+
+
 def array_tree(cls: type[Container]) -> type[Container]:
     """Registers a frozen dataclass of arrays (or of trees of arrays) as a JAX pytree; returns the class.
 
@@ -51,23 +65,30 @@ def array_tree(cls: type[Container]) -> type[Container]:
     fail when JAX puts shapes, shardings or None in the place of arrays. Here the fields are checked when a person
     builds the object, and tree operations rebuild it without `__init__`.
 
+    A field that is made by `static_field` is no leaf: programs are compiled anew for each of its values.
+
     Example:
         >>> @array_tree
         ... @dataclasses.dataclass(frozen=True)
         ... class Point:
         ...     x: jax.Array
-        >>> jax.tree.map(lambda a: 2 * a, Point(x=3)).x
-        6
+        ...     unit: str = static_field(default="m")
+        >>> jax.tree.map(lambda a: 2 * a, Point(x=3))
+        Point(x=6, unit='m')
     """
     # A dataclass, since the decorator below has made it one; no public type of Python's can say that of `Container`.
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields if not field.metadata.get("static")]
+    static_names = [field.name for field in fields if field.metadata.get("static")]
 
     def flatten_with_keys(tree):
-        return [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], None
+        leaves = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names]
+        return leaves, tuple(getattr(tree, name) for name in static_names)
 
-    def unflatten(_, leaves):
+    def unflatten(static, leaves):
         tree = object.__new__(cls)
         tree.__dict__.update(zip(names, leaves, strict=True))
+        tree.__dict__.update(zip(static_names, static, strict=True))
         return tree
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)

@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 
 from flax_transformer.cli import main as cli
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.synthetic import english_number_words, german_number_words
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.models.build import vocabulary_info
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints

@@ -7,7 +7,8 @@ import pytest
 import tyro
 
 from flax_transformer.cli.translate import TranslateOptions
-from flax_transformer.config import Config, DecodingConfig, read_config, write_config
+from flax_transformer.config.reading import read_config, write_config
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.translator import Translator

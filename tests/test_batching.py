@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.config import Config, from_dict
+from flax_transformer.config.reading import from_dict
+from flax_transformer.config.recipe import Config
 from flax_transformer.data import packing
 from flax_transformer.data.batching import (
     BatchingConfig,

@@ -3,6 +3,7 @@
 The step function here is a Markov chain: the logits of the next token depend on the last one alone.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -13,19 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_transformer.decoding import beam_search as beam_search_module
-from flax_transformer.decoding.beam_search import (
-    BeamSearchConfig,
-    Bonus,
-    beam_search,
-    best_candidates,
-    best_of_vocabulary,
-)
+from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
+from flax_transformer.decoding.beam_state import ScoreAdjustment
+from flax_transformer.decoding.candidates import best_candidates
+from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.rules import Progress
+from flax_transformer.decoding.logits_processors import Progress
 from flax_transformer.errors import ConfigError
-from flax_transformer.shapes import MASKED
-from tests.chains import END, START, outputs
+from flax_transformer.shapes import MASKED, array_tree
+from tests.chains import END, START, chain_functions, chain_state, outputs
 
 PENALTY_NAMES = ("none", "average:1.0", "average:0.5", "gnmt:0.6")
 
@@ -40,23 +37,17 @@ def log_probabilities(table: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def compiled_search(config: BeamSearchConfig, bonus: Bonus | None):
-    """The search over N chains, compiled once for a configuration and shape; the state is which chain a slot holds.
+def compiled_search(config: BeamSearchConfig, adjustment: ScoreAdjustment | None):
+    """The search over N chains, compiled once for a configuration and shape.
 
-    For a bonus the tokens that were read are kept with each hypothesis.
+    For a score adjustment the tokens that were read are kept with each hypothesis.
     """
+    functions = chain_functions(keep_read=adjustment is not None)
 
     @jax.jit
     def run(chains, limits):
-        def step(tokens, slots):
-            rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(chains[slots], tokens)
-            return rows, None if bonus is None else tokens, slots
-
-        def refill(slots, fresh, sentences):
-            return jnp.where(fresh, sentences, slots)
-
-        start = jnp.zeros((config.num_slots,), jnp.int32)
-        return beam_search(step, lambda state, parents: state, refill, start, limits, config, bonus=bonus)
+        state = chain_state(chains, config.num_slots)
+        return beam_search(functions, config, state, limits, score_adjustment=adjustment)
 
     return run
 
@@ -68,7 +59,7 @@ def search(
     penalty: str = "none",
     max_lengths=None,
     slots=None,
-    bonus: Bonus | None = None,
+    adjustment: ScoreAdjustment | None = None,
     **changes,
 ):
     """Searches a chain given as logits [V, V] (or [N, V, V], one chain a sentence)."""
@@ -77,7 +68,7 @@ def search(
     config = BeamSearchConfig(
         beam_size, slots or len(chains), max_length, START, END, LengthPenalty.parse(penalty), **changes
     )
-    return jax.device_get(compiled_search(config, bonus)(chains, limits))
+    return jax.device_get(compiled_search(config, adjustment)(chains, limits))
 
 
 def divisor(penalty: LengthPenalty, length: int) -> float:
@@ -202,7 +193,8 @@ def test_the_search_stops_as_soon_as_nothing_can_change():
         return chain[tokens], None, count + 1
 
     start = jnp.zeros((), jnp.int32)
-    jax.block_until_ready(beam_search(step, lambda s, _: s, lambda s, *_: s, start, jnp.array([50]), config))
+    functions = DecoderFunctions(step, lambda s, _: s, lambda s, *_: s)
+    jax.block_until_ready(beam_search(functions, config, start, jnp.array([50])))
     jax.effects_barrier()
     # "END" (0.01) finishes in step 1, "a END" (0.989) in step 2, and all that is left has less than 0.001.
     assert len(steps_taken) == 2
@@ -222,7 +214,7 @@ def test_a_search_that_must_be_sure_takes_as_many_steps_as_a_plain_one(penalty):
         return jnp.where(fresh, sentences, slots)
 
     start = jnp.zeros((1,), jnp.int32)
-    beam_search(step, lambda s, _: s, refill, start, jnp.full((40,), 10), config)
+    beam_search(DecoderFunctions(step, lambda s, _: s, refill), config, start, jnp.full((40,), 10))
     jax.effects_barrier()
     steps = np.bincount(taken, minlength=40).tolist()
     assert steps == [plain_search(chain, 2, 10, penalty, 2, "sure")[1] for chain in chains]
@@ -256,20 +248,33 @@ def test_a_beam_as_wide_as_the_space_equals_exhaustive_search(chain, penalty):
     assert found[0][0] == expected[0][0] or found[0][1] == pytest.approx(expected[1][1], abs=1e-4)
 
 
-def fewer_twos(read, sentences, lengths):
-    """A bonus that differs from hypothesis to hypothesis, as a coverage penalty does: -0.7 for each token 2."""
-    decoded = jnp.arange(read.shape[2])[None, :] < lengths[:, None]
-    twos = (read == 2) & decoded[:, None, :]
-    return jnp.sum(jnp.where(twos, jnp.float32(-0.7), jnp.float32(0.0)), axis=2)
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class FewerTwos:
+    """A score adjustment that differs from hypothesis to hypothesis, as a coverage penalty does: -0.7 for a token 2."""
+
+    def __call__(self, auxiliary, sentences, lengths):
+        decoded = jnp.arange(auxiliary.shape[2])[None, :] < lengths[:, None]
+        twos = (auxiliary == 2) & decoded[:, None, :]
+        return jnp.sum(jnp.where(twos, jnp.float32(-0.7), jnp.float32(0.0)), axis=2)
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class AllWorse:
+    """A score adjustment that is the same for all hypotheses, so it changes nothing of their order."""
+
+    def __call__(self, auxiliary, sentences, lengths):
+        return jnp.full((len(lengths), 1), -2.0)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(CHAINS, PENALTIES)
-def test_with_a_bonus_the_search_is_as_exact_and_stops_no_sooner(chain, penalty):
+def test_with_a_score_adjustment_the_search_is_as_exact_and_stops_no_sooner(chain, penalty):
     expected = sorted(((t, s - 0.7 * t.count(2)) for t, s in exhaustive(chain, 3, penalty)), key=lambda item: -item[1])
     for patience in (1.0, 1 / 36):  # of the latter only the first is promised
-        found = [o for o in outputs(search(chain, 36, 3, penalty, bonus=fewer_twos, patience=patience)) if o[2]]
+        found = [o for o in outputs(search(chain, 36, 3, penalty, adjustment=FewerTwos(), patience=patience)) if o[2]]
         found = found[: 13 if patience == 1.0 else 1]
         scores = [s for _, s in expected][: len(found)]
         np.testing.assert_allclose([s for _, s, _ in found], scores, rtol=1e-4, atol=1e-5)
@@ -336,10 +341,8 @@ def test_only_the_rule_sure_waits_for_every_later_better_output():
     found = [outputs(search(chain, 2, 12, "average:1.0", stop=stop))[0][0] for stop in stops]
     assert found == [(2, END), (2, END), (2, *[3] * 10, END)]  # ln(.5 * .4 * .9 ** 9 * .1)/12 = -0.41
 
-    def worse(extras, sentences, lengths):  # all alike, so it changes nothing
-        return jnp.full((len(lengths), 1), -2.0)
-
-    assert outputs(search(chain, 2, 12, "average:1.0", stop="likely", bonus=worse))[0][0] == (2, END)
+    worse = search(chain, 2, 12, "average:1.0", stop="likely", adjustment=AllWorse())
+    assert outputs(worse)[0][0] == (2, END)
 
 
 def test_sentences_do_not_influence_one_another():
@@ -382,7 +385,7 @@ def test_a_slot_costs_nothing_once_its_sentence_is_done():
         return jnp.where(fresh, sentences, slots)
 
     start = jnp.zeros((3,), jnp.int32)
-    found = beam_search(step, lambda s, _: s, refill, start, jnp.full((9,), 40), config)
+    found = beam_search(DecoderFunctions(step, lambda s, _: s, refill), config, start, jnp.full((9,), 40))
     jax.effects_barrier()
     assert len(steps_taken) <= 42
     assert [len(outputs(jax.device_get(found), n)[0][0]) for n in range(9)] == [40] + [1] * 8
@@ -409,7 +412,8 @@ def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
 
         config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), patience=patience)  # one by one
         limits, start = jnp.full((30,), 12), jnp.zeros((1,), jnp.int32)
-        beam_search(step, lambda s, _: s, lambda s, f, n: jnp.where(f, n, s), start, limits, config)
+        functions = DecoderFunctions(step, lambda s, _: s, lambda s, f, n: jnp.where(f, n, s))
+        beam_search(functions, config, start, limits)
         jax.effects_barrier()
         steps[patience] = len(taken)
     assert steps[0.25] < steps[1.0]
@@ -438,7 +442,8 @@ def test_beams_carry_their_own_state():
         return jnp.take_along_axis(before, parents, axis=1)
 
     start = jnp.zeros((1, beams), jnp.int32)
-    found = jax.device_get(beam_search(step, reorder, lambda s, *_: s, start, jnp.array([limit]), config))
+    functions = DecoderFunctions(step, reorder, lambda s, *_: s)
+    found = jax.device_get(beam_search(functions, config, start, jnp.array([limit])))
     log_p = np.asarray(jax.nn.log_softmax(table), np.float64)
     for tokens, score, _ in outputs(found):
         padded = (START, START, *tokens)
@@ -446,15 +451,15 @@ def test_beams_carry_their_own_state():
         assert score == pytest.approx(total, rel=1e-4)
     # What the step gives beside each token follows its hypothesis: here, the token that was read.
     for beam, (tokens, _, _) in enumerate(outputs(found)):
-        assert found.extras["token"][0, beam, : len(tokens)].tolist() == [START, *tokens[:-1]]
+        assert found.auxiliary["token"][0, beam, : len(tokens)].tolist() == [START, *tokens[:-1]]
 
 
 def test_ties_go_to_the_lower_beam_and_token():
     progress = Progress(jnp.zeros((1, 2, 1), jnp.int32), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))
-    scores, parents, tokens, _ = best_candidates(jnp.zeros((1, 2)), jnp.zeros((1, 2, 3)), 4, progress, ())
-    np.testing.assert_allclose(scores, np.full((1, 4), np.log(1 / 3)), rtol=1e-6)
-    np.testing.assert_array_equal(parents, [[0, 0, 0, 1]])
-    np.testing.assert_array_equal(tokens, [[0, 1, 2, 0]])
+    found = best_candidates(jnp.zeros((1, 2)), jnp.zeros((1, 2, 3)), 4, progress, ())
+    np.testing.assert_allclose(found.scores, np.full((1, 4), np.log(1 / 3)), rtol=1e-6)
+    np.testing.assert_array_equal(found.parents, [[0, 0, 0, 1]])
+    np.testing.assert_array_equal(found.tokens, [[0, 1, 2, 0]])
 
 
 # --- bad input
@@ -480,22 +485,3 @@ def test_bad_sizes_are_explained():
         BeamSearchConfig(0, 1, 5, START, END, LengthPenalty.parse("none"))
     with pytest.raises(ConfigError, match="patience must be above 0 and at most 1, got 0"):
         BeamSearchConfig(2, 1, 5, START, END, LengthPenalty.parse("none"), patience=0.0)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("size", [7, 24, 1000, 1009])  # 7 and 1009 are prime: one block
-def test_the_best_of_a_vocabulary_are_those_of_top_k_ties_included(size, first, monkeypatch):
-    """However it lies in memory, and so are their log-probabilities."""
-    monkeypatch.setattr(beam_search_module, "vocabulary_first", lambda: first)
-    logits = jnp.asarray(np.random.default_rng(size).integers(0, 12, (2, 3, size)).astype(np.float32))
-    expected, expected_tokens = jax.lax.top_k(logits, 5)
-    best, tokens = best_of_vocabulary(logits, 5)
-    np.testing.assert_array_equal(best, expected)
-    np.testing.assert_array_equal(tokens, expected_tokens)
-
-    progress = Progress(jnp.zeros((2, 3, 1), jnp.int32), jnp.zeros(2, jnp.int32), jnp.arange(2))
-    scores, parents, tokens, log_probs = best_candidates(jnp.zeros((2, 3)), logits, 5, progress, ())
-    expected, flat = jax.lax.top_k(jax.nn.log_softmax(logits).reshape(2, -1), 5)
-    np.testing.assert_allclose(scores, expected, rtol=1e-6)
-    np.testing.assert_array_equal(scores, log_probs)
-    np.testing.assert_array_equal(parents * size + tokens, flat)

@@ -55,7 +55,7 @@ def test_nothing_is_compiled_once_training_has_begun(recipe, tmp_path, monkeypat
         around.append(events.count("/jax/compilation_cache/compile_requests_use_cache"))
         return result
 
-    monkeypatch.setattr("flax_transformer.experiment.train_loop", train_loop)
+    monkeypatch.setattr("flax_transformer.experiment.run.train_loop", train_loop)
     jax.clear_caches()  # of what other tests have compiled
     several = ["--batching.num-shapes", "3", "--batching.tokens-per-batch", "480"]
     assert command("train", "--config", str(recipe), "--run", str(tmp_path / "run"), *several) == 0

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_transformer import backend
+from flax_transformer.inference.prepare import prepared_model
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import build_model
-from flax_transformer.models.rnn import RecurrentConfig
-from flax_transformer.parallel import layout
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.training.step import Objective, batch_loss
 from tests import tiny
 from tests.small_models import ALIKE, DECODING, MODELS, TOKENIZERS, params_of
@@ -35,7 +36,7 @@ def products(program: str) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("make", [lambda: tiny.transformer(compute_dtype="bfloat16"), recurrent])
-def test_a_cpu_is_asked_for_float32_products_and_an_accelerator_for_narrow_ones(make, monkeypatch):
+def test_a_cpu_is_asked_for_float32_products_and_an_accelerator_for_narrow_ones(make):
     """Of both sides in bfloat16: XLA for CPU has no product of them with a result in bfloat16, but one with float32."""
     graphdef, params = nnx.split(make())
     batch = tiny.batch([9, 4], [8, 5])
@@ -43,10 +44,9 @@ def test_a_cpu_is_asked_for_float32_products_and_an_accelerator_for_narrow_ones(
     def loss(params):
         return batch_loss(nnx.merge(graphdef, params), batch, Objective(0.1), jax.random.key(0)).loss
 
-    def narrow(backend: str) -> list[str]:
-        monkeypatch.setattr(layout, "backend", lambda: backend)
-        jax.clear_caches()  # of what was traced for the other
-        found = products(jax.jit(jax.grad(loss)).lower(params).as_text())
+    def narrow(platform: backend.Platform) -> list[str]:
+        with backend.tracing_for(platform):
+            found = products(jax.jit(jax.grad(loss)).lower(params).as_text())
         results = [result for left, right, result in found if left == right == "bf16"]
         assert len(results) > 20
         return [result for result in results if result == "bf16"]
@@ -66,10 +66,12 @@ def start(model: Any) -> tuple[Any, Any]:
 def test_kernels_in_bfloat16_change_no_bit_of_a_step(changes):
     """They are rounded once for all steps, where each step rounds them otherwise."""
     model = tiny.transformer(compute_dtype="bfloat16", **changes)
-    made = model.for_search()
-    kernels = [p for path, p in nnx.to_flat_state(nnx.state(made)) if path[-1] in ("kernel", "search_kernel")]
+    with backend.tracing_for("cpu"):
+        made = prepared_model(model)
+    kernels = [p[...] for path, p in nnx.to_flat_state(nnx.state(made)) if path[-1] == "kernel"]
+    kernels.append(made.output_projection().kernel)
     assert len(kernels) == 2 * 6 + 3 * 10 + 1
-    assert {kernel[...].dtype for kernel in kernels} == {BFLOAT16}
+    assert {kernel.dtype for kernel in kernels} == {BFLOAT16}
     assert model.encoder.layers.feed_forward.up.kernel[...].dtype == jnp.float32  # left as it was
 
     def steps(params, graphdef):
@@ -79,39 +81,40 @@ def test_kernels_in_bfloat16_change_no_bit_of_a_step(changes):
         second, _ = model.decode_step(tokens + 1, state)
         return first.logits, second.logits
 
-    expected, found = (
-        jax.jit(steps, static_argnums=1)(params, graphdef) for graphdef, params in (nnx.split(model), nnx.split(made))
-    )
+    with backend.tracing_for("cpu"):
+        expected, found = (
+            jax.jit(steps, static_argnums=1)(params, graphdef)
+            for graphdef, params in (nnx.split(model), nnx.split(made))
+        )
     chex.assert_trees_all_equal(found, expected)
 
 
-def test_a_cpu_keeps_caches_in_float32(monkeypatch):
+def test_a_cpu_keeps_caches_in_float32():
     """A token that is written into bfloat16 would turn the whole cache into float32 and back."""
-    model = tiny.transformer(compute_dtype="bfloat16").for_search()
+    model = prepared_model(tiny.transformer(compute_dtype="bfloat16"))
 
-    def types() -> set[Any]:
-        state, _ = start(model)
+    def types(state: Any) -> set[Any]:
         return {leaf.dtype for leaf in jax.tree.leaves((state.per_sentence[0], state.written))}
 
-    monkeypatch.setattr(layout, "backend", lambda: "cpu")
-    assert types() == {np.dtype("float32")}
-    state, tokens = start(model)
-    program = jax.jit(lambda state: model.decode_step(tokens, state)).lower(state).compile().as_text() or ""
+    with backend.tracing_for("cpu"):
+        state, tokens = start(model)
+        program = jax.jit(lambda state: model.decode_step(tokens, state)).lower(state).compile().as_text() or ""
+    assert types(state) == {np.dtype("float32")}
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.written)}
     assert all(f"f32[{shape}]" in program and f"bf16[{shape}]" not in program for shape in shapes)
-    monkeypatch.setattr(layout, "backend", lambda: "gpu")
-    assert types() == {BFLOAT16}
+    with backend.tracing_for("gpu"):
+        assert types(start(model)[0]) == {BFLOAT16}
 
 
-def test_a_step_is_the_same_within_rounding_whatever_the_caches_are(monkeypatch):
+def test_a_step_is_the_same_within_rounding_whatever_the_caches_are():
     """What stands in a cache of float32 was rounded to bfloat16 before, so sums and weights alone are rounded less."""
     model = tiny.transformer(compute_dtype="bfloat16")
 
-    def logits(backend: str) -> np.ndarray:
-        monkeypatch.setattr(layout, "backend", lambda: backend)
-        state, tokens = start(model)
-        _, state = model.decode_step(tokens, state)
-        return np.asarray(model.decode_step(tokens + 1, state)[0].logits)
+    def logits(platform: backend.Platform) -> np.ndarray:
+        with backend.tracing_for(platform):
+            state, tokens = start(model)
+            _, state = model.decode_step(tokens, state)
+            return np.asarray(model.decode_step(tokens + 1, state)[0].logits)
 
     wide, narrow = logits("cpu"), logits("gpu")
     # A few dozen roundings of 0.4 % each, on logits of size 1.

@@ -160,7 +160,7 @@ def test_few_cores_search_one_by_one_and_many_together(translator):
 def test_cores_read_the_same_weights(translator):
     """What each reads in every step is in the cache that they share once, not once for each."""
     first, second = ([leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params) if leaf.nbytes >= 1_024]
-                     for _, params in translator.parameters.for_search())  # fmt: skip
+                     for _, params in translator.parameters.prepared())  # fmt: skip
     assert first == second and len(first) > 10
 
 
@@ -214,7 +214,7 @@ def test_threads_may_share_a_translator_before_its_first_search(translator):
 
         with ThreadPoolExecutor(num_threads) as pool:
             assert all(made == expected for made in pool.map(found, range(num_threads)))
-        assert len(fresh.parameters.for_search()) == len(fresh.parameters.search_meshes)
+        assert len(fresh.parameters.prepared()) == len(fresh.parameters.search_meshes)
 
 
 def test_after_compile_no_device_has_anything_to_compile(translator):

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from flax_transformer.cli import compare, main
-from flax_transformer.config import Config, write_config
+from flax_transformer.config.reading import write_config
+from flax_transformer.config.recipe import Config
 from flax_transformer.errors import InputError, RunFolderError
 from flax_transformer.inference.comparison import bleu_by_length, common_quality, read_runs
 from flax_transformer.inference.evaluate import evaluate
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flax_transformer.config import Config, from_dict, override, read_config, to_dict, write_config
+from flax_transformer.config.command_line import override
+from flax_transformer.config.reading import from_dict, read_config, to_dict, write_config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.errors import ConfigError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, RunFolderError
@@ -17,7 +17,7 @@ from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.scorer import NoScore, Scorer
 from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslation, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.small_models import (
     ALIKE,

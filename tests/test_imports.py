@@ -14,10 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "flax_transformer"
 # Lowest first; a module may import modules of lower layers, and of its own where that makes no circle.
 LAYERS = [
     ["errors", "locks", "shapes", "user_cache"],
+    ["backend"],
+    ["parallel.sharding_rules"],
+    ["ops"],
     ["parallel"],
     ["nn", "data", "decoding"],
     ["models"],
-    ["training.loss", "training.metrics", "training.optimizer"],
+    ["optim"],
+    ["training.metrics"],
     ["config"],
     ["run_folder"],
     ["training"],
@@ -50,7 +54,8 @@ def imports_of(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} uses a relative import"
-            names.add(node.module or "")
+            if node.module != "flax_transformer":
+                names.add(node.module or "")
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
@@ -60,8 +65,9 @@ MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py")) if p.name !=
 
 def own_imports(path: Path) -> set[str]:
     names = imports_of(path)
-    assert path.parent == PACKAGE or "flax_transformer" not in names, f"{path} imports from the top: name the module"
     inside = {n.removeprefix("flax_transformer.") for n in names if n.startswith("flax_transformer.")}
+    from_top = {n for n in inside if "." not in n} - {name.split(".")[0] for name in MODULES}
+    assert path.parent == PACKAGE or not from_top, f"{path} imports {from_top} from the top: name the module"
     return {n for n in inside if n in MODULES}
 
 
@@ -95,6 +101,17 @@ def test_search_knows_no_model_and_layers_know_no_mesh():
             assert "parallel.mesh" not in inside, module
 
 
+def test_hardware_is_named_in_one_room():
+    """Choices by platform while tracing stand in `ops`, and what a program is compiled for in `backend`."""
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert "default_backend(" not in text, module
+        if "backend" in own_imports(path):
+            assert module.startswith("ops."), module
+        if module.startswith(("nn.", "models.", "decoding.", "optim.")):
+            assert ".platform" not in text, module
+
+
 def test_the_code_of_data_uses_no_jax():
     for module, path in MODULES.items():
         if module.startswith("data."):
@@ -123,7 +140,7 @@ def test_the_command_is_there_before_the_libraries():
 
 def test_importing_the_package_starts_no_device():
     code = (
-        "import flax_transformer.experiment, flax_transformer.cli.main\n"
+        "import flax_transformer.experiment.run, flax_transformer.cli.main\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was asked for at import'\n"
     )

@@ -3,31 +3,22 @@
 import re
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.errors import ConfigError
-from flax_transformer.nn import embedding as embedding_module
-from flax_transformer.nn.attention import MultiHeadAttention, dot_product_attention, masked_softmax
-from flax_transformer.nn.dropout import dropout, random_bytes
-from flax_transformer.nn.embedding import Embedding, InputEmbedding, OutputProjection
+from flax_transformer.nn.embedding import Embedding, InputEmbedding
 from flax_transformer.nn.feed_forward import FeedForward
-from flax_transformer.nn.kv_cache import (
-    cached_cross_attention,
-    cached_self_attention,
-    cross_attention_cache,
-    empty_self_attention_cache,
-    write_ancestors,
-)
 from flax_transformer.nn.linear import Linear
-from flax_transformer.nn.masks import causal_mask
 from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
 from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
+from flax_transformer.ops.dropout import dropout, random_bytes
+from flax_transformer.ops.vocabulary import OutputProjection, fold_bias_into_kernel
+from tests.platforms import PLATFORMS, tracing_for
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 DTYPES = {"param_dtype": FLOAT32, "compute_dtype": FLOAT32}
@@ -50,18 +41,6 @@ def randomised(module: nnx.Module, seed: int = 7) -> Any:
     return nnx.merge(graphdef, random)
 
 
-def softmax64(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    weights = np.where(mask, np.exp(scores), 0.0)
-    return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-
-
-def attention64(q, k, v, mask):
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    weights = softmax64(scores, np.asarray(mask))
-    return np.einsum("bnts,bsnh->btnh", weights, v), weights
-
-
 def test_linear_contracts_several_dimensions():
     layer = randomised(Linear((3, 4), (2, 5), ("heads", "head_dim", "mlp", "embed"), **DTYPES, rngs=nnx.Rngs(0)))
     x = normal(1, 6, 3, 4)
@@ -69,17 +48,20 @@ def test_linear_contracts_several_dimensions():
     np.testing.assert_allclose(layer(x), expected, **ONE_OP)
 
 
-def test_linear_has_the_gradients_of_its_equation():
+@PLATFORMS
+def test_linear_has_the_gradients_of_its_equation(platform):
     layer = randomised(Linear((3, 4), (2, 5), ("heads", "head_dim", "mlp", "embed"), **DTYPES, rngs=nnx.Rngs(0)))
     x, weight = normal(1, 6, 7, 3, 4), normal(2, 6, 7, 2, 5)
     graphdef, params = nnx.split(layer)
-    by_params, by_x = jax.grad(lambda p, x: jnp.sum(weight * nnx.merge(graphdef, p)(x)), argnums=(0, 1))(params, x)
+    with tracing_for(platform):
+        by_params, by_x = jax.grad(lambda p, x: jnp.sum(weight * nnx.merge(graphdef, p)(x)), argnums=(0, 1))(params, x)
     np.testing.assert_allclose(by_x, np.einsum("btmf,nhmf->btnh", weight, float64(layer.kernel[...])), **ONE_OP)
     np.testing.assert_allclose(by_params.kernel[...], np.einsum("btnh,btmf->nhmf", float64(x), weight), **ONE_OP)
     np.testing.assert_allclose(by_params.bias[...], float64(weight).sum((0, 1)), **ONE_OP)
 
 
-def test_gradients_of_a_bfloat16_product_are_summed_in_float32():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_gradients_of_a_bfloat16_product_are_summed_in_float32(platform):
     """Over 20,000 rows; bfloat16 keeps 8 bits: a sum in it would stand still, and a rounding to it is 0.2 % or so."""
     layer = Linear(
         (4,), (3, 2), ("embed", "heads", "head_dim"), param_dtype=FLOAT32, compute_dtype=BFLOAT16, rngs=nnx.Rngs(0)
@@ -93,7 +75,8 @@ def test_gradients_of_a_bfloat16_product_are_summed_in_float32():
         assert y.dtype == BFLOAT16
         return jnp.sum((y * weight).astype(jnp.float32))
 
-    by_params, by_x = jax.grad(weighted, argnums=(0, 1))(params, x)
+    with tracing_for(platform):
+        by_params, by_x = jax.grad(weighted, argnums=(0, 1))(params, x)
     assert (by_params.kernel[...].dtype, by_params.bias[...].dtype, by_x.dtype) == (FLOAT32, FLOAT32, BFLOAT16)
     # The terms are exact: 20,000 of them, added up one after the other in float32, would be off by 1e-5 or so.
     np.testing.assert_allclose(by_params.bias[...], float64(weight).sum(0), rtol=1e-4)
@@ -123,117 +106,6 @@ def test_linear_is_xavier_uniform_over_the_flattened_matrix():
     # 131,072 uniform draws: the standard error of the mean square is 0.25 % of it, so 2 % never happens by chance.
     assert np.mean(kernel**2) == pytest.approx(bound**2 / 3, rel=0.02)
     assert layer.bias is not None and not layer.bias[...].any()
-
-
-@pytest.mark.parametrize("mask_kind", ["full", "causal", "random"])
-def test_attention_equals_its_equation(mask_kind):
-    q, k, v = normal(1, 2, 5, 3, 4), normal(2, 2, 5, 3, 4), normal(3, 2, 5, 3, 4)
-    mask = {
-        "full": jnp.ones((1, 1, 5, 5), bool),
-        "causal": causal_mask(5),
-        "random": jnp.asarray(np.random.default_rng(4).random((2, 1, 5, 5)) < 0.6),
-    }[mask_kind]
-    attended, weights = dot_product_attention(q, k, v, mask)
-    expected, expected_weights = attention64(q, k, v, mask)
-    np.testing.assert_allclose(attended, expected, **ONE_OP)
-    np.testing.assert_allclose(weights, expected_weights, **ONE_OP)
-
-
-def test_a_row_with_nothing_to_attend_to_is_zero_in_value_and_gradient():
-    scores = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    mask = jnp.array([[False, False], [True, False]])
-    np.testing.assert_array_equal(masked_softmax(scores, mask), [[0.0, 0.0], [1.0, 0.0]])
-    gradient = jax.grad(lambda s: (masked_softmax(s, mask) * jnp.array([[5.0, 7.0], [1.0, 2.0]])).sum())(scores)
-    np.testing.assert_array_equal(gradient, np.zeros((2, 2)))
-
-
-def test_softmax_survives_scores_beyond_the_range_of_exp():
-    scores = jnp.array([[1e4, 1e4, -1e4, 3e4]])
-    np.testing.assert_allclose(
-        masked_softmax(scores, jnp.array([[True, True, True, False]])), [[0.5, 0.5, 0.0, 0.0]], rtol=1e-6
-    )
-
-
-def test_multi_head_attention_equals_its_equation():
-    layer = randomised(MultiHeadAttention(8, 2, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0)))
-    x, memory = normal(1, 2, 3, 8), normal(2, 2, 5, 8)
-    mask = jnp.asarray(np.random.default_rng(5).random((2, 1, 3, 5)) < 0.7)
-
-    def project(module, value):
-        return np.einsum("btd,dnh->btnh", float64(value), float64(module.kernel[...])) + float64(module.bias[...])
-
-    attended, _ = attention64(project(layer.query, x), project(layer.key, memory), project(layer.value, memory), mask)
-    expected = np.einsum("btnh,nhd->btd", attended, float64(layer.output.kernel[...])) + float64(layer.output.bias[...])
-    np.testing.assert_allclose(layer(x, memory, mask), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("length", [6, pytest.param(40, marks=pytest.mark.slow)])  # one piece on a CPU, and three
-def test_cached_attention_equals_attention_over_what_the_ancestors_wrote(length):
-    batch, beams, heads, dim = 2, 3, 2, 4
-    q, k, v = (normal(s, length, batch, beams, heads, dim) for s in (1, 2, 3))
-    parents = np.random.default_rng(4).integers(0, beams, (length, batch, beams))
-    rows = np.arange(batch)[:, None]
-    cache = empty_self_attention_cache(batch, beams, heads, length, dim, FLOAT32)
-    ancestors = jnp.zeros((batch, beams, length), jnp.int32)
-    history = np.zeros((2, batch, beams, 0, heads, dim))  # keys and values, copied when beams are reordered
-    for t in range(length):
-        positions = jnp.full((batch,), t)
-        ancestors = write_ancestors(ancestors, positions)
-        out, cache = cached_self_attention(cache, q[t], k[t], v[t], positions, ancestors)
-        history = np.concatenate([history, np.stack([float64(k[t]), float64(v[t])])[:, :, :, None]], axis=3)
-        flat = history.reshape(2, batch * beams, t + 1, heads, dim)
-        expected, _ = attention64(q[t].reshape(-1, 1, heads, dim), flat[0], flat[1], jnp.ones((1, 1, 1, 1), bool))
-        np.testing.assert_allclose(out, expected.reshape(out.shape), rtol=1e-4, atol=1e-5)
-        history = history[:, rows, parents[t]]
-        ancestors = jnp.asarray(np.asarray(ancestors)[rows, parents[t]])
-
-
-def test_beams_that_are_never_reordered_attend_to_what_they_wrote():
-    shape = (2, 5, 3, 4)
-    cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_self_attention_cache(2, 5, 3, 20, 4, FLOAT32))
-    query, key, value = (normal(s, *shape) for s in (2, 3, 4))
-    own = jnp.broadcast_to(jnp.arange(5)[None, :, None], (2, 5, 20))
-    for positions in (jnp.array([3, 7]), jnp.array([3, 18])):
-        expected, _ = cached_self_attention(cache, query, key, value, positions, own)
-        out, _ = cached_self_attention(cache, query, key, value, positions, None)
-        np.testing.assert_allclose(out, expected, **ONE_OP)
-
-
-def test_a_cache_is_read_as_far_as_a_sentence_has_come_whatever_the_others_need():
-    heads, dim, length = 2, 4, 40
-    cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_self_attention_cache(2, 3, heads, length, dim, FLOAT32))
-    query, key, value = (normal(s, 2, 3, heads, dim) for s in (2, 3, 4))
-    ancestors = jnp.asarray(np.random.default_rng(5).integers(0, 3, (2, 3, length)))
-    outs, caches = zip(
-        *(cached_self_attention(cache, query, key, value, jnp.array([9, n]), ancestors) for n in (2, 20, 39)),
-        strict=True,
-    )
-    for out, new in zip(outs[1:], caches[1:], strict=True):
-        np.testing.assert_array_equal(out[0], outs[0][0])
-        chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x[0], c) for c in (new, caches[0])))
-        assert np.abs(out[1] - outs[0][1]).max() > 1e-3
-
-
-def test_sentences_of_a_cache_may_stand_at_different_positions():
-    key, value, query = (normal(s, 3, 1, 2, 4) for s in (1, 2, 3))
-    cache = empty_self_attention_cache(3, 1, 2, 20, 4, FLOAT32)
-    positions = jnp.array([0, 17, 20])  # the last is beyond the end, as in a slot that stands idle
-    _, cache = cached_self_attention(cache, query, key, value, positions, jnp.zeros((3, 1, 20), jnp.int32))
-    keys, values = jnp.concatenate(cache.keys, axis=4), jnp.concatenate(cache.values, axis=3)
-    for row, place in ((0, 0), (1, 17)):
-        np.testing.assert_array_equal(keys[row, :, :, 0, place], key[row, 0])
-        np.testing.assert_array_equal(values[row, :, 0, place], value[row, 0])
-    assert int((keys != 0).sum()) == int((values != 0).sum()) == key[:2].size
-
-
-def test_cross_attention_shares_one_memory_among_beams():
-    query, keys, values = normal(1, 2, 3, 2, 4), normal(2, 2, 5, 2, 4), normal(3, 2, 5, 2, 4)
-    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
-    attended, weights = cached_cross_attention(cross_attention_cache(keys, values), query, mask)
-    for beam in range(3):
-        alone, _ = attention64(query[:, beam : beam + 1], keys, values, mask)
-        np.testing.assert_allclose(attended[:, beam], alone[:, 0], **ONE_OP)
-    assert not weights[0, :, :, 3:].any()
 
 
 def test_layer_norm_equals_its_equation():
@@ -298,21 +170,23 @@ def test_embeddings_start_with_variance_one_over_width():
     assert table.std() == pytest.approx(1 / 8, rel=0.01)  # 262,144 draws: standard error 0.14 %
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_output_projection_gives_padding_rows_no_probability(first, monkeypatch):
+@PLATFORMS
+def test_output_projection_gives_padding_rows_no_probability(platform):
     """However its logits lie in memory."""
-    monkeypatch.setattr(embedding_module, "vocabulary_first", lambda: first)
     kernel, bias, hidden = normal(1, 8, 4), normal(2, 8), normal(3, 2, 4)
     projection = OutputProjection(kernel, bias, num_real_rows=6)
     expected = float64(hidden) @ float64(kernel).T + float64(bias)
-    for same in (projection, projection.with_offset_column()):
-        logits = same.logits(hidden)
-        np.testing.assert_allclose(logits[:, :6], expected[:, :6], **ONE_OP)
-        assert not jax.nn.softmax(logits)[:, 6:].any()
-    widened: Any = projection.with_offset_column().kernel
-    assert widened.shape == (8, 5 if first else 4)
-    nothing_to_add = OutputProjection(kernel, None, num_real_rows=8)
-    assert nothing_to_add.with_offset_column() is nothing_to_add
+    with tracing_for(platform):
+        folded = fold_bias_into_kernel(projection)
+        for same in (projection, folded):
+            logits = same.logits(hidden)
+            np.testing.assert_allclose(logits[:, :6], expected[:, :6], **ONE_OP)
+            assert not jax.nn.softmax(logits)[:, 6:].any()
+        nothing_to_add = OutputProjection(kernel, None, num_real_rows=8)
+        assert fold_bias_into_kernel(nothing_to_add) is nothing_to_add
+    assert folded.bias_in_kernel == (platform == "cpu")
+    widened: Any = folded.kernel
+    assert widened.shape == (8, 5 if platform == "cpu" else 4)
 
 
 # --- dropout

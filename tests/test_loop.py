@@ -6,33 +6,33 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_transformer.config import TrainingConfig
+from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import DivergenceError
+from flax_transformer.ops.cross_entropy import LossSums
 from flax_transformer.training import loop
-from flax_transformer.training.loss import LossSums
 from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
 from flax_transformer.training.step import StepMetrics
-from flax_transformer.training.throughput import ProductCost
+from flax_transformer.training.throughput import FlopFigures, ProductCost
 from tests import tiny
 
 
-def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) -> tuple[TrainState, int | None]:
+def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) -> loop.Trained:
     """Runs the loop up to step 60 with a made-up step; nothing is evaluated, saved or logged."""
     batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
     return loop.train_loop(
         TrainState(jnp.int32(first_step), {}, {}, None),
-        {(8, 8, 8): step},
         iter([(batch, Position(0, number)) for number in range(60)]),
         TrainingConfig(steps=60, log_every_steps=log_every_steps, evaluate_every_steps=60, checkpoint_every_steps=60),
-        mesh,
-        log or MagicMock(spec=RunLog),
-        save=lambda state, position, quality: None,
-        evaluate=lambda params, step: 0.0,
-        history=[],
-        cost=ProductCost(1, 1),
-        peak=None,
+        loop.CompiledSteps({(8, 8, 8): step}, mesh),
+        loop.Callbacks(
+            log or MagicMock(spec=RunLog),
+            save=lambda state, position, quality: None,
+            evaluate=lambda params, step: 0.0,
+            history=[],
+        ),
+        FlopFigures(ProductCost(1, 1), None),
     )
 
 
@@ -115,6 +115,6 @@ def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch
         return real(tree)
 
     monkeypatch.setattr(loop.jax, "device_get", wait)
-    state, stopped = train(step, one_device)
-    assert (int(state.step), stopped) == (60, None)
+    trained = train(step, one_device)
+    assert (int(trained.state.step), trained.signal) == (60, None)
     assert most == loop.MOST_UNDER_WAY + 1

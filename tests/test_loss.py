@@ -1,4 +1,4 @@
-"""The fused loss against its definition in NumPy, and its gradients against those of the plain form."""
+"""The loss, fused and as its reference, against its definition in NumPy and the gradients of the plain form."""
 
 import chex
 import jax
@@ -6,9 +6,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.nn.embedding import OutputProjection
-from flax_transformer.training import loss as loss_module
-from flax_transformer.training.loss import cross_entropy
+from flax_transformer import backend
+from flax_transformer.ops.cross_entropy import (
+    Chunking,
+    LossSums,
+    LossTerms,
+    cross_entropy,
+    fused_cross_entropy,
+    reference_cross_entropy,
+)
+from flax_transformer.ops.vocabulary import OutputProjection
+
+
+def loss_sums(elements: int | None, hidden, projection, targets, mask, smoothing, divergence_weight=0.0) -> LossSums:
+    """The sums, in chunks of so many logits that skip padding; None is the reference."""
+    if elements is None:
+        return reference_cross_entropy(hidden, projection, targets, mask, smoothing, divergence_weight)
+    terms = LossTerms(projection.num_real_rows, smoothing, divergence_weight)
+    return fused_cross_entropy(hidden, projection, targets, mask, terms, Chunking(elements, True))
 
 
 def float64(x) -> np.ndarray:
@@ -38,23 +53,23 @@ def by_definition(hidden, kernel, bias, targets, mask, real, smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("chunk_elements", [1 << 21, 2 * 2 * 16, 1])
-def test_sums_equal_their_definition(smoothing, with_bias, chunk_elements, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+@pytest.mark.parametrize("elements", [None, 1 << 21, 2 * 2 * 16, 1])
+def test_sums_equal_their_definition(smoothing, with_bias, elements):
     hidden, kernel, bias, targets, mask = example(with_bias=with_bias)
-    sums = cross_entropy(hidden, OutputProjection(kernel, bias, 11), targets, mask, smoothing)
+    sums = loss_sums(elements, hidden, OutputProjection(kernel, bias, 11), targets, mask, smoothing)
     expected = by_definition(hidden, kernel, bias, targets, mask, 11, smoothing)
     np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 21, 2 * 3 * 16])
-def test_gradients_equal_those_of_the_plain_form(chunk_elements, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
+@pytest.mark.parametrize("elements", [None, 1 << 21, 2 * 3 * 16])
+def test_gradients_equal_those_of_the_plain_form(elements):
     hidden, kernel, bias, targets, mask = example()
 
     def fused(arguments):
         h, k, b = arguments
-        return 3.0 * cross_entropy(h, OutputProjection(k, b, 11), targets, mask, 0.1).loss  # 3: the scale must carry
+        return (
+            3.0 * loss_sums(elements, h, OutputProjection(k, b, 11), targets, mask, 0.1).loss
+        )  # 3: the scale must carry
 
     def plain(arguments):
         h, k, b = arguments
@@ -82,17 +97,16 @@ def plain_r_drop(hidden, kernel, bias, targets, mask, real, smoothing, weight):
     return loss + weight * jnp.sum(jnp.where(mask[::2], (forward + backward) / 2, 0.0))
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 21, 2 * 5 * 16, 1])
-def test_two_passes_are_drawn_together_as_r_drop_writes_it(chunk_elements, monkeypatch):
+@pytest.mark.parametrize("elements", [None, 1 << 21, 2 * 5 * 16, 1])
+def test_two_passes_are_drawn_together_as_r_drop_writes_it(elements):
     """Chunks of an odd number of tokens, too, in which a pair would be cut in two."""
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", chunk_elements)
     rng = np.random.default_rng(3)
     _, kernel, bias, targets, mask = example()
     hidden = jnp.asarray(rng.normal(size=(4, 6, 4)), jnp.float32)
     targets, mask = jnp.repeat(targets, 2, axis=0), jnp.repeat(mask, 2, axis=0)
 
     def fused(h, k, b):
-        return cross_entropy(h, OutputProjection(k, b, 11), targets, mask, 0.1, 2.5).loss
+        return loss_sums(elements, h, OutputProjection(k, b, 11), targets, mask, 0.1, 2.5).loss
 
     def plain(h, k, b):
         return plain_r_drop(h, k, b, targets, mask, 11, 0.1, 2.5)
@@ -106,19 +120,20 @@ def test_two_passes_are_drawn_together_as_r_drop_writes_it(chunk_elements, monke
     assert not gradient[1][11:].any() and not gradient[2][11:].any()
     # The other sums are those of the same rows without the divergence.
     chex.assert_trees_all_close(
-        cross_entropy(hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1, 2.5)[1:],
-        cross_entropy(hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1)[1:],
+        loss_sums(elements, hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1, 2.5)[1:],
+        loss_sums(elements, hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1)[1:],
         rtol=1e-5,
     )
 
 
-def test_two_passes_that_agree_diverge_by_nothing():
+@pytest.mark.parametrize("elements", [None, 1 << 21])
+def test_two_passes_that_agree_diverge_by_nothing(elements):
     hidden, kernel, bias, targets, mask = example()
     hidden, targets, mask = (jnp.repeat(x, 2, axis=0) for x in (hidden, targets, mask))
     projection = OutputProjection(kernel, bias, 11)
     chex.assert_trees_all_close(
-        cross_entropy(hidden, projection, targets, mask, 0.1, 5.0),
-        cross_entropy(hidden, projection, targets, mask, 0.1),
+        loss_sums(elements, hidden, projection, targets, mask, 0.1, 5.0),
+        loss_sums(elements, hidden, projection, targets, mask, 0.1),
         rtol=1e-6,
     )
 
@@ -131,9 +146,10 @@ def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products
     targets = jnp.full((4, 5_000), 3)
 
     def by_kernel(hidden):
-        return jax.grad(lambda k: cross_entropy(hidden, OutputProjection(k, None, 11), targets, targets > 0, 0.1).loss)(
-            kernel
-        )
+        def loss(k):
+            return loss_sums(1 << 21, hidden, OutputProjection(k, None, 11), targets, targets > 0, 0.1).loss
+
+        return jax.grad(loss)(kernel)
 
     found, expected = by_kernel(hidden), by_kernel(hidden.astype(jnp.float32))
     assert found.dtype == jnp.float32
@@ -141,32 +157,46 @@ def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products
     np.testing.assert_allclose(found, expected, rtol=2e-4)
 
 
-def test_masked_positions_count_for_nothing():
+@pytest.mark.parametrize("elements", [None, 1 << 21])
+def test_masked_positions_count_for_nothing(elements):
     hidden, kernel, bias, targets, mask = example()
     projection = OutputProjection(kernel, bias, 11)
     changed = jnp.where(mask[..., None], hidden, 100.0)
-    before = cross_entropy(hidden, projection, targets, mask, 0.1)
-    after = cross_entropy(changed, projection, targets, mask, 0.1)
+    before = loss_sums(elements, hidden, projection, targets, mask, 0.1)
+    after = loss_sums(elements, changed, projection, targets, mask, 0.1)
     chex.assert_trees_all_equal(before, after)
-    gradient = jax.grad(lambda h: cross_entropy(h, projection, targets, mask, 0.1).loss)(hidden)
+    gradient = jax.grad(lambda h: loss_sums(elements, h, projection, targets, mask, 0.1).loss)(hidden)
     assert not np.asarray(gradient)[~np.asarray(mask)].any()
 
 
-def test_chunks_that_are_padding_alone_are_left_out(monkeypatch):
-    """Of 2 x 8 tokens in chunks of 3, the 7 that are not padding fill three chunks, in their order, and go back."""
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 3 * 5)
+def test_chunks_that_are_padding_alone_are_left_out():
+    """Of 2 x 8 tokens in chunks of 3, the 7 that are not padding fill three chunks of six; a NaN after them is not met.
+
+    What is summed shows that tokens go back where they came from.
+    """
     mask = jnp.asarray([[1, 0, 1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1, 1, 0]], bool)
-    tokens = jnp.arange(1, 17).reshape(2, 8)
-    chunks = loss_module._chunks(tokens[..., None].astype(jnp.float32), tokens, mask, vocab=5)
-    assert (chunks.size, int(chunks.needed)) == (3, 3)
-    assert chunks.targets.shape == (1, 18)
-    np.testing.assert_array_equal(chunks.targets[0, :9], [1, 3, 4, 7, 11, 14, 15, 2, 5])
-    np.testing.assert_array_equal(chunks.mask[0], np.arange(18) < 7)
-    np.testing.assert_array_equal(chunks.take(jnp.asarray(2))[1], [[15, 2, 5]])
-    np.testing.assert_array_equal(chunks.hidden[0, :16, 0], tokens.reshape(-1)[chunks.places[0, :16]])
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 4)), jnp.float32)
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
+    targets = jnp.arange(16).reshape(2, 8) % 5
+    far = jnp.zeros((2, 8), bool).at[1, 7].set(True)  # last in its order: in the sixth chunk
+
+    def gradient(hidden: jax.Array, skips_padding: bool) -> jax.Array:
+        def loss(h):
+            terms, chunking = LossTerms(5, 0.1, 0.0), Chunking(3 * 5, skips_padding)
+            return fused_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, terms, chunking).loss
+
+        return jax.grad(loss)(hidden)
+
+    expected = jax.grad(
+        lambda h: reference_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, 0.1).loss
+    )(hidden)
+    broken = jnp.where(far[..., None], jnp.nan, hidden)
+    np.testing.assert_allclose(gradient(broken, True), expected, rtol=1e-5, atol=1e-6)
+    assert jnp.isnan(gradient(broken, False)).any()
 
 
-def test_on_an_accelerator_the_number_of_chunks_is_fixed(monkeypatch):
+@pytest.mark.parametrize("platform, is_fixed", [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_on_an_accelerator_the_number_of_chunks_is_fixed(platform, is_fixed):
     """A loop of unknown length makes a GPU wait for the host in each of its turns."""
     hidden, kernel, bias, targets, mask = example()
 
@@ -175,20 +205,18 @@ def test_on_an_accelerator_the_number_of_chunks_is_fixed(monkeypatch):
             lambda h, k: cross_entropy(h, OutputProjection(k, bias, 11), targets, mask, 0.1).loss, argnums=(0, 1)
         )(h, k)
 
-    on_cpu = gradient(hidden, kernel)
-    assert "while[" in str(jax.make_jaxpr(gradient)(hidden, kernel))
-    monkeypatch.setattr(loss_module, "backend", lambda: "gpu")
-    monkeypatch.setattr(loss_module, "ACCELERATOR_CHUNK_ELEMENTS", 2 * 16)
-    jax.clear_caches()  # of what was traced for a CPU
-    program = str(jax.make_jaxpr(gradient)(hidden, kernel))
-    assert "while[" not in program and f"length={-(-targets.size // 2)}" in program.replace(" ", "")
-    chex.assert_trees_all_close(gradient(hidden, kernel), on_cpu, rtol=1e-5, atol=1e-6)
+    with backend.tracing_for(platform):
+        program = str(jax.make_jaxpr(gradient)(hidden, kernel))
+        found = gradient(hidden, kernel)
+    assert ("while[" not in program and "scan[" in program) == is_fixed
+    chex.assert_trees_all_close(found, gradient(hidden, kernel), rtol=1e-5, atol=1e-6)  # without a mesh: the reference
 
 
-def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient():
+@pytest.mark.parametrize("elements", [None, 1 << 21])
+def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(elements):
     hidden, kernel, bias, targets, mask = example()
     projection = OutputProjection(kernel, bias, 11)
-    value, gradient = jax.value_and_grad(lambda h: cross_entropy(h, projection, targets, mask & False, 0.1).loss)(
+    value, gradient = jax.value_and_grad(lambda h: loss_sums(elements, h, projection, targets, mask & False, 0.1).loss)(
         hidden
     )
     assert value == 0.0 and not np.asarray(gradient).any()
@@ -202,7 +230,7 @@ def test_the_vocabulary_is_never_held_for_all_positions():
     targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def value(h, k, t):
-        return cross_entropy(h, OutputProjection(k, None, vocab), t, t > 0, 0.1).loss
+        return loss_sums(1 << 21, h, OutputProjection(k, None, vocab), t, t > 0, 0.1).loss
 
     compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(hidden, kernel, targets).compile()
     analysis = compiled.memory_analysis()

@@ -30,7 +30,7 @@ from flax_transformer.interop.marian import (
     write_marian,
 )
 from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.interop.marian import marian_order, vocabulary
 from flax_transformer.interop.marian_generation import export_generation, read_generation

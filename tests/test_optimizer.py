@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from flax_transformer.errors import ConfigError
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.parameters import ParameterInfo
+from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, decays, make_optimizer, matrix_axes, scale_by_adafactor
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.training.optimizer import (
-    OptimizerConfig,
-    decays,
-    make_optimizer,
-    make_schedule,
-    matrix_axes,
-    scale_by_adafactor,
-)
-from flax_transformer.training.state import abstract_model, make_layout
+from flax_transformer.training.state import describe_parameters, make_layout
 from tests import tiny
+
+LINEAR = {"kernel": ParameterInfo((6, 4), ("embed", "mlp"), num_in_dims=1), "bias": ParameterInfo((4,), ("mlp",))}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None or isinstance(x, tuple))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def test_defaults_are_the_papers():
@@ -41,7 +42,7 @@ def test_the_schedule_rises_linearly_and_falls_with_the_root():
 def test_two_updates_equal_adam_by_hand(clip):
     config = OptimizerConfig(clip_norm=clip, warmup_steps=10)
     schedule = make_schedule(config, model_dim=16)
-    optimizer = make_optimizer(config, schedule)
+    optimizer = make_optimizer(config, schedule, {})
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=4)}
     state = optimizer.init(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
@@ -88,10 +89,11 @@ def test_every_optimizer_goes_downhill_and_fits_a_mesh(name):
     config = OptimizerConfig(
         name, "constant", learning_rate=0.02, warmup_steps=1, weight_decay=0.0 if name == "adam" else 0.01
     )
-    optimizer = make_optimizer(config, make_schedule(config, 16))
+    schedule = make_schedule(config, 16)
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    layout = make_layout(tiny.config(), tiny.VOCABULARY, optimizer, mesh)  # raises where a sharding does not fit
+    of_model = make_optimizer(config, schedule, describe_parameters(tiny.config(), tiny.VOCABULARY))
+    layout = make_layout(tiny.config(), tiny.VOCABULARY, of_model, mesh)  # raises where a sharding does not fit
     sizes = [leaf.size for leaf in jax.tree.leaves(layout.shapes.optimizer)]
     states = {"adam": 2, "adamw": 2, "lion": 1}.get(name)
     if states:
@@ -105,6 +107,7 @@ def test_every_optimizer_goes_downhill_and_fits_a_mesh(name):
     goal = {"up": {"kernel": rng.normal(size=(6, 4)), "bias": rng.normal(size=4)}}
     goal = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), goal)
     params = jax.tree.map(jnp.zeros_like, goal)
+    optimizer = make_optimizer(config, schedule, {"up": LINEAR})
 
     def loss(params):
         return sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(goal), strict=True))
@@ -123,8 +126,8 @@ def test_every_optimizer_goes_downhill_and_fits_a_mesh(name):
 
 def test_weight_decay_takes_from_kernels_alone():
     config = OptimizerConfig("adamw", "constant", learning_rate=0.5, warmup_steps=1, weight_decay=0.1)
-    optimizer = make_optimizer(config, make_schedule(config, 16))
-    params = {"up": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    optimizer = make_optimizer(config, make_schedule(config, 16), {"up": LINEAR})
+    params = {"up": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
     with jax.numpy_dtype_promotion("standard"):
         changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     updates: dict[str, Any] = jax.device_get(changes)
@@ -134,12 +137,8 @@ def test_weight_decay_takes_from_kernels_alone():
 
 @pytest.mark.parametrize("model", [tiny.config(positions="learned"), RecurrentConfig(attention="additive")])
 def test_every_parameter_of_every_model_decays_or_does_not(model):
-    _, params = abstract_model(model, tiny.VOCABULARY)
-    found = decays(OptimizerConfig(), nnx.to_pure_dict(params))
-    paths = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): d for p, d in jax.tree_util.tree_leaves_with_path(found)
-    }
-    assert {path for path, d in paths.items() if d} == {path for path in paths if "kernel" in path}
+    found = by_path(decays(OptimizerConfig(), describe_parameters(model, tiny.VOCABULARY)))
+    assert {path for path, decay in found.items() if decay} == {path for path in found if "kernel" in path}
 
 
 def test_a_parameter_that_no_rule_or_both_match_is_named():
@@ -152,19 +151,38 @@ def test_a_parameter_that_no_rule_or_both_match_is_named():
 
 def test_muon_refuses_to_let_anything_but_kernels_decay():
     config = OptimizerConfig("muon", weight_decay=0.1, decaying="(kernel|table)$", constant="(bias|scale)$")
-    optimizer = make_optimizer(config, make_schedule(config, 16))
+    parameter_info = {"target": {"table": ParameterInfo((8, 4), ("vocab", "embed"))}, "up": LINEAR}
     with pytest.raises(ConfigError, match=r"muon lets weight decay act on kernels alone, .* matches target/table"):
-        optimizer.init({"target": {"table": jnp.ones((4, 2))}, "up": {"kernel": jnp.ones((2, 2))}})
+        make_optimizer(config, make_schedule(config, 16), parameter_info)
 
 
 def test_muon_takes_kernels_as_matrices_and_leaves_the_rest_to_adam():
-    _, params = abstract_model(tiny.config(), tiny.VOCABULARY)
-    found = matrix_axes(nnx.to_pure_dict(params))
-    attention = found["encoder"]["layers"]["self_attention"]
-    assert attention["query"]["kernel"] == ((1,), (2, 3))  # layer, model dim -> heads and their channels
-    assert attention["output"]["kernel"] == ((1, 2), (3,))
-    assert found["decoder"]["layers"]["feed_forward"]["up"]["kernel"] == ((1,), (2,))
-    assert attention["query"]["bias"] is None and found["target_embedding"]["table"] is None
+    """Axis 0 is the layer of a stack; heads and their channels are one axis of a matrix, as are gates and units."""
+    attention = {"query": ((1,), (2, 3)), "key": ((1,), (2, 3)), "value": ((1,), (2, 3)), "output": ((1, 2), (3,))}
+    feed_forward = {"up": ((1,), (2,)), "down": ((1,), (2,))}
+    transformer = {
+        f"{stack}/layers/{layer}/{name}/kernel": axes
+        for stack, layer, kernels in [
+            ("encoder", "self_attention", attention),
+            ("encoder", "feed_forward", feed_forward),
+            ("decoder", "self_attention", attention),
+            ("decoder", "cross_attention", attention),
+            ("decoder", "feed_forward", feed_forward),
+        ]
+        for name, axes in kernels.items()
+    }
+    cells = ("encoder/cells/forward_00", "encoder/cells/backward_00", "decoder/cells/00")
+    recurrent = {
+        **{f"{cell}/{of}_kernel": ((0,), (1, 2)) for cell in cells for of in ("input", "recurrent")},
+        "decoder/cells/00/context_kernel": ((0,), (1, 2)),
+        **{f"decoder/{name}/kernel": ((0,), (1,)) for name in ("alignment/key", "alignment/query", "readout")},
+        **{f"bridge/maps/00_{state}/kernel": ((0,), (1,)) for state in (0, 1)},
+    }
+    for model, expected in ((tiny.config(output_bias=True), transformer), (RecurrentConfig(), recurrent)):
+        parameter_info = describe_parameters(model, tiny.VOCABULARY)
+        found = by_path(matrix_axes(parameter_info, parameter_info))
+        assert {path: axes for path, axes in found.items() if axes is not None} == expected
+        assert "target_embedding/table" in found
 
 
 def test_adafactor_of_a_stack_of_layers_is_that_of_each_layers_matrices():
@@ -191,23 +209,35 @@ def test_adafactor_of_a_stack_of_layers_is_that_of_each_layers_matrices():
     def layer_of(tree, layer):
         return jax.tree.map(lambda leaf, shape: leaf[layer].reshape(shape), tree, apart_shapes)
 
-    stacked, alone = scale_by_adafactor(), optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    parameter_info = {
+        "query": {
+            "kernel": ParameterInfo((2, *shapes["query"]["kernel"]), ("layers", "embed", "heads", "head_dim"), 1),
+            "bias": ParameterInfo((2, *shapes["query"]["bias"]), ("layers", "heads", "head_dim")),
+        },
+        "output": {
+            "kernel": ParameterInfo((2, *shapes["output"]["kernel"]), ("layers", "heads", "head_dim", "embed"), 2)
+        },
+        "up": {"kernel": ParameterInfo((2, *shapes["up"]["kernel"]), ("layers", "embed", "mlp"), 1)},
+        "norm": {"scale": ParameterInfo((2, model_dim), ("layers", "norm"))},
+    }
+    stacked = scale_by_adafactor(parameter_info)
+    alone = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
     params = jax.tree.map(draw, shapes, **is_shape)
-    state = stacked.init({"layers": params})
+    state = stacked.init(params)
     states = [alone.init(layer_of(params, layer)) for layer in range(layers)]
     kept = sum(leaf.size for leaf in jax.tree.leaves(state))
     assert kept < 0.02 * sum(leaf.size for leaf in jax.tree.leaves(params))
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(3):
             gradients = jax.tree.map(draw, shapes, **is_shape)
-            changes, state = stacked.update({"layers": gradients}, state, {"layers": params})
+            changes, state = stacked.update(gradients, state, params)
             updates: Any = changes
             for layer in range(layers):
                 expected, states[layer] = alone.update(
                     layer_of(gradients, layer), states[layer], layer_of(params, layer)
                 )
-                chex.assert_trees_all_close(layer_of(updates["layers"], layer), expected, rtol=1e-5)
+                chex.assert_trees_all_close(layer_of(updates, layer), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

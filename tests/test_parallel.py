@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from flax_transformer.config import Config, from_dict
+from flax_transformer.config.reading import from_dict
+from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import run_experiment
+from flax_transformer.experiment.run import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_rows, make_mesh
 from flax_transformer.shapes import Batch
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from flax_transformer.training.state import init_state, make_layout
+from flax_transformer.training.state import describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 
 MODEL = TransformerConfig(
@@ -54,7 +56,8 @@ def prepared(
     optimizer_config: OptimizerConfig = WARM,
 ):
     schedule = make_schedule(optimizer_config, model.model_dim)
-    layout = make_layout(model, VOCABULARY, make_optimizer(optimizer_config, schedule), mesh, ema_decay)
+    optimizer = make_optimizer(optimizer_config, schedule, describe_parameters(model, VOCABULARY))
+    layout = make_layout(model, VOCABULARY, optimizer, mesh, ema_decay)
     return layout, jit_train_step(layout, schedule, objective, seed, mesh, micro_batches)
 
 

@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-import optax
 import pytest
 
-from flax_transformer import experiment
 from flax_transformer.cli import main as cli
-from flax_transformer.config import Config
+from flax_transformer.config.reading import read_config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data import preparation, token_cache
 from flax_transformer.data.batching import BatchingConfig, Mixture, Position, TokenizedPairs
 from flax_transformer.data.bucketing import BatchShape, BucketedPlan
+from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.filters import FilterConfig, PairMarks, filter_pairs
 from flax_transformer.data.loader import training_batches, training_plan
 from flax_transformer.data.packing import PackedPlan
@@ -38,10 +38,10 @@ from flax_transformer.data.token_cache import tokenized_parts
 from flax_transformer.data.tokenizer import SubwordSample, SubwordSamplingConfig, TokenizedText, TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.experiment import _description, describe_pairs
-from flax_transformer.models.rnn import RecurrentConfig
-from flax_transformer.training.state import make_layout
-from tests import tiny
+from flax_transformer.experiment.new_run import tokenizers_of_new_run
+from flax_transformer.experiment.report import describe_pairs, describe_run
+from flax_transformer.experiment.text import PreparedText, prepare_text
+from flax_transformer.models.recurrent import RecurrentConfig
 
 SOURCE = [english_number_words(n) for n in range(400)]
 TARGET = SOURCE[::-1]
@@ -214,12 +214,12 @@ def test_a_started_run_tells_what_the_validation_loss_leaves_out(one_device):
     (train,) = prepare_training_pairs(corpus.train, TOKENIZERS, FilterConfig(), 64, 64)
     plan = training_plan([train], BatchingConfig(tokens_per_batch=640, num_shapes=2), 0)
     config = Config(data=ParallelTextConfig())
-    layout = make_layout(tiny.config(), tiny.VOCABULARY, optax.sgd(1.0), one_device)
     for held_out, expected in (
         (held_out_pairs(text, TOKENIZERS, 64, 64), "400 training pairs, 6 validation (1 empty left out of the loss), "),
         (held_out_pairs(ParallelText(SOURCE[:6], TARGET[:6]), TOKENIZERS, 64, 64), "pairs, 6 validation, 400 test"),
     ):
-        assert expected in _description(config, corpus, TOKENIZERS, train, held_out, plan, layout, one_device)
+        prepared = PreparedText(corpus, TOKENIZERS, [train], held_out, plan, plan, "")
+        assert expected in describe_run(config, prepared, 1_000, one_device)
 
 
 # --- mixtures
@@ -515,7 +515,7 @@ def test_a_damaged_cache_is_explained(tmp_path, damage):
 # --- the verb
 
 
-def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
+def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch, one_device):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "data: {kind: number_words, num_train: 300, num_validation: 20, num_test: 24}\n"
@@ -535,12 +535,8 @@ def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch):
     assert cli.run_verb(cli.verb("prepare"), ["--config", str(recipe)], "flax-transformer prepare") == 0
     assert capsys.readouterr().out == said
 
-    class Begun(Exception):
-        """Everything is prepared."""
-
-    def no_model(*_):
-        raise Begun
-
-    monkeypatch.setattr(experiment, "make_layout", no_model)
-    with pytest.raises(Begun):  # a training takes the tokenizer and the tokens that lie there, too
-        cli.run_verb(cli.verb("train"), ["--config", str(recipe), "--run", str(tmp_path / "run")], "train.py")
+    # A training takes the tokenizer and the tokens that lie there, too.
+    config = read_config(recipe)
+    corpus = load_corpus(config.data)
+    prepared = prepare_text(config, corpus, tokenizers_of_new_run(config, corpus), one_device)
+    assert describe_pairs(prepared.train[0]) in said

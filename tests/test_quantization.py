@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.decoding.beam_search import best_candidates
-from flax_transformer.decoding.rules import Progress
+from flax_transformer import backend
+from flax_transformer.decoding.candidates import best_candidates
+from flax_transformer.decoding.logits_processors import Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
-from flax_transformer.nn.embedding import OutputProjection
-from flax_transformer.nn.quantization import Int8Weights, int8_product, looked_up, quantized, without_row
+from flax_transformer.ops.int8_product import Int8Weights, int8_product, int8_rows, quantize
+from flax_transformer.ops.vocabulary import OutputProjection, fold_bias_into_kernel, without_row
 from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
 
 RNG = np.random.default_rng(0)
@@ -29,7 +30,7 @@ def dequantized(weights: Int8Weights, in_axes: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("shape, in_axes", [((6, 4), (0,)), ((3, 5, 2, 4), (1,)), ((2, 4, 5), (0, 1)), ((7, 3), (1,))])
 def test_weights_are_off_by_half_a_step_at_most(shape, in_axes):
     weights = RNG.normal(size=shape).astype(np.float32)
-    found = quantized(jnp.asarray(weights), in_axes)
+    found = quantize(jnp.asarray(weights), in_axes)
     assert found.values.dtype == jnp.int8
     steps = np.abs(weights).max(axis=in_axes, keepdims=True) / 127
     assert found.scales.shape == np.squeeze(steps, in_axes).shape
@@ -40,7 +41,7 @@ def test_weights_are_off_by_half_a_step_at_most(shape, in_axes):
 @pytest.mark.parametrize("weights_left", [False, True])
 @pytest.mark.parametrize("shape, in_axes", [((6, 4), (0,)), ((2, 3, 5), (0, 1)), ((6, 2, 4), (0,)), ((7, 6), (1,))])
 def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes, weights_left):
-    weights = quantized(jnp.asarray(RNG.normal(size=shape).astype(np.float32)), in_axes)
+    weights = quantize(jnp.asarray(RNG.normal(size=shape).astype(np.float32)), in_axes)
     x = RNG.normal(size=(3, 2, *(shape[axis] for axis in in_axes))).astype(np.float32) * 10
     found = int8_product(jnp.asarray(x), weights, in_axes, weights_left)
     x_axes = tuple(range(2, x.ndim))
@@ -51,18 +52,18 @@ def test_products_are_those_of_rounded_inputs_and_weights(shape, in_axes, weight
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_zeros_stay_zeros_and_rows_are_looked_up():
+def test_zeros_stay_zeros_and_rows_are_int8_rows():
     table = RNG.normal(size=(5, 8)).astype(np.float32)
     table[2] = 0.0
-    weights = quantized(jnp.asarray(table), (1,))
+    weights = quantize(jnp.asarray(table), (1,))
     np.testing.assert_array_equal(int8_product(jnp.zeros((3, 8)), weights, (1,)), np.zeros((3, 5)))
-    rows = looked_up(weights, jnp.array([[4, 2], [0, 4]]))
+    rows = int8_rows(weights, jnp.array([[4, 2], [0, 4]]))
     np.testing.assert_allclose(rows, dequantized(weights, (1,))[[[4, 2], [0, 4]]], rtol=1e-6)
     assert not np.asarray(rows)[0, 1].any()
     assert np.asarray(weights.scales).min() >= np.finfo(np.float32).tiny  # which no processor takes for zero
     emptied = without_row(weights, 4)
     assert isinstance(emptied, Int8Weights)
-    assert not np.asarray(looked_up(emptied, jnp.array([4]))).any()
+    assert not np.asarray(int8_rows(emptied, jnp.array([4]))).any()
 
 
 @pytest.mark.slow
@@ -87,7 +88,7 @@ def test_a_quantised_model_scores_nearly_alike_and_promises_the_same(kind, one_d
         (one,) = made.translate([source])
         assert [(h.tokens, h.score) for h in one.hypotheses] == [(h.tokens, h.score) for h in expected.hypotheses]
     other = made.with_decoding(dataclasses.replace(DECODING, beam_size=2))
-    assert other.parameters.for_search() is made.parameters.for_search()  # made once, whatever the settings
+    assert other.parameters.prepared() is made.parameters.prepared()  # made once, whatever the settings
 
 
 @pytest.mark.slow
@@ -146,21 +147,22 @@ def test_an_ensemble_of_two_models_has_the_scales_of_each(one_device):
     assert min(np.abs(whole - best(single)).max() for single in singles) > 0.3
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="logits lie so on a CPU alone")
 @pytest.mark.parametrize("kind", ["plain", "bias", "padding", "integers", "integers and bias"])
 def test_no_step_of_a_search_turns_its_logits_round(kind):
     """A pass over all of them in another order took as long as the product (docs/lab_book.md, 2026-11-26)."""
     vocab, dim = 1200, 16
     kernel = jnp.asarray(RNG.normal(size=(vocab, dim)).astype(np.float32))
-    weights = quantized(kernel, (1,)) if "integers" in kind else kernel
+    weights = quantize(kernel, (1,)) if "integers" in kind else kernel
     bias = jnp.ones(vocab) if "bias" in kind else None
-    projection = OutputProjection(weights, bias, vocab - 3 * (kind == "padding")).with_offset_column()
+    plain = OutputProjection(weights, bias, vocab - 3 * (kind == "padding"))
 
     @jax.jit
     def candidates(hidden):
         progress = Progress(jnp.zeros((3, 4, 1), jnp.int32), jnp.zeros(3, jnp.int32), jnp.arange(3))
         return best_candidates(jnp.zeros((3, 4)), projection.logits(hidden), 8, progress, ())
 
-    program = candidates.lower(jnp.ones((3, 4, dim))).compile().as_text() or ""
+    with backend.tracing_for("cpu"):
+        projection = fold_bias_into_kernel(plain)
+        program = candidates.lower(jnp.ones((3, 4, dim))).compile().as_text() or ""
     assert f"[{vocab},12]" in program or f"[{vocab},3,4]" in program
     assert f"[3,4,{vocab}]" not in program and f"[12,{vocab}]" not in program

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.data.batching import Position
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.loader import training_batches, training_plan
@@ -22,10 +22,11 @@ from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.inference.translator import vocabulary_info
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.training.loop import compile_steps
-from flax_transformer.training.optimizer import make_optimizer, make_schedule
-from flax_transformer.training.state import init_state, make_layout
+from flax_transformer.training.state import describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -90,7 +91,8 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     schedule = make_schedule(config.optimizer, config.model.model_dim)
     size = config.tokenizer.vocab_size
     vocabulary = dataclasses.replace(vocabulary_info(tokenizers), source_size=size, target_size=size)
-    layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule), one_device)
+    optimizer = make_optimizer(config.optimizer, schedule, describe_parameters(config.model, vocabulary))
+    layout = make_layout(config.model, vocabulary, optimizer, one_device)
     assert layout.num_parameters / 1e6 == pytest.approx(millions, rel=0.03)
     step = jit_train_step(layout, schedule, Objective(config.training.label_smoothing), 0, one_device)
     compiled = compile_steps(step, layout.abstract, plan.shapes, one_device)

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.config import Config, from_dict
+from flax_transformer.config.reading import from_dict
+from flax_transformer.config.recipe import Config
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
+from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.build import build_model
-from flax_transformer.models.rnn import RecurrentConfig
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
-from flax_transformer.nn.alignment import attend, make_alignment
+from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.recurrent import CELLS, run_over_time
-from flax_transformer.parallel.rules import parameter_specs
+from flax_transformer.parallel.sharding_rules import parameter_specs
 from flax_transformer.shapes import Batch
 from tests import tiny
 
@@ -103,7 +105,7 @@ def test_a_layer_equals_its_equations_and_passes_over_padding(kind, reverse):
 
 @pytest.mark.parametrize("kind", ["additive", "concat", "dot", "general"])
 def test_attention_equals_its_equations(kind):
-    alignment: Any = tiny.randomised(nnx.eval_shape(lambda: make_alignment(kind, 4, **DTYPES, rngs=nnx.Rngs(0))), 2)
+    alignment: Any = tiny.randomised(nnx.eval_shape(lambda: make_attention(kind, 4, **DTYPES, rngs=nnx.Rngs(0))), 2)
     rng = np.random.default_rng(1)
     query, states = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 4), (2, 5, 4)))
     mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
@@ -218,7 +220,8 @@ def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
         return output.logits, None, state
 
     state = of.init_decode_state(memory, beams, limit)
-    found = jax.device_get(beam_search(step, reorder_beams, lambda s, *_: s, state, jnp.array([limit]), search))
+    functions = DecoderFunctions(step, reorder_beams, lambda s, *_: s)
+    found = jax.device_get(beam_search(functions, search, state, jnp.array([limit])))
     finished = [i for i in range(beams) if found.finished[0, i]]
     assert len(finished) == len(expected) == 21
     np.testing.assert_allclose(found.scores[0, finished], [s for s, _ in expected], rtol=1e-4)

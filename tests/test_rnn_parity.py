@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.models.rnn import RecurrentConfig, RecurrentDecoder, RecurrentEncoder
+from flax_transformer.models.recurrent import RecurrentConfig, RecurrentDecoder, RecurrentEncoder
 from flax_transformer.models.seq2seq import Memory
 from tests import tiny
 

@@ -20,13 +20,14 @@ import yaml
 from flax import nnx
 
 from flax_transformer import Translator
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.tokenizer import SubwordSample
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import Validation, run_experiment
+from flax_transformer.experiment.run import run_experiment
+from flax_transformer.experiment.validation import Validation
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flax_transformer import Translator
-from flax_transformer.config import read_config
+from flax_transformer.config.reading import read_config
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.tokenizer_pair import TokenizerPair

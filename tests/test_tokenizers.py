@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_transformer.config import Config, DecodingConfig
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data import tokenizer_pair
 from flax_transformer.data.batching import BatchingConfig, Position
 from flax_transformer.data.filters import FilterConfig
@@ -29,10 +29,11 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
-from flax_transformer.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from flax_transformer.training.state import init_state, make_layout
+from flax_transformer.training.state import describe_parameters, init_state, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
 from tests.small_models import TOKENIZERS
 
@@ -89,16 +90,17 @@ def translator(bytes_pair, tmp_path_factory, one_device) -> Translator:
     """Of a run folder, after some steps of training."""
     pairs = prepare_training_pairs((TEXT,), bytes_pair, FilterConfig(), 24, 24)
     plan = training_plan(pairs, BatchingConfig(tokens_per_batch=24 * 24, num_shapes=1), 0)
-    schedule = make_schedule(OptimizerConfig(warmup_steps=4), MODEL.model_dim)
-    layout = make_layout(
-        MODEL, vocabulary_info(bytes_pair), make_optimizer(OptimizerConfig(warmup_steps=4), schedule), one_device
-    )
+    vocabulary, config = vocabulary_info(bytes_pair), OptimizerConfig(warmup_steps=4)
+    schedule = make_schedule(config, MODEL.model_dim)
+    optimizer = make_optimizer(config, schedule, describe_parameters(MODEL, vocabulary))
+    layout = make_layout(MODEL, vocabulary, optimizer, one_device)
     step = jit_train_step(layout, schedule, Objective(0.0), 0, one_device)
-    state, losses = init_state(MODEL, vocabulary_info(bytes_pair), layout, 0), []
+    state, losses = init_state(MODEL, vocabulary, layout, 0), []
     for number, (batch, _) in enumerate(training_batches(pairs, plan, Position(0, 0))):
         for tokens, segments in zip(batch.target_tokens, batch.target_segments, strict=True):
             assert not segments.any() or tokens[segments > 0][-1] == 256
-        state, metrics = step(state, jax.device_put(batch))
+        with jax.set_mesh(one_device):
+            state, metrics = step(state, jax.device_put(batch))
         losses.append(float(metrics.sums.loss) / int((batch.target_segments > 0).sum()))
         if number == 7:
             break

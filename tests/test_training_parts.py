@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from flax_transformer.config import Config, TrainingConfig
+from flax_transformer.config.recipe import Config, TrainingConfig
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
 from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.training import averaging
 from flax_transformer.training.checkpoint import Checkpoints, checksums
-from flax_transformer.training.loop import Patience
 from flax_transformer.training.state import TrainState
+from flax_transformer.training.stopping import Patience
 
 
 def test_memory_is_counted(one_device):

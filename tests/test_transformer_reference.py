@@ -17,8 +17,8 @@ import pytest
 from flax import nnx, traverse_util
 
 from flax_transformer.models.transformer import Transformer, TransformerConfig
+from flax_transformer.ops.cross_entropy import LossSums
 from flax_transformer.shapes import Batch
-from flax_transformer.training.loss import LossSums
 from flax_transformer.training.step import Objective, batch_loss
 
 REFERENCE_PATH = Path(__file__).parent / "reference" / "transformer_reference.npz"

@@ -10,7 +10,7 @@ from flax_transformer.data.parallel_text import ParallelTextConfig, read_paralle
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import evaluate
-from flax_transformer.inference.quantize import Quantize
+from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder

@@ -5,7 +5,8 @@ from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import training_plan
 from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import describe_batches, describe_pairs, describe_tokens, tokenizers_of_new_run
+from flax_transformer.experiment.new_run import tokenizers_of_new_run
+from flax_transformer.experiment.report import describe_batches, describe_pairs, describe_tokens
 
 
 def main(arguments: list[str], program: str) -> int:

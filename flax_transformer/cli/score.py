@@ -11,7 +11,7 @@ import tyro
 
 from flax_transformer.data.parallel_text import ParallelFiles, ParallelTextConfig
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.quantize import Quantize
+from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.scorer import NoScore, PairScore, Scorer, raise_if_diverged
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator

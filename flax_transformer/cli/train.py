@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from flax_transformer.config import Config, override, read_config
+from flax_transformer.config.command_line import override
+from flax_transformer.config.reading import read_config
+from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
-from flax_transformer.experiment import run_experiment
+from flax_transformer.experiment.run import run_experiment
 from flax_transformer.run_folder import RunFolder
 
 

@@ -15,18 +15,12 @@ from typing import Annotated, Any
 import tyro
 
 from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
-from flax_transformer.config import METHOD_FIELDS, DecodingConfig
+from flax_transformer.config.recipe import METHOD_FIELDS, DecodingConfig
 from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import word_alignment
-from flax_transformer.inference.quantize import Quantize
-from flax_transformer.inference.translation import (
-    Hypothesis,
-    NoTranslation,
-    Translation,
-    cut_line,
-    raise_if_diverged,
-)
+from flax_transformer.inference.prepare import Quantize
+from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_diverged
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice

@@ -1,21 +1,23 @@
 """Beam search inside XLA, over a decode step that it knows nothing about.
 
-The search is given functions: a step from tokens and a state to logits and a new state, one that reorders a state's
-beams, and one that puts sentences into slots of a state. Tests give it a Markov chain; inference gives it a model.
+The search is three functions over a state (`BeamState`). `start` makes a state, `advance` takes it some steps further,
+and `finish` reads the results. `beam_search` is the loop that drives them. A server may drive them as well: it compiles
+`advance` once, keeps the state on the device, and looks between two calls at what is done.
 
 Slots. A program searches N sentences in B slots. A sentence that is done leaves its slot, and the next one is put in
-its place while the others go on, so that a slot costs a step only for a sentence that needs it. All shapes are fixed
-and every slot has its own position and limits: nothing of a sentence's result depends on its slot, on when it came, or
-on the others.
+its place while the others go on. So a slot costs a step only for a sentence that needs it. All shapes are fixed and
+every slot has its own position and limits: nothing of a sentence's result depends on its slot, on when it came, or on
+the others.
 
 What it promises:
     - A candidate finishes only when it ranks among the best K candidates of its step. A beam of 1 is greedy search: it
       ends with its first finished hypothesis.
     - A sentence stops as soon as enough hypotheses are finished (K, or a share of them) and no unfinished one can still
-      beat the worst of them: a log-probability never rises, the bonus is never positive, and the length penalty's
-      divisor is monotone, so the best score that a live hypothesis can still reach is known. That is the stop rule
-      "sure". By the rule "likely" it stops as soon as enough are finished and no unfinished one, scored as it stands,
-      beats the worst of them; by "finished" as soon as enough are finished. A longer one might be better then.
+      beat the worst of them. The best score that a live hypothesis can still reach is known: a log-probability never
+      rises, the score adjustment is never positive, and the length penalty's divisor is monotone. That is the stop rule
+      "sure". By the rule "likely" a sentence stops as soon as enough are finished and no unfinished one, scored as it
+      stands, beats the worst of them. By "finished" it stops as soon as enough are finished. A longer one might be
+      better then.
     - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
@@ -27,36 +29,38 @@ References:
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
+from flax_transformer.decoding.beam_state import (
+    BeamState,
+    FinishedHypotheses,
+    HypothesisBuffer,
+    LiveHypotheses,
+    ScoreAdjustment,
+    SearchRequest,
+    append_tokens,
+    concatenate_hypotheses,
+    empty_buffer,
+    empty_hypotheses,
+    gather_beams,
+    gather_hypotheses,
+    select_slots,
+)
+from flax_transformer.decoding.candidates import CandidateSelector, best_candidates
+from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.rules import Progress, Rule
+from flax_transformer.decoding.logits_processors import LogitsProcessor, Progress
 from flax_transformer.errors import ConfigError
-from flax_transformer.parallel.layout import vocabulary_first
-from flax_transformer.shapes import MASKED, array_tree
-
-# (last tokens [B, K], state) -> logits [B, K, V], extras to keep beside the token (tree of [B, K, ...], or None), state
-Step = Callable[[Int[Array, "B K"], Any], tuple[Float[Array, "B K V"], Any, Any]]
-# (state, parents [B, K]) -> the state whose beam k is beam parents[b, k] of the old one
-Reorder = Callable[[Any, Int[Array, "B K"]], Any]
-# (state, which slots [B], sentences [B]) -> the state with those slots at the start of those sentences
-Refill = Callable[[Any, Bool[Array, "B"], Int[Array, "B"]], Any]
-# (extras of M hypotheses [B, M, T, ...], sentences [B], lengths [B]) -> what is added to their scores, at most 0
-Bonus = Callable[[Any, Int[Array, "B"], Int[Array, "B"]], Float[Array, "B M"]]
-# (log-probabilities [B, K] of the beams, logits [B, K, V], M, progress, rules) -> scores, parents, tokens and token
-# log-probabilities of M candidates [B, M], in the order in which they are taken; MASKED scores are no candidates
-Candidates = Callable[
-    [Float[Array, "B K"], Float[Array, "B K V"], int, Progress, Sequence[Rule]],
-    tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
-]
+from flax_transformer.shapes import MASKED, is_possible
 
 StopRule = Literal["sure", "likely", "finished"]
 
@@ -111,146 +115,211 @@ class BeamSearchConfig:
         return num_awaited(self.beam_size, self.patience)
 
 
-@array_tree
-@dataclasses.dataclass(frozen=True)
-class BeamState:
-    """Everything dynamic about a search. Live hypotheses are unfinished; scores of empty places are MASKED.
+# --- the search: start, advance, finish, and the loop that drives them
 
-    Attributes:
-        next_sentence: the first that has not been in a slot yet.
-        sentences: [B], which one is in each slot; N in an empty one.
-        steps: [B], tokens decoded so far.
-        active: [B], False once nothing can change for a slot.
-        live: [B, K] hypotheses.
-        live_scores: [B, K], log-probabilities.
-        finished: [B, K] hypotheses, sorted by score.
-        finished_lengths: [B, K], 0 for an empty place.
-        finished_scores: [B, K], as they are ranked.
-        decoder: the state of the step function, for the live hypotheses.
-        results: of the sentences that are done, [N + 1, ...]; the last row is never read.
+
+def start(
+    functions: DecoderFunctions,
+    config: BeamSearchConfig,
+    decoder: Any,
+    max_lengths: Int[Array, "N"],
+    processors: Sequence[LogitsProcessor] = (),
+    selector: CandidateSelector | None = None,
+    score_adjustment: ScoreAdjustment | None = None,
+) -> BeamState:
+    """Returns the state of a search before its first step, with all slots empty.
+
+    Args:
+        functions: the decoder.
+        config: everything static.
+        decoder: a state of the decoder with B slots and K beams, whatever is in them.
+        max_lengths: most tokens of each sentence's output, end token included, at most `config.max_length`; 0 makes a
+            row of padding, which gives no hypothesis, and costs nothing if it stands at the end.
+        processors: what may follow what, applied in this order.
+        selector: what chooses the candidates of a step; `best_candidates` when None. With another, a candidate that
+            "ranks among the best K" is one of the first K in its order.
+        score_adjustment: what is added to scores, never above 0; nothing when None.
     """
+    num_rows, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
+    request = SearchRequest(
+        num_sentences=jnp.max(jnp.where(max_lengths > 0, jnp.arange(num_rows) + 1, 0)),
+        max_lengths=jnp.append(max_lengths, 0),
+        processors=tuple(processors),
+        selector=selector,
+        score_adjustment=score_adjustment,
+    )
+    # What the step gives beside the logits: its shapes, without running it.
+    auxiliary = jax.eval_shape(functions.step, jnp.zeros((slots, beams), jnp.int32), decoder)[1]
+    auxiliary = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), auxiliary)
+    blank = empty_buffer((num_rows + 1, beams, config.max_length), config.end_token, auxiliary)
+    counts = jnp.zeros((num_rows + 1, beams), jnp.int32)
+    scores = jnp.full(counts.shape, MASKED, jnp.float32)
+    results = Hypotheses(blank.tokens, counts, scores, counts > 0, blank.log_probs, blank.auxiliary)
+    zeros, next_sentence = jnp.zeros((slots,), jnp.int32), jnp.zeros((), jnp.int32)
+    sentences, active = zeros + num_rows, zeros > 0  # all slots are empty
+    live, finished = empty_hypotheses((slots, beams, config.max_length), config.end_token, auxiliary)
+    return BeamState(
+        request,
+        next_sentence=next_sentence,
+        sentences=sentences,
+        steps=zeros,
+        active=active,
+        live=live,
+        finished=finished,
+        decoder=decoder,
+        results=results,
+    )
 
-    next_sentence: Int[Array, ""]
-    sentences: Int[Array, "B"]
-    steps: Int[Array, "B"]
-    active: Bool[Array, "B"]
-    live: "Record"
-    live_scores: Float[Array, "B K"]
-    finished: "Record"
-    finished_lengths: Int[Array, "B K"]
-    finished_scores: Float[Array, "B K"]
-    decoder: Any
-    results: Hypotheses
+
+def is_running(state: BeamState) -> Bool[Array, ""]:
+    """Returns whether any sentence is not done yet."""
+    return jnp.any(state.active) | (state.next_sentence < state.request.num_sentences)
 
 
-@array_tree
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What is kept of M hypotheses for each of their tokens.
+def advance(
+    functions: DecoderFunctions,
+    config: BeamSearchConfig,
+    state: BeamState,
+    max_steps: Int[Array, ""] | int | None = None,
+) -> BeamState:
+    """Returns the state after at most `max_steps` steps.
 
-    Attributes:
-        tokens: [B, M, T].
-        log_probs: [B, M, T].
-        extras: tree of [B, M, T, ...].
+    First the slots that are done hand over their results and take the next sentences. Then steps are made until so many
+    slots are done that they should be refilled (`config.refill_at`), or all are. How the steps are shared between calls
+    changes nothing of a result.
+
+    Args:
+        functions: the decoder.
+        config: everything static.
+        state: from `start`, or from this function.
+        max_steps: how many steps at most; None for any number.
+
+    Example: how a server runs it, with the state on the device.
+        >>> few_steps = jax.jit(functools.partial(advance, functions, config), donate_argnums=0)
+        >>> state = few_steps(state, 8)
+        >>> done = state.sentences[~state.active]  # their results are in `finish(config, state)`
     """
-
-    tokens: Int[Array, "B M T"]
-    log_probs: Float[Array, "B M T"]
-    extras: Any
-
-
-def gather_beams(x: Shaped[Array, "B K *rest"], chosen: Int[Array, "B M"]) -> Shaped[Array, "B M *rest"]:
-    """Returns, for each slot, the entries `chosen` of the second axis. [[a b c]] with [[2 0]] gives [[c a]]."""
-    index = chosen.reshape(*chosen.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)
-
-
-def _gather(record: Record, chosen: Int[Array, "B M"]) -> Record:
-    return jax.tree.map(lambda x: gather_beams(x, chosen), record)
+    state = _exchange(functions, config, state)
+    step = functools.partial(_step, functions, config)
+    if max_steps is None:
+        return jax.lax.while_loop(functools.partial(_is_uninterrupted, config), step, state)
+    _, state = jax.lax.while_loop(
+        lambda carry: (carry[0] < max_steps) & _is_uninterrupted(config, carry[1]),
+        lambda carry: (carry[0] + 1, step(carry[1])),
+        (jnp.zeros((), jnp.int32), state),
+    )
+    return state
 
 
-def _join(first: Record, second: Record) -> Record:
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+def finish(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
+    """Returns the K best outputs of each of N sentences, as far as they are done.
 
-
-def _choose(condition: Bool[Array, "B"], new: Any, old: Any) -> Any:
-    """Returns a tree with the rows of `new` where the condition holds, and those of `old` elsewhere."""
-    return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
-
-
-def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
-    """Returns what `jax.lax.top_k` does, with less to sort: the best lie in the blocks with the highest maxima.
-
-    Blocks are in a row, and those chosen stay in order, so that ties go to the lower index here, too. Where the
-    vocabulary comes first in memory (`vocabulary_first`), it does so in here.
+    The function may be called between two calls of `advance`. A sentence is done once it has left its slot, or its slot
+    is not `active`; the others have no output yet (length 0).
     """
-    size = x.shape[-1]
-    divisors = [block for block in range(1, size // num + 1) if size % block == 0]
-    block = min(divisors, key=lambda block: size // block + num * block)
-    if block == 1:
-        best, place = jax.lax.top_k(x, num)
-        return best, place
-    if vocabulary_first():
-        blocks = jnp.moveaxis(x, -1, 0).reshape(size // block, block, *x.shape[:-1])
-        highest = jnp.moveaxis(jnp.max(blocks, axis=1), 0, -1)
-    else:
-        blocks = x.reshape(*x.shape[:-1], size // block, block)
-        highest = jnp.max(blocks, axis=-1)
-    _, chosen = jax.lax.top_k(highest, num)  # [B, K, num]
-    chosen = jnp.sort(chosen, axis=-1)
-    if vocabulary_first():
-        slots, beams = jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[None, :, None]
-        entries = blocks.at[chosen, :, slots, beams].get(mode="clip")  # [B, K, num, block]
-    else:
-        entries = jnp.take_along_axis(blocks, chosen[..., None], axis=2, mode="clip")  # [B, K, num, block]
-    best, place = jax.lax.top_k(entries.reshape(*x.shape[:-1], num * block), num)
-    return best, jnp.take_along_axis(chosen, place // block, axis=-1) * block + place % block
+    num_rows = state.request.max_lengths.shape[0] - 1
+    return jax.tree.map(lambda x: x[:num_rows], _stored(config, state))
 
 
-def _sum_of_exponentials(logits: Float[Array, "B K V"], highest: Float[Array, "B K 1"]) -> Float[Array, "B K 1"]:
-    """Returns the sum over V of exp(logits - highest)."""
-    if vocabulary_first():
-        return jnp.sum(jnp.exp(jnp.moveaxis(logits, -1, 0) - highest[None, ..., 0]), axis=0)[..., None]
-    return jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
+def beam_search(
+    functions: DecoderFunctions,
+    config: BeamSearchConfig,
+    decoder: Any,
+    max_lengths: Int[Array, "N"],
+    processors: Sequence[LogitsProcessor] = (),
+    selector: CandidateSelector | None = None,
+    score_adjustment: ScoreAdjustment | None = None,
+) -> Hypotheses:
+    """Returns the K best outputs of each of N sentences; the arguments are those of `start`.
 
-
-def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
-    """Returns what `jax.nn.log_softmax` does, read in the order in which logits lie in memory."""
-    if vocabulary_first():
-        highest = jnp.max(jnp.moveaxis(logits, -1, 0), axis=0)[..., None]
-    else:
-        highest = jnp.max(logits, axis=-1, keepdims=True)
-    return (logits - highest) - jnp.log(_sum_of_exponentials(logits, highest))
-
-
-def best_candidates(
-    live_scores: Float[Array, "B K"], logits: Float[Array, "B K V"], num: int, progress: Progress, rules: Sequence[Rule]
-) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]]:
-    """Returns the `num` best extensions of all beams, best first: scores, parents, tokens, log-probabilities.
-
-    The best of each beam are taken first, then the best of those: without rules, log-probabilities are made for the few
-    that survive, not for the vocabulary. What a rule takes away is not given to the others: log-probabilities are the
-    model's. Ties go to the lower beam, then to the lower token.
+    Example: a Markov chain, whose row k holds the logits after token k.
+        >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+        >>> found = beam_search(functions, config, None, jnp.array([4]))
+        >>> [tokens[:length] for tokens, length in zip(found.tokens[0].tolist(), found.lengths[0].tolist())]
+        [[2, 1], [2, 2, 1]]
     """
-    per_beam = min(num, logits.shape[-1])
-    if rules:
-        ranked = log_probabilities(logits)
-        for rule in rules:
-            ranked = rule(ranked, progress)
-        top, top_tokens = best_of_vocabulary(ranked, per_beam)  # [B, K, per_beam]
-        log_probs = top
-    else:
-        top, top_tokens = best_of_vocabulary(logits, per_beam)
-        highest = jnp.max(top, axis=-1, keepdims=True)  # a slice of it would make a sort of the whole `top_k`
-        log_probs = (top - highest) - jnp.log(_sum_of_exponentials(logits, highest))
-    scores = live_scores[:, :, None] + log_probs
-    scores = jnp.where(top > MASKED / 2, scores, MASKED)  # a banned token is no candidate
-    best, flat = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num)  # [B, K * per_beam] -> [B, num]
+    state = start(functions, config, decoder, max_lengths, processors, selector, score_adjustment)
+    state = jax.lax.while_loop(is_running, functools.partial(advance, functions, config), state)
+    return finish(config, state)
 
-    def chosen(x):
-        return jnp.take_along_axis(x.reshape(flat.shape[0], -1), flat, axis=1)
 
-    return best, flat // per_beam, chosen(top_tokens), chosen(log_probs)
+# --- one step
+
+
+def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamState) -> BeamState:
+    """Returns the state with one token more for the hypotheses of each active slot."""
+    # --- 1. score every extension of every live hypothesis
+    request, beams = state.request, config.beam_size
+    last = jnp.maximum(state.steps - 1, 0)[:, None, None]
+    previous = jnp.take_along_axis(state.live.buffer.tokens, last, axis=2)[:, :, 0]
+    previous = jnp.where(state.steps[:, None] == 0, config.start_token, previous)
+    logits, auxiliary, decoder = functions.step(previous, state.decoder)
+    select = best_candidates if request.selector is None else request.selector
+    progress = Progress(state.live.buffer.tokens, state.steps, state.sentences)
+    candidates = select(state.live.scores, logits, 2 * beams, progress, request.processors)
+    extended = append_tokens(state.live.buffer, state.steps, candidates, auxiliary)  # [B, 2K, T]
+
+    ends = candidates.tokens == config.end_token
+
+    # --- 2. those that end and rank among the best K join the finished ones
+    may_finish = ends & (jnp.arange(2 * beams) < beams)[None, :] & is_possible(candidates.scores)
+    finished = _with_finished(config, state, candidates.scores, extended, may_finish)
+
+    # --- 3. the first K that do not end live on
+    stays = ~ends & is_possible(candidates.scores)
+    _, alive = jax.lax.top_k(jnp.where(stays, 2 * beams - jnp.arange(2 * beams), 0), beams)
+    live_scores = gather_beams(jnp.where(stays, candidates.scores, MASKED), alive)
+    live = LiveHypotheses(gather_hypotheses(extended, alive), live_scores)
+    decoder = functions.reorder(decoder, gather_beams(candidates.parents, alive))
+
+    # --- 4. a slot that is done keeps what it has
+    before = state.steps, state.live, state.finished
+    steps, live, finished = select_slots(state.active, (state.steps + 1, live, finished), before)
+    state = dataclasses.replace(state, steps=steps, live=live, finished=finished, decoder=decoder)
+    limits = request.max_lengths[state.sentences]
+    undecided, some_live = _is_undecided(config, state, limits), is_possible(jnp.max(live.scores, axis=1))
+    return dataclasses.replace(state, active=state.active & undecided & some_live & (steps < limits))
+
+
+def _with_finished(
+    config: BeamSearchConfig,
+    state: BeamState,
+    log_probs: Float[Array, "B M"],
+    extended: HypothesisBuffer,
+    may_finish: Bool[Array, "B M"],
+) -> FinishedHypotheses:
+    """Returns the best K of the finished hypotheses and of the `extended` ones that may finish."""
+    beams, old, length = config.beam_size, state.finished, state.steps + 1
+    scores = log_probs / config.length_penalty.divisor(length)[:, None]
+    scores = _adjusted(state, scores, extended.auxiliary, length)
+    scores = jnp.where(may_finish, scores, MASKED)
+    scores, kept = jax.lax.top_k(jnp.concatenate([old.scores, scores], axis=1), beams)  # of [B, 3K], old ones win a tie
+    lengths = jnp.concatenate([old.lengths, jnp.where(may_finish, length[:, None], 0)], axis=1)
+    buffer = gather_hypotheses(concatenate_hypotheses(old.buffer, extended), kept)
+    return FinishedHypotheses(buffer, gather_beams(lengths, kept), scores)
+
+
+def _adjusted(
+    state: BeamState, scores: Float[Array, "B M"], auxiliary: Any, lengths: Int[Array, "B"]
+) -> Float[Array, "B M"]:
+    """Returns the scores with the score adjustment of hypotheses of which so many tokens count."""
+    adjustment = state.request.score_adjustment
+    return scores if adjustment is None else scores + adjustment(auxiliary, state.sentences, lengths)
+
+
+def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Returns for which slots the stop rule waits for more hypotheses, which have at most `limits` tokens."""
+    awaited = state.finished.scores[:, config.num_awaited - 1]
+    if config.stop == "finished" or config.beam_size == 1:  # greedy search looks for no longer ones that score better
+        return awaited < MASKED / 2  # a NaN is there
+    if config.stop == "likely":
+        lengths = jnp.maximum(state.steps, 1)
+        as_they_stand = state.live.scores / config.length_penalty.divisor(lengths)[:, None]
+        as_they_stand = _adjusted(state, as_they_stand, state.live.buffer.auxiliary, lengths)
+        return jnp.max(as_they_stand, axis=1) > awaited
+    return best_reachable(state.live.scores, state.steps, limits, config.length_penalty) > awaited
 
 
 def best_reachable(
@@ -258,202 +327,73 @@ def best_reachable(
 ) -> Float[Array, "B"]:
     """Returns the best score that any live hypothesis of each slot can still finish with.
 
-    A log-probability can only fall, and it is not positive, so the bound is the one now, divided by the largest divisor
-    among the lengths still possible; a monotone divisor is largest at one end of them.
+    A log-probability can only fall, and it is not positive. So the bound is the one now, divided by the largest divisor
+    among the lengths still possible. A monotone divisor is largest at one end of them.
     """
     best = jnp.max(live_scores, axis=1)
     return best / jnp.maximum(penalty.divisor(steps + 1), penalty.divisor(max_lengths))
 
 
-def beam_search(
-    step: Step,
-    reorder: Reorder,
-    refill: Refill,
-    decoder: Any,
-    max_lengths: Int[Array, "N"],
-    config: BeamSearchConfig,
-    rules: Sequence[Rule] = (),
-    bonus: Bonus | None = None,
-    choose: Candidates | None = None,
-) -> Hypotheses:
-    """Returns the K best outputs of each of N sentences.
+def _is_uninterrupted(config: BeamSearchConfig, state: BeamState) -> Bool[Array, ""]:
+    """Returns whether steps go on before slots are exchanged."""
+    idle = jnp.sum(~state.active)
+    waiting = state.next_sentence < state.request.num_sentences
+    return jnp.where(waiting, idle < config.refill_at, idle < config.num_slots)
 
-    Args:
-        step: see `Step`.
-        reorder: see `Reorder`.
-        refill: see `Refill`; called before a slot's first step.
-        decoder: a state with B slots and K beams, whatever is in them.
-        max_lengths: most tokens of each sentence's output, end token included, at most `config.max_length`; 0 makes a
-            row of padding, which gives no hypothesis, and costs nothing if it stands at the end.
-        config: everything static.
-        rules: what may follow what, see `decoding/rules.py`.
-        bonus: see `Bonus`; nothing when None.
-        choose: see `Candidates`; `best_candidates` when None. With another, a candidate that "ranks among the best K"
-            is one of the first K in its order.
-    """
-    choose = best_candidates if choose is None else choose
-    num_sentences, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
-    length, penalty = config.max_length, config.length_penalty
-    limit = jnp.max(jnp.where(max_lengths > 0, jnp.arange(num_sentences) + 1, 0))  # sentences without the padding
-    slot_limits = jnp.append(max_lengths, 0)  # an empty slot has the limit 0
 
-    def advance(state: BeamState) -> BeamState:
-        # --- 1. score every extension of every live hypothesis
-        last = jnp.maximum(state.steps - 1, 0)[:, None, None]
-        previous = jnp.take_along_axis(state.live.tokens, last, axis=2)[:, :, 0]
-        previous = jnp.where(state.steps[:, None] == 0, config.start_token, previous)
-        logits, extras, decoder = step(previous, state.decoder)
-        progress = Progress(state.live.tokens, state.steps, state.sentences)
-        scores, parents, tokens, log_probs = choose(state.live_scores, logits, 2 * beams, progress, rules)
-        candidates = _write(_gather(state.live, parents), state.steps, tokens, log_probs, extras, parents)  # [B, 2K, T]
-        ends = tokens == config.end_token
+# --- between steps: sentences leave their slots and others take them
 
-        # --- 2. those that end and rank among the best K join the finished ones
-        may_finish = ends & (jnp.arange(2 * beams) < beams)[None, :] & (scores > MASKED / 2)
-        new_length = state.steps + 1
-        normalised = scores / penalty.divisor(new_length)[:, None]
-        if bonus is not None:
-            normalised = normalised + bonus(candidates.extras, state.sentences, new_length)
-        normalised = jnp.where(may_finish, normalised, MASKED)
-        all_scores = jnp.concatenate([state.finished_scores, normalised], axis=1)  # [B, 3K], old ones win a tie
-        finished_scores, kept = jax.lax.top_k(all_scores, beams)
-        new_lengths = jnp.where(may_finish, new_length[:, None], 0)
-        finished_lengths = gather_beams(jnp.concatenate([state.finished_lengths, new_lengths], axis=1), kept)
-        finished = _gather(_join(state.finished, candidates), kept)
 
-        # --- 3. the first K that do not end live on
-        stays = ~ends & (scores > MASKED / 2)
-        _, alive = jax.lax.top_k(jnp.where(stays, 2 * beams - jnp.arange(2 * beams), 0), beams)
-        live_scores = gather_beams(jnp.where(stays, scores, MASKED), alive)
-        live = _gather(candidates, alive)
-        decoder = reorder(decoder, gather_beams(parents, alive))
-
-        # --- 4. a slot that is done keeps what it has
-        changed = (state.steps + 1, live, live_scores, finished, finished_lengths, finished_scores)
-        before = (
-            state.steps, state.live, state.live_scores, state.finished, state.finished_lengths, state.finished_scores,
-        )  # fmt: skip
-        steps, live, live_scores, finished, finished_lengths, finished_scores = _choose(state.active, changed, before)
-        limits = slot_limits[state.sentences]
-        awaited = finished_scores[:, config.num_awaited - 1]
-        if config.stop == "finished" or beams == 1:  # greedy search does not look for longer ones that score better
-            undecided = awaited < MASKED / 2
-        elif config.stop == "likely":
-            lengths = jnp.maximum(steps, 1)
-            as_they_stand = live_scores / penalty.divisor(lengths)[:, None]
-            if bonus is not None:
-                as_they_stand = as_they_stand + bonus(live.extras, state.sentences, lengths)
-            undecided = jnp.max(as_they_stand, axis=1) > awaited
-        else:
-            undecided = best_reachable(live_scores, steps, limits, penalty) > awaited
-        some_live = jnp.max(live_scores, axis=1) > MASKED / 2
-        active = state.active & undecided & some_live & (steps < limits)
-        return BeamState(
-            state.next_sentence, state.sentences, steps, active, live, live_scores, finished, finished_lengths,
-            finished_scores, decoder, state.results,
-        )  # fmt: skip
-
-    def store(state: BeamState) -> Hypotheses:
-        """Returns the results with those of the slots that are done."""
-        found = _collect(state, slot_limits[state.sentences], penalty, bonus)
-        rows = jnp.where(state.active, num_sentences, state.sentences)
-        return jax.tree.map(lambda kept, new: kept.at[rows].set(new), state.results, found)
-
-    def exchange(state: BeamState) -> BeamState:
-        """Stores what the slots that are done have found, and puts the next sentences in their place."""
-        empty = ~state.active
-        number = state.next_sentence + jnp.cumsum(empty) - 1
-        sentences = jnp.where(empty, jnp.where(number < limit, number, num_sentences), state.sentences)
-        fresh = empty & (sentences < num_sentences)
-        blank = nothing(state.decoder, state.results)
-        live, live_scores, finished, finished_lengths, finished_scores, steps = _choose(
-            empty,
-            (blank.live, blank.live_scores, blank.finished, blank.finished_lengths, blank.finished_scores, blank.steps),
-            (state.live, state.live_scores, state.finished, state.finished_lengths, state.finished_scores, state.steps),
-        )
-        return BeamState(
-            jnp.minimum(state.next_sentence + jnp.sum(empty), limit), sentences, steps,
-            jnp.where(empty, slot_limits[sentences] > 0, state.active), live, live_scores, finished, finished_lengths,
-            finished_scores, refill(state.decoder, fresh, sentences), store(state),
-        )  # fmt: skip
-
-    def nothing(decoder: Any, results: Hypotheses) -> BeamState:
-        """Returns a state whose slots are empty."""
-        scores = jnp.where(jnp.arange(beams) == 0, 0.0, MASKED)  # one live hypothesis, which is empty
-        zeros = jnp.zeros((slots,), jnp.int32)
-        return BeamState(
-            jnp.zeros((), jnp.int32), zeros + num_sentences, zeros, zeros > 0, record(slots, beams),
-            jnp.broadcast_to(scores, (slots, beams)), record(slots, beams),
-            jnp.zeros((slots, beams), jnp.int32), jnp.full((slots, beams), MASKED, jnp.float32),
-            decoder, results,
-        )  # fmt: skip
-
-    # What the step gives beside the logits: its shapes, without running it.
-    extras = jax.eval_shape(step, jnp.zeros((slots, beams), jnp.int32), decoder)[1]
-
-    def record(rows: int, num: int) -> Record:
-        shape = (rows, num, length)
-        return Record(
-            jnp.full(shape, config.end_token, jnp.int32),
-            jnp.zeros(shape, jnp.float32),
-            jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[2:]), x.dtype), extras),
-        )
-
-    blank = record(num_sentences + 1, beams)
-    counts = jnp.zeros((num_sentences + 1, beams), jnp.int32)
-    results = Hypotheses(
-        blank.tokens, counts, jnp.full(counts.shape, MASKED, jnp.float32), counts > 0, blank.log_probs, blank.extras
+def _exchange(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamState) -> BeamState:
+    """Stores what the slots that are done have found, and puts the next sentences in their place."""
+    request, empty = state.request, ~state.active
+    none = request.max_lengths.shape[0] - 1  # the sentence of an empty slot
+    number = state.next_sentence + jnp.cumsum(empty) - 1
+    sentences = jnp.where(empty, jnp.where(number < request.num_sentences, number, none), state.sentences)
+    auxiliary = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[3:], x.dtype), state.live.buffer.auxiliary)
+    blank = empty_hypotheses((config.num_slots, config.beam_size, config.max_length), config.end_token, auxiliary)
+    live, finished = select_slots(empty, blank, (state.live, state.finished))
+    return BeamState(
+        request,
+        next_sentence=jnp.minimum(state.next_sentence + jnp.sum(empty), request.num_sentences),
+        sentences=sentences,
+        steps=jnp.where(empty, 0, state.steps),
+        active=jnp.where(empty, request.max_lengths[sentences] > 0, state.active),
+        live=live,
+        finished=finished,
+        decoder=functions.refill(state.decoder, empty & (sentences < none), sentences),
+        results=_stored(config, state),
     )
 
-    def uninterrupted(state: BeamState) -> Bool[Array, ""]:
-        idle = jnp.sum(~state.active)
-        return jnp.where(state.next_sentence < limit, idle < config.refill_at, idle < slots)
 
-    final = jax.lax.while_loop(
-        lambda state: jnp.any(state.active) | (state.next_sentence < limit),
-        lambda state: jax.lax.while_loop(uninterrupted, advance, exchange(state)),
-        nothing(decoder, results),
-    )
-    return jax.tree.map(lambda x: x[:num_sentences], store(final))
+def _stored(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
+    """Returns the results with those of the slots that are done."""
+    found = _collected(config, state)
+    none = state.request.max_lengths.shape[0] - 1
+    rows = jnp.where(state.active, none, state.sentences)
+    return jax.tree.map(lambda kept, new: kept.at[rows].set(new), state.results, found)
 
 
-def _write(
-    candidates: Record,
-    steps: Int[Array, "B"],
-    tokens: Int[Array, "B M"],
-    log_probs: Float[Array, "B M"],
-    extras: Any,
-    parents: Int[Array, "B M"],
-) -> Record:
-    """Returns the candidates with their new token in its place, and what belongs to it."""
-
-    def put(history: Shaped[Array, "B M T *rest"], new: Shaped[Array, "B M *rest"]) -> Shaped[Array, "B M T *rest"]:
-        here = jnp.arange(history.shape[2])[None, :] == steps[:, None]  # [B, T]
-        return jnp.where(here.reshape(here.shape[0], 1, -1, *(1,) * (history.ndim - 3)), new[:, :, None], history)
-
-    gathered = jax.tree.map(lambda x: gather_beams(x, parents), extras)
-    return Record(
-        put(candidates.tokens, tokens), put(candidates.log_probs, log_probs),
-        jax.tree.map(put, candidates.extras, gathered),
-    )  # fmt: skip
-
-
-def _collect(state: BeamState, max_lengths: Int[Array, "B"], penalty: LengthPenalty, bonus: Bonus | None) -> Hypotheses:
+def _collected(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
     """Returns the K best of each slot: the finished hypotheses, then the live ones that were cut at their limit."""
-    beams = state.live_scores.shape[1]
-    lengths = jnp.broadcast_to(max_lengths[:, None], state.live_scores.shape)
-    there = (state.live_scores > MASKED / 2) & (lengths > 0) & (state.steps >= max_lengths)[:, None]
-    live_scores = state.live_scores / penalty.divisor(jnp.maximum(lengths, 1))
-    if bonus is not None:
-        live_scores = live_scores + bonus(state.live.extras, state.sentences, max_lengths)
-    live_scores = jnp.where(there, live_scores, MASKED)
-    scores = jnp.concatenate([state.finished_scores, live_scores], axis=1)  # [B, 2K]
-    finished = jnp.concatenate([state.finished_lengths > 0, jnp.zeros_like(there)], axis=1)
+    live, finished, beams = state.live, state.finished, config.beam_size
+    max_lengths = state.request.max_lengths[state.sentences]
+    lengths = jnp.broadcast_to(max_lengths[:, None], live.scores.shape)
+    there = is_possible(live.scores) & (lengths > 0) & (state.steps >= max_lengths)[:, None]
+    cut_scores = live.scores / config.length_penalty.divisor(jnp.maximum(lengths, 1))
+    cut_scores = _adjusted(state, cut_scores, live.buffer.auxiliary, max_lengths)
+    cut_scores = jnp.where(there, cut_scores, MASKED)
+    scores = jnp.concatenate([finished.scores, cut_scores], axis=1)  # [B, 2K]
+    has_ended = jnp.concatenate([finished.lengths > 0, jnp.zeros_like(there)], axis=1)
     # Finished before unfinished, by score within each: a stable sort by two keys.
-    order = jnp.lexsort((-scores, ~finished), axis=-1)[:, :beams]
-    all_lengths = jnp.concatenate([state.finished_lengths, jnp.where(there, lengths, 0)], axis=1)
-    record = _gather(_join(state.finished, state.live), order)
+    order = jnp.lexsort((-scores, ~has_ended), axis=-1)[:, :beams]
+    lengths = jnp.concatenate([finished.lengths, jnp.where(there, lengths, 0)], axis=1)
+    buffer = gather_hypotheses(concatenate_hypotheses(finished.buffer, live.buffer), order)
     return Hypotheses(
-        record.tokens, gather_beams(all_lengths, order), gather_beams(scores, order), gather_beams(finished, order),
-        record.log_probs, record.extras,
-    )  # fmt: skip
+        buffer.tokens,
+        gather_beams(lengths, order),
+        gather_beams(scores, order),
+        gather_beams(has_ended, order),
+        buffer.log_probs,
+        buffer.auxiliary,
+    )

@@ -16,10 +16,11 @@ class Hypotheses:
     Attributes:
         tokens: [B, K, T]; after `lengths` tokens comes padding (the end token). A finished one ends with the end token.
         lengths: [B, K], end token included; 0 where there are fewer than K hypotheses.
-        scores: [B, K], what they were ranked by: log-probability divided by the length penalty, plus a bonus if any.
+        scores: [B, K], what they were ranked by: log-probability divided by the length penalty, plus a score adjustment
+            if there is one.
         finished: [B, K], False for one that was cut at the maximum length.
         log_probs: [B, K, T], of each token, natural logarithm; anything after `lengths` tokens.
-        extras: tree of arrays [B, K, T, ...], what the step function gave beside each token; None if nothing.
+        auxiliary: tree of arrays [B, K, T, ...], what the step function gave beside each token; None if nothing.
     """
 
     tokens: Int[Array, "B K T"]
@@ -27,4 +28,4 @@ class Hypotheses:
     scores: Float[Array, "B K"]
     finished: Bool[Array, "B K"]
     log_probs: Float[Array, "B K T"]
-    extras: Any
+    auxiliary: Any

@@ -7,19 +7,22 @@ Legend: B sentences, K samples, V vocabulary, T maximum length.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from flax_transformer.decoding.beam_search import Step, log_probabilities
+from flax_transformer.decoding.beam_search import BeamSearchConfig
+from flax_transformer.decoding.beam_state import gather_beams
+from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.hypotheses import Hypotheses
-from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.rules import Progress, Rule
+from flax_transformer.decoding.logits_processors import LogitsProcessor, Progress
 from flax_transformer.errors import ConfigError
+from flax_transformer.ops.vocabulary import log_probabilities
 from flax_transformer.shapes import MASKED, array_tree
 
 # Logits that are divided by less may leave the range of float32.
@@ -84,111 +87,116 @@ def keep_probable(log_probs: Float[Array, "B K V"], config: SamplingConfig) -> F
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SamplingState:
-    """Everything that changes while samples are drawn.
+    """Everything dynamic about sampling.
 
     Attributes:
+        max_lengths: [B], most tokens of each sentence's outputs; no step changes them.
+        keys: [B, K], of the random generator; no step changes them.
+        processors: see `LogitsProcessor`; no step changes them.
         step: tokens drawn so far.
         tokens, log_probs: [B, K, T].
         lengths: [B, K], 0 while a sample is not finished; one that no token was left for is, and is no output.
-        extras: tree of [B, K, T, ...].
+        auxiliary: tree of [B, K, T, ...].
         decoder: the state of the step function.
     """
 
+    max_lengths: Int[Array, "B"]
+    keys: Key[Array, "B K"]
+    processors: tuple[LogitsProcessor, ...]
     step: Int[Array, ""]
     tokens: Int[Array, "B K T"]
     log_probs: Float[Array, "B K T"]
     lengths: Int[Array, "B K"]
-    extras: Any
+    auxiliary: Any
     decoder: Any
 
 
 def sample(
-    step: Step,
+    functions: DecoderFunctions,
+    config: BeamSearchConfig,
+    sampling: SamplingConfig,
     decoder: Any,
     max_lengths: Int[Array, "B"],
     seeds: Int[Array, "B"],
-    num_samples: int,
-    max_length: int,
-    start_token: int,
-    end_token: int,
-    penalty: LengthPenalty,
-    config: SamplingConfig,
-    rules: Sequence[Rule] = (),
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Hypotheses:
     """Returns K outputs of each sentence, drawn independently of each other, best score first; some may be equal.
 
-    A sample that the rules leave no token for is no output: it has length 0 and stands last.
+    A sample that the processors leave no token for is no output: it has length 0 and stands last.
 
     Args:
-        step: see `beam_search.Step`.
+        functions: the decoder, of which the step alone is called.
+        config: sizes, tokens and length penalty; there is a slot for each sentence, and a beam for each sample.
+        sampling: how tokens are drawn.
         decoder: the state before the first token, with K beams.
         max_lengths: most tokens of each sentence's output; 0 makes a row of padding.
         seeds: of each sentence.
-        num_samples: K.
-        max_length: T.
-        start_token: what the first step reads.
-        end_token: what closes an output.
-        penalty: how scores of different lengths are compared.
-        config: how tokens are drawn.
-        rules: what may follow what.
+        processors: what may follow what, applied in this order.
     """
-    sentences = max_lengths.shape[0]
-    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), num_samples))(
-        seeds.astype(jnp.uint32)
-    )  # [B, K]
-
-    def running(state: SamplingState) -> Any:
-        return (state.lengths == 0) & (state.step < max_lengths)[:, None]
-
-    def body(state: SamplingState) -> SamplingState:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False)
-        logits, extras, decoder = step(jnp.where(state.step == 0, start_token, last), state.decoder)
-        log_probs = log_probabilities(logits)
-        allowed = log_probs
-        progress = Progress(state.tokens, jnp.broadcast_to(state.step, (sentences,)), jnp.arange(sentences))
-        for rule in rules:
-            allowed = rule(allowed, progress)
-        at_step = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, state.step)))(keys)
-        drawn = jax.vmap(jax.vmap(jax.random.categorical))(at_step, keep_probable(allowed, config))
-        runs = running(state)
-        drawn = jnp.where(runs, drawn, end_token).astype(jnp.int32)
-        chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED where nothing was allowed
-        ends = (drawn == end_token) | (chosen <= MASKED / 2)
-
-        def put(history: Any, new: Any) -> Any:
-            return jax.lax.dynamic_update_index_in_dim(history, new, state.step, axis=2)
-
-        return SamplingState(
-            state.step + 1,
-            put(state.tokens, drawn),
-            put(state.log_probs, jnp.where(runs, chosen, 0.0)),
-            jnp.where(runs & ends, state.step + 1, state.lengths),
-            jax.tree.map(put, state.extras, extras),
-            decoder,
-        )
-
-    shape = (sentences, num_samples, max_length)
-    extras = jax.eval_shape(step, jnp.zeros(shape[:2], jnp.int32), decoder)[1]
-    start = SamplingState(
-        jnp.zeros((), jnp.int32),
-        jnp.full(shape, end_token, jnp.int32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape[:2], jnp.int32),
-        jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[2:]), x.dtype), extras),
-        decoder,
+    shape = (*max_lengths.shape, config.beam_size, config.max_length)
+    auxiliary = jax.eval_shape(functions.step, jnp.zeros(shape[:2], jnp.int32), decoder)[1]
+    state = SamplingState(
+        max_lengths,
+        keys=jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), config.beam_size))(seeds.astype(jnp.uint32)),
+        processors=tuple(processors),
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full(shape, config.end_token, jnp.int32),
+        log_probs=jnp.zeros(shape, jnp.float32),
+        lengths=jnp.zeros(shape[:2], jnp.int32),
+        auxiliary=jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[2:]), x.dtype), auxiliary),
+        decoder=decoder,
     )
-    final = jax.lax.while_loop(lambda state: jnp.any(running(state)), body, start)
+    state = jax.lax.while_loop(
+        lambda state: jnp.any(_runs(state)), functools.partial(_draw, functions, config, sampling), state
+    )
+    return _ranked(config, state)
 
-    stuck = jnp.any(final.log_probs <= MASKED / 2, axis=2)  # no token was left, so there is no output
-    finished = (final.lengths > 0) & ~stuck
-    lengths = jnp.where(finished, final.lengths, jnp.broadcast_to(max_lengths[:, None], shape[:2]))
+
+def _runs(state: SamplingState) -> Bool[Array, "B K"]:
+    """Returns which samples go on."""
+    return (state.lengths == 0) & (state.step < state.max_lengths)[:, None]
+
+
+def _draw(
+    functions: DecoderFunctions, config: BeamSearchConfig, sampling: SamplingConfig, state: SamplingState
+) -> SamplingState:
+    """Returns the state with one token more of each sample that goes on."""
+    last = jax.lax.dynamic_index_in_dim(state.tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False)
+    logits, auxiliary, decoder = functions.step(jnp.where(state.step == 0, config.start_token, last), state.decoder)
+    allowed = log_probabilities(logits)
+    sentences = jnp.arange(state.tokens.shape[0])
+    progress = Progress(state.tokens, jnp.broadcast_to(state.step, sentences.shape), sentences)
+    for processor in state.processors:
+        allowed = processor(allowed, progress)
+    keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, state.step)))(state.keys)
+    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, keep_probable(allowed, sampling))
+    runs = _runs(state)
+    drawn = jnp.where(runs, drawn, config.end_token).astype(jnp.int32)
+    chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED where nothing was allowed
+    ends = (drawn == config.end_token) | (chosen <= MASKED / 2)  # a NaN does not end
+
+    def put(history: Shaped[Array, "B K T *rest"], new: Shaped[Array, "B K *rest"]) -> Shaped[Array, "B K T *rest"]:
+        return jax.lax.dynamic_update_index_in_dim(history, new, state.step, axis=2)
+
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        tokens=put(state.tokens, drawn),
+        log_probs=put(state.log_probs, jnp.where(runs, chosen, 0.0)),
+        lengths=jnp.where(runs & ends, state.step + 1, state.lengths),
+        auxiliary=jax.tree.map(put, state.auxiliary, auxiliary),
+        decoder=decoder,
+    )
+
+
+def _ranked(config: BeamSearchConfig, state: SamplingState) -> Hypotheses:
+    """Returns the samples of each sentence, finished ones first, by score within each."""
+    stuck = jnp.any(state.log_probs <= MASKED / 2, axis=2)  # no token was left, so there is no output
+    finished = (state.lengths > 0) & ~stuck
+    lengths = jnp.where(finished, state.lengths, jnp.broadcast_to(state.max_lengths[:, None], stuck.shape))
     lengths = jnp.where(stuck, 0, lengths)
-    scores = jnp.sum(final.log_probs, axis=2) / penalty.divisor(jnp.maximum(lengths, 1))
+    scores = jnp.sum(state.log_probs, axis=2) / config.length_penalty.divisor(jnp.maximum(lengths, 1))
     scores = jnp.where(lengths > 0, scores, MASKED)
     order = jnp.lexsort((-scores, ~finished), axis=-1)
-
-    def sort(x: Any) -> Any:
-        return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
-
-    found = Hypotheses(final.tokens, lengths, scores, finished, final.log_probs, final.extras)
-    return jax.tree.map(sort, found)
+    found = Hypotheses(state.tokens, lengths, scores, finished, state.log_probs, state.auxiliary)
+    return jax.tree.map(lambda x: gather_beams(x, order), found)

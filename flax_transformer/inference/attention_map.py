@@ -50,7 +50,8 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
         return jax.lax.scan(step, state, inputs)[1]
 
     inputs = np.asarray([tokenizers.target.special.start, *target_ids[:-1]], np.int32)
-    weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
+    with jax.set_mesh(translator.mesh):
+        weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
     if weights is None:
         return None
     return AttentionMap(

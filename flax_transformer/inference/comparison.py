@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sacrebleu.metrics import BLEU
 
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.errors import InputError, RunFolderError
 from flax_transformer.inference.evaluate import Scores
 from flax_transformer.run_folder import RunFolder

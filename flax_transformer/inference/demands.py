@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.errors import ConfigError, InputError, shortened
 

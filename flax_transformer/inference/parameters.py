@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_transformer.inference.quantize import is_quantized, quantized_ensemble
-from flax_transformer.inference.search_program import for_search
+from flax_transformer.inference.prepare import InferenceParams, is_quantized, prepare_for_inference, quantized_params
 from flax_transformer.parallel.mesh import replicated_sharding
 
 Value = TypeVar("Value")
@@ -52,7 +51,7 @@ class Parameters:
     search_meshes: tuple[Mesh, ...]
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
     # Each object has its own, also one that `dataclasses.replace` makes.
-    _prepared: Once[list[tuple[Any, Any]]] = field(default_factory=Once, init=False, repr=False)
+    _prepared: Once[list[InferenceParams]] = field(default_factory=Once, init=False, repr=False)
 
     @property
     def are_quantized(self) -> bool:
@@ -61,7 +60,7 @@ class Parameters:
 
     def quantized(self) -> Any:
         """Returns `params` with 8-bit integers for weights."""
-        return quantized_ensemble(self.graphdef, self.params, self.num_models)
+        return quantized_params(self.graphdef, self.num_models, self.params)
 
     @functools.cached_property
     def are_finite(self) -> bool:
@@ -73,23 +72,25 @@ class Parameters:
         """Bytes that `params` take up on each device."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
 
-    def for_search(self) -> list[tuple[Any, Any]]:
-        """Returns graph and parameters as a search takes them, for each of its meshes; of shapes, the shapes.
+    def prepared(self) -> list[InferenceParams]:
+        """Returns the parameters as a search reads them, for each of its meshes; of shapes, the shapes.
 
         They are made for the first search, and kept beside `params`.
         """
         return self._prepared.get(self._prepare)
 
-    def _prepare(self) -> list[tuple[Any, Any]]:
-        key = "for_search", shapes_of(self.params)
+    def _prepare(self) -> list[InferenceParams]:
+        key = "prepare", shapes_of(self.params)
         if key not in self.programs:
-            self.programs[key] = for_search.lower(self.graphdef, self.num_models, self.params).compile()
+            with jax.set_mesh(self.mesh):
+                lowered = prepare_for_inference.lower(self.graphdef, self.num_models, self.params)
+            self.programs[key] = lowered.compile()
         make = self.programs[key]
         abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
         graphdef, params = make.out_info if abstract else make(self.params)
         if len(self.search_meshes) > 1 and not abstract:
             params = jax.tree.map(np.asarray, params)  # no device makes a copy of it: all read the same memory
-        return [(graphdef, replicated(params, mesh)) for mesh in self.search_meshes]
+        return [InferenceParams(graphdef, replicated(params, mesh)) for mesh in self.search_meshes]
 
 
 def shapes_of(tree: Any) -> Any:

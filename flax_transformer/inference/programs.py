@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.rules import ANY
+from flax_transformer.decoding.logits_processors import ANY
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
 from flax_transformer.inference.demands import Demands
 from flax_transformer.inference.parameters import Parameters, shapes_of
@@ -169,7 +169,7 @@ class Programs:
             ConfigError: it needs more memory than a device has.
         """
         parameters, beam = self.parameters, spec.beam
-        graphdef, params = parameters.for_search()[number]
+        graphdef, params = parameters.prepared()[number]
         arguments = params, inputs
         key = number, spec, shapes_of(arguments)
         if key not in parameters.programs:
@@ -202,7 +202,7 @@ class Programs:
         """Returns what the mesh of a number finds for requests of one shape, before it has found it."""
         inputs = self.inputs(requests, shape, self.parameters.search_meshes[number])
         program = self.compiled(self.spec(shape), inputs, number)
-        return program(self.parameters.for_search()[number][1], inputs)
+        return program(self.parameters.prepared()[number].params, inputs)
 
     def chunks(self, requests: Mapping[int, Request]) -> list[Chunk]:
         """Returns the calls that search for all requests, in the order in which they begin."""

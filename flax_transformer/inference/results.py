@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.errors import ConfigError, DivergenceError
@@ -56,7 +56,7 @@ class ResultReader:
             hypotheses = self._by_utility(hypotheses)
         tokenizer, num = self.tokenizers.source, len(request.source) - 1
         words = []
-        if found.extras is not None:
+        if found.auxiliary is not None:
             words = word_numbers(request.sentence, tokenizer.encoded_spans(request.sentence)[:num])
         return Translation(
             hypotheses[: self.num_hypotheses], request.truncated, tokenizer.pieces(request.source[:-1]), words
@@ -84,8 +84,8 @@ class ResultReader:
                 continue
             target = self.tokenizers.target
             text, attention, words = target.decode(ids), None, []
-            if found.extras is not None:  # copied, so that it does not keep that of the whole call
-                attention = found.extras["attention"][row, beam, :length, : len(request.source)].copy()
+            if found.auxiliary is not None:  # copied, so that it does not keep that of the whole call
+                attention = found.auxiliary["attention"][row, beam, :length, : len(request.source)].copy()
                 words = word_numbers(text, target.decoded_spans(ids))
             results[key] = Hypothesis(
                 text,

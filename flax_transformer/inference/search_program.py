@@ -12,16 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_transformer.decoding import rules
+from flax_transformer.decoding import logits_processors
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
+from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.hypotheses import Hypotheses
-from flax_transformer.decoding.required_phrases import required_phrases
+from flax_transformer.decoding.lexical_constraints import LexicalConstraints
+from flax_transformer.decoding.logits_processors import LogitsProcessor
 from flax_transformer.decoding.sampling import SamplingConfig, sample
 from flax_transformer.models.seq2seq import DecodeState, Memory, reorder_beams
-from flax_transformer.shapes import array_tree
+from flax_transformer.shapes import array_tree, static_field
 
 ALL_AXES = ("data", "fsdp", "tensor")
 
@@ -64,8 +66,8 @@ class SearchInputs:
         segments: [N, S], 0 for padding.
         max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which stand at the end.
         min_lengths: [N], fewest tokens of an output, end token included.
-        prefixes: [N, P], what outputs begin with, `rules.ANY` after its end; P may be 0.
-        required: [N, Q, P], phrases that outputs hold, `rules.ANY` after the end of each; Q may be 0.
+        prefixes: [N, P], what outputs begin with, `logits_processors.ANY` after its end; P may be 0.
+        required: [N, Q, P], phrases that outputs hold, `logits_processors.ANY` after the end of each; Q may be 0.
         seeds: [N], of sampling.
         banned: [V], tokens that no output has.
     """
@@ -89,24 +91,8 @@ class Functions:
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def for_search(graphdef: Any, num_models: int, params: Any) -> tuple[Any, Any]:
-    """Returns the graph and the parameters with which `search` is called, once for all calls (see `Seq2Seq`).
-
-    Args:
-        graphdef: of the model.
-        num_models: of an ensemble, whose parameters are stacked.
-        params: of the model, or of all of them.
-    """
-
-    def of(params: Any) -> tuple[Any, Any]:
-        return nnx.split(nnx.merge(graphdef, params).for_search())
-
-    return of(params) if num_models == 1 else jax.vmap(of)(params)
-
-
 def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
-    """Returns the functions of a model, or of an ensemble of models alike, as `for_search` made them.
+    """Returns the functions of a model, or of an ensemble of models alike, as `prepare_for_inference` made them.
 
     The leaves of an ensemble's memory and state lead with [B] or [B, K] as ever, and have the models after that.
     """
@@ -210,78 +196,89 @@ def slot_functions(
     return SlotState(decoding, waiting, jnp.zeros((), jnp.int32)), refill
 
 
-def coverage_bonus(weight: float, segments: Int[Array, "N S"]) -> Callable[..., Float[Array, "B M"]]:
-    """Returns the bonus weight * sum over source tokens of log(min(attention given to the token, 1)).
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class CoveragePenalty:
+    """Adjusts scores by weight * sum over source tokens of log(min(attention given to the token, 1)).
+
+    Attributes:
+        segments: [N, S], 0 for padding.
+        weight: at least 0.
 
     References:
         Wu et al. 2016 (GNMT), equation 14.
     """
 
-    def bonus(extras: Any, sentences: Int[Array, "B"], lengths: Int[Array, "B"]) -> Float[Array, "B M"]:
-        attention = extras["attention"]  # [B, M, T, S]
+    segments: Int[Array, "N S"]
+    weight: float = static_field()
+
+    def __call__(self, auxiliary: Any, sentences: Int[Array, "B"], lengths: Int[Array, "B"]) -> Float[Array, "B M"]:
+        """Returns the adjustment of M hypotheses, of which so many tokens count (see `ScoreAdjustment`)."""
+        attention = auxiliary["attention"]  # [B, M, T, S]
         decoded = jnp.arange(attention.shape[2])[None, :] < lengths[:, None]
         given = jnp.sum(jnp.where(decoded[:, None, :, None], attention, 0.0), axis=2)  # [B, M, S]
-        real = jnp.take(segments, sentences, axis=0, mode="clip")[:, None, :] > 0
+        real = jnp.take(self.segments, sentences, axis=0, mode="clip")[:, None, :] > 0
         missed = jnp.log(jnp.clip(given, jnp.finfo(jnp.float32).tiny, 1.0))
-        return jnp.float32(weight) * jnp.sum(jnp.where(real, missed, 0.0), axis=2)
-
-    return bonus
+        return jnp.float32(self.weight) * jnp.sum(jnp.where(real, missed, 0.0), axis=2)
 
 
-def _rules(spec: SearchSpec, inputs: SearchInputs) -> tuple[rules.Rule, ...]:
-    """Returns the rules that are asked for; none where nothing is, so that a plain search pays for nothing."""
-    asked: list[rules.Rule] = []
+def make_processors(spec: SearchSpec, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
+    """Returns the logits processors that are asked for; none where nothing is, so that a plain search pays nothing."""
+    asked: list[LogitsProcessor] = []
     if spec.repetition_penalty != 1.0:
-        asked.append(rules.repetition_penalty(spec.repetition_penalty))
+        asked.append(logits_processors.RepetitionPenalty(spec.repetition_penalty))
     if inputs.banned.shape[0]:
-        asked.append(rules.banned_tokens(inputs.banned))
+        asked.append(logits_processors.SuppressTokens(inputs.banned))
     if inputs.min_lengths.shape[0]:
-        asked.append(rules.minimum_lengths(inputs.min_lengths, spec.beam.end_token))
+        asked.append(logits_processors.MinLength(inputs.min_lengths, spec.beam.end_token))
     if spec.no_repeat_ngram:
-        asked.append(rules.no_repeated_ngrams(spec.no_repeat_ngram))
+        asked.append(logits_processors.NoRepeatNgram(spec.no_repeat_ngram))
     if spec.banned_phrases:
-        asked.append(rules.banned_phrases(spec.banned_phrases))
+        asked.append(logits_processors.SuppressSequences.of(spec.banned_phrases))
     if spec.force_end and not inputs.required.shape[1]:
-        asked.append(rules.forced_end(inputs.max_lengths, spec.beam.end_token))
+        asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.beam.end_token))
     if inputs.prefixes.shape[1]:
-        return (rules.forced_prefixes(inputs.prefixes, asked),)
+        return (logits_processors.ForcePrefix(inputs.prefixes, tuple(asked)),)
     return tuple(asked)
 
 
-def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Encodes the sentences of one device and searches, with what `for_search` made of a model.
-
-    A rule whose array is empty is not asked: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0,
-    no required phrase.
-    """
-    beam = spec.beam
-    model = model_functions(graphdef, params, spec)
-    empty, refill = slot_functions(model, inputs, beam.num_slots)
+def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) -> tuple[DecoderFunctions, SlotState]:
+    """Returns a model as a search sees it, and a state of empty slots."""
+    empty, refill = slot_functions(model, inputs, spec.beam.num_slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
     def step(tokens: jax.Array, state: SlotState) -> tuple[jax.Array, Any, SlotState]:
         logits, attention, decoding = model.step(tokens, state.decoding)
-        extras = {"attention": jnp.mean(attention[:, :, -1], axis=2)} if keep_attention else None  # last layer's heads
-        return logits, extras, dataclasses.replace(state, decoding=decoding)
+        last_layer = {"attention": jnp.mean(attention[:, :, -1], axis=2)} if keep_attention else None  # over heads
+        return logits, last_layer, dataclasses.replace(state, decoding=decoding)
 
     def reorder(state: SlotState, parents: jax.Array) -> SlotState:
         return dataclasses.replace(state, decoding=reorder_beams(state.decoding, parents))
 
-    asked = _rules(spec, inputs)
+    return DecoderFunctions(step, reorder, refill), empty
+
+
+def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
+    """Encodes the sentences of one device and searches, with what `prepare_for_inference` made of a model.
+
+    An empty array asks for nothing: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0, no
+    required phrase.
+    """
+    beam = spec.beam
+    functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
+    processors = make_processors(spec, inputs)
     if spec.sampling is not None:
         slots = jnp.arange(beam.num_slots)
-        found = sample(
-            step, refill(empty, slots >= 0, slots), inputs.max_lengths, inputs.seeds, beam.beam_size,
-            beam.max_length, beam.start_token, beam.end_token, beam.length_penalty, spec.sampling, asked,
-        )  # fmt: skip
+        filled = functions.refill(empty, slots >= 0, slots)
+        found = sample(functions, beam, spec.sampling, filled, inputs.max_lengths, inputs.seeds, processors)
     else:
-        bonus = coverage_bonus(spec.coverage_penalty, inputs.segments) if spec.coverage_penalty else None
-        choose = required_phrases(inputs.required, beam.end_token) if inputs.required.shape[1] else None
-        found = beam_search(step, reorder, refill, empty, inputs.max_lengths, beam, asked, bonus, choose)
-    return found if spec.keep_attention else dataclasses.replace(found, extras=None)
+        constraints = LexicalConstraints(inputs.required, beam.end_token) if inputs.required.shape[1] else None
+        coverage = CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
+        found = beam_search(functions, beam, empty, inputs.max_lengths, processors, constraints, coverage)
+    return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 
-def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh) -> Any:
+def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
 
     Sentences are split over all axes of the mesh and parameters are copied, so each device runs a loop of its own with

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_transformer.config import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean
 from flax_transformer.inference.demands import Demands, Prefix
 from flax_transformer.inference.parameters import Parameters, replicated
+from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
-from flax_transformer.inference.quantize import Quantize
 from flax_transformer.inference.requests import Request, RequestReader, check_call, num_beams
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation

@@ -29,7 +29,7 @@ from flax_transformer.data.sentencepiece_tokenizer import WORD_START, SentencePi
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.inference.quantize import is_quantized
+from flax_transformer.inference.prepare import is_quantized
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian_generation import export_generation
 from flax_transformer.models.build import ModelConfig

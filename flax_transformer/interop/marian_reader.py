@@ -12,7 +12,7 @@ from flax import nnx
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.sentencepiece_tokenizer import (
     END_OF_VOCABULARY,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from flax import nnx
 
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.models.rnn import RecurrentConfig, RecurrentSeq2Seq
+from flax_transformer.models.recurrent import RecurrentConfig, RecurrentSeq2Seq
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.models.transformer import Transformer, TransformerConfig
 

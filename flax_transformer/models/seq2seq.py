@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from flax_transformer.nn.embedding import OutputProjection
+from flax_transformer.ops.vocabulary import OutputProjection
 from flax_transformer.shapes import Batch, array_tree
 
 
@@ -67,6 +68,25 @@ class StepOutput:
     attention: Float[Array, "B K L N S"] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class ParameterRoles:
+    """How often a model uses its kernels, told by the modules that hold them.
+
+    Where one named module holds another, the inner one says it of the kernels in it.
+
+    Attributes:
+        per_source_token: modules whose kernels are applied to each source token.
+        per_target_token: modules whose kernels are applied to each target token.
+        output_table: the table that the output projection applies to each target token.
+        per_sentence: modules whose kernels are applied once a sentence.
+    """
+
+    per_source_token: tuple[nnx.Module, ...]
+    per_target_token: tuple[nnx.Module, ...]
+    output_table: nnx.Param
+    per_sentence: tuple[nnx.Module, ...] = ()
+
+
 @runtime_checkable
 class Seq2Seq(Protocol):
     """An encoder-decoder with teacher forcing for training and a step function for search."""
@@ -95,10 +115,6 @@ class Seq2Seq(Protocol):
         """Returns the decoder's hidden vectors when it is fed the reference (teacher forcing)."""
         ...
 
-    def for_search(self) -> "Seq2Seq":
-        """Returns the model with its parameters in the order in which a search reads them at each step."""
-        ...
-
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
         ...
@@ -112,6 +128,10 @@ class Seq2Seq(Protocol):
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""
+        ...
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used, from which the operations of a step are counted."""
         ...
 
 

@@ -6,29 +6,25 @@ References:
     Vaswani et al. 2017, "Attention Is All You Need", section 3 and figure 1.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_finite
-from flax_transformer.models.seq2seq import DecodeState, Memory, StepOutput, shift_right
+from flax_transformer.models.encoder_decoder import EncoderDecoder
+from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
-from flax_transformer.nn.dropout import check_dropout_rate, split_key
-from flax_transformer.nn.embedding import (
-    Embedding,
-    InputEmbedding,
-    OutputProjection,
-    ShareKind,
-    make_embeddings,
-    padded_rows,
-)
+from flax_transformer.nn.embedding import Embedding, InputEmbedding, ShareKind
 from flax_transformer.nn.feed_forward import Activation, FeedForward
-from flax_transformer.nn.kv_cache import (
+from flax_transformer.nn.layer_stack import LayerStack
+from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
+from flax_transformer.nn.positions import PositionKind
+from flax_transformer.ops.attention import AttentionMask
+from flax_transformer.ops.cached_attention import (
     CrossAttentionCache,
     SelfAttentionCache,
     cached_cross_attention,
@@ -37,14 +33,8 @@ from flax_transformer.nn.kv_cache import (
     empty_self_attention_cache,
     write_ancestors,
 )
-from flax_transformer.nn.linear import cast_kernels
-from flax_transformer.nn.masks import causal_mask, segment_mask
-from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
-from flax_transformer.nn.positions import PositionKind
-from flax_transformer.nn.quantization import without_row
+from flax_transformer.ops.dropout import check_dropout_rate, split_key
 from flax_transformer.shapes import Batch
-
-Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
@@ -162,8 +152,9 @@ def _input(config: TransformerConfig, max_length: int, rngs: nnx.Rngs, zero_toke
 
 
 def _attention(config: TransformerConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
+    dtypes: Any = _dtypes(config)
     return MultiHeadAttention(
-        config.model_dim, config.num_heads, dropout_rate=config.attention_dropout, **_dtypes(config), rngs=rngs
+        config.model_dim, config.num_heads, dropout_rate=config.attention_dropout, **dtypes, rngs=rngs
     )
 
 
@@ -195,56 +186,6 @@ def _final_norm(config: TransformerConfig) -> LayerNorm | None:
     return LayerNorm(config.model_dim, epsilon=config.norm_epsilon, param_dtype=jnp.dtype(config.param_dtype))
 
 
-def _stack(make_layer: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rngs) -> Layer:
-    """Returns one module whose every parameter has a leading layer axis; each layer is drawn from its own key.
-
-    Stacked parameters have one name a stack whatever its depth: a list of layers would get integer keys, which a
-    checkpoint restored without a target brings back in the order 0, 1, 10, 11, 2.
-    """
-    keys = jax.random.split(rngs.params(), num_layers)
-    return jax.vmap(lambda key: make_layer(nnx.Rngs(params=key)))(keys)
-
-
-def _unstack(stacked: Any, num_layers: int) -> list[Any]:
-    """Returns the layers of a stack one by one; differentiates into one concatenation a parameter."""
-    if isinstance(stacked, nnx.List):
-        return list(stacked)
-    leaves, structure = jax.tree.flatten(stacked)
-    pieces = [jax.lax.split(leaf, (1,) * num_layers, axis=0) for leaf in leaves]
-    return [
-        jax.tree.unflatten(structure, [jax.lax.squeeze(piece[i], (0,)) for piece in pieces]) for i in range(num_layers)
-    ]
-
-
-def _run_stack(
-    layers: Any,
-    config: TransformerConfig,
-    apply: Callable[[Any, Float[Array, "B T D"], PRNGKeyArray | None], Float[Array, "B T D"]],
-    x: Float[Array, "B T D"],
-    keys: list[PRNGKeyArray | None],
-) -> Float[Array, "B T D"]:
-    """Returns what the last layer makes of what the one before it makes of ... `x`.
-
-    Args:
-        layers: with a leading layer axis, or an `nnx.List` of them.
-        config: says how they are run.
-        apply: of one layer, (layer, x, key).
-        x: input of the first.
-        keys: of dropout, one for each layer.
-    """
-    if config.rematerialize:
-        # A loop keeps its passes apart by itself; elsewhere barriers must keep XLA from joining forward and backward.
-        apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
-    if not config.scan_layers or isinstance(layers, nnx.List):
-        for layer, key in zip(_unstack(layers, len(keys)), keys, strict=True):
-            x = apply(layer, x, key)
-        return x
-    stacked_keys = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
-    return jax.lax.scan(
-        lambda x, layer_and_key: (apply(layer_and_key[0], x, layer_and_key[1]), None), x, (layers, stacked_keys)
-    )[0]
-
-
 class EncoderLayer(nnx.Module):
     """Self-attention and a position-wise network, each with its residual and norm."""
 
@@ -255,7 +196,7 @@ class EncoderLayer(nnx.Module):
         self.feed_forward_residual = _residual(config)
 
     def __call__(
-        self, x: Float[Array, "B S D"], mask: Bool[Array, "B 1 S S"], key: PRNGKeyArray | None
+        self, x: Float[Array, "B S D"], mask: AttentionMask, key: PRNGKeyArray | None
     ) -> Float[Array, "B S D"]:
         """Returns the layer's output."""
         keys = split_key(key, 4)
@@ -280,8 +221,8 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         memory: Float[Array, "B S D"],
-        self_mask: Bool[Array, "B 1 T T"],
-        cross_mask: Bool[Array, "B 1 T S"],
+        self_mask: AttentionMask,
+        cross_mask: AttentionMask,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
         """Returns the layer's output for all positions at once."""
@@ -300,7 +241,7 @@ class DecoderLayer(nnx.Module):
         cross_cache: CrossAttentionCache,
         positions: Int[Array, "B"],
         ancestors: Int[Array, "B K T"] | None,
-        cross_mask: Bool[Array, "B 1 1 S"],
+        cross_mask: AttentionMask,
     ) -> tuple[Float[Array, "B K D"], SelfAttentionCache, Float[Array, "B N K S"]]:
         """Returns the layer's output for one position, its cache with that position written, and cross weights."""
         attention = self.self_attention
@@ -320,14 +261,18 @@ class DecoderLayer(nnx.Module):
         return self.feed_forward_residual.leave(x, self.feed_forward(inner), None), self_cache, weights
 
 
-class Encoder(nnx.Module):
+class Encoder(LayerStack):
     """Positions, then a stack of encoder layers."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.num_layers = config.num_encoder_layers
         self.input = _input(config, config.max_source_length, rngs)
-        self.layers = _stack(lambda r: EncoderLayer(config, rngs=r), config.num_encoder_layers, rngs)
+        super().__init__(
+            lambda r: EncoderLayer(config, rngs=r),
+            config.num_encoder_layers,
+            scan=config.scan_layers,
+            rematerialize=config.rematerialize,
+            rngs=rngs,
+        )
         self.norm = _final_norm(config)
 
     def __call__(
@@ -340,22 +285,26 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Returns one vector for each source token."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        mask = segment_mask(segments, segments)
+        mask = AttentionMask(key_segments=segments, query_segments=segments)
         x = self.input(embedding, tokens, positions, input_key)
-        x = _run_stack(self.layers, self.config, lambda layer, x, key: layer(x, mask, key), x, layer_keys)
+        x = self.run(lambda layer, x, key: layer(x, mask, key), x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
 
-class Decoder(nnx.Module):
+class Decoder(LayerStack):
     """Positions, then a stack of decoder layers; a start token is given where it is read as zeros."""
 
     def __init__(self, config: TransformerConfig, zero_start_token: int | None, *, rngs: nnx.Rngs):
-        self.config = config
-        self.num_layers = config.num_decoder_layers
         self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.input = _input(config, config.max_target_length, rngs, zero_start_token)
-        self.layers = _stack(lambda r: DecoderLayer(config, rngs=r), config.num_decoder_layers, rngs)
+        super().__init__(
+            lambda r: DecoderLayer(config, rngs=r),
+            config.num_decoder_layers,
+            scan=config.scan_layers,
+            rematerialize=config.rematerialize,
+            rngs=rngs,
+        )
         self.norm = _final_norm(config)
 
     def __call__(
@@ -369,14 +318,14 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the hidden vectors of all positions, each from the inputs up to its own."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        self_mask = segment_mask(segments, segments) & causal_mask(inputs.shape[1])
-        cross_mask = segment_mask(segments, memory.segments)
+        self_mask = AttentionMask(key_segments=segments, query_segments=segments, causal=True)
+        cross_mask = AttentionMask(key_segments=memory.segments, query_segments=segments)
         x = self.input(embedding, inputs, positions, input_key)
 
         def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
             return layer(x, memory.states, self_mask, cross_mask, key)
 
-        x = _run_stack(self.layers, self.config, apply, x, layer_keys)
+        x = self.run(apply, x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
     def init_caches(
@@ -384,7 +333,7 @@ class Decoder(nnx.Module):
     ) -> tuple[tuple[SelfAttentionCache, ...], tuple[CrossAttentionCache, ...]]:
         """Returns empty self-attention caches, and the keys and values of the memory, one a layer."""
         num_sentences = memory.states.shape[0]
-        layers = _unstack(self.layers, self.num_layers)
+        layers = self.unstacked()
         cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(memory.states)) for la in layers)
         empty = empty_self_attention_cache(
             num_sentences, num_beams, self.head_shape[0], max_length, self.head_shape[1], self.compute_dtype
@@ -402,10 +351,11 @@ class Decoder(nnx.Module):
         ancestors: Int[Array, "B K T"] | None,
     ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
         """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
-        cross_mask = segment_mask(jnp.ones((tokens.shape[0], 1), jnp.int32), jnp.minimum(source_segments, 1))
+        one_pair = jnp.ones((tokens.shape[0], 1), jnp.int32)
+        cross_mask = AttentionMask(key_segments=jnp.minimum(source_segments, 1), query_segments=one_pair)
         x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
         new_caches, attention = [], []
-        layers = _unstack(self.layers, self.num_layers)
+        layers = self.unstacked()
         for layer, self_cache, cross_cache in zip(layers, self_caches, cross_caches, strict=True):
             x, self_cache, weights = layer.step(x, self_cache, cross_cache, positions, ancestors, cross_mask)
             new_caches.append(self_cache)
@@ -414,7 +364,7 @@ class Decoder(nnx.Module):
         return x, tuple(new_caches), jnp.stack(attention, axis=2)
 
 
-class Transformer(nnx.Module):
+class Transformer(EncoderDecoder):
     """An encoder and a decoder of attention layers, with shared or separate embeddings; satisfies `Seq2Seq`.
 
     Example:
@@ -439,52 +389,17 @@ class Transformer(nnx.Module):
         start_token: int,
         rngs: nnx.Rngs,
     ):
-        self.config = config
-        self.target_vocab_size = target_vocab_size
-        self.start_token = start_token
-
-        self.target_embedding, self.source_embedding, self.output_embedding = make_embeddings(
-            config.share_embeddings,
-            source_vocab_size,
-            target_vocab_size,
-            config.model_dim,
-            vocab_multiple=config.vocab_multiple,
-            param_dtype=jnp.dtype(config.param_dtype),
+        super().__init__(
+            config,
+            source_vocab_size=source_vocab_size,
+            target_vocab_size=target_vocab_size,
+            start_token=start_token,
+            output_bias=config.output_bias,
+            zero_start=config.zero_start,
             rngs=rngs,
         )
-        bias = jnp.zeros((padded_rows(target_vocab_size, config.vocab_multiple),), jnp.dtype(config.param_dtype))
-        self.output_bias = nnx.Param(bias, logical_axes=("vocab",)) if config.output_bias else None
-        self.search_kernel: nnx.Param | None = None  # see `for_search`
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, start_token if config.zero_start else None, rngs=rngs)
-
-    @property
-    def max_source_length(self) -> int:
-        """The most source tokens of one sentence."""
-        return self.config.max_source_length
-
-    @property
-    def max_target_length(self) -> int:
-        """The most target tokens of one sentence."""
-        return self.config.max_target_length
-
-    def for_search(self) -> "Transformer":
-        """Returns this model with its layers out of their stacks, and what makes logits in one kernel if it can be.
-
-        Kernels have the type that is computed in: XLA for CPU does not move their casts out of a search's loop
-        (docs/lab_book.md, 2026-11-26).
-        """
-        model, dtype = nnx.clone(self), jnp.dtype(self.config.compute_dtype)
-        cast_kernels(model, dtype)
-        stacks: tuple[Any, ...] = (model.encoder, model.decoder)
-        for stack in stacks:
-            stack.layers = nnx.List(_unstack(stack.layers, stack.num_layers))
-        plain = self.output_projection()
-        # In fewer bits the column would be rounded, which the bias is not.
-        projection = plain.with_offset_column() if dtype == jnp.float32 else plain.with_type(dtype)
-        if projection is not plain or self.config.zero_start and self.output_embedding is None:
-            model.search_kernel = nnx.data(nnx.Param(projection.kernel))
-        return model
 
     def encode(
         self,
@@ -494,8 +409,7 @@ class Transformer(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Memory:
         """Returns the encoder's output."""
-        embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
-        return Memory(self.encoder(embedding, tokens, positions, segments, key), segments)
+        return Memory(self.encoder(self.encoder_embedding, tokens, positions, segments, key), segments)
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's hidden vectors under teacher forcing; `key` None means evaluation."""
@@ -505,17 +419,6 @@ class Transformer(nnx.Module):
         return self.decoder(
             self.target_embedding, inputs, batch.target_positions, batch.target_segments, memory, decoder_key
         )
-
-    def output_projection(self) -> OutputProjection:
-        """Returns the map from hidden vectors to logits."""
-        bias = None if self.output_bias is None else self.output_bias[...]
-        if self.search_kernel is not None:
-            return OutputProjection(self.search_kernel.get_value(), bias, self.target_vocab_size)
-        embedding = self.target_embedding if self.output_embedding is None else self.output_embedding
-        kernel = embedding.table.get_value()
-        if self.config.zero_start and self.output_embedding is None:  # the vector is zero in both of the table's uses
-            kernel = without_row(kernel, self.start_token)
-        return OutputProjection(kernel, bias, self.target_vocab_size)
 
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
         """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""
@@ -533,3 +436,12 @@ class Transformer(nnx.Module):
         )
         output = StepOutput(self.output_projection().logits(hidden), attention)
         return output, DecodeState(state.per_sentence, ancestors, written, state.positions + 1)
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used: keys and values of cross-attention are made of source tokens."""
+        cross_attention = self.decoder.layers.cross_attention
+        return ParameterRoles(
+            per_source_token=(self.encoder, cross_attention.key, cross_attention.value),
+            per_target_token=(self.decoder,),
+            output_table=self.decoder_output_embedding.table,
+        )

@@ -1,76 +1,14 @@
-"""Scaled dot-product attention and multi-head attention.
+"""Multi-head attention.
 
-Legend: B batch, T query length, S key length, N heads, H head dim, D model dim (here D need not be N * H).
+Legend: B batch, T query length, S key length, N query heads, M key-value heads, H head dim, D model dim.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from flax_transformer.nn.dropout import dropout
 from flax_transformer.nn.linear import Linear
-from flax_transformer.parallel.layout import product_type
-from flax_transformer.parallel.rules import constrain
-from flax_transformer.shapes import MASKED
-
-
-@jax.custom_vjp
-def masked_softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the float32 softmax over the last axis of the entries where `mask` holds; others are exactly 0.
-
-    A row in which no entry may be attended to is all zeros, not uniform and not NaN, in value and in gradient. The
-    gradient needs nothing but the result: weights * (cotangent - sum(cotangent * weights)).
-
-    Args:
-        scores: [..., S].
-        mask: broadcastable to `scores`.
-    """
-    mask = jnp.broadcast_to(mask, scores.shape)
-    scores = jnp.where(mask, scores.astype(jnp.float32), MASKED)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    exponentials = jnp.where(mask, jnp.exp(scores - highest), 0.0)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials / jnp.where(total == 0.0, 1.0, total)
-
-
-def _masked_softmax_forward(scores, mask):
-    weights = masked_softmax(scores, mask)
-    return weights, (weights, jnp.zeros((), scores.dtype))
-
-
-def _masked_softmax_backward(kept, cotangent):
-    weights, like_scores = kept
-    inner = jnp.sum(cotangent * weights, axis=-1, keepdims=True)
-    return (weights * (cotangent - inner)).astype(like_scores.dtype), None
-
-
-masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
-
-
-def dot_product_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
-    mask: Bool[Array, "#B #N #T S"],
-    *,
-    dropout_rate: float = 0.0,
-    dropout_key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
-    """Returns softmax(query key^T / sqrt(H)) value, and the weights before dropout in float32.
-
-    A query that may attend to nothing gets zeros. Dropout on the weights is not in the paper; it is in its code and in
-    PyTorch's layers.
-
-    References:
-        Vaswani et al. 2017, section 3.2.1, equation 1.
-    """
-    scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    scores = jnp.einsum("btnh,bsnh->bnts", query * scale, key, preferred_element_type=jnp.float32)
-    weights = masked_softmax(scores, mask)
-    dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    attended = jnp.einsum("bnts,bsnh->btnh", dropped, value, preferred_element_type=product_type(value.dtype))
-    return attended.astype(value.dtype), weights
+from flax_transformer.ops.attention import AttentionMask, attention
 
 
 class MultiHeadAttention(nnx.Module):
@@ -83,15 +21,21 @@ class MultiHeadAttention(nnx.Module):
     The parts are public because decoding needs them one by one: keys and values of the encoder's output are projected
     once a sentence (`project_key_value`), and each step adds one key and value to a cache.
 
+    Args:
+        model_dim: D.
+        num_heads: N.
+        num_key_value_heads: M, which divides N; N when None.
+        head_dim: H; D / N when None.
+
     Example:
-        >>> attention = MultiHeadAttention(16, 4, dropout_rate=0.0, param_dtype=jnp.dtype("float32"),
-        ...                                compute_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> layer = MultiHeadAttention(16, 4, dropout_rate=0.0, param_dtype=jnp.dtype("float32"),
+        ...                            compute_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
         >>> x = jnp.ones((2, 5, 16))
-        >>> attention(x, x, jnp.ones((1, 1, 5, 5), bool)).shape
+        >>> layer(x, x, AttentionMask(causal=True)).shape
         (2, 5, 16)
 
     References:
-        Vaswani et al. 2017, section 3.2.2.
+        Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA", for M below N.
     """
 
     def __init__(
@@ -99,44 +43,45 @@ class MultiHeadAttention(nnx.Module):
         model_dim: int,
         num_heads: int,
         *,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
         dropout_rate: float,
         param_dtype: jnp.dtype,
         compute_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.dropout_rate = dropout_rate
-        head_shape = (num_heads, model_dim // num_heads)
+        head_dim = model_dim // num_heads if head_dim is None else head_dim
+        query_shape = (num_heads, head_dim)
+        key_shape = (num_heads if num_key_value_heads is None else num_key_value_heads, head_dim)
         dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         axes = ("embed", "heads", "head_dim")
-        self.query = Linear((model_dim,), head_shape, axes, **dtypes, rngs=rngs)
-        self.key = Linear((model_dim,), head_shape, axes, **dtypes, rngs=rngs)
-        self.value = Linear((model_dim,), head_shape, axes, **dtypes, rngs=rngs)
-        self.output = Linear(head_shape, (model_dim,), ("heads", "head_dim", "embed"), **dtypes, rngs=rngs)
+        self.query = Linear((model_dim,), query_shape, axes, **dtypes, rngs=rngs)
+        self.key = Linear((model_dim,), key_shape, axes, **dtypes, rngs=rngs)
+        self.value = Linear((model_dim,), key_shape, axes, **dtypes, rngs=rngs)
+        self.output = Linear(query_shape, (model_dim,), ("heads", "head_dim", "embed"), **dtypes, rngs=rngs)
 
     def project_key_value(
-        self, memory: Float[Array, "B S D"]
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        """Returns the keys and values of `memory`."""
-        return self.key(memory), self.value(memory)
+        self, encoded: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B S M H"], Float[Array, "B S M H"]]:
+        """Returns the keys and values of `encoded`."""
+        return self.key(encoded), self.value(encoded)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        memory: Float[Array, "B S D"],
-        mask: Bool[Array, "#B #N #T S"],
+        encoded: Float[Array, "B S D"],
+        mask: AttentionMask,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns attention from each position of `x` over `memory` (self-attention when they are the same).
+        """Returns attention from each position of `x` over `encoded` (self-attention when they are the same).
 
         Args:
             x: where queries come from.
-            memory: where keys and values come from.
-            mask: True where a query may attend to a key.
+            encoded: where keys and values come from.
+            mask: what a query may attend to.
             key: for dropout on the weights; None means evaluation.
         """
-        keys, values = self.project_key_value(memory)
-        queries = constrain(self.query(x), "batch", "length", "heads", "head_dim")
-        attended, _ = dot_product_attention(
-            queries, keys, values, mask, dropout_rate=self.dropout_rate, dropout_key=key
-        )
+        keys, values = self.project_key_value(encoded)
+        attended = attention(self.query(x), keys, values, mask, dropout_rate=self.dropout_rate, dropout_key=key)
         return self.output(attended)

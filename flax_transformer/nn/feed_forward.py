@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from flax_transformer.nn.dropout import dropout
 from flax_transformer.nn.linear import Linear
-from flax_transformer.parallel.rules import constrain
+from flax_transformer.ops.dropout import dropout
+from flax_transformer.parallel.sharding_rules import constrain
 
 Activation = Literal["relu", "gelu", "swish"]
 # The exact GELU (by the error function), as in PyTorch; JAX's default is an approximation by tanh.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from flax_transformer.nn.dropout import dropout
+from flax_transformer.ops.dropout import dropout
 
 NormOrder = Literal["post", "pre"]
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from flax_transformer.nn.linear import product, xavier_uniform
+from flax_transformer.nn.linear import xavier_uniform
+from flax_transformer.ops.product import product
 
 CellKind = Literal["lstm", "gru"]
 State = tuple[Any, ...]
@@ -86,12 +87,12 @@ class RecurrentCell(nnx.Module):
         gates = self.num_gates
         input_kernel = _kernel(rngs.params(), in_dim, gates, units, param_dtype, orthogonal=False)
         recurrent_kernel = _kernel(rngs.params(), units, gates, units, param_dtype, orthogonal=True)
-        self.input_kernel = nnx.Param(input_kernel, logical_axes=INPUT_AXES)
-        self.recurrent_kernel = nnx.Param(recurrent_kernel, logical_axes=RECURRENT_AXES)
+        self.input_kernel = nnx.Param(input_kernel, logical_axes=INPUT_AXES, num_in_dims=1)
+        self.recurrent_kernel = nnx.Param(recurrent_kernel, logical_axes=RECURRENT_AXES, num_in_dims=1)
         self.bias = nnx.Param(jnp.zeros((gates, units), param_dtype), logical_axes=BIAS_AXES)
         if context_dim:
             context_kernel = _kernel(rngs.params(), context_dim, gates, units, param_dtype, orthogonal=False)
-            self.context_kernel = nnx.Param(context_kernel, logical_axes=CONTEXT_AXES)
+            self.context_kernel = nnx.Param(context_kernel, logical_axes=CONTEXT_AXES, num_in_dims=1)
         else:
             self.context_kernel = None
 
@@ -116,7 +117,7 @@ class RecurrentCell(nnx.Module):
 
     def _product(self, x: jax.Array, kernel: Any) -> jax.Array:
         """Returns the gates side by side: cutting them apart in the last axis is cheap, in a middle one it is not."""
-        return product(x.astype(self.compute_dtype), kernel[...].reshape(kernel.shape[0], -1), 1)
+        return product(x, kernel[...].reshape(kernel.shape[0], -1), 1, self.compute_dtype)
 
     def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
         """Returns the state after one more token, from `project` of that token."""

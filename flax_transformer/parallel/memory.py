@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from flax_transformer.errors import ConfigError
+from flax_transformer.parallel.topology import described_memory_bytes
 
 # Where Linux says how much memory a container may have: control groups of version 2, and of version 1.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -49,7 +50,7 @@ def available_bytes(mesh: Mesh) -> int | None:
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a device that is described but not there, to compile for
-        return None
+        return described_memory_bytes(device.device_kind)
 
 
 def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str, held: int = 0) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from flax_transformer.errors import ConfigError
 
@@ -65,22 +65,22 @@ def search_meshes(mesh: Mesh) -> list[Mesh]:
     return [make_mesh(MeshConfig(), [device]) for device in devices]
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a training batch: rows split over data and fsdp."""
     return NamedSharding(mesh, jax.P(("data", "fsdp")))
 
 
-def all_devices_sharding(mesh: Mesh) -> NamedSharding:
+def all_devices_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a decoding batch: rows split over every axis of the mesh."""
     return NamedSharding(mesh, jax.P(("data", "fsdp", "tensor")))
 
 
-def replicated_sharding(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, jax.P())
 
 
-def check_rows(num_rows: int, mesh: Mesh, axes: tuple[str, ...], what: str, advice: str = "") -> None:
+def check_rows(num_rows: int, mesh: Mesh | AbstractMesh, axes: tuple[str, ...], what: str, advice: str = "") -> None:
     """Raises a `ConfigError`, with `advice`, unless `num_rows` divides evenly over the product of `axes`."""
     product = 1
     for axis in axes:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flax_transformer.config import Config
+from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.run_folder import RunFolder

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from flax_transformer.models.build import ModelConfig, VocabularyInfo, build_model
+from flax_transformer.models.parameters import parameter_info
+from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.parallel.mesh import replicated_sharding
-from flax_transformer.parallel.rules import parameter_shardings
+from flax_transformer.parallel.sharding_rules import parameter_shardings
 from flax_transformer.shapes import array_tree
 
 
@@ -74,9 +76,18 @@ class StateLayout:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
 
 
+def _model_of_shapes(model: ModelConfig, vocabulary: VocabularyInfo) -> Seq2Seq:
+    return nnx.eval_shape(lambda: build_model(model, vocabulary, rngs=nnx.Rngs(params=0)))
+
+
 def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, Any]:
     """Returns a model's graph definition and the `nnx.State` of its parameters' shapes; allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: build_model(model, vocabulary, rngs=nnx.Rngs(params=0))))
+    return nnx.split(_model_of_shapes(model, vocabulary))
+
+
+def describe_parameters(model: ModelConfig, vocabulary: VocabularyInfo) -> dict[str, Any]:
+    """Returns a nested dict with the `ParameterInfo` of each parameter of a model; allocates nothing."""
+    return parameter_info(_model_of_shapes(model, vocabulary))
 
 
 def _init(
@@ -91,7 +102,7 @@ def make_layout(
     model: ModelConfig,
     vocabulary: VocabularyInfo,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     ema_decay: float = 0.0,
 ) -> StateLayout:
     """Returns the layout of a training state on `mesh`; `ema_decay` above 0 keeps an average of the parameters.
@@ -129,4 +140,6 @@ def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayo
     def create(key: jax.Array) -> TrainState:
         return _init(model, vocabulary, layout.optimizer, layout.ema_decay, key)
 
-    return jax.jit(create, out_shardings=layout.shardings)(jax.random.key(seed))
+    mesh = layout.shardings.step.mesh
+    with jax.set_mesh(mesh):
+        return jax.jit(create, out_shardings=layout.shardings)(jax.random.key(seed))

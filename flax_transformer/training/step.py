@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float
 
 from flax_transformer.models.seq2seq import Seq2Seq
+from flax_transformer.ops.cross_entropy import LossSums, cross_entropy
 from flax_transformer.parallel.mesh import batch_sharding, replicated_sharding
-from flax_transformer.parallel.rules import constrain
+from flax_transformer.parallel.sharding_rules import constrain
 from flax_transformer.shapes import Batch, array_tree
-from flax_transformer.training.loss import LossSums, cross_entropy
 from flax_transformer.training.state import StateLayout, TrainState
 
 
@@ -178,7 +178,7 @@ def jit_train_step(
     schedule: optax.Schedule,
     objective: Objective,
     seed: int,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     micro_batches: int = 1,
 ) -> Any:
     """Returns `train_step` jitted, (state, batch) -> (state, metrics): state donated, rows split over data and fsdp.

@@ -3,7 +3,8 @@
 The cost of a model's products is counted from its parameters. A kernel costs six operations for each of its values and
 each token that it is applied to: a multiplication and an addition in the forward pass, twice that in the backward pass.
 Only tokens that are not padding count, and nothing that is computed twice (Chowdhery et al. 2022, PaLM, appendix B).
-The two products of attention without parameters are left out: a few percent at a sentence's length.
+Left out are the two products of attention without parameters, a few percent at a sentence's length, and what is applied
+once a sentence.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from flax_transformer.models.parameters import MultipliedWith, ParameterInfo
 from flax_transformer.training.metrics import TokenCounts
 
 # Dense products of bfloat16 with float32 sums, FLOP/s of one device, from the makers' data sheets; names as JAX's
@@ -31,9 +33,6 @@ BFLOAT16_PEAKS = {
     "TPU v6e": 918e12,
 }
 
-# Kernels of the decoder that are applied to the encoder's output.
-READ_MEMORY = (("cross_attention", "key"), ("cross_attention", "value"), ("alignment", "key"))
-
 
 @dataclass(frozen=True)
 class ProductCost:
@@ -48,28 +47,36 @@ class ProductCost:
     target: int
 
     @classmethod
-    def of(cls, params: Any, num_passes: int = 1) -> "ProductCost":
+    def of(cls, parameter_info: Any, num_passes: int = 1) -> "ProductCost":
         """Returns the cost for a model's parameters.
 
         Args:
-            params: nested dict of arrays or of their shapes.
+            parameter_info: the tree of the parameters' `ParameterInfo`.
             num_passes: how often a step computes each token.
         """
-        source = target = 0
-        for path, leaf in jax.tree.leaves_with_path(params):
-            names = [str(getattr(key, "key", key)) for key in path]
-            if not names[-1].endswith("kernel") or names[0] == "bridge":  # the bridge is applied once a sentence
-                continue
-            if names[0] == "encoder" or any(pair in zip(names, names[1:], strict=False) for pair in READ_MEMORY):
-                source += leaf.size
-            else:
-                target += leaf.size
-        output = params.get("output_embedding") or params["target_embedding"]
-        return cls(6 * num_passes * source, 6 * num_passes * (target + output["table"].size))
+        infos: list[ParameterInfo] = jax.tree.leaves(parameter_info)
+
+        def cost(token: MultipliedWith) -> int:
+            return 6 * num_passes * sum(info.size for info in infos if info.multiplied_with == token)
+
+        return cls(cost("source_token"), cost("target_token"))
 
     def total(self, tokens: TokenCounts) -> float:
         """Returns the operations for so many tokens."""
         return float(self.source * tokens.source + self.target * tokens.target)
+
+
+@dataclass(frozen=True)
+class FlopFigures:
+    """What the throughput of a training is told by.
+
+    Attributes:
+        cost: of the model's products.
+        peak: FLOP/s that all devices together can do at most; None where that is not known.
+    """
+
+    cost: ProductCost
+    peak: float | None
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,10 @@ class Throughput:
     peak_share: float | None
 
     @classmethod
-    def of(cls, tokens: TokenCounts, seconds: float, cost: ProductCost, peak: float | None) -> "Throughput":
-        """Returns the throughput of so many tokens in so many seconds; `peak` is FLOP/s of all devices together."""
+    def of(cls, tokens: TokenCounts, seconds: float, figures: FlopFigures) -> "Throughput":
+        """Returns the throughput of so many tokens in so many seconds."""
         seconds = max(seconds, 1e-9)
-        flops = cost.total(tokens) / seconds
+        flops, peak = figures.cost.total(tokens) / seconds, figures.peak
         return cls(tokens.source / seconds, tokens.target / seconds, flops, None if peak is None else flops / peak)
 
     @property

@@ -1,0 +1,172 @@
+"""Compiles the real train step and the real search for hardware that is not there, and reads what came out.
+
+    pip install -e ".[plan]"
+    python benchmarks/compile_described.py [--topology v5e:4x4] [--data 4] [--fsdp 2] [--tensor 2]
+    python benchmarks/compile_described.py --topology h100_sxm:8 --data 4 --fsdp 1 --tensor 2
+
+The model is the paper's base size in bfloat16. Nothing is run: there are no times here, and no numbers to compare with
+any other machine.
+
+Exit codes: 0 as it should be; 1 when the search talks between devices, the train step does not, a program copies arrays
+whole to every device or has a form that only a CPU is given, or a device draws random bits that are not its own; 2
+usage, or a program does not fit a device.
+"""
+
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from flax_transformer.config.recipe import Config, DecodingConfig
+from flax_transformer.data.batching import BatchShape
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
+from flax_transformer.errors import InputError
+from flax_transformer.experiment.recipe_programs import RecipePrograms
+from flax_transformer.models.build import VocabularyInfo
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.parallel.memory import available_bytes, needed_bytes
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.parallel.topology import (
+    COLLECTIVES,
+    Program,
+    called_from_loops,
+    collectives,
+    described_devices,
+    random_shapes,
+    set_up_compilers,
+)
+
+VOCABULARY = 32_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compiles the train step and the beam search of a base-size Transformer for hardware that is described.
+
+    Attributes:
+        topology: what to compile for; a TPU slice such as v5e:4x4 or v5p:2x2x4, or GPUs such as h100_sxm:8.
+        data: size of the mesh axis over which rows are split and parameters copied.
+        fsdp: size of the mesh axis over which rows and parameters are split.
+        tensor: size of the mesh axis over which heads, feed-forward units and the vocabulary are split.
+        rows: sentence pairs of a training batch, and sentences of a decoding batch.
+        length: tokens of a source and of a target; the search may write half as many again.
+    """
+
+    topology: str = "v5e:4x4"
+    data: int = 4
+    fsdp: int = 2
+    tensor: int = 2
+    rows: int = 256
+    length: int = 64
+
+
+def compile_programs(options: Options) -> tuple[Program, Program]:
+    """Returns the train step and the search.
+
+    Raises:
+        InputError: sizes that do not fit the topology or one another, or a program that does not fit a device.
+    """
+    mesh = make_mesh(MeshConfig(options.data, options.fsdp, options.tensor), described_devices(options.topology))
+    output_length = options.length * 3 // 2
+    model = TransformerConfig(
+        model_dim=512,
+        num_heads=8,
+        feed_forward_dim=2048,
+        num_encoder_layers=6,
+        num_decoder_layers=6,
+        max_source_length=options.length,
+        max_target_length=output_length,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.1,
+        compute_dtype="bfloat16",
+    )
+    config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_rows=options.rows))
+    programs = RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
+    available = available_bytes(mesh)
+    said = "nobody knows how many" if available is None else f"{available:,}"
+    print(f"{options.topology}, {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}; bytes of a device: {said}")
+    train = programs.train_step(BatchShape(options.rows, options.length, options.length))
+    report(train)
+    search = programs.search(options.length, output_length)
+    report(search)
+    return train, search
+
+
+def report(program: Program) -> None:
+    """Prints what a program costs and says."""
+    instructions, memory = program.instructions, program.compiled.memory_analysis()
+    sizes = {
+        "argument": memory.argument_size_in_bytes,
+        "output": memory.output_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+        "alias": memory.alias_size_in_bytes,
+    }
+    print(f"{program.name}: needs {needed_bytes(program.compiled):,} bytes of a device")
+    print("  " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    if program.flops is not None:
+        print(f"  FLOPs of a device: {program.flops:.3g} (the body of a loop is counted once)")
+    exchanges, loops = collectives(instructions), called_from_loops(instructions)
+    kinds = Counter(kind for kind, _ in exchanges)
+    counts = {kind: kinds[kind] for kind in COLLECTIVES if kinds[kind] or kind in COLLECTIVES[:5]}
+    print("  collectives: " + ", ".join(f"{kind} {number}" for kind, number in counts.items()))
+    in_loops = Counter(kind for kind, computation in exchanges if computation in loops)
+    if in_loops:
+        print("    of these once in each turn of a loop: " + ", ".join(f"{k} {n}" for k, n in in_loops.items()))
+    print(f"  arrays copied whole to every device because the partitioner knew no better: {program.rematerializations}")
+    print(f"  loops of unknown length {program.num_dynamic_loops}, branches {program.num_conditionals}")
+    if drawn := random_shapes(instructions):
+        print("  shapes in which a device draws random words: " + ", ".join(map(str, drawn)))
+
+
+def faults(options: Options, train: Program, search: Program) -> list[str]:
+    """Returns what is wrong with the programs, in sentences; nothing when all is well."""
+    wrong = []
+    num_devices = options.data * options.fsdp * options.tensor
+    if talk := Counter(kind for kind, _ in collectives(search.instructions)):
+        wrong.append(f"the search has collectives, {dict(talk)}: devices wait for one another.")
+    if num_devices > 1 and not collectives(train.instructions):
+        wrong.append("the train step has no collective: the shardings were lost.")
+    for program in (train, search):
+        if program.rematerializations:
+            wrong.append(f"the {program.name} copies {program.rematerializations} arrays whole to every device.")
+        if program.num_conditionals:  # only a CPU reads a cache in blocks, each behind a branch
+            wrong.append(f"the {program.name} has {program.num_conditionals} branches, as for a CPU.")
+    # Only a CPU leaves out the chunks of the loss that hold padding alone.
+    if train.num_dynamic_loops:
+        wrong.append(f"the train step has {train.num_dynamic_loops} loops of unknown length, as for a CPU.")
+
+    # Rows are split over data and fsdp, so a device that draws for its own rows alone draws arrays of that many rows.
+    own_rows = options.rows // (options.data * options.fsdp)
+    drawn = random_shapes(train.instructions)
+    foreign = [shape for shape in drawn if shape[0] != own_rows]
+    if not drawn:
+        wrong.append("the train step draws no random words that can be recognised: dropout is off, or drawn otherwise.")
+    if foreign:
+        wrong.append(f"a device has {own_rows} rows, but draws random words in the shapes {foreign}.")
+    return wrong
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    options, started = tyro.cli(Options, args=arguments, prog="compile_described.py"), time.monotonic()
+    with tempfile.TemporaryDirectory() as log_folder:
+        set_up_compilers(Path(log_folder))
+        try:
+            train, search = compile_programs(options)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    wrong = faults(options, train, search)
+    for sentence in wrong:
+        print(f"WRONG: {sentence}")
+    print(f"{time.monotonic() - started:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

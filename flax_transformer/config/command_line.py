@@ -1,0 +1,44 @@
+"""A configuration changed by the flags of a command line."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+import tyro
+
+from flax_transformer.config.reading import section_class
+from flax_transformer.config.recipe import Config
+from flax_transformer.errors import ConfigError
+
+
+def override(config: Config, arguments: list[str], program: str = "train.py") -> Config:
+    """Returns `config` with the fields replaced that dotted flags name: ["--model.num-heads", "8"].
+
+    `--data.kind` and `--model.kind` choose another kind of section, with that kind's defaults.
+
+    Raises:
+        ConfigError: an unknown kind.
+        SystemExit: code 2, after tyro's message, for an unknown flag, a value of the wrong type or a contradiction
+            between fields; 0 after --help.
+    """
+    hints = get_type_hints(Config)
+    # No `Config` yet: a section of the new kind may contradict the others until all flags have been read.
+    sections: Any = SimpleNamespace(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    rest, position = [], 0
+    while position < len(arguments):
+        name, equals, value = arguments[position].partition("=")
+        section = name.removeprefix("--").removesuffix(".kind")
+        if name in ("--data.kind", "--model.kind"):
+            if not equals:
+                position += 1
+                if position == len(arguments):
+                    raise ConfigError(f"{name} needs a value.")
+                value = arguments[position]
+            chosen = section_class(hints[section], {"kind": value}, section)
+            if not isinstance(getattr(sections, section), chosen):
+                setattr(sections, section, chosen())
+        else:
+            rest.append(arguments[position])
+        position += 1
+    # Of its default tyro reads one attribute for each field, whatever has them.
+    return tyro.cli(Config, default=sections, args=rest, config=(tyro.conf.AvoidSubcommands,), prog=program)

@@ -1,0 +1,95 @@
+"""What a run computes: its model, its train step, its validation and its translations."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flax_transformer.config.recipe import Config
+from flax_transformer.experiment.text import PreparedText
+from flax_transformer.experiment.validation import Validation
+from flax_transformer.inference.translator import Translator
+from flax_transformer.models.build import vocabulary_info
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
+from flax_transformer.parallel.memory import needed_bytes
+from flax_transformer.training.loop import CompiledSteps, compile_steps
+from flax_transformer.training.state import StateLayout, describe_parameters, make_layout
+from flax_transformer.training.step import Objective, jit_train_step
+from flax_transformer.training.throughput import FlopFigures, ProductCost, peak_flops
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What a run computes, made of shapes: no parameter exists yet, and nothing is compiled.
+
+    Attributes:
+        mesh: the devices.
+        layout: of the training state.
+        step: the jitted train step.
+        translator: gets parameters when some are evaluated, and gives them back.
+        validation: evaluates parameters during the training.
+        flops: what the throughput is told by.
+    """
+
+    mesh: Mesh
+    layout: StateLayout
+    step: Any
+    translator: Translator
+    validation: Validation
+    flops: FlopFigures
+
+    def compile(self, text: PreparedText) -> "CompiledPrograms":
+        """Compiles all that the run will need.
+
+        Raises:
+            ConfigError: something needs more memory than a device has.
+        """
+        clock = time.monotonic()
+        steps = compile_steps(self.step, self.layout.abstract, text.plan.shapes, self.mesh)
+        self.validation.compile()
+        self.translator.compile(text.corpus.test.source, self.validation.held)
+        return CompiledPrograms(CompiledSteps(steps, self.mesh), time.monotonic() - clock)
+
+
+@dataclass(frozen=True)
+class CompiledPrograms:
+    """What has been compiled.
+
+    Attributes:
+        steps: the train step; validation and translator keep their programs themselves.
+        seconds: how long it took.
+    """
+
+    steps: CompiledSteps
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """What was compiled, how long it took, and how much memory a step needs."""
+        largest = max(needed_bytes(program) for program in self.steps.programs.values())
+        return (
+            f"compiled {len(self.steps.programs)} shapes, and evaluation, in {self.seconds:.1f} s; a step needs at "
+            f"most {largest / 2**20:,.0f} MiB on each device"
+        )
+
+
+def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
+    """Returns what a run computes.
+
+    Raises:
+        ConfigError: sizes that the mesh does not divide, or settings that contradict the parameters of the model.
+    """
+    vocabulary = vocabulary_info(text.tokenizers)
+    parameter_info = describe_parameters(config.model, vocabulary)
+    schedule = make_schedule(config.optimizer, config.model.model_dim)
+    optimizer = make_optimizer(config.optimizer, schedule, parameter_info)
+    layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
+    objective = Objective(config.training.label_smoothing, config.training.r_drop)
+    step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
+    translator = Translator.from_params(config.model, text.tokenizers, layout.abstract.params, config.decoding, mesh)
+    validation = Validation(config, text, translator, layout)
+    cost = ProductCost.of(parameter_info, objective.num_passes)
+    flops = FlopFigures(cost, peak_flops(mesh, config.model.compute_dtype))
+    return Programs(mesh, layout, step, translator, validation, flops)

@@ -1,0 +1,145 @@
+"""The programs of a recipe, the train step and the search, traced and compiled for hardware that may only be described.
+
+They are made by the functions that a training and a translator call, from shapes alone. So what is read from them is
+what the hardware would run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jax.stages import Traced
+
+from flax_transformer.config.recipe import Config
+from flax_transformer.data.batching import BatchShape
+from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
+from flax_transformer.decoding.beam_search import BeamSearchConfig
+from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
+from flax_transformer.inference.programs import ProgramOptions
+from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+from flax_transformer.models.build import VocabularyInfo
+from flax_transformer.optim.optimizer import make_optimizer
+from flax_transformer.optim.schedule import make_schedule
+from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.parallel.mesh import all_devices_sharding, batch_sharding, check_rows, replicated_sharding
+from flax_transformer.parallel.topology import Program
+from flax_transformer.shapes import Batch
+from flax_transformer.training.state import abstract_model, describe_parameters, make_layout
+from flax_transformer.training.step import Objective, jit_train_step
+
+
+@dataclass(frozen=True)
+class RecipePrograms:
+    """What a recipe runs on a mesh.
+
+    Attributes:
+        config: the recipe.
+        vocabulary: sizes and special ids, which its tokenizers would tell.
+        mesh: of devices that are there or described; of an abstract one programs are traced, but not compiled.
+    """
+
+    config: Config
+    vocabulary: VocabularyInfo
+    mesh: Mesh | AbstractMesh
+
+    def traced_train_step(self, shape: BatchShape) -> Traced:
+        """Returns the train step on batches of one shape, before it is compiled.
+
+        Raises:
+            ConfigError: rows that do not divide over the mesh.
+        """
+        config, mesh = self.config, self.mesh
+        check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
+        schedule = make_schedule(config.optimizer, config.model.model_dim)
+        optimizer = make_optimizer(config.optimizer, schedule, describe_parameters(config.model, self.vocabulary))
+        layout = make_layout(config.model, self.vocabulary, optimizer, mesh, config.training.ema_decay)
+        objective = Objective(config.training.label_smoothing, config.training.r_drop)
+        step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
+        source, target = (
+            jax.ShapeDtypeStruct((shape.rows, length), "int32", sharding=batch_sharding(mesh))
+            for length in (shape.source_length, shape.target_length)
+        )
+        with jax.sharding.use_abstract_mesh(self._abstract_mesh):
+            return step.trace(layout.abstract, Batch(source, source, source, target, target, target))
+
+    def train_step(self, shape: BatchShape) -> Program:
+        """Returns the train step on batches of one shape, compiled.
+
+        Raises:
+            ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
+        """
+        return self._compiled("train step", self.traced_train_step(shape), "Lower batching.tokens_per_batch.")
+
+    def prepared(self) -> InferenceParams:
+        """Returns the graph, and the shapes of the parameters, as a search reads them."""
+        graphdef, params = abstract_model(self.config.model, self.vocabulary)
+
+        def prepare(params: Any) -> InferenceParams:
+            return prepare_for_inference(graphdef, 1, params)
+
+        with jax.sharding.use_abstract_mesh(self._abstract_mesh):
+            return jax.eval_shape(prepare, nnx.to_pure_dict(params))
+
+    def traced_search(self, source_length: int, max_length: int) -> Traced:
+        """Returns the beam search of sentences of one length, before it is compiled.
+
+        Args:
+            source_length: tokens of each sentence, end token included.
+            max_length: tokens of an output at most, end token included.
+
+        Raises:
+            ConfigError: rows that do not divide over the mesh.
+        """
+        decoding, mesh = self.config.decoding, self.mesh
+        check_rows(decoding.batch_rows, mesh, tuple(mesh.axis_names), "decoding.batch_rows")
+        beam = BeamSearchConfig(
+            decoding.beam_size,
+            decoding.batch_rows // mesh.size,
+            max_length,
+            self.vocabulary.start_token,
+            SPECIAL.end,
+            LengthPenalty.parse(decoding.length_penalty),
+            decoding.stop,
+        )
+        sharding = replicated_sharding(mesh)  # a copy on every device
+        graphdef, params = self.prepared()
+        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
+        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_rows, source_length)
+        return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
+
+    def search(self, source_length: int, max_length: int) -> Program:
+        """Returns the beam search of sentences of one length, compiled; arguments as `traced_search`.
+
+        Raises:
+            ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
+        """
+        return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_rows.")
+
+    @property
+    def _abstract_mesh(self) -> AbstractMesh:
+        return self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
+
+    def _compiled(self, name: str, traced: Traced, advice: str) -> Program:
+        mesh = self.mesh
+        assert isinstance(mesh, Mesh), "of an abstract mesh programs are traced only: it has no devices to compile for"
+        return Program.of(name, lambda: compiled_within_memory(traced.lower(), mesh, f"the {name}", advice))
+
+    def _inputs(self, num_sentences: int, source_length: int) -> SearchInputs:
+        """Returns the shapes of a plain search's inputs: no prefix, no phrase, no token that is excluded."""
+
+        def rows(*shape: int, num: int = num_sentences) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((num, *shape), "int32", sharding=all_devices_sharding(self.mesh))
+
+        return SearchInputs(
+            tokens=rows(source_length),
+            segments=rows(source_length),
+            max_lengths=rows(),
+            min_lengths=rows(num=0),
+            prefixes=rows(0),
+            required=rows(0, 0),
+            seeds=rows(),
+            banned=jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(self.mesh)),
+        )

@@ -1,0 +1,172 @@
+"""What a run says of itself: what it is about to do, how good its translations are, and what it was."""
+
+import platform
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_transformer.config.recipe import Config
+from flax_transformer.data.batching import Plan, TokenizedPairs
+from flax_transformer.data.parallel_text import Corpus
+from flax_transformer.data.tokenizer_pair import TokenizerPair
+from flax_transformer.experiment.programs import Programs
+from flax_transformer.experiment.text import PreparedText
+from flax_transformer.inference.attention_map import attention_map
+from flax_transformer.inference.evaluate import Scores, evaluate
+from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
+from flax_transformer.inference.translator import Translator
+from flax_transformer.plots.attention import plot_attention
+from flax_transformer.plots.curves import plot_curves
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.run_log import RunLog, read_metrics
+
+NUM_SAMPLES = 10
+PACKAGES = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")
+
+
+# --- before the training
+
+
+def describe_pairs(pairs: TokenizedPairs) -> str:
+    """Returns how many training pairs there are, and how many were left out for which reason."""
+    return f"{len(pairs):,} training pairs" + (f" ({pairs.left_out} left out)" if pairs.left_out else "")
+
+
+def describe_tokens(pairs: TokenizedPairs, tokenizers: TokenizerPair) -> str:
+    """Returns how many tokens the pairs have, and of how many different ones."""
+    sizes = f"{tokenizers.source.vocab_size:,}"
+    if not tokenizers.joint:
+        sizes += f" and {tokenizers.target.vocab_size:,}"
+    source, target = pairs.lengths.sum(axis=0)
+    return f"{source:,} source and {target:,} target tokens, vocabulary {sizes}"
+
+
+def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
+    """Returns the shapes of the batches, how many make an epoch, and the share of padding in them."""
+    batches = plan.epoch(0)
+    padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
+    lengths = pairs.lengths.sum(axis=1)
+    padding = 1 - sum(int(lengths[b.pairs].sum()) for b in batches) / padded
+    shapes = ", ".join(f"{s.rows}x{s.source_length}/{s.target_length}" for s in plan.shapes)
+    return (
+        f"batches {shapes} (rows x source/target): {len(plan.shapes)} compiled shapes, {len(batches)} "
+        f"batches an epoch, padding {100 * padding:.0f} %"
+    )
+
+
+def describe_run(config: Config, text: PreparedText, num_parameters: int, mesh: Mesh) -> str:
+    """Returns what a run is about to do: how much text, which model, on which devices, in which batches."""
+    train, validation = text.train[0], text.validation
+    without = f" ({validation.left_out} left out of the loss)" if validation.left_out else ""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"run {config.run}: {describe_pairs(train)}, {len(text.corpus.validation.source):,} validation{without}, "
+        f"{len(text.corpus.test.source):,} test\n"
+        f"{describe_tokens(train, text.tokenizers)}\n"
+        f"model {config.model.description}: {num_parameters:,} parameters; mesh {axes} on "
+        f"{mesh.devices.flat[0].device_kind}\n" + describe_batches(train, text.plan)
+    )
+
+
+# --- after the training
+
+
+@dataclass(frozen=True)
+class ScoredTestPart:
+    """How the test part was translated.
+
+    Attributes:
+        scores: of all translations.
+        samples: indices of the lines that were shown.
+    """
+
+    scores: Scores
+    samples: list[int]
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a training came to.
+
+    Attributes:
+        steps: updates made, in all.
+        tested_step: step of the parameters that were tested.
+        seconds: how long it took, since the run was last resumed.
+    """
+
+    steps: int
+    tested_step: int
+    seconds: float
+
+
+def score_test_part(
+    config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, log: RunLog
+) -> ScoredTestPart:
+    """Translates and scores the test part, writes its translations, and shows samples."""
+    clock = time.monotonic()
+    translations = translator.translate(corpus.test.source)
+    seconds = time.monotonic() - clock
+    hypotheses = texts_or_empty(translations)
+    scores = evaluate(hypotheses, corpus.test.target, config.evaluation.bleu_tokenizer)
+    folder.write_test(corpus.test.source, corpus.test.target, hypotheses)
+
+    log.say("\nsamples from the test part")
+    chosen = np.linspace(0, len(hypotheses) - 1, min(NUM_SAMPLES, len(hypotheses))).astype(int).tolist()
+    for index in chosen:
+        source, target = corpus.test.source[index], corpus.test.target[index]
+        verdict = "=" if hypotheses[index] == target else f"reference: {target}"
+        log.say(f"  {source}\n    -> {hypotheses[index]}  {verdict}")
+    cut = [number for number, t in enumerate(translations, start=1) if t.truncated]
+    if cut:
+        first = cut_line(f"{corpus.test.name}, line {cut[0]}", translator.model.max_source_length)
+        others = f" So were {len(cut) - 1} test lines after it." if cut[1:] else ""
+        log.say(f"\nwarning: {first}{others}")
+    if without := no_output_line(translations, "test sentences"):
+        log.say(f"\nwarning: {without}")
+    decoding = config.decoding
+    log.say(f"\ntest, beam {decoding.beam_size}, length penalty {decoding.length_penalty}, {seconds:.1f} s")
+    log.say(scores.text)
+    return ScoredTestPart(scores, chosen)
+
+
+def draw_pictures(
+    config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int]
+) -> None:
+    """Draws the course of the training, and the attention of one of the samples, of middle length."""
+    folder.plots.mkdir(exist_ok=True)
+    plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
+    by_length = sorted((corpus.test.source[index] for index in samples), key=len)
+    source = by_length[len(by_length) // 2]
+    (found,) = translator.translate([source])
+    attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
+    if attention is not None:
+        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}")
+
+
+def run_card(
+    config: Config, text: PreparedText, programs: Programs, training: TrainingSummary, scores: Scores
+) -> dict[str, Any]:
+    """Returns what was run, on what, and what came out."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "devices": [d.device_kind for d in programs.mesh.devices.flat],
+        "versions": {name: version(name) for name in PACKAGES},
+        "parameters": programs.layout.num_parameters,
+        "tokenizers": {
+            "source": text.tokenizers.source.fingerprint,
+            "target": text.tokenizers.target.fingerprint,
+        },
+        "steps": training.steps,
+        "tested_step": training.tested_step,
+        "seed": config.training.seed,
+        "training_seconds": training.seconds,
+        "decoding": {"beam_size": config.decoding.beam_size, "length_penalty": config.decoding.length_penalty},
+        "test": scores.record,
+    }

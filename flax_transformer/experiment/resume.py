@@ -1,0 +1,120 @@
+"""How a run goes on: what it must keep of its recipe, and where its training stopped."""
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+from flax_transformer.config.recipe import Config
+from flax_transformer.data.batching import Position, same_text
+from flax_transformer.data.parallel_text import Corpus
+from flax_transformer.data.tokenizer_pair import TokenizerPair
+from flax_transformer.errors import RunFolderError
+from flax_transformer.experiment.new_run import Start, initial_params, initial_state, training_checkpoints
+from flax_transformer.experiment.programs import Programs
+from flax_transformer.experiment.text import PreparedText
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
+
+# What a resumed run must have as it was: whole sections, and fields of section training.
+SECTIONS_KEPT = (
+    "init_from", "data", "filters", "tokenizer", "subword_sampling", "model", "batching", "optimizer", "decoding",
+    "evaluation",
+)  # fmt: skip
+TRAINING_FIELDS_KEPT = ("seed", "label_smoothing", "r_drop", "ema_decay", "best_by", "evaluate_sentences")
+
+
+class ResumedRun:
+    """A run that goes on from its newest checkpoint, or from the start if it has none.
+
+    Args:
+        config: the recipe.
+        folder: the run's.
+
+    Raises:
+        RunFolderError: there is no run, or it was made by another recipe.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder):
+        self.config = config
+        self.folder = folder
+        _check_same_recipe(folder, config)
+
+    def tokenizers(self, _: Corpus) -> TokenizerPair:
+        """Returns the tokenizers of the run.
+
+        Raises:
+            RunFolderError: they are missing, or not those that the newest checkpoint was saved with.
+        """
+        tokenizers = self.folder.tokenizers()
+        with Checkpoints(self.folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
+            checkpoints.check_tokenizers()
+        return tokenizers
+
+    @contextlib.contextmanager
+    def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:
+        """Keeps others out of the run's folder; yields where the training goes on.
+
+        The run gets the new configuration once everything that the user can get wrong has been looked at.
+
+        Raises:
+            InputError: another process trains the run, a checkpoint is damaged or of other text, or programs do not fit
+                the memory.
+        """
+        with self.folder.held(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
+            position, redrawn = Position(0, 0), False
+            if checkpoints.latest_step() is None:  # stopped before its first checkpoint
+                params = initial_params(self.config, text.tokenizers, programs.layout)
+                state = initial_state(self.config, text.tokenizers, programs.layout, params)
+            else:
+                restored = checkpoints.restore(programs.layout)
+                state, redrawn = restored.state, restored.data != text.fingerprint
+                position = _position(self.folder, restored, text)
+            step = int(state.step)
+            checksums_of(state)  # compiles what every checkpoint will need
+            compiled = None
+            if step < self.config.training.steps:
+                compiled = programs.compile(text)
+                self.folder.card_file.unlink(missing_ok=True)  # it tells of a training that was shorter
+            self.folder.update_config(self.config)
+            notes = [f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}"]
+            if redrawn:
+                notes.append(
+                    "the random segmentations of this run are no longer in the cache and were drawn anew: this epoch "
+                    "has other batches than the one that it goes on with"
+                )
+            yield Start(checkpoints, state, position, compiled, tuple(notes))
+
+
+def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> Position:
+    """Returns the position of a checkpoint in the text as it is now.
+
+    Raises:
+        RunFolderError: the run was trained on other text.
+    """
+    if not same_text(restored.data, text.fingerprint):
+        raise RunFolderError(
+            f"{folder.path} was trained on other text than its configuration now finds: the files of section "
+            "'data' have changed, so its position in them means nothing. Put them back, or start a new run."
+        )
+    position = restored.position
+    if restored.data == text.fingerprint:
+        return position
+    # Random segmentations were drawn anew, and an epoch may have fewer batches than it had.
+    return position._replace(batch=min(position.batch, len(text.plan.epoch(position.epoch)) - 1))
+
+
+def _check_same_recipe(folder: RunFolder, config: Config) -> None:
+    """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
+    before = RunFolder.open(folder.path).read_config()
+    for section in SECTIONS_KEPT:
+        _check_same(folder, section, getattr(before, section), getattr(config, section))
+    for name in TRAINING_FIELDS_KEPT:
+        _check_same(folder, f"training.{name}", getattr(before.training, name), getattr(config.training, name))
+
+
+def _check_same(folder: RunFolder, name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise RunFolderError(
+            f"{folder.path} was made with other settings in '{name}'; a resumed run must keep them. Use --config "
+            f"{folder.config_file} --resume, or start a new run by --run FOLDER."
+        )

@@ -1,0 +1,118 @@
+"""A whole run, in reading order: text, programs, training, test, report."""
+
+import functools
+import time
+from dataclasses import dataclass
+
+from flax_transformer.config.recipe import Config
+from flax_transformer.data.corpus import load_corpus
+from flax_transformer.data.loader import training_batches
+from flax_transformer.errors import ConfigError
+from flax_transformer.experiment.new_run import NewRun
+from flax_transformer.experiment.programs import make_programs
+from flax_transformer.experiment.report import TrainingSummary, describe_run, draw_pictures, run_card, score_test_part
+from flax_transformer.experiment.resume import ResumedRun
+from flax_transformer.experiment.text import prepare_text
+from flax_transformer.inference.evaluate import Scores
+from flax_transformer.parallel.mesh import make_mesh
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.loop import Callbacks, CompiledSteps, train_loop
+from flax_transformer.training.run_log import RunLog
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        scores: on the test part; None when a signal stopped the training.
+        signal: which one did, or None.
+    """
+
+    folder: RunFolder
+    scores: Scores | None
+    signal: int | None
+
+
+def run_experiment(config: Config, resume: bool = False) -> Outcome:
+    """Trains as `config` says, evaluates on the test part, and leaves everything in the run folder.
+
+    The course of a run stands in one function, with banners, so that it can be read from top to bottom.
+
+    Args:
+        config: the recipe; `config.run` names the folder.
+        resume: go on from the newest checkpoint of that folder. Everything but the number of steps, the intervals,
+            patience and the mesh must be as it was.
+
+    Raises:
+        InputError: bad files, a bad configuration, or a run folder in the wrong state.
+    """
+    started = time.monotonic()
+    folder = RunFolder(config.run)
+    _check_trainable(config)
+    run = ResumedRun(config, folder) if resume else NewRun(config, folder)
+
+    # --- the text, and what is computed with it
+    mesh = make_mesh(config.mesh)
+    corpus = load_corpus(config.data)
+    text = prepare_text(config, corpus, run.tokenizers(corpus), mesh)
+    programs = make_programs(config, text, mesh)
+
+    with run.start(text, programs) as start, RunLog(folder, int(start.state.step)) as log:
+        # --- what is about to happen
+        log.say(describe_run(config, text, programs.layout.num_parameters, mesh))
+        for note in start.notes:
+            log.say(note)
+        if start.compiled is not None:
+            log.say(start.compiled.text)
+
+        # --- training
+        clock = time.monotonic()
+        trained = train_loop(
+            start.state,
+            training_batches(text.train, text.plan, start.position),
+            config.training,
+            CompiledSteps({}, mesh) if start.compiled is None else start.compiled.steps,
+            Callbacks(
+                log,
+                save=lambda state, position, quality: start.checkpoints.save(
+                    state, position, text.fingerprint, quality
+                ),
+                evaluate=functools.partial(programs.validation, log),
+                history=programs.validation.history(folder),
+            ),
+            programs.flops,
+        )
+        training_seconds = time.monotonic() - clock
+        log.stop_progress()
+        step = int(trained.state.step)
+        if trained.signal is not None:
+            log.say(f"stopped by signal {trained.signal} at step {step}; saved. Go on with --resume.")
+            return Outcome(folder, None, trained.signal)
+
+        # --- test
+        best = start.checkpoints.choose("best")
+        tested = trained.state.usable
+        if best != step:
+            log.say(f"\nthe best evaluation was at step {best}: its parameters are tested")
+            tested = start.checkpoints.restore_params(best, programs.layout.abstract.params)
+        translator = programs.translator.with_params(tested)
+        result = score_test_part(config, corpus, translator, folder, log)
+
+        # --- report
+        training = TrainingSummary(step, best, training_seconds)
+        folder.write_card(run_card(config, text, programs, training, result.scores))
+        draw_pictures(config, corpus, translator, folder, result.samples)
+        log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
+    return Outcome(folder, result.scores, None)
+
+
+def _check_trainable(config: Config) -> None:
+    """Raises a `ConfigError` where parameters are kept in a type in which they would not move."""
+    if config.model.param_dtype != "float32":
+        raise ConfigError(
+            f"model.param_dtype: {config.model.param_dtype} cannot be trained in: most updates, and those of the "
+            "optimiser's averages, are below its rounding and would be lost. Keep model.param_dtype: float32 and set "
+            f"model.compute_dtype: {config.model.param_dtype}."
+        )

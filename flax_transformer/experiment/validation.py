@@ -1,0 +1,92 @@
+"""The validation of a run: how good parameters are, on text that they are not trained on."""
+
+import time
+from typing import Any
+
+import jax
+
+from flax_transformer.config.recipe import Config
+from flax_transformer.data.loader import evaluation_batches
+from flax_transformer.experiment.text import PreparedText
+from flax_transformer.inference.evaluate import evaluate
+from flax_transformer.inference.translation import no_output_line, texts_or_empty
+from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel.memory import held_bytes
+from flax_transformer.parallel.mesh import batch_sharding
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.loop import compile_steps, shape_of
+from flax_transformer.training.metrics import LossSummary
+from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.state import StateLayout
+from flax_transformer.training.step import Objective, jit_evaluation_step
+
+
+class Validation:
+    """Evaluates parameters on the validation part: loss by teacher forcing, scores by beam search."""
+
+    def __init__(
+        self,
+        config: Config,
+        text: PreparedText,
+        translator: Translator,
+        layout: StateLayout,
+    ):
+        num = config.training.evaluate_sentences
+        self.source, self.target = text.corpus.validation.source[:num], text.corpus.validation.target[:num]
+        self.pairs, self.plan = text.validation, text.validation_plan
+        self.params = layout.abstract.usable
+        # Of a training: what an evaluation does not read stays on the devices beside it.
+        self.held = held_bytes(layout.abstract) - held_bytes(self.params)
+        self.step = jit_evaluation_step(layout, Objective(config.training.label_smoothing), translator.mesh)
+        self.compiled: dict[tuple[int, ...], Any] = {}
+        self.translator = translator
+        self.bleu_tokenizer = config.evaluation.bleu_tokenizer
+        self.best_by = config.training.best_by
+
+    def quality(self, record: dict[str, Any]) -> float:
+        """Returns what `training.best_by` makes of an evaluation's figures, the higher the better."""
+        return -record["loss"] if self.best_by == "loss" else record[self.best_by]
+
+    def history(self, folder: RunFolder) -> list[float]:
+        """Returns the qualities of the evaluations that a run has had so far."""
+        return [self.quality(r) for r in read_metrics(folder.metrics_file) if r["kind"] == "validation"]
+
+    def compile(self) -> None:
+        """Compiles all that an evaluation needs.
+
+        Raises:
+            ConfigError: it needs more memory than a device has.
+        """
+        self.compiled = compile_steps(self.step, self.params, self.plan.shapes, self.translator.mesh, self.held)
+        self.translator.compile(self.source, self.held)
+
+    def __call__(self, log: RunLog, params: Any, step: int) -> float:
+        """Logs loss and scores of `params`, and returns their quality."""
+        clock = time.monotonic()
+        sharding = batch_sharding(self.translator.mesh)
+        sums = [  # one after the other: see `MOST_UNDER_WAY` of the training loop
+            jax.device_get(self.compiled[shape_of(batch)](params, jax.device_put(batch, sharding)))
+            for batch in evaluation_batches(self.pairs, self.plan)
+        ]
+        loss = LossSummary.of(*(float(sum(values)) for values in zip(*sums, strict=True)))
+        translations = self.translator.with_params(params).translate(self.source)
+        hypotheses = texts_or_empty(translations)
+        scores = evaluate(hypotheses, self.target, self.bleu_tokenizer)
+        record = {
+            "step": step,
+            "loss": loss.loss,
+            "perplexity": loss.perplexity,
+            "accuracy": loss.accuracy,
+            "bleu": scores.bleu,
+            "chrf": scores.chrf,
+            "exact_match": scores.exact_match,
+        }
+        log.record("validation", record)
+        log.say(
+            f"validation at step {step}: loss {loss.loss:.3f} ppl {loss.perplexity:.2f} acc {100 * loss.accuracy:.1f}% "
+            f"BLEU {scores.bleu:.2f} chrF {scores.chrf:.2f} exact {scores.exact_match:.1f}% "
+            f"({len(self.source)} sentences, {time.monotonic() - clock:.1f} s)"
+        )
+        if without := no_output_line(translations, "validation sentences"):
+            log.say(f"warning: {without}")
+        return self.quality(record)

@@ -1,0 +1,107 @@
+"""Parameters as inference reads them: cast, unstacked, folded, or rounded to 8-bit integers.
+
+A training keeps parameters in float32, one stack for all layers. A search reads each of them at every step, so what
+can be done once is done here, before its program runs.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_transformer.nn.embedding import Embedding
+from flax_transformer.nn.layer_stack import LayerStack
+from flax_transformer.nn.linear import Linear
+from flax_transformer.ops.int8_product import Int8Weights, quantize
+from flax_transformer.ops.vocabulary import fold_bias_into_kernel
+
+# "int8": weights are 8-bit integers, and products those of integers. "bfloat16": activations and products are bfloat16,
+# as `model.compute_dtype` makes them; the run's parameters stay as they are.
+Quantize = Literal["none", "int8", "bfloat16"]
+
+
+class InferenceParams(NamedTuple):
+    """A model as a search reads it; of an ensemble the leaves have the models in front.
+
+    Attributes:
+        graphdef: the model without its parameters.
+        params: with which `nnx.merge(graphdef, params)` gives the model.
+    """
+
+    graphdef: Any
+    params: Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prepare_for_inference(graphdef: Any, num_models: int, params: Any) -> InferenceParams:
+    """Returns the parameters as a search reads them, for the platform of the mesh in context.
+
+    Args:
+        graphdef: of the model.
+        num_models: of an ensemble, whose parameters are stacked on a leading axis if there are several.
+        params: of the model, or of all of them; as a training keeps them, or quantised.
+    """
+
+    def prepare(params: Any) -> InferenceParams:
+        return InferenceParams(*nnx.split(prepared_model(nnx.merge(graphdef, params))))
+
+    return prepare(params) if num_models == 1 else jax.vmap(prepare)(params)
+
+
+def prepared_model(model: Any) -> Any:
+    """Returns a copy of a model whose parameters lie as a search reads them; no result changes but by rounding.
+
+    Kernels have the type that is computed in. XLA for CPU does not move their casts out of a search's loop
+    (docs/lab_book.md, 2026-11-26). Layers are out of their stacks. The map to logits is one kernel where that is
+    faster.
+    """
+    model = nnx.clone(model)
+    if not any(isinstance(module, LayerStack) for _, module in nnx.iter_modules(model)):
+        return model
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Linear):
+            module.kernel.set_value(_cast(module.kernel.get_value(), module.compute_dtype))
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, LayerStack):
+            module.layers = nnx.List(module.unstacked())
+    plain = model.output_projection()
+    kernel = _cast(plain.kernel, jnp.dtype(model.config.compute_dtype))
+    projection = fold_bias_into_kernel(plain if kernel is plain.kernel else dataclasses.replace(plain, kernel=kernel))
+    if projection is not plain or model.zeroes_output_row:  # else the table itself serves, which is there once then
+        model.prepared_projection = nnx.data(nnx.Param(projection))
+    return model
+
+
+def _cast(weights: Any, dtype: jnp.dtype) -> Any:
+    """Returns weights in another type; integers stay as they are."""
+    return weights if isinstance(weights, Int8Weights) or weights.dtype == dtype else weights.astype(dtype)
+
+
+def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
+    """Returns parameters with integers for the weights of every `Linear` and `Embedding`; the rest stays as it is.
+
+    What stays: biases, norms, positions, and the gates of recurrent cells. A table of embeddings has a scale for each
+    token, as it is read and as an output projection. The arguments are those of `prepare_for_inference`.
+    """
+
+    def of_model(params: Any) -> Any:
+        model: Any = nnx.merge(graphdef, params)
+        for _, module in list(nnx.iter_modules(model)):
+            if isinstance(module, Linear):
+                # A kernel in a stack has a leading layer axis, of which its logical axes do not speak.
+                stacked = module.kernel[...].ndim - len(module.kernel.get_metadata("logical_axes"))
+                in_axes = tuple(range(stacked, stacked + module.num_in_dims))
+                module.kernel.set_value(quantize(module.kernel[...], in_axes))  # type: ignore[arg-type]  # any tree
+            elif isinstance(module, Embedding):
+                module.table.set_value(quantize(module.table[...], (1,)))  # type: ignore[arg-type]
+        return nnx.to_pure_dict(nnx.state(model))
+
+    return of_model(params) if num_models == 1 else jax.vmap(of_model)(params)
+
+
+def is_quantized(params: Any) -> bool:
+    """Returns whether there are integers among the parameters."""
+    return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))

@@ -1,0 +1,463 @@
+"""The recurrent encoder-decoder, without attention and with it: the Transformer's two ancestors.
+
+Without attention the encoder's last state is all that the decoder knows of the source. With attention the decoder
+scores every encoder state at each step, takes the softmax of the scores, and joins the weighted sum to what it reads or
+to what it says.
+
+Legend: B batch, S source length, T target length, D model dim (embeddings and readout), U recurrent units, K beams.
+
+References:
+    Sutskever et al. 2014 and Cho et al. 2014 (no attention); Bahdanau et al. 2015; Luong et al. 2015.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from flax_transformer.errors import ConfigError
+from flax_transformer.models.encoder_decoder import EncoderDecoder
+from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
+from flax_transformer.nn.additive_attention import attend, make_attention
+from flax_transformer.nn.embedding import ShareKind
+from flax_transformer.nn.linear import Linear
+from flax_transformer.nn.recurrent import CELLS, CellKind, State, run_over_time
+from flax_transformer.ops.dropout import check_dropout_rate, dropout, split_key
+from flax_transformer.shapes import Batch, array_tree
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """Sizes and options of a recurrent encoder-decoder.
+
+    The decoder is always unidirectional: it cannot read what it has not yet written.
+
+    Attributes:
+        model_dim: width D of embeddings and of the readout.
+        hidden_dim: units U of each decoder layer and of each encoder layer, both directions together; even when
+            bidirectional.
+        cell: "lstm" or "gru".
+        num_encoder_layers: depth of the encoder.
+        num_decoder_layers: depth of the decoder.
+        encoder_bidirectional: read the source in both directions, with U / 2 units each.
+        attention: "none", "additive" (Bahdanau), or Luong's "dot", "general" and "concat".
+        context_join: where the context goes. "input" (Bahdanau): scored with the state before the token, joined to the
+            decoder's input. "output" (Luong): scored with the state after it, joined to the decoder's output. Left out:
+            "input" for additive attention, "output" for Luong's.
+        input_feeding: the attentional vector of the step before is joined to the decoder's input (Luong et al. 2015,
+            section 3.3); needs context_join "output".
+        max_source_length: most source tokens of a sentence, end token included.
+        max_target_length: most target tokens of a sentence, end token included.
+        share_embeddings: "all", "target_output" or "none", as for the Transformer.
+        dropout: on embeddings, between layers, and on the readout.
+        vocab_multiple: the vocabulary is padded to a multiple of this many rows.
+        param_dtype: type in which parameters are kept; a training keeps them in float32.
+        compute_dtype: type of products and activations.
+    """
+
+    kind: ClassVar[str] = "rnn"
+    supports_packing: ClassVar[bool] = False  # a state that runs on through a row would carry one pair into the next
+    may_output_start: ClassVar[bool] = False
+
+    model_dim: int = 128
+    hidden_dim: int = 256
+    cell: CellKind = "lstm"
+    num_encoder_layers: int = 1
+    num_decoder_layers: int = 1
+    encoder_bidirectional: bool = True
+    attention: Literal["none", "additive", "dot", "general", "concat"] = "additive"
+    context_join: Literal["input", "output"] | None = None
+    input_feeding: bool = False
+    max_source_length: int = 256
+    max_target_length: int = 256
+    share_embeddings: ShareKind = "all"
+    dropout: float = 0.1
+    vocab_multiple: int = 8
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("model_dim", "hidden_dim", "num_encoder_layers", "num_decoder_layers", "max_source_length",
+                     "max_target_length", "vocab_multiple"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.encoder_bidirectional and self.hidden_dim % 2:
+            raise ConfigError(
+                f"model.hidden_dim ({self.hidden_dim}) must be even: each direction of a bidirectional encoder has "
+                "half of it."
+            )
+        if self.attention == "none" and (self.context_join is not None or self.input_feeding):
+            option = "input_feeding" if self.input_feeding else "context_join"
+            raise ConfigError(
+                f"model.{option} is an option of attention, but model.attention is none. Leave it out, or choose an "
+                "attention: additive, dot, general or concat."
+            )
+        if self.input_feeding and self.join != "output":
+            raise ConfigError(
+                "model.input_feeding feeds back the vector that joining the context to the output makes, but the "
+                "context is joined to the input. Set model.context_join: output, or input_feeding: false."
+            )
+        check_dropout_rate("model.dropout", self.dropout)
+
+    @property
+    def description(self) -> str:
+        """The model in a few words."""
+        attention = "no attention" if self.attention == "none" else f"{self.attention} attention"
+        depth = f"{self.num_encoder_layers}+{self.num_decoder_layers}"
+        return f"{self.cell.upper()} {depth} of {self.hidden_dim}, {attention}"
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the decoder looks at the source."""
+        return self.attention != "none"
+
+    @property
+    def join(self) -> Literal["none", "input", "output"]:
+        """Where the context goes, with the default of each attention filled in."""
+        if self.attention == "none":
+            return "none"
+        return self.context_join or ("input" if self.attention == "additive" else "output")
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """The two types, as layers take them."""
+        return {"param_dtype": jnp.dtype(self.param_dtype), "compute_dtype": jnp.dtype(self.compute_dtype)}
+
+
+class RecurrentEncoder(nnx.Module):
+    """A stack of recurrent layers, each reading the one below in one or both directions."""
+
+    def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout
+        self.num_layers = config.num_encoder_layers
+        directions = ("forward", "backward") if config.encoder_bidirectional else ("forward",)
+        self.directions = directions
+        units = config.hidden_dim // len(directions)
+        cells = {}
+        for layer in range(config.num_encoder_layers):
+            in_dim = config.model_dim if layer == 0 else config.hidden_dim
+            for direction in directions:
+                cells[f"{direction}_{layer:02d}"] = CELLS[config.cell](in_dim, units, **config.dtypes, rngs=rngs)
+        self.cells = nnx.Dict(cells)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B S U"], list[State]]:
+        """Returns the top layer's hidden vectors, and the last state of every layer, both directions side by side."""
+        last_states = []
+        for layer, layer_key in enumerate(split_key(key, self.num_layers)):
+            if layer:
+                x = dropout(x, self.dropout_rate, layer_key)
+            runs = [
+                run_over_time(self.cells[f"{direction}_{layer:02d}"], x, segments > 0, reverse=direction == "backward")
+                for direction in self.directions
+            ]
+            x = jnp.concatenate([hidden for hidden, _ in runs], axis=-1)
+            last_states.append(
+                tuple(jnp.concatenate(parts, axis=-1) for parts in zip(*(s for _, s in runs), strict=True))
+            )
+        return x, last_states
+
+
+class Bridge(nnx.Module):
+    """From the encoder's last states to the decoder's first.
+
+    Decoder layer l starts from encoder layer l, or from the deepest there is. A unidirectional encoder's state is taken
+    as it is (Sutskever et al. 2014); a bidirectional one's, forward and backward side by side, goes through an affine
+    map of its own for each layer and state, with tanh after that of the hidden vector. Bahdanau et al. 2015 (appendix
+    A.2.2) map the backward state alone; both ends are used here.
+    """
+
+    def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+        self.num_layers = config.num_decoder_layers
+        maps = {}
+        if config.encoder_bidirectional:
+            units, axes = (config.hidden_dim,), ("recurrent", "recurrent")
+            for layer in range(config.num_decoder_layers):
+                for state in range(CELLS[config.cell].num_states):
+                    maps[f"{layer:02d}_{state}"] = Linear(units, units, axes, **config.dtypes, rngs=rngs)
+        self.maps = nnx.Dict(maps) if maps else None
+
+    def __call__(self, encoder_states: list[State]) -> list[State]:
+        """Returns one state a decoder layer, [B, U] each."""
+        states = [encoder_states[min(layer, len(encoder_states) - 1)] for layer in range(self.num_layers)]
+        if self.maps is None:
+            return states
+        mapped = []
+        for layer, state in enumerate(states):
+            parts = [self.maps[f"{layer:02d}_{i}"](part) for i, part in enumerate(state)]
+            mapped.append((jnp.tanh(parts[0]), *parts[1:]))
+        return mapped
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class RecurrentMemory:
+    """What a decoder reads of a source sentence at every step; leaves lead with [B].
+
+    Attributes:
+        states: [B, S, U] of the encoder.
+        keys: [B, S, A], the encoder's share of the scores; None without attention.
+        mask: [B, S], True for tokens.
+    """
+
+    states: Any
+    keys: Any
+    mask: Any
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class RecurrentState:
+    """What a decoder carries from step to step; leaves lead with [B, K].
+
+    Attributes:
+        layers: the state of each layer, [B, K, U] each.
+        attentional: [B, K, D], the attentional vector of the step before; None without input feeding.
+    """
+
+    layers: Any
+    attentional: Any
+
+
+class RecurrentDecoder(nnx.Module):
+    """A stack of recurrent layers with a readout, and attention in the place that the configuration says.
+
+    One step, from the embedding e of the last token and the states s of the layers (s without index: the top one's
+    hidden vector before the step, s' after it):
+
+        no attention   s' = cells(e);            readout = tanh(W s')
+        input          c = attend(s);            s' = cells([e; c]);     readout = tanh(W [s'; c; e])
+        output         s' = cells(e or [e; a]);  c = attend(s');         readout = a' = tanh(W [s'; c])
+
+    where a is the attentional vector of the step before (input feeding). Bahdanau et al. 2015 read out through a maxout
+    layer (appendix A.2.2); here it is one tanh layer, so that the readout has the embeddings' width and may share their
+    table. As in their GRU, a context that joins the input is added to every gate through a kernel of its own.
+    """
+
+    def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
+        self.dropout_rate = config.dropout
+        self.join = config.join
+        self.input_feeding = config.input_feeding
+        self.num_layers = config.num_decoder_layers
+        self.model_dim = config.model_dim
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        units, dim = config.hidden_dim, config.model_dim
+        context_dim = {"none": 0, "input": units, "output": dim if config.input_feeding else 0}[config.join]
+        cells = {}
+        for layer in range(config.num_decoder_layers):
+            sizes = (dim, units, context_dim) if layer == 0 else (units, units)
+            cells[f"{layer:02d}"] = CELLS[config.cell](*sizes, **config.dtypes, rngs=rngs)
+        self.cells = nnx.Dict(cells)
+        kind = config.attention
+        self.alignment = None if kind == "none" else make_attention(kind, units, **config.dtypes, rngs=rngs)
+        width = {"none": units, "input": 2 * units + dim, "output": 2 * units}[config.join]
+        self.readout = Linear((width,), (dim,), ("recurrent", "embed"), **config.dtypes, rngs=rngs)
+
+    def read(self, memory: Memory) -> RecurrentMemory:
+        """Returns what every step needs of the source."""
+        keys = None if self.alignment is None else self.alignment.keys(memory.states)
+        return RecurrentMemory(memory.states, keys, memory.segments > 0)
+
+    def start(self, layers: list[State], num_beams: int) -> RecurrentState:
+        """Returns the state before the first token, [B, U] -> [B, K, U]."""
+        rows = layers[0][0].shape[0]
+
+        def over_beams(part):
+            return jnp.broadcast_to(part[:, None, :], (rows, num_beams, part.shape[-1]))
+
+        attentional = None
+        if self.input_feeding:
+            attentional = jnp.zeros((rows, num_beams, self.model_dim), self.compute_dtype)
+        return RecurrentState(tuple(tuple(over_beams(p) for p in state) for state in layers), attentional)
+
+    def attend(self, query: Float[Array, "B K U"], memory: RecurrentMemory) -> tuple[jax.Array, jax.Array]:
+        """Returns context vectors [B, K, U] and weights [B, K, S] for decoder states."""
+        assert self.alignment is not None, "only a decoder with attention attends"
+        return attend(self.alignment.scores(query, memory.keys), memory.states, memory.mask)
+
+    def read_input(self, embedded: Float[Array, "B T D"]) -> Float[Array, "B T GU"]:
+        """Returns the tokens' share of the first layer's gates, for any number of time steps or beams at once."""
+        return self.cells["00"].project(embedded)
+
+    def advance(
+        self,
+        gates: Float[Array, "B K GU"],
+        state: RecurrentState,
+        memory: RecurrentMemory,
+        key: PRNGKeyArray | None,
+    ) -> tuple[tuple[State, ...], Float[Array, "B K U"] | None, Float[Array, "B K S"] | None]:
+        """Returns the layers' states after one more token, and the context and its weights if it joins the input.
+
+        Args:
+            gates: the token's share of the first layer's gates.
+            state: before the token.
+            memory: of the source.
+            key: of dropout between layers; None means evaluation.
+        """
+        keys = split_key(key, self.num_layers)
+        context = weights = None
+        if self.join == "input":
+            context, weights = self.attend(state.layers[-1][0], memory)
+            gates = gates + self.cells["00"].project_context(context)
+        elif self.input_feeding:
+            gates = gates + self.cells["00"].project_context(state.attentional)
+        layers = [self.cells["00"].step(state.layers[0], gates)]
+        for layer in range(1, self.num_layers):
+            cell = self.cells[f"{layer:02d}"]
+            x = dropout(layers[-1][0], self.dropout_rate, keys[layer])
+            layers.append(cell.step(state.layers[layer], cell.project(x)))
+        return tuple(layers), context, weights
+
+    def read_out(
+        self,
+        top: Float[Array, "B T U"],
+        context: Float[Array, "B T U"] | None,
+        embedded: Float[Array, "B T D"],
+        memory: RecurrentMemory,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"] | None]:
+        """Returns readouts, and the weights if the context joins the output, for any number of steps or beams at once.
+
+        Args:
+            top: hidden vectors of the top layer after the tokens.
+            context: what `advance` gave.
+            embedded: the tokens.
+            memory: of the source.
+        """
+        weights = None
+        parts = [top]
+        if self.join == "input":
+            assert context is not None, "the context joined the input, so it was made before"
+            parts += [context, embedded]
+        elif self.join == "output":
+            context, weights = self.attend(top, memory)
+            parts.append(context)
+        return jnp.tanh(self.readout(jnp.concatenate(parts, axis=-1))), weights
+
+    def step(
+        self, embedded: Float[Array, "B K D"], state: RecurrentState, memory: RecurrentMemory
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K S"] | None, RecurrentState]:
+        """Returns the readout, the attention weights (None without attention) and the state after one more token."""
+        layers, context, input_weights = self.advance(self.read_input(embedded), state, memory, None)
+        readout, output_weights = self.read_out(layers[-1][0], context, embedded, memory)
+        weights = input_weights if output_weights is None else output_weights
+        return readout, weights, RecurrentState(layers, readout if self.input_feeding else None)
+
+    def __call__(
+        self,
+        embedded: Float[Array, "B T D"],
+        start: RecurrentState,
+        memory: RecurrentMemory,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the readouts of a whole target, whose tokens are known.
+
+        Only what the state depends on runs step by step: the layers, a context that joins their input, a readout that
+        is fed back. Everything else is made for all steps at once, in large products.
+        """
+        layer_key, readout_key = split_key(key, 2)
+        keys = None if layer_key is None else jax.random.split(layer_key, embedded.shape[1])
+
+        def body(state: RecurrentState, at_time: Any) -> tuple[RecurrentState, Any]:
+            gates, x, step_key = at_time
+            layers, context, _ = self.advance(gates[:, None], state, memory, step_key)
+            if not self.input_feeding:
+                return RecurrentState(layers, None), (layers[-1][0], context)
+            readout, _ = self.read_out(layers[-1][0], context, x[:, None], memory)
+            return RecurrentState(layers, readout), readout
+
+        over_time = (jnp.moveaxis(self.read_input(embedded), 1, 0), jnp.moveaxis(embedded, 1, 0), keys)
+        _, made = jax.lax.scan(body, start, over_time)
+        made = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), made)  # [T, B, 1, ...] -> [B, T, ...]
+        if not self.input_feeding:
+            top, context = made
+            made, _ = self.read_out(top, context, embedded, memory)
+        return dropout(made, self.dropout_rate, readout_key)
+
+
+class RecurrentSeq2Seq(EncoderDecoder):
+    """A recurrent encoder and decoder; satisfies `Seq2Seq`.
+
+    Example:
+        >>> config = RecurrentConfig(model_dim=8, hidden_dim=16, attention="dot")
+        >>> sizes = {"source_vocab_size": 50, "target_vocab_size": 50}
+        >>> model = RecurrentSeq2Seq(config, **sizes, start_token=1, rngs=nnx.Rngs(0))
+        >>> tokens = jnp.ones((2, 5), jnp.int32)
+        >>> positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+        >>> model(Batch(tokens, positions, tokens, tokens, positions, tokens)).shape
+        (2, 5, 8)
+    """
+
+    def __init__(
+        self,
+        config: RecurrentConfig,
+        *,
+        source_vocab_size: int,
+        target_vocab_size: int,
+        start_token: int,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            config,
+            source_vocab_size=source_vocab_size,
+            target_vocab_size=target_vocab_size,
+            start_token=start_token,
+            rngs=rngs,
+        )
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        self.encoder = RecurrentEncoder(config, rngs=rngs)
+        self.bridge = Bridge(config, rngs=rngs)
+        self.decoder = RecurrentDecoder(config, rngs=rngs)
+
+    def encode(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        key: PRNGKeyArray | None = None,
+    ) -> Memory:
+        """Returns the encoder's output; positions are not used, since the recurrence knows its own."""
+        input_key, encoder_key = split_key(key, 2)
+        x = dropout(self.encoder_embedding(tokens).astype(self.compute_dtype), self.config.dropout, input_key)
+        states, last = self.encoder(x, segments, encoder_key)
+        return Memory(states, segments, self.bridge(last))
+
+    def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
+        """Returns the decoder's readouts under teacher forcing; `key` None means evaluation."""
+        encoder_key, input_key, decoder_key = split_key(key, 3)
+        memory = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
+        inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
+        embedded = self.target_embedding(inputs).astype(self.compute_dtype)
+        embedded = dropout(embedded, self.config.dropout, input_key)
+        start = self.decoder.start(memory.decoder_start, 1)
+        return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
+
+    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+        """Returns the state before the first token; a recurrent state has the same size whatever is asked for."""
+        del max_length, reordered
+        positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
+        start = self.decoder.start(memory.decoder_start, num_beams)
+        return DecodeState(self.decoder.read(memory), start, None, positions)
+
+    def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
+        """Returns scores for the token after `tokens`, and the state that has read them."""
+        embedded = self.target_embedding(tokens).astype(self.compute_dtype)
+        readout, weights, new = self.decoder.step(embedded, state.per_beam, state.per_sentence)
+        attention = None if weights is None else weights[:, :, None, None, :]  # one layer, one head
+        output = StepOutput(self.output_projection().logits(readout), attention)
+        return output, dataclasses.replace(state, per_beam=new, positions=state.positions + 1)
+
+    def parameter_roles(self) -> ParameterRoles:
+        """Returns how often each kernel is used: keys of the attention are made of source tokens."""
+        alignment = self.decoder.alignment
+        keys = () if alignment is None or alignment.key is None else (alignment.key,)
+        return ParameterRoles(
+            per_source_token=(self.encoder, *keys),
+            per_target_token=(self.decoder,),
+            output_table=self.decoder_output_embedding.table,
+            per_sentence=(self.bridge,),
+        )

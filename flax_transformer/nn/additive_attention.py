@@ -1,0 +1,100 @@
+"""How well a recurrent decoder's state fits each encoder state: score functions of attention before the Transformer.
+
+Legend: B batch, K beams (1 in training), S source length, U recurrent units, A attention dim.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from flax_transformer.nn.linear import Linear, xavier_uniform
+from flax_transformer.ops.attention import masked_softmax
+from flax_transformer.ops.product import accumulation_dtype
+
+AttentionKind = Literal["additive", "dot", "general", "concat"]
+
+
+@jax.checkpoint  # [B, K, S, A] is made again for the backward pass, since writing and reading it back costs more
+def _additive_scores(
+    query: Float[Array, "B K A"], keys: Float[Array, "B S A"], vector: Float[Array, " A"]
+) -> Float[Array, "B K S"]:
+    inner = jnp.tanh(query[:, :, None, :] + keys[:, None, :, :])
+    return jnp.einsum("bksa,a->bks", inner, vector, preferred_element_type=jnp.float32)
+
+
+class AdditiveAttention(nnx.Module):
+    """score(s, h) = v . tanh(W s + U h + b): a one-layer network over the decoder's and the encoder's state.
+
+    Luong's "concat", v . tanh(W [s; h]), is the same function, its W being our W and U side by side; the two papers
+    differ in which decoder state they give it (see `models/rnn.py`).
+
+    References:
+        Bahdanau et al. 2015, appendix A.1.2; Luong et al. 2015, equation 8, "concat".
+    """
+
+    def __init__(self, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.compute_dtype = compute_dtype
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.query = Linear((units,), (units,), ("recurrent", "mlp"), use_bias=False, **dtypes, rngs=rngs)
+        self.key = Linear((units,), (units,), ("recurrent", "mlp"), **dtypes, rngs=rngs)
+        vector = xavier_uniform(rngs.params(), (units,), (1,), param_dtype)[:, 0]
+        self.vector = nnx.Param(vector, logical_axes=("mlp",))
+
+    def keys(self, states: Float[Array, "B S U"]) -> Float[Array, "B S A"]:
+        """Returns the encoder's share of the scores, made once a sentence."""
+        return self.key(states)
+
+    def scores(self, query: Float[Array, "B K U"], keys: Float[Array, "B S A"]) -> Float[Array, "B K S"]:
+        """Returns float32 scores of each decoder state against each encoder state."""
+        return _additive_scores(self.query(query), keys, self.vector[...].astype(self.compute_dtype))
+
+
+class MultiplicativeAttention(nnx.Module):
+    """score(s, h) = s . h ("dot"), or s . W h ("general").
+
+    References:
+        Luong et al. 2015, equation 8.
+    """
+
+    def __init__(self, units: int, *, general: bool, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+        if general:
+            dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+            self.key = Linear((units,), (units,), ("recurrent", "mlp"), use_bias=False, **dtypes, rngs=rngs)
+        else:
+            self.key = None
+
+    def keys(self, states: Float[Array, "B S U"]) -> Float[Array, "B S A"]:
+        """Returns the encoder's share of the scores, made once a sentence."""
+        return states if self.key is None else self.key(states)
+
+    def scores(self, query: Float[Array, "B K U"], keys: Float[Array, "B S A"]) -> Float[Array, "B K S"]:
+        """Returns float32 scores of each decoder state against each encoder state."""
+        return jnp.einsum("bka,bsa->bks", query, keys, preferred_element_type=jnp.float32)
+
+
+def make_attention(
+    kind: AttentionKind, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> AdditiveAttention | MultiplicativeAttention:
+    """Returns the score function of that name."""
+    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+    if kind in ("additive", "concat"):
+        return AdditiveAttention(units, **dtypes, rngs=rngs)
+    return MultiplicativeAttention(units, general=kind == "general", **dtypes, rngs=rngs)
+
+
+def attend(
+    scores: Float[Array, "B K S"], states: Float[Array, "B S U"], mask: Bool[Array, "B S"]
+) -> tuple[Float[Array, "B K U"], Float[Array, "B K S"]]:
+    """Returns the context vectors, sums of the encoder's states weighted by the softmax of the scores, and the weights.
+
+    References:
+        Bahdanau et al. 2015, equations 5 and 6.
+    """
+    weights = masked_softmax(scores, jnp.broadcast_to(mask[:, None, :], scores.shape))
+    contexts = jnp.einsum(
+        "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=accumulation_dtype(states.dtype)
+    )
+    return contexts.astype(states.dtype), weights

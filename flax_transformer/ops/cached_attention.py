@@ -1,0 +1,224 @@
+"""Attention of a decoding step over keys and values that are kept between steps. Their layout is known here alone.
+
+Self-attention. What a beam has written stays where it is when beams are reordered: a table of ancestors says, for each
+beam and each position, which beam wrote what it has there. A query attends to all that its sentence's beams wrote,
+those that are not its ancestors with weight 0. Nothing is copied, and each key is read once for all beams; the products
+take K times the arithmetic, which is little for the few beams of a search. Beams that are never reordered, such as many
+samples, need no table and attend to what they wrote themselves.
+
+On a CPU a cache is kept in blocks, and a step reads those alone that some slot has reached. Each block is an array of
+its own, since a part of an array would be copied before it is read. There, too, bfloat16 is kept as float32: XLA for
+CPU would otherwise turn a whole cache into float32 and back for each token that is written (docs/lab_book.md,
+2026-11-26).
+
+Cross-attention keys and values are there once a sentence: its K beams stand in the place of the query length, so that
+nothing is tiled over beams.
+
+Legend: B sentences, K beams, N query heads, M key-value heads, T cache slots, C slots of a block, S source length,
+H head dim.
+
+References:
+    The table of ancestors: `cache_indirection` in NVIDIA's FasterTransformer.
+    Attention by blocks: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_transformer import backend
+from flax_transformer.ops.attention import AttentionMask, masked_softmax, repeat_heads, scale_query
+from flax_transformer.ops.product import accumulation_dtype
+from flax_transformer.shapes import MASKED, array_tree
+
+# On a CPU the first two blocks have so many slots, and each after them twice as many as the one before.
+SHORTEST_BLOCK: int = 16
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class SelfAttentionCache:
+    """Keys and values of the tokens decoded so far, for one layer, by the beam that wrote them.
+
+    Attributes:
+        keys: blocks [B, M, H, K, C], whose C sum to T: as the product with queries reads them.
+        values: blocks [B, M, K, C, H]: as the product with weights reads them.
+    """
+
+    keys: tuple[Float[Array, "B M H K _"], ...]
+    values: tuple[Float[Array, "B M K _ H"], ...]
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class CrossAttentionCache:
+    """Keys and values of the encoder's output, for one layer; they serve all beams."""
+
+    keys: Float[Array, "B M H S"]
+    values: Float[Array, "B M S H"]
+
+
+# --- making caches, and the choice of their form
+
+
+def block_lengths(length: int) -> tuple[int, ...]:
+    """Returns the slots of each block of a cache: one block, but on a CPU, where a branch for each costs nothing."""
+    if backend.platform() != "cpu":
+        return (length,)
+    lengths: list[int] = []
+    while sum(lengths) < length:
+        lengths.append(min(max(sum(lengths), SHORTEST_BLOCK), length - sum(lengths)))
+    return tuple(lengths)
+
+
+def empty_self_attention_cache(
+    num_sentences: int, num_beams: int, num_heads: int, length: int, head_dim: int, dtype: jnp.dtype
+) -> SelfAttentionCache:
+    """Returns a cache of zeros with `length` slots, for keys and values of type `dtype` and key-value heads."""
+    dtype = accumulation_dtype(dtype)
+    lengths = block_lengths(length)
+    return SelfAttentionCache(
+        tuple(jnp.zeros((num_sentences, num_heads, head_dim, num_beams, block), dtype) for block in lengths),
+        tuple(jnp.zeros((num_sentences, num_heads, num_beams, block, head_dim), dtype) for block in lengths),
+    )
+
+
+def cross_attention_cache(keys: Float[Array, "B S M H"], values: Float[Array, "B S M H"]) -> CrossAttentionCache:
+    """Returns the projections of the encoder's output in the layout of a cache."""
+    keys, values = (x.astype(accumulation_dtype(x.dtype)) for x in (keys, values))
+    return CrossAttentionCache(jnp.transpose(keys, (0, 2, 3, 1)), jnp.swapaxes(values, 1, 2))
+
+
+# --- writing
+
+
+def write_ancestors(ancestors: Int[Array, "B K T"], positions: Int[Array, "B"]) -> Int[Array, "B K T"]:
+    """Returns the table once every beam has written its own token at its sentence's position."""
+    here = (jnp.arange(ancestors.shape[2])[None, :] == positions[:, None])[:, None, :]
+    return jnp.where(here, jnp.arange(ancestors.shape[1])[None, :, None], ancestors)
+
+
+def _write(
+    cache: SelfAttentionCache, key: Float[Array, "B K M H"], value: Float[Array, "B K M H"], positions: Int[Array, "B"]
+) -> SelfAttentionCache:
+    """Returns the cache with one token of each beam written, in the block that holds its sentence's position."""
+    rows = jnp.arange(key.shape[0])
+    key, value = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)  # [B, M, H, K] and [B, M, K, H]
+    key, value = key.astype(cache.keys[0].dtype), value.astype(cache.values[0].dtype)
+    offset, keys, values = 0, [], []
+    for old_keys, old_values in zip(cache.keys, cache.values, strict=True):
+        slots = old_values.shape[3]
+        place = jnp.where(positions < offset, slots, positions - offset)  # a place beyond the block is dropped
+        keys.append(old_keys.at[rows, :, :, :, place].set(key, mode="drop"))
+        values.append(old_values.at[rows, :, :, place].set(value, mode="drop"))
+        offset += slots
+    return SelfAttentionCache(tuple(keys), tuple(values))
+
+
+# --- self-attention
+
+
+def _block_scores(query: jax.Array, keys: jax.Array, wrote: jax.Array | None) -> Float[Array, "B N K C"]:
+    """Returns each beam's scores of what its ancestors wrote in a block."""
+    if wrote is None:
+        return jnp.einsum("bnkh,bnhkc->bnkc", query, keys, preferred_element_type=jnp.float32)
+    sentences, heads, head_dim, beams, _ = keys.shape
+    keys = keys.reshape(sentences, heads, head_dim, -1)  # [B, N, H, K * C]
+    scores = jnp.einsum("bnqh,bnhj->bnqj", query, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(sentences, heads, beams, beams, -1)
+    return jnp.sum(jnp.where(wrote, scores, 0.0), axis=3)
+
+
+def _block_sums(weights: jax.Array, values: jax.Array, wrote: jax.Array | None) -> Float[Array, "B N K H"]:
+    """Returns each beam's weighted sums of what its ancestors wrote in a block."""
+    weights = weights.astype(values.dtype)
+    if wrote is None:
+        return jnp.einsum("bnkc,bnkch->bnkh", weights, values, preferred_element_type=jnp.float32)
+    sentences, heads, beams, _, head_dim = values.shape
+    spread = jnp.where(wrote, weights[:, :, :, None], jnp.zeros((), weights.dtype))
+    spread, values = spread.reshape(sentences, heads, beams, -1), values.reshape(sentences, heads, -1, head_dim)
+    return jnp.einsum("bnqj,bnjh->bnqh", spread, values, preferred_element_type=jnp.float32)
+
+
+def cached_self_attention(
+    cache: SelfAttentionCache,
+    query: Float[Array, "B K N H"],
+    key: Float[Array, "B K M H"],
+    value: Float[Array, "B K M H"],
+    positions: Int[Array, "B"],
+    ancestors: Int[Array, "B K T"] | None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
+    """Writes one token's key and value for each beam, and returns attention over all that its ancestors wrote.
+
+    A block in which a query may attend to nothing adds exact zeros to its result: bits do not depend on how many blocks
+    the other sentences need.
+
+    Args:
+        cache: what earlier steps wrote.
+        query, key, value: of the token being decoded.
+        positions: slot to write, per sentence.
+        ancestors: which beam wrote what each beam has at each position, this step's included; None if each wrote all
+            of its own.
+        scale: factor on the products; 1 / sqrt(H) when None.
+    """
+    cache = _write(cache, key, value, positions)
+    sentences, beams, heads, head_dim = query.shape
+    query = jnp.swapaxes(scale_query(query, scale), 1, 2)  # [B, N, K, H]
+    query = query.astype(cache.keys[0].dtype)
+    furthest = jnp.max(positions)
+
+    def attend(sums: Any, keys: jax.Array, values: jax.Array, filled: jax.Array, wrote: jax.Array | None) -> Any:
+        """Returns the highest score so far, and the sums of exp(score - highest), once without and once with values."""
+        keys, values = repeat_heads(keys, heads, 1), repeat_heads(values, heads, 1)
+        highest, total, attended = sums
+        scores = jnp.where(filled, _block_scores(query, keys, wrote), MASKED)
+        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(filled, jnp.exp(scores - higher), 0.0)
+        shrink = jnp.exp(highest - higher)
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        return higher, total, attended * shrink + _block_sums(weights, values, wrote)
+
+    zeros = jnp.zeros((sentences, heads, beams, 1), jnp.float32)
+    sums = (zeros + MASKED, zeros, jnp.zeros((sentences, heads, beams, head_dim), jnp.float32))
+    offset = 0
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        end = offset + keys.shape[4]
+        filled = jnp.arange(offset, end)[None, None, None, :] <= positions[:, None, None, None]
+        wrote = None
+        if ancestors is not None:  # [B, 1, K, K, C]: whether the second beam is the first one's ancestor
+            wrote = ancestors[:, None, :, None, offset:end] == jnp.arange(beams)[None, None, None, :, None]
+        block = (keys, values, filled, wrote)
+        if offset == 0:
+            sums = attend(sums, *block)
+        else:
+            sums = jax.lax.cond(furthest >= offset, attend, lambda sums, *_: sums, sums, *block)
+        offset = end
+    _, total, attended = sums
+    return jnp.swapaxes(attended / total, 1, 2).astype(value.dtype), cache
+
+
+# --- cross-attention
+
+
+def cached_cross_attention(
+    cache: CrossAttentionCache, query: Float[Array, "B K N H"], mask: AttentionMask, scale: float | None = None
+) -> tuple[Float[Array, "B K N H"], Float[Array, "B N K S"]]:
+    """Returns attention of each beam over the source, and its weights; beams stand in place of the query length.
+
+    Args:
+        cache: of the source.
+        query: of the token being decoded.
+        mask: of the source; it must be the same for all beams.
+        scale: factor on the products; 1 / sqrt(H) when None.
+    """
+    dtype, heads = query.dtype, query.shape[2]
+    query = jnp.swapaxes(scale_query(query, scale), 1, 2).astype(cache.keys.dtype)
+    keys, values = repeat_heads(cache.keys, heads, 1), repeat_heads(cache.values, heads, 1)
+    scores = jnp.einsum("bnqh,bnhs->bnqs", query, keys, preferred_element_type=jnp.float32)
+    weights = masked_softmax(scores, mask.materialize(1, keys.shape[3]))
+    attended = jnp.einsum("bnqs,bnsh->bnqh", weights.astype(values.dtype), values)
+    return jnp.swapaxes(attended.astype(dtype), 1, 2), weights

@@ -1,0 +1,415 @@
+"""Masked, label-smoothed cross entropy, from hidden vectors and the output projection.
+
+The fused form makes the product hidden @ kernel.T in chunks of target tokens that stay in cache. That product has
+B * T * V elements, far more than anything else when V >> D. The forward pass of a training step already turns each
+chunk into its gradients: the loss is one number, so its gradient is known up to a factor before the backward pass
+begins. Logits are made once, and no [B, T, V] array ever exists. Tokens that are padding are put behind all others; on
+a CPU the loop ends before them.
+
+Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a chunk.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_transformer import backend
+from flax_transformer.ops.int8_product import Int8Weights
+from flax_transformer.ops.product import accumulation_dtype
+from flax_transformer.ops.vocabulary import OutputProjection
+from flax_transformer.parallel.sharding_rules import constrain, num_shards
+from flax_transformer.shapes import MASKED
+
+# Logits held at one time, in elements. On a CPU they stay in the cache, and chunks of padding alone are left out. An
+# accelerator would wait for the host before each turn of a loop whose length is not known to the compiler, and adds the
+# kernel's gradient up in its main memory in each: there chunks are few, and their number is fixed.
+CPU_CHUNK_ELEMENTS = 1 << 21
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
+
+
+class LossSums(NamedTuple):
+    """Sums over the target tokens of a batch, to be merged over batches and divided once by `count`.
+
+    Attributes:
+        loss: label-smoothed cross entropy, nats.
+        negative_log_likelihood: of the reference, nats; exp(sum / count) is the perplexity.
+        correct: tokens whose reference has the highest logit.
+        count: tokens that are not padding.
+    """
+
+    loss: Float[Array, ""]
+    negative_log_likelihood: Float[Array, ""]
+    correct: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+# --- the reference
+
+
+def reference_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    projection: OutputProjection,
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    label_smoothing: float,
+    divergence_weight: float = 0.0,
+) -> LossSums:
+    """Returns what `cross_entropy` says, as it says it: all logits at once, differentiated by JAX."""
+    logits = projection.logits(hidden)
+    log_probs = jax.nn.log_softmax(logits)
+    of_target = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    smooth = jnp.mean(log_probs[..., : projection.num_real_rows], axis=-1)
+    loss = -(1.0 - label_smoothing) * of_target - label_smoothing * smooth
+    if divergence_weight:
+        loss = loss + divergence_weight / 2 * _reference_divergence(log_probs[..., : projection.num_real_rows])
+    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    correct = target_logit >= jnp.max(logits, axis=-1)
+
+    def total(terms: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mask, terms.astype(jnp.float32), 0.0))
+
+    return LossSums(total(loss), total(-of_target), total(correct), total(jnp.ones_like(loss)))
+
+
+def _reference_divergence(log_probs: Float[Array, "B T V"]) -> Float[Array, "B T"]:
+    """Returns KL(p || q) for each token, where q is what the other pass over the same row predicts."""
+    pairs = log_probs.reshape(-1, 2, *log_probs.shape[1:])
+    other = jnp.flip(pairs, axis=1).reshape(log_probs.shape)
+    return jnp.sum(jnp.exp(log_probs) * (log_probs - other), axis=-1)
+
+
+# --- the choice
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    projection: OutputProjection,
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    label_smoothing: float,
+    divergence_weight: float = 0.0,
+) -> LossSums:
+    """Returns the loss of predicting `targets` from `hidden`, summed over the positions where `mask` holds.
+
+        loss = -(1 - e) log p(target) - e / V_real * sum over real v of log p(v),      e = label_smoothing
+
+    Padding rows of the vocabulary get no probability and no share of the smoothing. Differentiable by hidden, kernel
+    and bias through `loss` alone; the other sums are for reading.
+
+    With a `divergence_weight` rows 2i and 2i + 1 must be two passes over the same targets, by different dropout, and
+    predict p and q. What they disagree on is added to the loss, once for each pair of tokens:
+
+        divergence_weight * (KL(p || q) + KL(q || p)) / 2
+
+    Args:
+        hidden: the decoder's output.
+        projection: map to logits.
+        targets: reference ids, each below `projection.num_real_rows`.
+        mask: False for padding.
+        label_smoothing: e in [0, 1).
+        divergence_weight: at least 0; 0 means that rows have nothing to do with each other.
+
+    Raises:
+        TypeError: the projection holds integers, which have no gradient.
+
+    References:
+        Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4. The divergence: Liang et al. 2021, "R-Drop",
+        equations 2 to 4 (alpha is `divergence_weight`).
+    """
+    if isinstance(projection.kernel, Int8Weights):
+        raise TypeError("the loss needs weights that are not quantised: integers have no gradient.")
+    platform = backend.platform()
+    if platform is None:
+        return reference_cross_entropy(hidden, projection, targets, mask, label_smoothing, divergence_weight)
+    chunking = Chunking(CPU_CHUNK_ELEMENTS, True) if platform == "cpu" else Chunking(ACCELERATOR_CHUNK_ELEMENTS, False)
+    terms = LossTerms(projection.num_real_rows, label_smoothing, divergence_weight)
+    return fused_cross_entropy(hidden, projection, targets, mask, terms, chunking)
+
+
+# --- the fused form
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """What is summed: numbers of which `cross_entropy` tells.
+
+    Attributes:
+        num_real_rows: of the vocabulary.
+        label_smoothing: in [0, 1).
+        divergence_weight: at least 0.
+    """
+
+    num_real_rows: int
+    label_smoothing: float
+    divergence_weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+    """How the target tokens are cut.
+
+    Attributes:
+        elements: logits that are held at one time, at most.
+        skips_padding: whether the loop ends before the chunks that hold padding alone.
+    """
+
+    elements: int
+    skips_padding: bool
+
+
+def fused_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    projection: OutputProjection,
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    terms: LossTerms,
+    chunking: Chunking,
+) -> LossSums:
+    """Returns what `cross_entropy` says, made in chunks; `terms` and `chunking` as their classes tell."""
+    bias = None if projection.bias is None else projection.bias.astype(jnp.float32)
+    if terms.divergence_weight:
+        hidden, targets, mask = (_side_by_side(x) for x in (hidden, targets, mask))
+    return _fused_sums((terms, chunking), hidden, projection.kernel, bias, targets, mask)
+
+
+def _side_by_side(x: jax.Array) -> jax.Array:
+    """Returns the tokens of rows 2i and 2i + 1 in turns, as one row: [B, T, ...] -> [B / 2, 2 T, ...]."""
+    rows, length, *rest = x.shape
+    return jnp.swapaxes(x.reshape(rows // 2, 2, length, *rest), 1, 2).reshape(rows // 2, 2 * length, *rest)
+
+
+class _Chunks(NamedTuple):
+    """The target tokens of a batch for a loop over chunks of them: first those that are not padding, then padding.
+
+    Each share of the rows, of which every device has one (X of them), is ordered by itself, so that no token moves to
+    another device.
+
+    Attributes:
+        hidden: [X, M, D], M tokens of a share, in whole chunks.
+        targets, mask: [X, M].
+        places: [X, M], where in its share each token came from.
+        size: tokens of a share in a chunk.
+        needed: chunks to compute. Where padding is skipped, those that hold a real token in some share.
+    """
+
+    hidden: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+    places: jax.Array
+    size: int
+    needed: jax.Array | int
+
+    def take(self, number: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns hidden, targets and mask of one chunk."""
+        cut = (self.hidden, self.targets, self.mask)
+        return tuple(jax.lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis=1) for x in cut)
+
+
+def _chunks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int) -> _Chunks:
+    """Returns the tokens of [B, T] in chunks; two passes over one token stay together."""
+    terms, chunking = static
+    together = 2 if terms.divergence_weight else 1
+    shares = num_shards("batch")
+    shares = shares if targets.shape[0] % shares == 0 else 1
+    tokens = targets.size // shares
+    most = max(chunking.elements // (vocab // num_shards("vocab")), 1)
+    number = -(-tokens // most)
+    size = together * -(-tokens // (number * together))
+    mask = constrain(mask.reshape(shares, tokens), "batch", None)
+    places = jnp.argsort(~mask, axis=1)  # stable
+    places = jnp.pad(places, ((0, 0), (0, number * size - tokens)), constant_values=tokens)  # beyond all: zeros
+
+    def ordered(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [X, M, ...]
+        x = x.reshape(shares, tokens, *x.shape[2:])
+        taken = jax.vmap(lambda rows, order: rows.at[order].get(mode="fill", fill_value=0))(x, places)
+        return constrain(taken, "batch", *(None,) * (taken.ndim - 1))
+
+    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size)) if chunking.skips_padding else number
+    return _Chunks(ordered(hidden), ordered(targets), ordered(mask), places, size, needed)
+
+
+def _of_other_pass(x: jax.Array) -> jax.Array:
+    """Returns the neighbour's vector for each token, those of 2i and 2i + 1 exchanged: [X t, V] -> [X t, V]."""
+    return jnp.flip(x.reshape(len(x) // 2, 2, x.shape[1]), axis=1).reshape(x.shape)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """Returns [X, t, ...] as [X t, ...]: with the tokens of all shares in one row, XLA for CPU makes faster loops."""
+    return constrain(x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
+
+
+class _ChunkTerms(NamedTuple):
+    """What one chunk comes to. With a divergence its predictions are p and q, from logits y and z.
+
+    Attributes:
+        sums: over the tokens of each share, [X].
+        exponentials: exp(logits - highest), [X t, V].
+        total: their sum over V, [X t, 1].
+        apart: y - z, [X t, V]; None without a divergence.
+        mean_apart: the mean of `apart` under p, [X t, 1]; None without a divergence.
+    """
+
+    sums: LossSums
+    exponentials: jax.Array
+    total: jax.Array
+    apart: jax.Array | None
+    mean_apart: jax.Array | None
+
+
+def _chunk_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask) -> _ChunkTerms:
+    """Returns the sums of one chunk, and what its gradient is made of.
+
+    The divergence is J = (KL(p || q) + KL(q || p)) / 2 = (sum of p (y - z) + sum of q (z - y)) / 2.
+
+    Args:
+        terms: what is summed.
+        mean_row: [D], mean of the real rows of the kernel.
+        kernel: [D, V], its padding columns included.
+        bias: [V], or None.
+        hidden: [X, t, D].
+        targets, mask: [X, t].
+    """
+    hidden, targets = _flat(hidden), _flat(targets)
+    logits = jnp.einsum("td,dv->tv", hidden, kernel, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + jnp.broadcast_to(bias, logits.shape)
+    if terms.num_real_rows < kernel.shape[1]:
+        row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        logits = jnp.where(row < terms.num_real_rows, logits, MASKED)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - highest)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_normaliser = (jnp.log(total) + highest)[:, 0]
+    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    nll = log_normaliser - target_logit
+    # The mean of the real logits is linear in hidden: one product with the mean row in place of a pass over V.
+    mean_logit = jnp.einsum("td,d->t", hidden.astype(jnp.float32), mean_row)
+    mean_logit = mean_logit if bias is None else mean_logit + jnp.mean(bias[: terms.num_real_rows])
+    loss = (1.0 - terms.label_smoothing) * nll + terms.label_smoothing * (log_normaliser - mean_logit)
+    apart = mean_apart = None
+    if terms.divergence_weight:
+        apart = logits - _of_other_pass(logits)
+        mean_apart = jnp.sum(exponentials * apart, axis=-1, keepdims=True) / total
+        loss = loss + terms.divergence_weight / 2 * mean_apart[:, 0]  # both tokens of a pair together: J
+    correct = (target_logit >= highest[:, 0]).astype(jnp.float32)
+    weight = mask.astype(jnp.float32)
+    sums = LossSums(
+        *(jnp.sum(x.reshape(mask.shape) * weight, axis=1) for x in (loss, nll, correct, jnp.ones_like(nll)))
+    )
+    return _ChunkTerms(sums, exponentials, total, apart, mean_apart)
+
+
+def _gradient_by_logits(terms: LossTerms, made: _ChunkTerms, targets: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the gradient [X t, V] of a chunk's loss.
+
+    That of the divergence is dJ / dy = (p (1 + y - z - sum of p (y - z)) - q) / 2, in the terms of `_ChunkTerms`.
+
+    Args:
+        terms: what is summed.
+        made: of the chunk.
+        targets: [X t].
+        weight: [X t, 1], 0 for padding.
+    """
+    num_real_rows, smoothing = terms.num_real_rows, terms.label_smoothing
+    row = jax.lax.broadcasted_iota(jnp.int32, made.exponentials.shape, 1)
+    wanted = jnp.where(row == targets[:, None], 1.0 - smoothing, 0.0)
+    wanted = wanted + jnp.where(row < num_real_rows, smoothing / num_real_rows, 0.0)
+    probabilities = made.exponentials / made.total
+    by_logits = probabilities - wanted
+    if made.apart is not None and made.mean_apart is not None:
+        by_divergence = probabilities * (1.0 + made.apart - made.mean_apart) - _of_other_pass(probabilities)
+        by_logits = by_logits + terms.divergence_weight / 2 * by_divergence
+    return by_logits * weight
+
+
+def _zero_sums(shares: int) -> LossSums:
+    return LossSums(*(constrain(jnp.zeros((shares,), jnp.float32), "batch") for _ in LossSums._fields))
+
+
+def _sum_shares(tree):
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+
+def _for_products(terms: LossTerms, hidden, kernel):
+    """Returns the kernel in the type of `hidden`; the mean of its real rows, in float32; and the kernel as [D, V].
+
+    Both products with logits are made with V as the last axis, or XLA copies the logits transposed for each.
+    """
+    kernel = constrain(kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
+    return (
+        kernel,
+        jnp.mean(kernel[: terms.num_real_rows].astype(jnp.float32), axis=0),
+        constrain(kernel.T, None, "vocab"),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
+    terms, _ = static
+    kernel, mean_row, columns = _for_products(terms, hidden, kernel)
+    chunks = _chunks(static, hidden, targets, mask, kernel.shape[0])
+
+    def body(number, total):
+        made = _chunk_terms(terms, mean_row, columns, bias, *chunks.take(number))
+        return jax.tree.map(jnp.add, total, made.sums)
+
+    return _sum_shares(jax.lax.fori_loop(0, chunks.needed, body, _zero_sums(len(chunks.mask))))
+
+
+def _forward(static, hidden, kernel, bias, targets, mask):
+    """Returns the sums; the gradient of `loss` by hidden, and in float32 by kernel and bias; and the kernel's type."""
+    terms, _ = static
+    like_kernel = jnp.zeros((), kernel.dtype)
+    kernel, mean_row, columns = _for_products(terms, hidden, kernel)
+    chunks = _chunks(static, hidden, targets, mask, kernel.shape[0])
+    shares = len(chunks.mask)
+
+    def body(number, carry):
+        total, column_gradient, bias_gradient, by_hidden = carry
+        h, t, m = chunks.take(number)
+        made = _chunk_terms(terms, mean_row, columns, bias, h, t, m)
+        by_logits = _gradient_by_logits(terms, made, _flat(t), _flat(m).astype(jnp.float32)[:, None])
+        if bias_gradient is not None:
+            bias_gradient = bias_gradient + jnp.sum(by_logits.reshape(*m.shape, -1), axis=1)
+        by_logits = by_logits.astype(h.dtype)  # products run in the compute type, their sums in float32
+        by_logits = by_logits.reshape(*m.shape, -1)  # [X t, V] -> [X, t, V]
+        by_tokens = jnp.einsum("xtv,vd->xtd", by_logits, kernel, preferred_element_type=accumulation_dtype(h.dtype))
+        by_tokens = by_tokens.astype(h.dtype)
+        by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * chunks.size, axis=1)
+        # Each device sums up its own share; the sum over devices is made once, after the loop.
+        by_columns = jnp.einsum("xtd,xtv->xdv", h, by_logits, preferred_element_type=jnp.float32)
+        column_gradient = constrain(column_gradient + by_columns, "batch", None, "vocab")
+        return jax.tree.map(jnp.add, total, made.sums), column_gradient, bias_gradient, by_hidden
+
+    start = (
+        _zero_sums(shares),
+        constrain(jnp.zeros((shares, *columns.shape), jnp.float32), "batch", None, "vocab"),
+        None if bias is None else constrain(jnp.zeros((shares, *bias.shape), jnp.float32), "batch", "vocab"),
+        jnp.zeros_like(chunks.hidden),  # padding has no gradient
+    )
+    total, column_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, chunks.needed, body, start)
+    total, column_gradient, bias_gradient = _sum_shares((total, column_gradient, bias_gradient))
+    # Back to where each token came from; what fills up the last chunk came from nowhere.
+    tokens = targets.size // shares
+    back = jax.vmap(lambda rows, order: jnp.zeros((tokens, rows.shape[1]), rows.dtype).at[order].set(rows, mode="drop"))
+    by_hidden = constrain(back(by_hidden, chunks.places), "batch", None, None).reshape(hidden.shape)
+    return total, (by_hidden, column_gradient.T, bias_gradient, like_kernel)
+
+
+def _backward(static, gradients, cotangents: LossSums):
+    by_hidden, by_kernel, by_bias, like_kernel = gradients
+    scale = cotangents.loss
+    return (
+        by_hidden * scale.astype(by_hidden.dtype),
+        constrain(by_kernel * scale, "vocab", None).astype(like_kernel.dtype),
+        None if by_bias is None else by_bias * scale,
+        None,
+        None,
+    )
+
+
+_fused_sums.defvjp(_forward, _backward)

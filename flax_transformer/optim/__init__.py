@@ -1,0 +1,1 @@
+"""How parameters change: the optimiser, and the schedule of its learning rate."""
