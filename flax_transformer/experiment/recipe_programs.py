@@ -103,6 +103,8 @@ class RecipePrograms:
             SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
+            decoding.patience,
+            refill_at=ProgramOptions().refill_at(decoding.batch_rows // mesh.size),
         )
         sharding = replicated_sharding(mesh)  # a copy on every device
         graphdef, params = self.prepared()

@@ -36,6 +36,10 @@ class ProgramOptions:
     sentences_per_row_with_attention: int = 8
     refill_share: int = 16
 
+    def refill_at(self, num_slots: int) -> int:
+        """Returns how many of the slots stand empty before they are refilled."""
+        return max(1, num_slots // self.refill_share)
+
 
 class Found(NamedTuple):
     """Where what was found for a request lies.
@@ -102,7 +106,7 @@ class Programs:
                 LengthPenalty.parse(decoding.length_penalty),
                 decoding.stop,
                 decoding.patience,
-                refill_at=max(1, slots // self.options.refill_share),
+                refill_at=self.options.refill_at(slots),
             ),
             decoding.sampling,
             decoding.no_repeat_ngram,

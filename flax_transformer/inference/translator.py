@@ -170,7 +170,7 @@ class Translator:
         return Programs(
             self.parameters,
             requests.demands,
-            self.model.may_output_start,
+            self.model.suppress_start,
             num_beams(self.decoding, num_hypotheses),
             attention,
             self.options,

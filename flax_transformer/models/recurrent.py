@@ -63,7 +63,7 @@ class RecurrentConfig:
 
     kind: ClassVar[str] = "rnn"
     supports_packing: ClassVar[bool] = False  # a state that runs on through a row would carry one pair into the next
-    may_output_start: ClassVar[bool] = False
+    suppress_start: ClassVar[bool] = False
 
     model_dim: int = 128
     hidden_dim: int = 256

@@ -126,7 +126,7 @@ class TransformerConfig:
                 check_dropout_rate(f"model.{name}", getattr(self, name))
 
     @property
-    def may_output_start(self) -> bool:
+    def suppress_start(self) -> bool:
         """Whether the start token must be kept out of outputs: models taken over from Marian were not taught it."""
         return self.output_bias
 
