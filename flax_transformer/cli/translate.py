@@ -231,10 +231,11 @@ def warnings_of(number: int, translation: Translation | NoTranslation, max_sourc
     """Yields what is to be said of a line: that it has no output, that it was cut, which required phrases it lacks."""
     if isinstance(translation, NoTranslation):
         yield f"line {number} has no output: {translation.reason}"
-        return
-    reason = "it reached its maximum length first" if translation.source else "the line is empty, and so is its output"
-    for phrase in translation.hypotheses[0].missing:
-        yield f"the output of line {number} lacks {phrase!r}: {reason}."
+    else:
+        empty = not translation.source
+        reason = "the line is empty, and so is its output" if empty else "it reached its maximum length first"
+        for phrase in translation.hypotheses[0].missing:
+            yield f"the output of line {number} lacks {phrase!r}: {reason}."
     if translation.truncated:
         yield cut_line(f"line {number}", max_source_length)
 

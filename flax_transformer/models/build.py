@@ -42,6 +42,6 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
         rngs: stream "params" initialises the parameters.
     """
     sizes = {"source_vocab_size": vocabulary.source_size, "target_vocab_size": vocabulary.target_size}
-    if isinstance(config, RecurrentConfig):
-        return RecurrentSeq2Seq(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
-    return Transformer(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
+    if isinstance(config, TransformerConfig):
+        return Transformer(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
+    return RecurrentSeq2Seq(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
