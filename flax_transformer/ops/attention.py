@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the mask as a structure, the reference, and the choice of a form.
+"""Scaled dot-product attention: the mask, the reference form, and the choice of a form.
 
 Legend: B batch, T query length, S key length, N query heads, M key-value heads (N is a multiple of M), H head dim.
 """
@@ -20,17 +20,17 @@ from flax_transformer.shapes import MASKED, array_tree, static_field
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """What each query may attend to: all that every part which is given allows.
+    """Says which keys each query may attend to. A key is allowed if every given part allows it.
 
-    The reference alone makes an array of it. A fused kernel reads the parts: lengths, a flag, a window.
+    Only the reference form makes an array of it. A fused kernel reads the parts: lengths, a flag, a window.
 
     Attributes:
-        key_segments: [B, S], 0 for padding, which nobody attends to; None where all keys are real.
-        query_segments: [B, T]; a query attends to the keys of its own segment. None where a row holds one pair.
-        query_offsets: [B], place among the keys of each row's first query; None stands for zeros.
-        causal: whether a query attends to no later place than its own.
-        window: a query attends to so many places before its own, and with `causal` False after it; None for all.
-        array: what `materialize` returns, where it has been made already; see `shared`.
+        key_segments: [B, S], 0 for padding, which no query attends to; None if all keys are real.
+        query_segments: [B, T]; a query attends to the keys of its own segment. None if a row holds one pair.
+        query_offsets: [B], position among the keys of each row's first query; None means zeros.
+        causal: whether a query attends to no later position than its own.
+        window: number of earlier positions a query sees; if not causal, also as many later ones; None for all.
+        array: the array of `materialize`, if it has been made already; see `shared`.
     """
 
     key_segments: Int[Array, "B S"] | None = None
@@ -48,21 +48,22 @@ class AttentionMask:
 
     @property
     def is_padding_only(self) -> bool:
-        """Whether it keeps nothing out but padding, so that a kernel may take the rows' lengths in its place."""
+        """Whether it excludes only padding, so that a kernel may use the rows' lengths instead."""
         return self.query_segments is None and not self.causal and self.window is None
 
     def shared(self, query_length: int, key_length: int) -> "AttentionMask":
         """Returns the mask with its array, so that all layers read the same one.
 
-        A loop of layers, or of decoding steps, would make or carry one for each layer otherwise. Where no layer reads
-        the array, nothing of it is left in the program.
+        Otherwise a loop over layers or decoding steps would make or carry an array for each layer. If no layer reads
+        the array, XLA removes it.
         """
         return dataclasses.replace(self, array=self.materialize(query_length, key_length))
 
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "#B 1 #T S"]:
         """Returns True where a query may attend to a key.
 
-        Example: causal, with queries in segments [1, 1, 2, 0] that are the keys as well, gives
+        Example: causal self-attention over segments [1, 1, 2, 0].
+
             1 0 0 0
             1 1 0 0
             0 0 1 0
@@ -82,7 +83,7 @@ class AttentionMask:
         return allowed & (near[None, None] if self.query_offsets is None else near)
 
     def _near(self, query: Int[Array, "T 1"], key: Int[Array, "1 S"]) -> Bool[Array, "T S"] | Bool[Array, "B 1 T S"]:
-        """Returns which of the places `key` lie where the queries at the places `query` may look."""
+        """Returns whether each query position may attend to each key position, by `causal` and `window`."""
         if self.query_offsets is not None:
             query, key = query[None, None] + self.query_offsets[:, None, None, None], key[None, None]
         in_window = True if self.window is None else jnp.abs(query - key) <= self.window
@@ -93,12 +94,12 @@ class AttentionMask:
 
 
 def scale_query(query: Float[Array, "*rows H"], scale: float | None = None) -> Float[Array, "*rows H"]:
-    """Returns queries times `scale`, by default 1 / sqrt(H), in their own type."""
+    """Returns queries times `scale`, by default 1 / sqrt(H), in their own dtype."""
     return query * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
 
 
 def cap_scores(scores: Float[Array, "..."], soft_cap: float | None) -> Float[Array, "..."]:
-    """Returns soft_cap * tanh(scores / soft_cap), which lies between plus and minus `soft_cap`; None caps nothing.
+    """Returns soft_cap * tanh(scores / soft_cap), between -soft_cap and soft_cap; None caps nothing.
 
     References:
         Gemma Team 2024, "Gemma 2", section 2 (logit soft-capping).
@@ -107,7 +108,7 @@ def cap_scores(scores: Float[Array, "..."], soft_cap: float | None) -> Float[Arr
 
 
 def repeat_heads(x: Float[Array, "..."], num_heads: int, axis: int) -> Float[Array, "..."]:
-    """Returns keys or values for every query head: each key-value head in `axis` serves as many in a row.
+    """Returns keys or values for every query head: each key-value head in `axis` is repeated for its query heads.
 
     References:
         Ainslie et al. 2023, "GQA", section 2.2.
@@ -119,8 +120,8 @@ def repeat_heads(x: Float[Array, "..."], num_heads: int, axis: int) -> Float[Arr
 def masked_softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
     """Returns the float32 softmax over the last axis of the entries where `mask` holds; others are exactly 0.
 
-    A row in which no entry may be attended to is all zeros, not uniform and not NaN, in value and in gradient. The
-    gradient needs nothing but the result: weights * (cotangent - sum(cotangent * weights)).
+    A row without an allowed entry is all zeros, neither uniform nor NaN, in value and in gradient. The gradient needs
+    only the result: weights * (cotangent - sum(cotangent * weights)).
 
     Args:
         scores: [..., S].
@@ -136,7 +137,7 @@ def masked_softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> Flo
 
 def _masked_softmax_forward(scores, mask):
     weights = masked_softmax(scores, mask)
-    return weights, (weights, jnp.zeros((), scores.dtype))
+    return weights, (weights, jnp.zeros((), scores.dtype))  # an array that carries only the dtype
 
 
 def _masked_softmax_backward(kept, cotangent):
@@ -178,7 +179,7 @@ def reference_attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns what `attention` says, by the paper's equation; a query that may attend to nothing gets zeros."""
+    """Returns `attention` by the paper's equation; a query that may attend to no key gets zeros."""
     weights = attention_weights(query, key, mask, bias=bias, scale=scale, soft_cap=soft_cap)
     dropped = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
     value = repeat_heads(value, query.shape[2], 2)
@@ -203,19 +204,19 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(cap(scale query key^T) + bias) value.
 
-    What a query gets that may attend to nothing is finite, and otherwise undefined: nothing may depend on it. Dropout
-    on the weights is not in the paper; it is in its code and in PyTorch's layers. The reference is the only form so
-    far; a fused kernel is chosen here.
+    If a query may attend to no key, its result is finite but unspecified. Nothing may depend on it. Dropout on the
+    weights is not in the paper. It is in the paper's code and in PyTorch's layers. The reference is the only form so
+    far; a fused kernel would be chosen here.
 
     Args:
-        query: of N heads.
-        key, value: of M heads, each of which serves N / M query heads in a row.
-        mask: what each query may attend to.
-        bias: added to the scores, such as that of relative positions.
+        query: N heads.
+        key, value: M heads; each serves N / M neighbouring query heads.
+        mask: which keys each query may attend to.
+        bias: added to the scores, such as a bias for relative positions.
         scale: factor on the products; 1 / sqrt(H) when None.
-        soft_cap: scores are held between plus and minus this; None lets them be.
-        dropout_rate: of the weights.
-        dropout_key: None means evaluation.
+        soft_cap: bound on the size of scores, see `cap_scores`; None sets no bound.
+        dropout_rate: probability that a weight is dropped.
+        dropout_key: random key; None means evaluation.
 
     References:
         Vaswani et al. 2017, section 3.2.1, equation 1.

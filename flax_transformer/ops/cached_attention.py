@@ -1,18 +1,17 @@
-"""Attention of a decoding step over keys and values that are kept between steps. Their layout is known here alone.
+"""Attention of a decoding step over cached keys and values. Only this file knows the layout of the caches.
 
-Self-attention. What a beam has written stays where it is when beams are reordered: a table of ancestors says, for each
-beam and each position, which beam wrote what it has there. A query attends to all that its sentence's beams wrote,
-those that are not its ancestors with weight 0. Nothing is copied, and each key is read once for all beams; the products
-take K times the arithmetic, which is little for the few beams of a search. Beams that are never reordered, such as many
-samples, need no table and attend to what they wrote themselves.
+Self-attention. Reordering beams does not move what they have written. A table of ancestors says which beam wrote each
+position of each beam's history. A query is multiplied with the keys of all beams of its sentence. Beams that are not
+its ancestors get weight 0. Nothing is copied. Each key is read once for all beams. The products do K times the
+arithmetic, which is cheap for small K. Beams that are never reordered, such as samples, need no table. They attend only
+to what they wrote themselves.
 
-On a CPU a cache is kept in blocks, and a step reads those alone that some slot has reached. Each block is an array of
-its own, since a part of an array would be copied before it is read. There, too, bfloat16 is kept as float32: XLA for
-CPU would otherwise turn a whole cache into float32 and back for each token that is written (docs/lab_book.md,
-2026-11-26).
+On a CPU a cache is split into blocks, and a step reads only the blocks that some slot has reached. Each block is an
+array of its own, since XLA would copy a slice before reading it. A CPU also keeps a bfloat16 cache as float32.
+Otherwise XLA converts the whole cache for each written token (docs/lab_book.md, "bfloat16 on a CPU with matrix
+instructions").
 
-Cross-attention keys and values are there once a sentence: its K beams stand in the place of the query length, so that
-nothing is tiled over beams.
+Cross-attention. Keys and values are stored once for each sentence. Its K beams take the place of the query axis.
 
 Legend: B sentences, K beams, N query heads, M key-value heads, T cache slots, C slots of a block, S source length,
 H head dim.
@@ -34,7 +33,7 @@ from flax_transformer.ops.attention import AttentionMask, masked_softmax, repeat
 from flax_transformer.ops.product import accumulation_dtype
 from flax_transformer.shapes import MASKED, array_tree
 
-# On a CPU the first two blocks have so many slots, and each after them twice as many as the one before.
+# On a CPU the first two blocks have this many slots. Each later block is twice as long as the one before.
 SHORTEST_BLOCK: int = 16
 
 
@@ -44,8 +43,8 @@ class SelfAttentionCache:
     """Keys and values of the tokens decoded so far, for one layer, by the beam that wrote them.
 
     Attributes:
-        keys: blocks [B, M, H, K, C], whose C sum to T: as the product with queries reads them.
-        values: blocks [B, M, K, C, H]: as the product with weights reads them.
+        keys: blocks [B, M, H, K, C], in the layout of the product with queries. Their C sum to T.
+        values: blocks [B, M, K, C, H], in the layout of the product with weights.
     """
 
     keys: tuple[Float[Array, "B M H K _"], ...]
@@ -55,7 +54,7 @@ class SelfAttentionCache:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class CrossAttentionCache:
-    """Keys and values of the encoder's output, for one layer; they serve all beams."""
+    """Keys and values of the encoder's output, for one layer, shared by all beams of a sentence."""
 
     keys: Float[Array, "B M H S"]
     values: Float[Array, "B M S H"]
@@ -65,7 +64,10 @@ class CrossAttentionCache:
 
 
 def block_lengths(length: int) -> tuple[int, ...]:
-    """Returns the slots of each block of a cache: one block, but on a CPU, where a branch for each costs nothing."""
+    """Returns the number of slots in each block.
+
+    There is one block, except on a CPU, where a branch for each block is cheap.
+    """
     if backend.platform() != "cpu":
         return (length,)
     lengths: list[int] = []
@@ -77,7 +79,7 @@ def block_lengths(length: int) -> tuple[int, ...]:
 def empty_self_attention_cache(
     num_sentences: int, num_beams: int, num_heads: int, length: int, head_dim: int, dtype: jnp.dtype
 ) -> SelfAttentionCache:
-    """Returns a cache of zeros with `length` slots, for keys and values of type `dtype` and key-value heads."""
+    """Returns a cache of zeros with `length` slots and `num_heads` key-value heads, for products in `dtype`."""
     dtype = accumulation_dtype(dtype)
     lengths = block_lengths(length)
     return SelfAttentionCache(
@@ -96,7 +98,7 @@ def cross_attention_cache(keys: Float[Array, "B S M H"], values: Float[Array, "B
 
 
 def write_ancestors(ancestors: Int[Array, "B K T"], positions: Int[Array, "B"]) -> Int[Array, "B K T"]:
-    """Returns the table once every beam has written its own token at its sentence's position."""
+    """Returns the table after each beam has written its token."""
     here = (jnp.arange(ancestors.shape[2])[None, :] == positions[:, None])[:, None, :]
     return jnp.where(here, jnp.arange(ancestors.shape[1])[None, :, None], ancestors)
 
@@ -104,7 +106,7 @@ def write_ancestors(ancestors: Int[Array, "B K T"], positions: Int[Array, "B"]) 
 def _write(
     cache: SelfAttentionCache, key: Float[Array, "B K M H"], value: Float[Array, "B K M H"], positions: Int[Array, "B"]
 ) -> SelfAttentionCache:
-    """Returns the cache with one token of each beam written, in the block that holds its sentence's position."""
+    """Returns the cache with one token of each beam written at its sentence's position."""
     rows = jnp.arange(key.shape[0])
     key, value = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)  # [B, M, H, K] and [B, M, K, H]
     key, value = key.astype(cache.keys[0].dtype), value.astype(cache.values[0].dtype)
@@ -122,7 +124,7 @@ def _write(
 
 
 def _block_scores(query: jax.Array, keys: jax.Array, wrote: jax.Array | None) -> Float[Array, "B N K C"]:
-    """Returns each beam's scores of what its ancestors wrote in a block."""
+    """Returns each beam's scores for the keys that its ancestors wrote in a block."""
     if wrote is None:
         return jnp.einsum("bnkh,bnhkc->bnkc", query, keys, preferred_element_type=jnp.float32)
     sentences, heads, head_dim, beams, _ = keys.shape
@@ -133,7 +135,7 @@ def _block_scores(query: jax.Array, keys: jax.Array, wrote: jax.Array | None) ->
 
 
 def _block_sums(weights: jax.Array, values: jax.Array, wrote: jax.Array | None) -> Float[Array, "B N K H"]:
-    """Returns each beam's weighted sums of what its ancestors wrote in a block."""
+    """Returns each beam's weighted sum of the values that its ancestors wrote in a block."""
     weights = weights.astype(values.dtype)
     if wrote is None:
         return jnp.einsum("bnkc,bnkch->bnkh", weights, values, preferred_element_type=jnp.float32)
@@ -152,17 +154,16 @@ def cached_self_attention(
     ancestors: Int[Array, "B K T"] | None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
-    """Writes one token's key and value for each beam, and returns attention over all that its ancestors wrote.
+    """Writes one token of each beam. Returns attention over the tokens of the beam's ancestors, and the cache.
 
-    A block in which a query may attend to nothing adds exact zeros to its result: bits do not depend on how many blocks
-    the other sentences need.
+    A block with no visible key adds exact zeros. So the number of blocks that other sentences need changes no bit.
 
     Args:
-        cache: what earlier steps wrote.
-        query, key, value: of the token being decoded.
+        cache: keys and values of earlier steps.
+        query, key, value: projections of the token being decoded.
         positions: slot to write, per sentence.
-        ancestors: which beam wrote what each beam has at each position, this step's included; None if each wrote all
-            of its own.
+        ancestors: the beam that wrote each position of each beam's history, this step included. None if beams are
+            never reordered.
         scale: factor on the products; 1 / sqrt(H) when None.
     """
     cache = _write(cache, key, value, positions)
@@ -172,7 +173,7 @@ def cached_self_attention(
     furthest = jnp.max(positions)
 
     def attend(sums: Any, keys: jax.Array, values: jax.Array, filled: jax.Array, wrote: jax.Array | None) -> Any:
-        """Returns the highest score so far, and the sums of exp(score - highest), once without and once with values."""
+        """Returns the running maximum, the sum of exp(score - maximum), and that sum weighted by the values."""
         keys, values = repeat_heads(keys, heads, 1), repeat_heads(values, heads, 1)
         highest, total, attended = sums
         scores = jnp.where(filled, _block_scores(query, keys, wrote), MASKED)
@@ -189,7 +190,7 @@ def cached_self_attention(
         end = offset + keys.shape[4]
         filled = jnp.arange(offset, end)[None, None, None, :] <= positions[:, None, None, None]
         wrote = None
-        if ancestors is not None:  # [B, 1, K, K, C]: whether the second beam is the first one's ancestor
+        if ancestors is not None:  # wrote[b, 0, i, j, c]: whether beam j wrote slot c of beam i's history
             wrote = ancestors[:, None, :, None, offset:end] == jnp.arange(beams)[None, None, None, :, None]
         block = (keys, values, filled, wrote)
         if offset == 0:
@@ -207,12 +208,12 @@ def cached_self_attention(
 def cached_cross_attention(
     cache: CrossAttentionCache, query: Float[Array, "B K N H"], mask: AttentionMask, scale: float | None = None
 ) -> tuple[Float[Array, "B K N H"], Float[Array, "B N K S"]]:
-    """Returns attention of each beam over the source, and its weights; beams stand in place of the query length.
+    """Returns attention of each beam over the source, and its weights. Beams take the place of the query axis.
 
     Args:
-        cache: of the source.
-        query: of the token being decoded.
-        mask: of the source; it must be the same for all beams.
+        cache: keys and values of the source.
+        query: projection of the token being decoded.
+        mask: mask of the source; it must be the same for all beams.
         scale: factor on the products; 1 / sqrt(H) when None.
     """
     dtype, heads = query.dtype, query.shape[2]

@@ -1,12 +1,11 @@
 """Masked, label-smoothed cross entropy, from hidden vectors and the output projection.
 
-The fused form makes the product hidden @ kernel.T in chunks of target tokens that stay in cache. That product has
-B * T * V elements, far more than anything else when V >> D. The forward pass of a training step already turns each
-chunk into its gradients: the loss is one number, so its gradient is known up to a factor before the backward pass
-begins. Logits are made once, and no [B, T, V] array ever exists. Tokens that are padding are put behind all others; on
-a CPU the loop ends before them.
+The logits hidden @ kernel.T have B * T * V elements, far more than any other array when V >> D. The fused form computes
+them in chunks of target tokens, so no [B, T, V] array ever exists. The loss is one number, so its gradient is known up
+to a factor. The forward pass therefore computes each chunk's gradient at once, and logits are computed only once.
+Padding is sorted behind all other tokens. On a CPU the loop ends before the padding.
 
-The reference, the choice and the fused form stand in one file, since each is the test of the other.
+Each form is tested against the other, so they share a file.
 
 Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a chunk.
 """
@@ -26,19 +25,19 @@ from flax_transformer.ops.vocabulary import OutputProjection
 from flax_transformer.parallel.sharding_rules import constrain, num_shards
 from flax_transformer.shapes import MASKED
 
-# Logits held at one time, in elements. On a CPU they stay in the cache, and chunks of padding alone are left out. An
-# accelerator would wait for the host before each turn of a loop whose length is not known to the compiler, and adds the
-# kernel's gradient up in its main memory in each: there chunks are few, and their number is fixed.
+# Elements of the logits of one chunk. On a CPU a chunk stays in the cache, and chunks of padding alone are skipped.
+# A GPU asks the host before each turn of a loop of unknown length. Each turn also updates the kernel's gradient in
+# device memory. So an accelerator gets few chunks, and their number is fixed.
 CPU_CHUNK_ELEMENTS = 1 << 21
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
 
 
 class LossSums(NamedTuple):
-    """Sums over the target tokens of a batch, to be merged over batches and divided once by `count`.
+    """Sums over the target tokens of a batch. Add them over batches, then divide once by `count`.
 
     Attributes:
         loss: label-smoothed cross entropy, nats.
-        negative_log_likelihood: of the reference, nats; exp(sum / count) is the perplexity.
+        negative_log_likelihood: that of the reference, nats; exp(sum / count) is the perplexity.
         correct: tokens whose reference has the highest logit.
         count: tokens that are not padding.
     """
@@ -60,7 +59,7 @@ def reference_cross_entropy(
     label_smoothing: float,
     divergence_weight: float = 0.0,
 ) -> LossSums:
-    """Returns what `cross_entropy` says, as it says it: all logits at once, differentiated by JAX."""
+    """The plain form of `cross_entropy`: all logits at once, differentiated by JAX."""
     logits = projection.logits(hidden)
     log_probs = jax.nn.log_softmax(logits)
     of_target = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
@@ -78,7 +77,7 @@ def reference_cross_entropy(
 
 
 def _reference_divergence(log_probs: Float[Array, "B T V"]) -> Float[Array, "B T"]:
-    """Returns KL(p || q) for each token, where q is what the other pass over the same row predicts."""
+    """Returns KL(p || q) for each token, where q is the prediction of the other pass over the same row."""
     pairs = log_probs.reshape(-1, 2, *log_probs.shape[1:])
     other = jnp.flip(pairs, axis=1).reshape(log_probs.shape)
     return jnp.sum(jnp.exp(log_probs) * (log_probs - other), axis=-1)
@@ -99,11 +98,11 @@ def cross_entropy(
 
         loss = -(1 - e) log p(target) - e / V_real * sum over real v of log p(v),      e = label_smoothing
 
-    Padding rows of the vocabulary get no probability and no share of the smoothing. Differentiable by hidden, kernel
-    and bias through `loss` alone; the other sums are for reading.
+    Padding rows of the vocabulary get no probability and no share of the smoothing. `loss` alone is differentiable, by
+    hidden, kernel and bias. The other sums have no gradient.
 
-    With a `divergence_weight` rows 2i and 2i + 1 must be two passes over the same targets, by different dropout, and
-    predict p and q. What they disagree on is added to the loss, once for each pair of tokens:
+    With a `divergence_weight`, rows 2i and 2i + 1 must be two passes over the same targets with different dropout. They
+    predict p and q. Their divergence is added to the loss, once for each pair of tokens:
 
         divergence_weight * (KL(p || q) + KL(q || p)) / 2
 
@@ -113,7 +112,7 @@ def cross_entropy(
         targets: reference ids, each below `projection.num_real_rows`.
         mask: False for padding.
         label_smoothing: e in [0, 1).
-        divergence_weight: at least 0; 0 means that rows have nothing to do with each other.
+        divergence_weight: at least 0; with 0 rows are independent.
 
     Raises:
         TypeError: the projection holds integers, which have no gradient.
@@ -137,10 +136,10 @@ def cross_entropy(
 
 @dataclasses.dataclass(frozen=True)
 class LossTerms:
-    """What is summed: numbers of which `cross_entropy` tells.
+    """The constants of the loss; see `cross_entropy`.
 
     Attributes:
-        num_real_rows: of the vocabulary.
+        num_real_rows: rows of the vocabulary that are not padding.
         label_smoothing: in [0, 1).
         divergence_weight: at least 0.
     """
@@ -152,11 +151,11 @@ class LossTerms:
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """How the target tokens are cut.
+    """How the target tokens are cut into chunks.
 
     Attributes:
-        elements: logits that are held at one time, at most.
-        skips_padding: whether the loop ends before the chunks that hold padding alone.
+        elements: most elements of the logits of one chunk.
+        skips_padding: whether the loop ends before the chunks that hold only padding.
     """
 
     elements: int
@@ -171,7 +170,7 @@ def fused_cross_entropy(
     terms: LossTerms,
     chunking: Chunking,
 ) -> LossSums:
-    """Returns what `cross_entropy` says, made in chunks; `terms` and `chunking` as their classes tell."""
+    """Returns the sums of `cross_entropy`, computed in chunks; see `LossTerms` and `Chunking`."""
     bias = None if projection.bias is None else projection.bias.astype(jnp.float32)
     if terms.divergence_weight:
         hidden, targets, mask = (_side_by_side(x) for x in (hidden, targets, mask))
@@ -179,23 +178,22 @@ def fused_cross_entropy(
 
 
 def _side_by_side(x: jax.Array) -> jax.Array:
-    """Returns the tokens of rows 2i and 2i + 1 in turns, as one row: [B, T, ...] -> [B / 2, 2 T, ...]."""
+    """Returns rows 2i and 2i + 1 interleaved token by token: [B, T, ...] -> [B / 2, 2 T, ...]."""
     rows, length, *rest = x.shape
     return jnp.swapaxes(x.reshape(rows // 2, 2, length, *rest), 1, 2).reshape(rows // 2, 2 * length, *rest)
 
 
 class _Chunks(NamedTuple):
-    """The target tokens of a batch for a loop over chunks of them: first those that are not padding, then padding.
+    """The target tokens of a batch, sorted for a loop over chunks: real tokens first, then padding.
 
-    Each share of the rows, of which every device has one (X of them), is ordered by itself, so that no token moves to
-    another device.
+    Each device sorts its own share of the rows (there are X shares). No token moves between devices.
 
     Attributes:
-        hidden: [X, M, D], M tokens of a share, in whole chunks.
+        hidden: [X, M, D], the M tokens of each share, filled up to whole chunks.
         targets, mask: [X, M].
-        places: [X, M], where in its share each token came from.
-        size: tokens of a share in a chunk.
-        needed: chunks to compute. Where padding is skipped, those that hold a real token in some share.
+        places: [X, M], the index in its share that each token came from.
+        size: tokens of one share in a chunk.
+        needed: number of chunks to compute; with `skips_padding`, only those with a real token in some share.
     """
 
     hidden: jax.Array
@@ -212,7 +210,7 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int) -> _Chunks:
-    """Returns the tokens of [B, T] in chunks; two passes over one token stay together."""
+    """Returns the tokens of [B, T] in chunks. Both passes over a token are in the same chunk."""
     terms, chunking = static
     together = 2 if terms.divergence_weight else 1
     shares = num_shards("batch")
@@ -235,20 +233,22 @@ def _chunks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, voca
 
 
 def _of_other_pass(x: jax.Array) -> jax.Array:
-    """Returns the neighbour's vector for each token, those of 2i and 2i + 1 exchanged: [X t, V] -> [X t, V]."""
+    """Returns the rows with 2i and 2i + 1 exchanged: [X t, V] -> [X t, V]."""
     return jnp.flip(x.reshape(len(x) // 2, 2, x.shape[1]), axis=1).reshape(x.shape)
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """Returns [X, t, ...] as [X t, ...]: with the tokens of all shares in one row, XLA for CPU makes faster loops."""
+    """Returns [X, t, ...] as [X t, ...]: over one axis of tokens XLA for CPU makes faster loops."""
     return constrain(x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
 
 
 class _ChunkTerms(NamedTuple):
-    """What one chunk comes to. With a divergence its predictions are p and q, from logits y and z.
+    """The sums of one chunk, and the arrays that its gradient needs.
+
+    With a divergence the two passes predict p and q, from logits y and z.
 
     Attributes:
-        sums: over the tokens of each share, [X].
+        sums: sums over the tokens of each share, [X].
         exponentials: exp(logits - highest), [X t, V].
         total: their sum over V, [X t, 1].
         apart: y - z, [X t, V]; None without a divergence.
@@ -263,12 +263,14 @@ class _ChunkTerms(NamedTuple):
 
 
 def _chunk_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask) -> _ChunkTerms:
-    """Returns the sums of one chunk, and what its gradient is made of.
+    """Returns the sums of one chunk, and the arrays that its gradient needs.
 
-    The divergence is J = (KL(p || q) + KL(q || p)) / 2 = (sum of p (y - z) + sum of q (z - y)) / 2.
+    The divergence is
+
+        J = (KL(p || q) + KL(q || p)) / 2 = (sum of p (y - z) + sum of q (z - y)) / 2
 
     Args:
-        terms: what is summed.
+        terms: constants of the loss.
         mean_row: [D], mean of the real rows of the kernel.
         kernel: [D, V], its padding columns included.
         bias: [V], or None.
@@ -288,7 +290,7 @@ def _chunk_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask
     log_normaliser = (jnp.log(total) + highest)[:, 0]
     target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     nll = log_normaliser - target_logit
-    # The mean of the real logits is linear in hidden: one product with the mean row in place of a pass over V.
+    # The mean of the real logits is linear in hidden. So one product with the mean row replaces a pass over V.
     mean_logit = jnp.einsum("td,d->t", hidden.astype(jnp.float32), mean_row)
     mean_logit = mean_logit if bias is None else mean_logit + jnp.mean(bias[: terms.num_real_rows])
     loss = (1.0 - terms.label_smoothing) * nll + terms.label_smoothing * (log_normaliser - mean_logit)
@@ -308,11 +310,13 @@ def _chunk_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask
 def _gradient_by_logits(terms: LossTerms, made: _ChunkTerms, targets: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the gradient [X t, V] of a chunk's loss.
 
-    That of the divergence is dJ / dy = (p (1 + y - z - sum of p (y - z)) - q) / 2, in the terms of `_ChunkTerms`.
+    The divergence adds (names as in `_ChunkTerms`)
+
+        dJ / dy = (p (1 + y - z - sum of p (y - z)) - q) / 2
 
     Args:
-        terms: what is summed.
-        made: of the chunk.
+        terms: constants of the loss.
+        made: terms of the chunk.
         targets: [X t].
         weight: [X t, 1], 0 for padding.
     """
@@ -339,9 +343,9 @@ def _sum_shares(tree):
 def _for_products(terms: LossTerms, hidden, kernel):
     """Returns the kernel in the type of `hidden`; the mean of its real rows, in float32; and the kernel as [D, V].
 
-    Both products with logits are made with V as the last axis, or XLA copies the logits transposed for each.
+    Both products with logits have V as the last axis. Otherwise XLA would transpose the logits for each.
     """
-    kernel = constrain(kernel.astype(hidden.dtype), "vocab", None)  # whole rows, once, before the loop
+    kernel = constrain(kernel.astype(hidden.dtype), "vocab", None)  # gathered to whole rows once, before the loop
     return (
         kernel,
         jnp.mean(kernel[: terms.num_real_rows].astype(jnp.float32), axis=0),
@@ -365,7 +369,7 @@ def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
 def _forward(static, hidden, kernel, bias, targets, mask):
     """Returns the sums; the gradient of `loss` by hidden, and in float32 by kernel and bias; and the kernel's type."""
     terms, _ = static
-    like_kernel = jnp.zeros((), kernel.dtype)
+    like_kernel = jnp.zeros((), kernel.dtype)  # carries only the dtype
     kernel, mean_row, columns = _for_products(terms, hidden, kernel)
     chunks = _chunks(static, hidden, targets, mask, kernel.shape[0])
     shares = len(chunks.mask)
@@ -382,7 +386,7 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         by_tokens = jnp.einsum("xtv,vd->xtd", by_logits, kernel, preferred_element_type=accumulation_dtype(h.dtype))
         by_tokens = by_tokens.astype(h.dtype)
         by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * chunks.size, axis=1)
-        # Each device sums up its own share; the sum over devices is made once, after the loop.
+        # Each device sums its own share. The sum over devices is taken once, after the loop.
         by_columns = jnp.einsum("xtd,xtv->xdv", h, by_logits, preferred_element_type=jnp.float32)
         column_gradient = constrain(column_gradient + by_columns, "batch", None, "vocab")
         return jax.tree.map(jnp.add, total, made.sums), column_gradient, bias_gradient, by_hidden
@@ -395,7 +399,7 @@ def _forward(static, hidden, kernel, bias, targets, mask):
     )
     total, column_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, chunks.needed, body, start)
     total, column_gradient, bias_gradient = _sum_shares((total, column_gradient, bias_gradient))
-    # Back to where each token came from; what fills up the last chunk came from nowhere.
+    # Each token's gradient goes back to the token's place. Rows that fill up the last chunk are dropped.
     tokens = targets.size // shares
     back = jax.vmap(lambda rows, order: jnp.zeros((tokens, rows.shape[1]), rows.dtype).at[order].set(rows, mode="drop"))
     by_hidden = constrain(back(by_hidden, chunks.places), "batch", None, None).reshape(hidden.shape)

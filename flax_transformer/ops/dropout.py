@@ -1,8 +1,7 @@
 """Dropout from one random byte for each element.
 
-A keep-decision needs 8 random bits, not 32: four decisions are taken from each threefry word. That makes threefry as
-cheap on a CPU as the hardware-like `rbg` generator, and unlike `rbg` it gives the same bits whatever the mesh, with
-every device drawing only its own share.
+A keep decision needs 8 random bits, so each 32-bit word of threefry decides four elements. Threefry is then as cheap on
+a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each device draws only its share.
 """
 
 import jax
@@ -13,7 +12,7 @@ from flax_transformer.errors import ConfigError
 
 
 def check_dropout_rate(name: str, rate: float) -> None:
-    """Raises a `ConfigError` unless a rate can be drawn by `dropout`; `name` is the configuration field."""
+    """Raises a `ConfigError` unless `dropout` can draw the rate; `name` is the configuration field."""
     if not 0.0 <= rate < 1.0:
         raise ConfigError(f"{name} must be at least 0 and below 1, got {rate}.")
     if rate and _threshold(rate) == 256:
@@ -23,12 +22,12 @@ def check_dropout_rate(name: str, rate: float) -> None:
 
 
 def _threshold(rate: float) -> int:
-    """Returns how many of the 256 values of a byte keep an element."""
+    """Returns the number of the 256 values of a byte that keep an element."""
     return max(1, round((1.0 - rate) * 256))
 
 
 def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
-    """Returns uint8 random bytes, four from each 32-bit word drawn; the last axis is the one filled by fours."""
+    """Returns uint8 random bytes. Each 32-bit word fills four neighbours of the last axis."""
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
     as_bytes = jax.lax.bitcast_convert_type(words, jnp.uint8)  # [..., W] -> [..., W, 4]
     return as_bytes.reshape(*words.shape[:-1], words.shape[-1] * 4)[..., : shape[-1]]
@@ -37,12 +36,12 @@ def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
 def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:
     """Returns `x` with each element kept with probability `1 - rate` and scaled, or set to zero.
 
-    The keep-probability is rounded to a multiple of 1/256 and the scale belongs to the rounded value, so that the
-    expectation is `x` up to the rounding of the type.
+    The keep probability is rounded to n/256. The scale uses the rounded value, so the expectation is `x` up to
+    rounding.
 
     Args:
         x: any shape.
-        rate: probability of zero, in [0, 1).
+        rate: probability that an element is set to zero, in [0, 1).
         key: random key; None (evaluation) returns `x` unchanged.
 
     References:
@@ -58,7 +57,7 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) ->
 
 
 def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]:
-    """Returns `num` independent keys, or `num` times None when there is no key (evaluation)."""
+    """Returns `num` independent keys, or `num` times None without a key (evaluation)."""
     if key is None:
         return [None] * num
     return list(jax.random.split(key, num))

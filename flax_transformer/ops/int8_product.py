@@ -1,9 +1,9 @@
-"""Weights as 8-bit integers, for inference: products of integers, scaled back.
+"""Products with weights that are 8-bit integers, for inference.
 
     sum_i x[i] W[i, o]  ~  s * S[o] * sum_i q[i] Q[i, o],   q = round(x / s), Q = round(W / S)
 
-Weights are rounded once, each output channel to 127 steps either side of zero. Activations are rounded as they come,
-each vector to 127 steps of its own, so nothing needs to be calibrated. The sum of products is exact, in int32.
+Weights are rounded once, with a scale S[o] for each output channel. Activations are rounded at each use, with a scale
+s for each vector, so nothing needs to be calibrated. The sum of products is exact, in int32.
 
 References:
     Dettmers et al. 2022, "LLM.int8()", section 2.1 (scales for vectors of both sides).
@@ -26,8 +26,9 @@ class Int8Weights:
     """Weights as integers and a scale for each output channel.
 
     Attributes:
-        values: as the weights.
-        scales: as the weights, without the axes over which products sum; value * scale is the weight, rounded.
+        values: integers in the shape of the weights.
+        scales: one for each output channel: the shape of the weights without the axes that products sum over. A
+            rounded weight is value * scale.
     """
 
     values: Int8[Array, "..."]
@@ -39,7 +40,7 @@ def quantize(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weig
 
     Args:
         weights: of any shape.
-        in_axes: over which products with them sum; each entry of the others has a scale of its own.
+        in_axes: axes that products sum over. Each entry of the other axes has its own scale.
     """
     weights = weights.astype(jnp.float32)
     scales = _scales(weights, in_axes)
@@ -51,8 +52,8 @@ def int8_product(
 ) -> Float[Array, "..."]:
     """Returns the float32 product of `x`, whose last axes are summed with the axes `in_axes` of the weights.
 
-    `x` is [*rows, *in]; the result is [*rows, *out], or [*out, *rows] with `weights_left`, which makes the weights the
-    left side of the product.
+    `x` is [*rows, *in], and the result is [*rows, *out]. With `weights_left` the weights are the left side of the
+    product, and the result is [*out, *rows].
     """
     x_axes = tuple(range(x.ndim - len(in_axes), x.ndim))
     x = x.astype(jnp.float32)
@@ -74,7 +75,7 @@ def int8_rows(table: Int8Weights, rows: Int[Array, "*rows"]) -> Float[Array, "*r
 
 
 def _scales(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-    """Returns the size of a step, with `axes` kept as 1; never 0, so that zeros stay zeros."""
+    """Returns the step size, with `axes` kept as 1. It is never 0, so zeros stay zeros."""
     return jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), STEPS * jnp.finfo(jnp.float32).tiny) / STEPS
 
 

@@ -1,4 +1,4 @@
-"""The product of rows with a kernel, and the type in which it is summed.
+"""The product of rows with a kernel, and the dtype in which it is summed.
 
 Legend: rows are any leading axes; `in` axes are summed over; `out` axes are what a kernel maps to.
 """
@@ -25,38 +25,38 @@ def reference_product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_i
 
 
 def accumulation_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the type that a product of `compute_dtype` is asked for, before it is rounded to `compute_dtype`.
+    """Returns the dtype requested for a product's result before it is cast to `compute_dtype`.
 
-    On a CPU it is float32. The processor's matrix instructions (AMX) multiply bfloat16 into float32 alone. XLA makes
-    both sides float32 first when a product is asked for in bfloat16 (docs/lab_book.md, 2026-11-26). Elsewhere it is
-    `compute_dtype`: sums inside a product are float32 all the same, and devices exchange half as many bytes.
+    On a CPU it is float32, since its matrix instructions (AMX) multiply bfloat16 only into float32. For a bfloat16
+    result XLA would first convert both sides to float32 (docs/lab_book.md, "bfloat16 on a CPU with matrix
+    instructions"). Elsewhere it is `compute_dtype`. Sums inside a product are float32 there too, and devices exchange
+    fewer bytes.
     """
     return jnp.dtype(jnp.float32) if backend.platform() == "cpu" else jnp.dtype(compute_dtype)
 
 
 def _rounded_product(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    """Returns the product of two arrays of one type, in that type: [*left, *right] without the axes of `contract`."""
+    """Returns the product of two arrays of one dtype, in that dtype: [*left, *right] without the axes of `contract`."""
     wide = jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=accumulation_dtype(left.dtype))
     return wide.astype(left.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def float_product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_in_dims: int) -> Float[Array, "..."]:
-    """Returns what `reference_product` does, with a gradient by the kernel that is summed in float32.
+    """Returns the result of `reference_product`; its gradient by the kernel is summed in float32.
 
-    The gradient is x^T g, of the two as matrices. JAX's own rule makes g^T x and turns it round. For that XLA for CPU
-    writes g transposed first, and computes it anew in that order (docs/lab_book.md, 2026-11-24).
+    The kernel's gradient is computed as x^T g. JAX's rule computes (g^T x)^T, for which XLA for CPU transposes and
+    recomputes g (docs/lab_book.md, "memory that comes and goes").
 
-    The kernel is cast to the type of `x` in here, so its gradient never has that type. Rows, and devices, are summed
-    in float32.
+    The kernel is cast to the dtype of `x` here, so its gradient is summed in float32 over rows and devices.
     """
     contract = tuple(range(x.ndim - num_in_dims, x.ndim)), tuple(range(num_in_dims))
     return _rounded_product(x, kernel.astype(x.dtype), contract)
 
 
 def _forward(x, kernel, num_in_dims):
-    like_kernel = jnp.zeros((), kernel.dtype)
-    kernel = kernel.astype(x.dtype)  # kept as it is multiplied: what is split over devices is then gathered once
+    like_kernel = jnp.zeros((), kernel.dtype)  # carries only the dtype
+    kernel = kernel.astype(x.dtype)  # keep the cast kernel: if it is sharded, it is gathered once
     return float_product(x, kernel, num_in_dims), (x, kernel, like_kernel)
 
 
@@ -84,10 +84,10 @@ def product(
     """Returns x W: [*rows, *in] and [*in, *out] -> [*rows, *out], in `compute_dtype`.
 
     Args:
-        x: rows, of any type.
+        x: rows, of any dtype.
         kernel: floats or 8-bit integers; its first `num_in_dims` axes are summed with the last ones of `x`.
         num_in_dims: number of axes that are summed over.
-        compute_dtype: type of the result, and of both sides where the kernel holds floats.
+        compute_dtype: dtype of the result, and of both sides if the kernel holds floats.
     """
     if isinstance(kernel, Int8Weights):
         return int8_product(x, kernel, tuple(range(num_in_dims))).astype(compute_dtype)

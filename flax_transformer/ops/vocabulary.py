@@ -1,9 +1,9 @@
-"""Tables of tokens: rows that are read, logits that are made, and the best of a vocabulary.
+"""Token tables: embedding rows, logits, and the best entries of a vocabulary.
 
-On a CPU logits lie in memory as [V, ...], vocabulary first. With the table as its left side their product is faster
-where the table stays in the cache: XLA's library packs the right side anew in each call. What is done along the
-vocabulary takes neighbouring rows into one instruction (docs/lab_book.md, 2026-11-26). This file alone knows of it. It
-exchanges the axes where logits are made and again where they are read, and nothing of that is left in the program.
+On a CPU logits are stored as [V, ...]. The product is faster with a cached table on the left, because XLA repacks the
+right side in each call. Reductions over V then work on neighbouring memory, so they vectorise (docs/lab_book.md, "two
+passes that must agree, logits by vocabulary"). The axes are swapped back where logits are read; XLA removes both swaps.
+Only this file knows of it.
 
 Legend: B batch, K beams, M candidates, V vocabulary rows (padded), D model dim.
 """
@@ -20,7 +20,7 @@ from flax_transformer.shapes import MASKED, array_tree, static_field
 
 
 def vocab_major() -> bool:
-    """Returns whether logits [..., V] are made, and searched, as [V, ...]."""
+    """Returns whether logits [..., V] are computed and searched as [V, ...]."""
     return backend.platform() == "cpu"
 
 
@@ -29,7 +29,7 @@ def vocab_major() -> bool:
 
 @jax.custom_vjp
 def _float_rows(table: Float[Array, "V D"], rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-    """Returns the `rows` of a table; its gradient is summed in float32, whatever the table's type."""
+    """Returns the `rows` of a table. The table's gradient is summed in float32, whatever its type."""
     return jnp.take(table, rows, axis=0, mode="clip")
 
 
@@ -48,12 +48,12 @@ _float_rows.defvjp(_float_rows_forward, _float_rows_backward)
 
 
 def take_rows(table: Float[Array, "V D"] | Int8Weights, rows: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-    """Returns the `rows` of a table, in its type, or in float32 where it holds integers; indices are clipped."""
+    """Returns the `rows` of a table, in its type, or in float32 if it holds integers. Indices are clipped."""
     return int8_rows(table, rows) if isinstance(table, Int8Weights) else _float_rows(table, rows)
 
 
 def without_row(table: Float[Array, "V D"] | Int8Weights, row: int) -> Float[Array, "V D"] | Int8Weights:
-    """Returns a table with zeros in one of its rows."""
+    """Returns the table with one row set to zeros."""
     if isinstance(table, Int8Weights):
         return dataclasses.replace(table, values=table.values.at[row].set(0))
     return table.at[row].set(0.0)
@@ -65,16 +65,16 @@ def without_row(table: Float[Array, "V D"] | Int8Weights, row: int) -> Float[Arr
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class OutputProjection:
-    """The map from a decoder's hidden vector to logits, given as arrays so that the loss may fuse it.
+    """The map from a decoder's hidden vector to logits, as arrays, so that the loss can fuse it.
 
         logits = hidden @ kernel.T + bias,   padding rows of the vocabulary masked
 
     Attributes:
-        kernel: [V, D], rows as in an embedding table, and often that very table. With `bias_in_kernel` it is
-            [V, D + 1]. For inference it may hold integers.
+        kernel: [V, D], often the embedding table itself; [V, D + 1] with `bias_in_kernel`. For inference it may hold
+            integers.
         bias: [V], or None.
-        num_real_rows: rows from here on pad the table and never get probability.
-        bias_in_kernel: whether the last column of the kernel holds what is added to the products.
+        num_real_rows: rows from this index on are padding and never get probability.
+        bias_in_kernel: whether the kernel's last column holds the vector that is added to the products.
     """
 
     kernel: Float[Array, "V _"] | Int8Weights
@@ -97,12 +97,12 @@ class OutputProjection:
         if offset is not None:
             offset = offset.reshape(-1, *(1,) * (hidden.ndim - 1)) if first else offset
             logits = logits + jnp.broadcast_to(offset, logits.shape)
-        # Not before all is done: XLA for CPU would write the exponentials anew in the other order.
+        # Transpose last: earlier, XLA for CPU would write the exponentials again.
         return jnp.moveaxis(logits, 0, -1) if first else logits
 
 
 def _offset(projection: OutputProjection) -> Float[Array, "V"] | None:
-    """Returns what is added to the products: the bias, and for padding MASKED, in which rounding swallows them."""
+    """Returns the vector added to logits: the bias, and MASKED for padding rows."""
     num_rows = jax.tree.leaves(projection.kernel)[0].shape[0]
     bias = None if projection.bias is None else projection.bias.astype(jnp.float32)
     if projection.num_real_rows == num_rows:
@@ -112,11 +112,11 @@ def _offset(projection: OutputProjection) -> Float[Array, "V"] | None:
 
 
 def fold_bias_into_kernel(projection: OutputProjection) -> OutputProjection:
-    """Returns the projection with what is added to the products in a column of the kernel, if that is faster.
+    """Returns the projection with bias and padding mask as a column of the kernel, where that is faster.
 
-    XLA for CPU adds it in passes of its own over all logits (docs/lab_book.md, 2026-11-26). The projection stays as it
-    is on other platforms, where nothing is added, and where the kernel holds integers or other types than float32. In
-    fewer bits the column would be rounded, which the bias is not.
+    XLA for CPU would add the vector in separate passes over all logits (docs/lab_book.md, "passes over logits that
+    nobody asked for"). Nothing changes (1) on other platforms, (2) without an offset, (3) for kernels that are not
+    float32, where the column would be rounded.
     """
     offset, kernel = _offset(projection), projection.kernel
     if offset is None or isinstance(kernel, Int8Weights) or kernel.dtype != jnp.float32 or not vocab_major():
@@ -136,7 +136,7 @@ def sum_of_exponentials(logits: Float[Array, "B K V"], highest: Float[Array, "B 
 
 
 def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
-    """Returns what `jax.nn.log_softmax` does, read in the order in which logits lie in memory."""
+    """Returns the log-softmax over V, reading logits in the order of their memory layout."""
     if vocab_major():
         highest = jnp.max(jnp.moveaxis(logits, -1, 0), axis=0)[..., None]
     else:
@@ -145,9 +145,9 @@ def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
 
 
 def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
-    """Returns what `jax.lax.top_k` does, with less to sort: the best lie in the blocks with the highest maxima.
+    """Returns the result of `jax.lax.top_k` with less to sort: only the blocks with the highest maxima are searched.
 
-    Blocks are in a row, and those chosen stay in order. So ties go to the lower index here, too. Without a platform
+    Chosen blocks are sorted by index, so ties go to the lower index, as in `top_k`. Without a platform
     `jax.lax.top_k` itself is the reference.
     """
     if backend.platform() is None:
