@@ -1,31 +1,28 @@
-"""Beam search inside XLA, over a decode step that it knows nothing about.
+"""Beam search inside XLA, over any decode step.
 
 The search is three functions over a state (`BeamState`). `start` makes a state, `advance` takes it some steps further,
-and `finish` reads the results. `beam_search` is the loop that drives them. A server may drive them as well: it compiles
-`advance` once, keeps the state on the device, and looks between two calls at what is done.
+and `finish` reads the results. `beam_search` is the loop that drives them. A server may also drive them. It compiles
+`advance` once, keeps the state on the device, and checks between calls what is done.
 
-Slots. A program searches N sentences in B slots. A sentence that is done leaves its slot, and the next one is put in
-its place while the others go on. So a slot costs a step only for a sentence that needs it. All shapes are fixed and
-every slot has its own position and limits: nothing of a sentence's result depends on its slot, on when it came, or on
-the others.
+Slots. A program searches N sentences in B slots. A sentence that is done leaves its slot, and the next one takes it
+while the others go on. So a slot costs a step only for a sentence that needs it. Shapes are fixed, and each slot has
+its own position and limit. So a result depends neither on its slot nor on other sentences.
 
-What it promises:
-    - A candidate finishes only when it ranks among the best K candidates of its step. A beam of 1 is greedy search: it
-      ends with its first finished hypothesis.
-    - A sentence stops as soon as enough hypotheses are finished (K, or a share of them) and no unfinished one can still
-      beat the worst of them. The best score that a live hypothesis can still reach is known: a log-probability never
-      rises, the score adjustment is never positive, and the length penalty's divisor is monotone. That is the stop rule
-      "sure". By the rule "likely" a sentence stops as soon as enough are finished and no unfinished one, scored as it
-      stands, beats the worst of them. By "finished" it stops as soon as enough are finished. A longer one might be
-      better then.
-    - Hypotheses that reach the maximum length are returned as unfinished, behind the finished ones.
+Candidates. A candidate finishes only when it ranks among the best K candidates of its step. A beam of 1 is greedy
+search: it ends with its first finished hypothesis. Hypotheses that reach the maximum length are returned as unfinished,
+behind the finished ones.
+
+Stop rules. A sentence stops once enough hypotheses are finished (K, or a share of them) and its rule allows it:
+    sure: no unfinished hypothesis can still beat the worst of these. Its best reachable score is known, since a
+        log-probability never rises, the score adjustment is never positive, and the divisor is monotone.
+    likely: no unfinished hypothesis, scored at its present length, beats the worst of these.
+    finished: always. A longer hypothesis might still be better.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
 
 References:
-    Graves 2012, section 2.5, and Wu et al. 2016, section 7, for the search; Huang, Zhao and Ma 2017 for when to stop
-    surely; Kasai et al. 2022 for stopping at K finished hypotheses ("first come, first served") and for a patience,
-    though theirs may be above 1, which waits for more than K.
+    Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `sure`: Huang, Zhao and Ma 2017. Rule `finished`
+    and patience: Kasai et al. 2022. Their patience may exceed 1; ours may not.
 """
 
 import dataclasses
@@ -66,7 +63,7 @@ StopRule = Literal["sure", "likely", "finished"]
 
 
 def num_awaited(beam_size: int, patience: float) -> int:
-    """Returns how many finished hypotheses a search of one sentence waits for."""
+    """Returns the number of finished hypotheses that a search of one sentence waits for."""
     return math.ceil(beam_size * patience)
 
 
@@ -77,14 +74,14 @@ class BeamSearchConfig:
     Attributes:
         beam_size: hypotheses kept at each step, K.
         num_slots: sentences searched at the same time, B.
-        max_length: tokens of a hypothesis at most, end token included, T; sentences may have lower limits of their own.
-        start_token: what the first step reads.
-        end_token: what closes a hypothesis.
-        length_penalty: how scores of different lengths are compared.
-        stop: when a sentence stops: once its finished hypotheses are "sure" to stay, "likely" to, or just "finished".
-        patience: how many finished hypotheses that takes, as a share of the beam. When they must be sure, all K are the
-            best that the search can find with 1, and the first is with 1/K.
-        refill_at: slots that stand empty before they are refilled, while there are sentences left.
+        max_length: most tokens of a hypothesis, end token included, T. Sentences may have lower limits.
+        start_token: token that the first step reads.
+        end_token: token that ends a hypothesis.
+        length_penalty: makes scores of different lengths comparable.
+        stop: the stop rule, "sure", "likely" or "finished"; see the module's docstring.
+        patience: share of the beam that must be finished. With `sure` and 1, all K results are the best the search can
+            find; with 1/K, only the first is.
+        refill_at: number of done slots at which they are refilled, while sentences wait.
     """
 
     beam_size: int
@@ -111,7 +108,7 @@ class BeamSearchConfig:
 
     @property
     def num_awaited(self) -> int:
-        """Finished hypotheses that are waited for."""
+        """Number of finished hypotheses that a sentence waits for."""
         return num_awaited(self.beam_size, self.patience)
 
 
@@ -132,13 +129,13 @@ def start(
     Args:
         functions: the decoder.
         config: everything static.
-        decoder: a state of the decoder with B slots and K beams, whatever is in them.
-        max_lengths: most tokens of each sentence's output, end token included, at most `config.max_length`; 0 makes a
-            row of padding, which gives no hypothesis, and costs nothing if it stands at the end.
-        processors: what may follow what, applied in this order.
-        selector: what chooses the candidates of a step; `best_candidates` when None. With another, a candidate that
-            "ranks among the best K" is one of the first K in its order.
-        score_adjustment: what is added to scores, never above 0; nothing when None.
+        decoder: a state of the decoder with B slots and K beams; its values are not read.
+        max_lengths: most tokens of each sentence's output, end token included, at most `config.max_length`. 0 marks
+            padding, which yields nothing and is free at the end.
+        processors: change log-probabilities before candidates are chosen, applied in this order.
+        selector: chooses the candidates of a step; `best_candidates` when None. With another selector, the "best K"
+            candidates are the first K in its order.
+        score_adjustment: added to scores, never above 0; None adds nothing.
     """
     num_rows, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
     request = SearchRequest(
@@ -148,7 +145,7 @@ def start(
         selector=selector,
         score_adjustment=score_adjustment,
     )
-    # What the step gives beside the logits: its shapes, without running it.
+    # Shapes of the auxiliary values, without running the step.
     auxiliary = jax.eval_shape(functions.step, jnp.zeros((slots, beams), jnp.int32), decoder)[1]
     auxiliary = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), auxiliary)
     blank = empty_buffer((num_rows + 1, beams, config.max_length), config.end_token, auxiliary)
@@ -184,20 +181,20 @@ def advance(
 ) -> BeamState:
     """Returns the state after at most `max_steps` steps.
 
-    First the slots that are done hand over their results and take the next sentences. Then steps are made until so many
-    slots are done that they should be refilled (`config.refill_at`), or all are. How the steps are shared between calls
-    changes nothing of a result.
+    First, slots that are done store their results and take the next sentences. Steps run until `refill_at` slots are
+    done, or all of them. The split of steps over calls changes no result.
 
     Args:
         functions: the decoder.
         config: everything static.
-        state: from `start`, or from this function.
-        max_steps: how many steps at most; None for any number.
+        state: returned by `start` or by this function.
+        max_steps: most steps to run; None for any number.
 
-    Example: how a server runs it, with the state on the device.
+    Example: a server that keeps the state on the device.
         >>> few_steps = jax.jit(functools.partial(advance, functions, config), donate_argnums=0)
         >>> state = few_steps(state, 8)
-        >>> done = state.sentences[~state.active]  # their results are in `finish(config, state)`
+        >>> done = state.sentences[~state.active]
+        >>> done = done[done < len(max_lengths)]  # an empty slot holds N; results are in `finish(config, state)`
     """
     state = _exchange(functions, config, state)
     step = functools.partial(_step, functions, config)
@@ -249,7 +246,7 @@ def beam_search(
 
 
 def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamState) -> BeamState:
-    """Returns the state with one token more for the hypotheses of each active slot."""
+    """Returns the state with one more token for the hypotheses of each active slot."""
     # --- 1. score every extension of every live hypothesis
     request, beams = state.request, config.beam_size
     last = jnp.maximum(state.steps - 1, 0)[:, None, None]
@@ -274,7 +271,7 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
     live = LiveHypotheses(gather_hypotheses(extended, alive), live_scores)
     decoder = functions.reorder(decoder, gather_beams(candidates.parents, alive))
 
-    # --- 4. a slot that is done keeps what it has
+    # --- 4. a slot that is done keeps its hypotheses
     before = state.steps, state.live, state.finished
     steps, live, finished = select_slots(state.active, (state.steps + 1, live, finished), before)
     state = dataclasses.replace(state, steps=steps, live=live, finished=finished, decoder=decoder)
@@ -290,12 +287,12 @@ def _with_finished(
     extended: HypothesisBuffer,
     may_finish: Bool[Array, "B M"],
 ) -> FinishedHypotheses:
-    """Returns the best K of the finished hypotheses and of the `extended` ones that may finish."""
+    """Returns the best K among the finished hypotheses and the `extended` ones that may finish."""
     beams, old, length = config.beam_size, state.finished, state.steps + 1
     scores = log_probs / config.length_penalty.divisor(length)[:, None]
     scores = _adjusted(state, scores, extended.auxiliary, length)
     scores = jnp.where(may_finish, scores, MASKED)
-    scores, kept = jax.lax.top_k(jnp.concatenate([old.scores, scores], axis=1), beams)  # of [B, 3K], old ones win a tie
+    scores, kept = jax.lax.top_k(jnp.concatenate([old.scores, scores], axis=1), beams)  # [B, 3K]; old ones win ties
     lengths = jnp.concatenate([old.lengths, jnp.where(may_finish, length[:, None], 0)], axis=1)
     buffer = gather_hypotheses(concatenate_hypotheses(old.buffer, extended), kept)
     return FinishedHypotheses(buffer, gather_beams(lengths, kept), scores)
@@ -304,16 +301,16 @@ def _with_finished(
 def _adjusted(
     state: BeamState, scores: Float[Array, "B M"], auxiliary: Any, lengths: Int[Array, "B"]
 ) -> Float[Array, "B M"]:
-    """Returns the scores with the score adjustment of hypotheses of which so many tokens count."""
+    """Returns the adjusted scores of hypotheses that have `lengths` tokens."""
     adjustment = state.request.score_adjustment
     return scores if adjustment is None else scores + adjustment(auxiliary, state.sentences, lengths)
 
 
 def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array, "B"]) -> Bool[Array, "B"]:
-    """Returns for which slots the stop rule waits for more hypotheses, which have at most `limits` tokens."""
+    """Returns which slots must go on, by the stop rule; their hypotheses have at most `limits` tokens."""
     awaited = state.finished.scores[:, config.num_awaited - 1]
-    if config.stop == "finished" or config.beam_size == 1:  # greedy search looks for no longer ones that score better
-        return awaited < MASKED / 2  # a NaN is there
+    if config.stop == "finished" or config.beam_size == 1:  # greedy search stops at its first
+        return awaited < MASKED / 2  # False once an entry is finished; also False for NaN
     if config.stop == "likely":
         lengths = jnp.maximum(state.steps, 1)
         as_they_stand = state.live.scores / config.length_penalty.divisor(lengths)[:, None]
@@ -327,15 +324,15 @@ def best_reachable(
 ) -> Float[Array, "B"]:
     """Returns the best score that any live hypothesis of each slot can still finish with.
 
-    A log-probability can only fall, and it is not positive. So the bound is the one now, divided by the largest divisor
-    among the lengths still possible. A monotone divisor is largest at one end of them.
+    A log-probability can only fall, and it is not positive. The bound is the current log-probability divided by the
+    largest divisor still possible. A monotone divisor is largest at one end of the possible lengths.
     """
     best = jnp.max(live_scores, axis=1)
     return best / jnp.maximum(penalty.divisor(steps + 1), penalty.divisor(max_lengths))
 
 
 def _is_uninterrupted(config: BeamSearchConfig, state: BeamState) -> Bool[Array, ""]:
-    """Returns whether steps go on before slots are exchanged."""
+    """Returns whether more steps run before slots are exchanged."""
     idle = jnp.sum(~state.active)
     waiting = state.next_sentence < state.request.num_sentences
     return jnp.where(waiting, idle < config.refill_at, idle < config.num_slots)
@@ -345,7 +342,7 @@ def _is_uninterrupted(config: BeamSearchConfig, state: BeamState) -> Bool[Array,
 
 
 def _exchange(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamState) -> BeamState:
-    """Stores what the slots that are done have found, and puts the next sentences in their place."""
+    """Stores the results of slots that are done, and puts the next sentences into them."""
     request, empty = state.request, ~state.active
     none = request.max_lengths.shape[0] - 1  # the sentence of an empty slot
     number = state.next_sentence + jnp.cumsum(empty) - 1
@@ -367,7 +364,7 @@ def _exchange(functions: DecoderFunctions, config: BeamSearchConfig, state: Beam
 
 
 def _stored(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
-    """Returns the results with those of the slots that are done."""
+    """Returns the results, with those of done slots added."""
     found = _collected(config, state)
     none = state.request.max_lengths.shape[0] - 1
     rows = jnp.where(state.active, none, state.sentences)

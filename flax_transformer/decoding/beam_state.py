@@ -1,6 +1,6 @@
 """The state of a beam search: everything dynamic about it, as one tree of arrays.
 
-A program that takes the state and gives it back may keep it on a device, and overwrite it in place (donation).
+A program that takes and returns the state can keep it on a device, and overwrite it in place (donation).
 
 Legend: N sentences, B slots, K beams, M hypotheses, V vocabulary, T maximum length.
 """
@@ -20,15 +20,15 @@ from flax_transformer.shapes import MASKED, array_tree
 
 @runtime_checkable
 class ScoreAdjustment(Protocol):
-    """What is added to the scores by which hypotheses are ranked; one that holds arrays is an `array_tree`."""
+    """A summand of the scores that rank hypotheses. An adjustment that holds arrays is an `array_tree`."""
 
     def __call__(self, auxiliary: Any, sentences: Int[Array, "B"], lengths: Int[Array, "B"]) -> Float[Array, "B M"]:
         """Returns the summands, none above 0.
 
         Args:
-            auxiliary: of M hypotheses, a tree of [B, M, T, ...].
-            sentences: which one is in each slot.
-            lengths: tokens of each slot's hypotheses that count.
+            auxiliary: auxiliary values of M hypotheses, a tree of [B, M, T, ...].
+            sentences: number of the sentence in each slot.
+            lengths: number of tokens of each slot's hypotheses; entries after them are to be ignored.
         """
         ...
 
@@ -36,7 +36,7 @@ class ScoreAdjustment(Protocol):
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class HypothesisBuffer:
-    """What is kept of M hypotheses for each of their tokens.
+    """The tokens of M hypotheses, and values stored beside each token.
 
     Attributes:
         tokens: [B, M, T].
@@ -52,7 +52,7 @@ class HypothesisBuffer:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class LiveHypotheses:
-    """The unfinished hypotheses of each slot, all of which have as many tokens as the slot has steps.
+    """The unfinished hypotheses of each slot. Each has one token for each step of its slot.
 
     Attributes:
         buffer: their tokens, [B, K, T].
@@ -71,7 +71,7 @@ class FinishedHypotheses:
     Attributes:
         buffer: their tokens, [B, K, T].
         lengths: [B, K], 0 for an empty place.
-        scores: [B, K], as they are ranked; MASKED for an empty place.
+        scores: [B, K], divided by the length penalty and adjusted; MASKED for an empty place.
     """
 
     buffer: HypothesisBuffer
@@ -82,14 +82,14 @@ class FinishedHypotheses:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SearchRequest:
-    """What a search is asked for: arrays that no step changes.
+    """The inputs of a search: arrays that no step changes.
 
     Attributes:
-        num_sentences: how many of the N are searched; the others, at the end, are padding.
-        max_lengths: [N + 1], most tokens of each sentence's outputs; the last entry is that of an empty slot, 0.
+        num_sentences: number of the N sentences that are searched; the others, at the end, are padding.
+        max_lengths: [N + 1], most tokens of each sentence's outputs; the last entry, 0, serves empty slots.
         processors: see `LogitsProcessor`; applied in this order.
         selector: see `CandidateSelector`; `best_candidates` when None.
-        score_adjustment: see `ScoreAdjustment`; nothing when None.
+        score_adjustment: see `ScoreAdjustment`; None adds nothing.
     """
 
     num_sentences: Int[Array, ""]
@@ -105,15 +105,15 @@ class BeamState:
     """Everything dynamic about a search.
 
     Attributes:
-        request: what is searched.
-        next_sentence: the first that has not been in a slot yet.
-        sentences: [B], which one is in each slot; N in an empty one.
+        request: inputs of the search.
+        next_sentence: number of the first sentence that has not been in a slot yet.
+        sentences: [B], number of the sentence in each slot; N in an empty slot.
         steps: [B], tokens decoded so far.
-        active: [B], False once nothing can change for a slot.
+        active: [B], False once a slot is done or empty.
         live: unfinished hypotheses.
         finished: finished hypotheses.
         decoder: the state of the step function, for the live hypotheses.
-        results: of the sentences that have left their slots, [N + 1, ...]; the last row is never read.
+        results: [N + 1, ...], results of the sentences that have left their slots; the last row is never read.
     """
 
     request: SearchRequest
@@ -131,12 +131,12 @@ class BeamState:
 
 
 def empty_buffer(shape: tuple[int, int, int], end_token: int, auxiliary: Any) -> HypothesisBuffer:
-    """Returns a buffer of nothing but end tokens.
+    """Returns a buffer filled with end tokens.
 
     Args:
         shape: [B, M, T].
-        end_token: what closes a hypothesis.
-        auxiliary: tree of `jax.ShapeDtypeStruct`, what is kept beside a single token.
+        end_token: token that ends a hypothesis.
+        auxiliary: tree of `jax.ShapeDtypeStruct`, the values stored beside one token.
     """
     return HypothesisBuffer(
         jnp.full(shape, end_token, jnp.int32),
@@ -148,15 +148,16 @@ def empty_buffer(shape: tuple[int, int, int], end_token: int, auxiliary: Any) ->
 def empty_hypotheses(
     shape: tuple[int, int, int], end_token: int, auxiliary: Any
 ) -> tuple[LiveHypotheses, FinishedHypotheses]:
-    """Returns what a slot begins with: one live hypothesis, which is empty, and no finished one.
+    """Returns the hypotheses of fresh slots: one live hypothesis without tokens, and no finished one.
 
     Args:
         shape: [B, K, T].
-        end_token: what closes a hypothesis.
+        end_token: token that ends a hypothesis.
         auxiliary: see `empty_buffer`.
     """
     slots, beams, _ = shape
-    scores = jnp.where(jnp.arange(beams) == 0, 0.0, MASKED).astype(jnp.float32)  # a weak type would not last
+    # Not weakly typed, or the program would be compiled again.
+    scores = jnp.where(jnp.arange(beams) == 0, 0.0, MASKED).astype(jnp.float32)
     live = LiveHypotheses(empty_buffer(shape, end_token, auxiliary), jnp.broadcast_to(scores, (slots, beams)))
     finished = FinishedHypotheses(
         empty_buffer(shape, end_token, auxiliary),
@@ -191,10 +192,10 @@ def append_tokens(
     """Returns the candidates' hypotheses with their new tokens.
 
     Args:
-        buffer: of the live hypotheses, [B, K, T].
-        steps: tokens that they have.
+        buffer: the live hypotheses, [B, K, T].
+        steps: number of their tokens.
         candidates: M extensions of them.
-        auxiliary: what is kept beside the new token, a tree of [B, K, ...] that does not depend on it.
+        auxiliary: values to store beside the new token, a tree of [B, K, ...]. They do not depend on that token.
     """
 
     def put(history: Shaped[Array, "B M T *rest"], new: Shaped[Array, "B M *rest"]) -> Shaped[Array, "B M T *rest"]:
@@ -211,5 +212,5 @@ def append_tokens(
 
 
 def select_slots(condition: Bool[Array, "B"], new: Any, old: Any) -> Any:
-    """Returns a tree with the rows of `new` where the condition holds, and those of `old` elsewhere."""
+    """Returns a tree with the rows of `new` where the condition holds, and the rows of `old` elsewhere."""
     return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)

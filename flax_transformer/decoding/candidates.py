@@ -1,4 +1,4 @@
-"""Candidates of a step: which extensions of the live hypotheses a beam search looks at.
+"""Candidates of a step: the extensions of live hypotheses that a beam search considers.
 
 Legend: B slots, K beams, M candidates, V vocabulary.
 """
@@ -19,13 +19,13 @@ from flax_transformer.shapes import MASKED, array_tree, is_possible
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Live hypotheses with one more token, in the order in which a search takes them.
+    """Live hypotheses with one more token, in the search's order of preference.
 
     Attributes:
         scores: [B, M], log-probabilities of all tokens; MASKED where there is no candidate.
-        parents: [B, M], the beam that each extends.
-        tokens: [B, M], the token that it adds.
-        log_probs: [B, M], of that token.
+        parents: [B, M], the beam that each candidate extends.
+        tokens: [B, M], the added token.
+        log_probs: [B, M], log-probability of the added token.
     """
 
     scores: Float[Array, "B M"]
@@ -36,7 +36,7 @@ class Candidates:
 
 @runtime_checkable
 class CandidateSelector(Protocol):
-    """Chooses the candidates of a step; one that holds arrays is an `array_tree`."""
+    """Chooses the candidates of a step. A selector that holds arrays is an `array_tree`."""
 
     def __call__(
         self,
@@ -50,9 +50,9 @@ class CandidateSelector(Protocol):
 
         Args:
             live_scores: log-probabilities of the live hypotheses, MASKED where there is none.
-            logits: of the next token.
+            logits: logits of the next token.
             num: M.
-            progress: how far the hypotheses are.
+            progress: tokens decoded so far.
             processors: applied in this order.
         """
         ...
@@ -67,9 +67,9 @@ def best_candidates(
 ) -> Candidates:
     """Returns the `num` most probable extensions of all beams, best first (a `CandidateSelector`).
 
-    The best of each beam are taken first, then the best of those. So without processors log-probabilities are made for
-    the few that survive, not for the vocabulary. What a processor takes away is not given to the others:
-    log-probabilities are the model's. Ties go to the lower beam, then to the lower token.
+    Each beam's best tokens are found first, then the best of those. So without processors log-probabilities are
+    computed only for these tokens, not for the vocabulary. Processors remove tokens but do not renormalise. Ties go to
+    the lower beam, then to the lower token.
     """
     per_beam = min(num, logits.shape[-1])
     if processors:
@@ -80,7 +80,7 @@ def best_candidates(
         log_probs = top
     else:
         top, top_tokens = best_of_vocabulary(logits, per_beam)
-        highest = jnp.max(top, axis=-1, keepdims=True)  # a slice of it would make a sort of the whole `top_k`
+        highest = jnp.max(top, axis=-1, keepdims=True)  # not top[..., :1]: XLA would then sort everything
         log_probs = (top - highest) - jnp.log(sum_of_exponentials(logits, highest))
     scores = live_scores[:, :, None] + log_probs
     scores = jnp.where(is_possible(top), scores, MASKED)  # a banned token is no candidate

@@ -14,13 +14,13 @@ class Hypotheses:
     """The K best outputs of each sentence, best first: finished ones by score, then unfinished ones by score.
 
     Attributes:
-        tokens: [B, K, T]; after `lengths` tokens comes padding (the end token). A finished one ends with the end token.
-        lengths: [B, K], end token included; 0 where there are fewer than K hypotheses.
-        scores: [B, K], what they were ranked by: log-probability divided by the length penalty, plus a score adjustment
-            if there is one.
-        finished: [B, K], False for one that was cut at the maximum length.
-        log_probs: [B, K, T], of each token, natural logarithm; anything after `lengths` tokens.
-        auxiliary: tree of arrays [B, K, T, ...], what the step function gave beside each token; None if nothing.
+        tokens: [B, K, T]; padding (the end token) follows after `lengths` tokens. A finished output ends with the end
+            token.
+        lengths: [B, K], end token included; 0 for an empty place, if there are fewer than K hypotheses.
+        scores: [B, K], log-probability divided by the length penalty, plus the score adjustment if there is one.
+        finished: [B, K], False for an output that was cut at the maximum length.
+        log_probs: [B, K, T], natural log-probability of each token; unspecified after `lengths` tokens.
+        auxiliary: tree of arrays [B, K, T, ...], the step's auxiliary values of each token; None if it has none.
     """
 
     tokens: Int[Array, "B K T"]

@@ -1,4 +1,4 @@
-"""Length penalties: how the log-probabilities of hypotheses of different lengths are made comparable."""
+"""Length penalties: they make log-probabilities of hypotheses of different lengths comparable."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class LengthPenalty:
 
     @classmethod
     def parse(cls, text: str) -> "LengthPenalty":
-        """Returns the penalty that a text such as "gnmt:0.6", "average:1.0" or "none" names.
+        """Returns the penalty named by a text such as "gnmt:0.6", "average:1.0" or "none".
 
         Raises:
             ConfigError: an unknown name, or an exponent that is missing, not a number or negative.

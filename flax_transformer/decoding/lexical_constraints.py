@@ -1,17 +1,17 @@
 """Lexical constraints: outputs that contain given phrases, wherever the model finds them least improbable.
 
-A hypothesis stands in a bank: the number of tokens of its sentence's phrases that it has. These are all of each phrase
-that it contains, and the beginning of one that it ends with. At each step the tokens that take a hypothesis further are
-candidates beside the most probable ones, and each bank has a share of the beam. What a bank cannot fill goes to the
-others, the highest first. So a beam with more places than the phrases have tokens lets the model choose where they
-stand, and a smaller one puts them down at once. An output may end once it contains all phrases; one that is cut before
-is unfinished.
+The bank of a hypothesis is the number of its sentence's phrase tokens that it has. It counts all tokens of each
+contained phrase, and the beginning of a phrase that the hypothesis ends with. Each step's candidates are the most
+probable tokens and the tokens that continue a phrase. Each bank has a share of the beam. Places that a bank cannot fill
+go to the other banks, the highest first. If the beam has more places than the phrases have tokens, the model chooses
+where phrases stand. A smaller beam places them at once. An output may end once it contains all phrases. An output that
+is cut before is unfinished.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length, Q phrases, P tokens of a phrase.
 
 References:
     Post and Vilar 2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation", section 3. Difference:
-    whether a phrase is contained is read off the tokens, so that phrases may overlap.
+    the tokens tell whether a phrase is contained, so phrases may overlap.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from flax_transformer.decoding.logits_processors import ANY, LogitsProcessor, Pr
 from flax_transformer.ops.vocabulary import best_of_vocabulary, log_probabilities
 from flax_transformer.shapes import MASKED, array_tree, is_possible, static_field
 
-# Stands before the beginning of an output: equals no token.
+# Marks positions before the beginning of an output; equal to no token.
 NOTHING = ANY - 1
 
 
 def contained_phrases(
     tokens: Int[Array, "B K T"], steps: Int[Array, "B"], phrases: Int[Array, "B Q P"]
 ) -> Bool[Array, "B K Q"]:
-    """Returns which phrases the first `steps` tokens contain; a phrase of no token is always contained."""
+    """Returns which phrases the first `steps` tokens contain. An empty phrase is always contained."""
     length, longest = tokens.shape[2], phrases.shape[2]
     sizes = jnp.sum(phrases != ANY, axis=2)  # [B, Q]
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, longest)), constant_values=NOTHING)
@@ -46,7 +46,7 @@ def contained_phrases(
 
 
 def begun_phrases(tail: Int[Array, "B M P"], phrases: Int[Array, "B Q P"]) -> Int[Array, "B M Q"]:
-    """Returns how many tokens of the beginning of each phrase stand at the end of `tail`, at most all of them."""
+    """Returns the length of the longest beginning of each phrase that `tail` ends with."""
     longest = phrases.shape[2]
     sizes = jnp.sum(phrases != ANY, axis=2)[:, None, :]
     most = jnp.zeros((*tail.shape[:2], phrases.shape[1]), jnp.int32)
@@ -59,13 +59,13 @@ def begun_phrases(tail: Int[Array, "B M P"], phrases: Int[Array, "B Q P"]) -> In
 def allocate_beam(
     scores: Float[Array, "B M"], banks: Int[Array, "B M"], most: Int[Array, "B"], beams: int
 ) -> Int[Array, "B M"]:
-    """Returns the candidates in the order in which they share a beam; those that are MASKED come last.
+    """Returns the candidates in the order in which they take places of a beam; MASKED ones come last.
 
     Args:
-        scores: of the candidates.
-        banks: of the candidates, at most `most`.
-        most: tokens of all phrases; there are `most` + 1 banks.
-        beams: how many places are shared: equally, and what is left over goes to the highest bank.
+        scores: scores of the candidates.
+        banks: banks of the candidates, at most `most`.
+        most: number of tokens of all phrases; there are `most` + 1 banks.
+        beams: number of places. Banks share them equally; the remainder goes to the highest bank.
 
     Example: scores [-1, -2, -3, -4] in banks [0, 0, 1, 1] and 2 places give [2, 0, 3, 1].
     """
@@ -87,8 +87,8 @@ class LexicalConstraints:
     """Selects candidates such that finished outputs contain the phrases of their sentence (a `CandidateSelector`).
 
     Attributes:
-        phrases: [N, Q, P], `ANY` after each phrase's end; one of `ANY` alone asks for nothing.
-        end_token: what closes a hypothesis.
+        phrases: [N, Q, P], `ANY` after each phrase's end; a phrase of `ANY` alone is empty.
+        end_token: token that ends a hypothesis.
     """
 
     phrases: Int[Array, "N Q P"]
@@ -115,7 +115,7 @@ class LexicalConstraints:
         may_end = jnp.all(contained, axis=2)[:, :, None] | (jnp.arange(vocab_size) != self.end_token)[None, None, :]
         log_probs = jnp.where(may_end, log_probs, MASKED)
 
-        # --- the most probable tokens of each beam, and those that take a phrase further
+        # --- the most probable tokens of each beam, and those that continue a phrase
         likely_log_probs, likely = best_of_vocabulary(log_probs, min(num, vocab_size))
         wanted = _wanted_tokens(tails, phrases, sizes, contained)
         tokens = jnp.concatenate([likely, wanted], axis=2)
@@ -128,7 +128,7 @@ class LexicalConstraints:
         scores = live_scores[:, parents] + token_log_probs
         scores = jnp.where(is_possible(token_log_probs) & is_possible(scores), scores, MASKED)
 
-        # --- how far each is, and who shares the beam
+        # --- the bank of each candidate, and the allocation of the beam
         tail = jnp.concatenate([tails[:, parents, 1:], tokens[..., None]], axis=2)
         begun = begun_phrases(tail, phrases)  # [B, M, Q]
         now_contained = contained[:, parents] | (begun >= sizes[:, None, :])
@@ -158,7 +158,7 @@ def _wanted_tokens(
     sizes: Int[Array, "B Q"],
     contained: Bool[Array, "B K Q"],
 ) -> Int[Array, "B K Q"]:
-    """Returns the token that takes each phrase of so many tokens further; `ANY` for one that is contained."""
+    """Returns the token that continues each phrase of `sizes` tokens; `ANY` for a phrase that is contained."""
     slots, beams, longest = tails.shape
     begun = begun_phrases(tails, phrases)  # [B, K, Q]
     following = jnp.take_along_axis(
@@ -172,7 +172,7 @@ def _wanted_tokens(
 def _wanted_log_probs(
     log_probs: Float[Array, "B K V"], likely: Int[Array, "B K M"], wanted: Int[Array, "B K Q"]
 ) -> Float[Array, "B K Q"]:
-    """Returns the log-probabilities of the wanted tokens, MASKED for one that is likely or stands further left."""
+    """Returns log-probabilities of the wanted tokens, MASKED for duplicates of likely or earlier wanted ones."""
     others = jnp.concatenate([likely, wanted], axis=2)
     number = jnp.arange(others.shape[2])
     left = (number[None, :] < number[likely.shape[2] :, None])[None, None]

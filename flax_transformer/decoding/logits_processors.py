@@ -1,11 +1,11 @@
-"""Logits processors: what may follow what in an output, asked at every step over the log-probabilities of a step.
+"""Logits processors: rules on the next token, applied to the log-probabilities of each step.
 
-A processor takes the log-probabilities of the next token and what has been decoded so far. It returns log-probabilities
-that are lower or the same; MASKED forbids a token. None makes the others more probable in return, so that a score stays
-what the model says of an output; but an end that is forced costs nothing.
+A processor takes the log-probabilities of the next token, and the tokens decoded so far. It returns log-probabilities
+that are lower or the same; MASKED forbids a token. Processors do not renormalise, so a score stays the model's own.
+Only a forced end token is raised: it costs nothing.
 
 Each processor is a tree of arrays that the state of a search carries. A program is compiled for the kinds of processors
-and the shapes of their arrays, and serves all values of them; what is static is baked into it.
+and the shapes of their arrays. It serves all values of the arrays. Static fields are constants of the program.
 
 Legend: N sentences, B slots, K hypotheses a slot, V vocabulary, T maximum length, P prefix length, Q sequences.
 """
@@ -21,19 +21,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.shapes import MASKED, array_tree, is_possible, static_field
 
-# In arrays of token ids: any token will do.
+# In arrays of token ids: matches any token.
 ANY = -1
 
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the hypotheses are.
+    """The tokens of all hypotheses so far.
 
     Attributes:
-        tokens: [B, K, T]; what stands beyond `steps` tokens means nothing.
-        steps: [B], tokens decoded so far.
-        sentences: [B], which of the N sentences each slot holds; N in an empty slot.
+        tokens: [B, K, T]; entries after `steps` tokens are unspecified.
+        steps: [B], number of tokens decoded so far.
+        sentences: [B], number of the sentence in each slot; N in an empty slot.
     """
 
     tokens: Int[Array, "B K T"]
@@ -63,7 +63,7 @@ class SuppressTokens:
     """Some tokens never occur.
 
     Attributes:
-        suppressed: [V] or shorter, which tokens; those that the vocabulary was padded with need no entry.
+        suppressed: [V] or shorter, True for tokens that never occur. Padding of the vocabulary needs no entry.
     """
 
     suppressed: Bool[Array, "V"]
@@ -77,18 +77,18 @@ class SuppressTokens:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class MinLength:
-    """The outputs of each sentence have at least so many tokens.
+    """The outputs of each sentence have at least `lengths` tokens.
 
     Attributes:
         lengths: [N], fewest tokens, end token included.
-        end_token: what closes an output.
+        end_token: token that ends an output.
     """
 
     lengths: Int[Array, "N"]
     end_token: int = static_field()
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
-        """Returns the log-probabilities with the end MASKED where it would come too early."""
+        """Returns the log-probabilities with the end token MASKED where it would come too early."""
         wanted = jnp.take(self.lengths, progress.sentences, mode="fill", fill_value=0)
         too_short = (progress.steps + 1 < wanted)[:, None, None]
         is_end = (jnp.arange(log_probs.shape[-1]) == self.end_token)[None, None, :]
@@ -127,7 +127,7 @@ class NoRepeatNgram:
 class RepetitionPenalty:
     """The log-probability of every token that has occurred is multiplied by a factor of at least 1.
 
-    It is part of the score.
+    The penalty is part of the score.
 
     References:
         Keskar et al. 2019 (CTRL), section 4.1, on log-probabilities.
@@ -149,8 +149,8 @@ class SuppressSequences:
     """Some sequences of tokens never occur.
 
     Attributes:
-        heads: [Q, P], what stands before the last token of each, right-aligned; `ANY` before its beginning.
-        finals: [Q], the last token of each.
+        heads: [Q, P], the tokens of each sequence before its last one, right-aligned; `ANY` before its beginning.
+        finals: [Q], the last token of each sequence.
     """
 
     heads: Int[Array, "Q P"]
@@ -185,21 +185,21 @@ class SuppressSequences:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class ForceEos:
-    """The end token closes an output at its sentence's maximum length, and costs nothing there.
+    """The end token ends an output at its sentence's maximum length, and costs nothing there.
 
-    Whatever the model and the processors before it say, its log-probability is 0 and no other token is left. So it
-    comes after all others.
+    There the end token's log-probability is 0, whatever earlier processors return, and all other tokens are MASKED. So
+    this processor comes after all others.
 
     Attributes:
         lengths: [N], the maximum lengths, end token included.
-        end_token: what closes an output.
+        end_token: token that ends an output.
     """
 
     lengths: Int[Array, "N"]
     end_token: int = static_field()
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
-        """Returns the log-probabilities, in the last place those of a certain end."""
+        """Returns the log-probabilities; at the maximum length those of a certain end."""
         limits = jnp.take(self.lengths, progress.sentences, mode="fill", fill_value=0)
         is_last = (progress.steps + 1 == limits)[:, None, None]
         is_end = (jnp.arange(log_probs.shape[-1]) == self.end_token)[None, None, :]
@@ -209,18 +209,18 @@ class ForceEos:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class ForcePrefix:
-    """The outputs of each sentence begin with its prefix, and keep to the other processors after it.
+    """The outputs of each sentence begin with its prefix; the other processors apply after it.
 
     Attributes:
         prefixes: [N, P], `ANY` after each prefix's end; P is at least 1.
-        others: not asked inside a prefix, which is what it is.
+        others: processors that apply after the prefix, but not inside it.
     """
 
     prefixes: Int[Array, "N P"]
     others: tuple[LogitsProcessor, ...] = ()
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
-        """Returns the log-probabilities with all but the prefix's token MASKED, or those of the other processors."""
+        """Returns the log-probabilities with all but the prefix's token MASKED, or after it those of `others`."""
         prefixes = self.prefixes
         place = jnp.minimum(progress.steps, prefixes.shape[1] - 1)
         sentences = jnp.minimum(progress.sentences, prefixes.shape[0] - 1)

@@ -1,7 +1,7 @@
 """Sampling: outputs drawn from a model's distribution, over the same decode step as beam search.
 
-Every hypothesis of a sentence is drawn on its own, from the sentence's own seed: what is drawn depends neither on the
-batch nor on the place in it.
+Each sample of a sentence is drawn independently, from the sentence's own seed. So it depends neither on the batch nor
+on the sentence's place in it.
 
 Legend: B sentences, K samples, V vocabulary, T maximum length.
 """
@@ -25,7 +25,7 @@ from flax_transformer.errors import ConfigError
 from flax_transformer.ops.vocabulary import log_probabilities
 from flax_transformer.shapes import MASKED, array_tree
 
-# Logits that are divided by less may leave the range of float32.
+# Logits divided by a smaller temperature may leave the range of float32.
 LEAST_TEMPERATURE = 1e-6
 
 
@@ -34,10 +34,10 @@ class SamplingConfig:
     """How tokens are drawn.
 
     Attributes:
-        temperature: the logits are divided by it; below 1 it favours what is probable.
-        top_k: only so many of the most probable tokens are drawn from; 0 is all.
-        top_p: only the fewest most probable tokens that have together at least this probability; 1 is all.
-        min_p: only tokens with at least this share of the most probable one's probability; 0 is all.
+        temperature: divisor of the logits; below 1 it favours probable tokens.
+        top_k: number of most probable tokens to draw from; 0 allows all.
+        top_p: draw from the fewest most probable tokens whose probabilities sum to at least this; 1 allows all.
+        min_p: draw from tokens with at least this share of the highest probability; 0 allows all.
 
     References:
         Fan, Lewis and Dauphin 2018 (top-k); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
@@ -63,7 +63,7 @@ class SamplingConfig:
 
 
 def keep_probable(log_probs: Float[Array, "B K V"], config: SamplingConfig) -> Float[Array, "B K V"]:
-    """Returns log-probabilities with all tokens MASKED that are not drawn from; the most probable is always kept.
+    """Returns log-probabilities with excluded tokens MASKED; the most probable token is always kept.
 
     Temperature comes first, then each limit is applied to the same distribution.
     """
@@ -76,7 +76,7 @@ def keep_probable(log_probs: Float[Array, "B K V"], config: SamplingConfig) -> F
             kept &= log_probs >= least
         if config.top_p < 1:
             probabilities = jnp.exp(ordered)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all that are more probable
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # sum over all more probable tokens
             needed = jnp.sum(before < config.top_p, axis=-1, keepdims=True)  # at least 1
             kept &= log_probs >= jnp.take_along_axis(ordered, needed - 1, axis=-1)
     if config.min_p:
@@ -91,11 +91,11 @@ class SamplingState:
 
     Attributes:
         max_lengths: [B], most tokens of each sentence's outputs; no step changes them.
-        keys: [B, K], of the random generator; no step changes them.
+        keys: [B, K], random keys; no step changes them.
         processors: see `LogitsProcessor`; no step changes them.
         step: tokens drawn so far.
         tokens, log_probs: [B, K, T].
-        lengths: [B, K], 0 while a sample is not finished; one that no token was left for is, and is no output.
+        lengths: [B, K], 0 while a sample goes on. A sample with no allowed token left has ended, but is no output.
         auxiliary: tree of [B, K, T, ...].
         decoder: the state of the step function.
     """
@@ -120,18 +120,18 @@ def sample(
     seeds: Int[Array, "B"],
     processors: Sequence[LogitsProcessor] = (),
 ) -> Hypotheses:
-    """Returns K outputs of each sentence, drawn independently of each other, best score first; some may be equal.
+    """Returns K outputs of each sentence, drawn independently, best score first; some may be equal.
 
-    A sample that the processors leave no token for is no output: it has length 0 and stands last.
+    If the processors leave no token for a sample, it is no output. It then has length 0 and stands last.
 
     Args:
-        functions: the decoder, of which the step alone is called.
+        functions: the decoder; only its step is called.
         config: sizes, tokens and length penalty; there is a slot for each sentence, and a beam for each sample.
         sampling: how tokens are drawn.
         decoder: the state before the first token, with K beams.
-        max_lengths: most tokens of each sentence's output; 0 makes a row of padding.
-        seeds: of each sentence.
-        processors: what may follow what, applied in this order.
+        max_lengths: most tokens of each sentence's output; 0 marks padding.
+        seeds: seed of each sentence.
+        processors: change log-probabilities before tokens are drawn, applied in this order.
     """
     shape = (*max_lengths.shape, config.beam_size, config.max_length)
     auxiliary = jax.eval_shape(functions.step, jnp.zeros(shape[:2], jnp.int32), decoder)[1]
@@ -160,7 +160,7 @@ def _runs(state: SamplingState) -> Bool[Array, "B K"]:
 def _draw(
     functions: DecoderFunctions, config: BeamSearchConfig, sampling: SamplingConfig, state: SamplingState
 ) -> SamplingState:
-    """Returns the state with one token more of each sample that goes on."""
+    """Returns the state with one more token for each sample that goes on."""
     last = jax.lax.dynamic_index_in_dim(state.tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False)
     logits, auxiliary, decoder = functions.step(jnp.where(state.step == 0, config.start_token, last), state.decoder)
     allowed = log_probabilities(logits)
