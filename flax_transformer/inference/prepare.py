@@ -1,7 +1,7 @@
 """Parameters as inference reads them: cast, unstacked, folded, or rounded to 8-bit integers.
 
-A training keeps parameters in float32, one stack for all layers. A search reads each of them at every step, so what
-can be done once is done here, before its program runs.
+A training keeps parameters in float32, one stack for all layers. A search reads each of them at every step. So all
+work that is needed only once is done here, before its program runs.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from flax_transformer.nn.linear import Linear
 from flax_transformer.ops.int8_product import Int8Weights, quantize
 from flax_transformer.ops.vocabulary import fold_bias_into_kernel
 
-# "int8": weights are 8-bit integers, and products those of integers. "bfloat16": activations and products are bfloat16,
-# as `model.compute_dtype` makes them; the run's parameters stay as they are.
+# "int8": weights are 8-bit integers, and products are integer products. "bfloat16": activations and products are
+# bfloat16, as with `model.compute_dtype`; the run's parameters keep their dtype.
 Quantize = Literal["none", "int8", "bfloat16"]
 
 
 class InferenceParams(NamedTuple):
-    """A model as a search reads it; of an ensemble the leaves have the models in front.
+    """A model as a search reads it. Leaves of an ensemble have a leading model axis.
 
     Attributes:
         graphdef: the model without its parameters.
-        params: with which `nnx.merge(graphdef, params)` gives the model.
+        params: its parameters; `nnx.merge(graphdef, params)` gives the model.
     """
 
     graphdef: Any
@@ -40,9 +40,9 @@ def prepare_for_inference(graphdef: Any, num_models: int, params: Any) -> Infere
     """Returns the parameters as a search reads them, for the platform of the mesh in context.
 
     Args:
-        graphdef: of the model.
-        num_models: of an ensemble, whose parameters are stacked on a leading axis if there are several.
-        params: of the model, or of all of them; as a training keeps them, or quantised.
+        graphdef: graph of the model.
+        num_models: number of an ensemble's models. The parameters of several are stacked on a leading axis.
+        params: parameters of the model or ensemble, as a training keeps them, or quantised.
     """
 
     def prepare(params: Any) -> InferenceParams:
@@ -52,11 +52,11 @@ def prepare_for_inference(graphdef: Any, num_models: int, params: Any) -> Infere
 
 
 def prepared_model(model: Any) -> Any:
-    """Returns a copy of a model whose parameters lie as a search reads them; no result changes but by rounding.
+    """Returns a copy of a model with its parameters laid out for a search; results change only by rounding.
 
-    Kernels have the type that is computed in. XLA for CPU does not move their casts out of a search's loop
-    (docs/lab_book.md, 2026-11-26). Layers are out of their stacks. The map to logits is one kernel where that is
-    faster.
+    Kernels have the compute dtype, since XLA for CPU does not move their casts out of a search's loop
+    (docs/lab_book.md, "bfloat16 on a CPU with matrix instructions"). Layers are unstacked. The map to logits is one
+    kernel where that is faster.
     """
     model = nnx.clone(model)
     if not any(isinstance(module, LayerStack) for _, module in nnx.iter_modules(model)):
@@ -70,28 +70,28 @@ def prepared_model(model: Any) -> Any:
     plain = model.output_projection()
     kernel = _cast(plain.kernel, jnp.dtype(model.config.compute_dtype))
     projection = fold_bias_into_kernel(plain if kernel is plain.kernel else dataclasses.replace(plain, kernel=kernel))
-    if projection is not plain or model.zeroes_output_row:  # else the table itself serves, which is there once then
+    if projection is not plain or model.zeroes_output_row:  # otherwise the embedding table itself is used, stored once
         model.prepared_projection = nnx.data(nnx.Param(projection))
     return model
 
 
 def _cast(weights: Any, dtype: jnp.dtype) -> Any:
-    """Returns weights in another type; integers stay as they are."""
+    """Returns weights in another dtype; integers stay unchanged."""
     return weights if isinstance(weights, Int8Weights) or weights.dtype == dtype else weights.astype(dtype)
 
 
 def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
-    """Returns parameters with integers for the weights of every `Linear` and `Embedding`; the rest stays as it is.
+    """Returns parameters with integers for the weights of every `Linear` and `Embedding`.
 
-    What stays: biases, norms, positions, and the gates of recurrent cells. A table of embeddings has a scale for each
-    token, as it is read and as an output projection. The arguments are those of `prepare_for_inference`.
+    Biases, norms, positions, and the gates of recurrent cells stay floats. An embedding table has a scale for each
+    token, in both of its uses. The arguments are those of `prepare_for_inference`.
     """
 
     def of_model(params: Any) -> Any:
         model: Any = nnx.merge(graphdef, params)
         for _, module in list(nnx.iter_modules(model)):
             if isinstance(module, Linear):
-                # A kernel in a stack has a leading layer axis, of which its logical axes do not speak.
+                # A stacked kernel has a leading layer axis that its logical axes do not name.
                 stacked = module.kernel[...].ndim - len(module.kernel.get_metadata("logical_axes"))
                 in_axes = tuple(range(stacked, stacked + module.num_in_dims))
                 module.kernel.set_value(quantize(module.kernel[...], in_axes))  # type: ignore[arg-type]  # any tree
@@ -103,5 +103,5 @@ def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
 
 
 def is_quantized(params: Any) -> bool:
-    """Returns whether there are integers among the parameters."""
+    """Returns whether any parameter holds 8-bit integers."""
     return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""The programs that search: what each is compiled for, the arrays that it takes, and which devices run it."""
+"""The programs of a search: their static settings, their input arrays, and the devices that run them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class ProgramOptions:
     """Sizes of a search's programs. They change no result.
 
     Attributes:
-        sentences_per_row: sentences that one call of a program takes, as a multiple of those that are searched at the
-            same time. At its end slots fall empty, so the more the better; its results bound it.
-        sentences_per_row_with_attention: the same where the results hold attention, which is large.
-        refill_share: empty slots are refilled when they are 1 / `refill_share` of all.
+        sentences_per_row: sentences that one call takes, as a multiple of those that are searched at the same time.
+            Near the end of a call slots are empty, so a larger value wastes less. Memory for the results limits it.
+        sentences_per_row_with_attention: the same if results hold attention, which is large.
+        refill_share: slots are refilled once 1 / `refill_share` of them are empty.
     """
 
     sentences_per_row: int = 64
@@ -42,12 +42,12 @@ class ProgramOptions:
 
 
 class Found(NamedTuple):
-    """Where what was found for a request lies.
+    """The place of one request's results among those of a call.
 
     Attributes:
         index: number of the request.
-        hypotheses: of a whole call.
-        row: of the request among them.
+        hypotheses: results of the whole call.
+        row: row of the request in them.
     """
 
     index: int
@@ -60,14 +60,12 @@ class Programs:
     """The searches of one set of settings.
 
     Attributes:
-        parameters: of the model, on its devices, with the programs that have been compiled.
+        parameters: parameters of the model on its devices, with the programs compiled so far.
         demands: settings, tokenizer and limits of the outputs.
-        source_end: id that closes a source.
-        suppress_start: whether a beam search must be kept from padding and start, since the model may find them
-            probable.
+        suppress_start: whether a beam search must exclude padding and start tokens, which the model may find probable.
         num_beams: hypotheses that are kept, or drawn, for each sentence.
         attention: whether the attention over the source is returned.
-        options: sizes.
+        options: sizes of the programs.
     """
 
     parameters: Parameters
@@ -79,7 +77,7 @@ class Programs:
 
     @property
     def batch_size(self) -> int:
-        """Sentences that one of the meshes searches at the same time."""
+        """Sentences that each mesh searches at the same time."""
         return rounded_up(self.demands.decoding.batch_rows, self.parameters.mesh) // len(self.parameters.search_meshes)
 
     @property
@@ -93,7 +91,7 @@ class Programs:
         return self.batch_size * multiple
 
     def spec(self, shape: Shape) -> SearchSpec:
-        """Returns everything static about the search of requests of one shape."""
+        """Returns the static settings of a search of requests of one shape."""
         demands, decoding = self.demands, self.demands.decoding
         slots, special = self.batch_size // self.parameters.search_meshes[0].size, demands.target.special
         return SearchSpec(
@@ -119,12 +117,12 @@ class Programs:
         )
 
     def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:
-        """Returns the inputs of a search of requests of one shape, in their `places`, filled up with rows of padding.
+        """Returns the inputs of a search of requests of one shape, in their `places`; other rows are padding.
 
         Args:
             requests: at most `num_sentences`.
-            shape: of each.
-            mesh: where the search runs.
+            shape: shape of each request.
+            mesh: devices that run the search.
         """
         rows, decoding = self.num_sentences, self.demands.decoding
         tokens, segments = np.zeros((2, rows, shape.source), np.int32)
@@ -154,10 +152,10 @@ class Programs:
         )
 
     def _banned(self) -> np.ndarray:
-        """Returns [vocabulary] which tokens no output holds, or an empty array where all may be."""
+        """Returns [vocabulary], True for tokens that no output may hold; an empty array if all are allowed."""
         target, decoding = self.demands.target, self.demands.decoding
         bans = set(self.demands.banned_tokens.values())
-        # No trained model finds padding or start probable enough for a beam, but what is drawn may be anything.
+        # A beam never finds padding or start probable in a trained model, but sampling may draw any token.
         if decoding.method == "sampling" or self.suppress_start:
             bans |= target.special.never_in_outputs
         if decoding.ban_unknown and target.special.unknown is not None:
@@ -167,7 +165,13 @@ class Programs:
         return banned
 
     def compiled(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
-        """Returns the search for inputs of these shapes, compiled for the mesh of a number; `held` as for `compile`.
+        """Returns the search for inputs of these shapes, compiled for one mesh.
+
+        Args:
+            spec: static settings of the search.
+            inputs: arrays of the shapes to compile for.
+            number: number of the mesh.
+            held: bytes on each device that others keep.
 
         Raises:
             ConfigError: it needs more memory than a device has.
@@ -192,34 +196,34 @@ class Programs:
         """Compiles the searches of requests of some shapes, for every mesh.
 
         Args:
-            shapes: which.
-            held: bytes on each device that others keep beside them.
+            shapes: shapes of the requests.
+            held: bytes on each device that others keep.
 
         Raises:
-            ConfigError: one needs more memory than a device has.
+            ConfigError: a search needs more memory than a device has.
         """
         for shape in sorted(set(shapes)):
             for number, mesh in enumerate(self.parameters.search_meshes):
                 self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, held)
 
     def launch(self, requests: Sequence[Request], shape: Shape, number: int) -> Hypotheses:
-        """Returns what the mesh of a number finds for requests of one shape, before it has found it."""
+        """Starts the search for requests of one shape on mesh `number`; returns its results without waiting."""
         inputs = self.inputs(requests, shape, self.parameters.search_meshes[number])
         program = self.compiled(self.spec(shape), inputs, number)
         return program(self.parameters.prepared()[number].params, inputs)
 
     def chunks(self, requests: Mapping[int, Request]) -> list[Chunk]:
-        """Returns the calls that search for all requests, in the order in which they begin."""
+        """Returns the calls that search for all requests, in the order in which they start."""
         groups: dict[Shape, list[int]] = {}
         for index, request in requests.items():
             groups.setdefault(request.shape, []).append(index)
         for members in groups.values():
-            # The longest first: what is left for the end, when slots fall empty, is short.
+            # The longest first: near the end, when slots are empty, only short ones are left.
             members.sort(key=lambda index: -requests[index].num_tokens)
         return cut_into_chunks(groups, len(self.parameters.search_meshes), self.batch_size, self.num_sentences)
 
     def search(self, requests: Mapping[int, Request]) -> Iterator[Found]:
-        """Yields what is found for each request, as it is there."""
+        """Yields the results of each request as soon as they are available."""
 
         def launch(number: int, chunk: Chunk) -> Hypotheses:
             return self.launch([requests[index] for index in chunk.members], chunk.shape, number)
@@ -232,10 +236,10 @@ class Programs:
 
 
 def rounded_up(num_rows: int, mesh: Mesh) -> int:
-    """Returns the least multiple of the number of devices, so that a run can be used on any number of them."""
+    """Returns `num_rows` rounded up to a multiple of the number of devices."""
     return -(-num_rows // mesh.size) * mesh.size
 
 
 def places(num_sentences: int, rows: int, devices: int) -> list[int]:
-    """Returns the row of each sentence: dealt out to the devices in turn, so that padding stands at the end of each."""
+    """Returns the row of each sentence. Devices get sentences in turn, so each device's padding is at its end."""
     return [(n % devices) * (rows // devices) + n // devices for n in range(num_sentences)]

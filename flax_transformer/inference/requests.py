@@ -1,4 +1,4 @@
-"""Requests: text as what a search is asked for, sentence by sentence, each checked by itself."""
+"""Requests: each sentence as ids and limits for a search, checked by itself."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from flax_transformer.models.build import ModelConfig
 
 @dataclass(frozen=True)
 class Request:
-    """What a search is asked for one sentence. Nothing in it depends on another sentence.
+    """The input of a search for one sentence. It does not depend on other sentences.
 
     Attributes:
         sentence: the raw text.
-        source: ids that the encoder reads, end token included; none for a sentence without a token.
-        num_tokens: of the whole sentence, end token not counted; the model takes the first ones.
+        source: ids that the encoder reads, end token included; empty for a sentence without a token.
+        num_tokens: number of tokens of the whole sentence, end token not counted; the model reads the first ones.
         prefix: ids that the outputs begin with.
         required: phrases that the outputs hold.
-        phrases: ids of each of them.
-        seed: of sampling.
-        max_length: tokens of an output at most, end token included.
-        shape: what the shapes that the sentence meets depend on.
+        phrases: ids of each required phrase.
+        seed: seed of sampling.
+        max_length: most tokens of an output, end token included.
+        shape: lengths that decide which program serves the sentence.
     """
 
     sentence: str
@@ -42,18 +42,18 @@ class Request:
 
     @property
     def truncated(self) -> bool:
-        """Whether the sentence was longer than the model takes and was cut."""
+        """Whether the sentence was too long for the model and was cut."""
         return self.num_tokens >= max(len(self.source), 1)
 
 
 @dataclass(frozen=True)
 class RequestReader:
-    """Makes requests of text.
+    """Makes requests from text.
 
     Attributes:
         source: tokenizer of the sentences.
         demands: turns prefixes and required phrases into ids.
-        max_source_length: of the model, end token included.
+        max_source_length: most source tokens of the model, end token included.
     """
 
     source: Tokenizer
@@ -65,12 +65,11 @@ class RequestReader:
 
         Args:
             sentence: raw text.
-            prefix: what its outputs begin with.
+            prefix: text or pieces that its outputs begin with.
             required: phrases that its outputs hold.
 
         Raises:
-            InputError: text that is no valid Unicode; a prefix or a phrase that no output can have, or that another
-                setting contradicts.
+            InputError: the text is not valid Unicode, or a prefix or phrase is impossible or contradicts a setting.
         """
         return self._read(sentence, self.source.encode([sentence])[0], prefix, required)
 
@@ -95,10 +94,10 @@ class RequestReader:
         prefixes: Sequence[Prefix] | None = None,
         required: Sequence[Sequence[str]] | None = None,
     ) -> list[Request | NoTranslation]:
-        """Returns the request for each sentence, or the reason why there is none; no sentence minds another.
+        """Returns the request for each sentence, or the reason why it has none. Sentences do not affect each other.
 
         Raises:
-            ConfigError: settings that no request can have, or lists that do not belong to the sentences.
+            ConfigError: settings that no request can meet, or lists of another length than the sentences.
         """
         self.demands.check_settings()
         _check_lists(len(sentences), prefixes, required)
@@ -116,7 +115,7 @@ class RequestReader:
 
 
 def encode_each(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int] | InputError]:
-    """Returns the ids of each line, or what is wrong with it."""
+    """Returns the ids of each line, or the error of a line that has none."""
     try:
         return list(tokenizer.encode(lines))
     except InputError as reason:
@@ -128,10 +127,10 @@ def encode_each(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int] | 
 def check_call(
     model: ModelConfig, decoding: DecodingConfig, num_hypotheses: int, attention: bool, required: bool
 ) -> None:
-    """Returns if the settings of a call of `translate` contradict neither each other nor the model.
+    """Checks that the settings of a call of `translate` contradict neither each other nor the model.
 
     Raises:
-        ConfigError: one that does.
+        ConfigError: a setting contradicts another one or the model.
     """
     if required and decoding.method != "beam":
         raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
@@ -158,7 +157,7 @@ def check_call(
 
 
 def num_beams(decoding: DecodingConfig, num_hypotheses: int) -> int:
-    """Returns how many hypotheses a search keeps, or draws, to find so many."""
+    """Returns the number of hypotheses that a search keeps or draws to find `num_hypotheses`."""
     return decoding.beam_size if decoding.method == "beam" else decoding.mbr_samples or num_hypotheses
 
 
@@ -175,7 +174,7 @@ def _check_lists(
 
 
 def _seed(seed: int, sentence: str) -> int:
-    """Returns a seed for a sentence from its text, so that neither its place nor its batch-mates matter."""
+    """Returns a sentence's seed, computed from its text. So it depends on no other sentence."""
     return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
 
 

@@ -1,4 +1,4 @@
-"""What a search has found, as text: arrays to hypotheses, and hypotheses to the answer for a sentence."""
+"""The results of a search as text: arrays to hypotheses, and hypotheses to the answer for a sentence."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from flax_transformer.inference.requests import Request
 from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslation, Translation
 from flax_transformer.shapes import MASKED
 
-# Fields of section 'decoding' that may leave no token to go on with.
+# Fields of section 'decoding' that may exclude every next token.
 BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases", "banned_tokens")
 
 
 @dataclass(frozen=True)
 class ResultReader:
-    """Makes answers of what searches have found.
+    """Makes answers from the results of searches.
 
     Attributes:
-        tokenizers: of both sides.
+        tokenizers: tokenizers of both sides.
         decoding: settings of the searches.
-        num_hypotheses: outputs for each sentence at most.
-        parameters: of the model; they are looked at where a sentence has no output.
+        num_hypotheses: most outputs for each sentence.
+        parameters: parameters of the model, checked if a sentence has no output.
     """
 
     tokenizers: TokenizerPair
@@ -42,14 +42,14 @@ class ResultReader:
         """Returns the answer to a request.
 
         Args:
-            request: for a sentence that has a token.
-            found: of a whole call, as arrays of NumPy.
-            row: of the sentence.
+            request: request for a sentence that has a token.
+            found: results of a whole call, as arrays of NumPy.
+            row: row of the sentence.
         """
         hypotheses = self._hypotheses(request, found, row)
         if not hypotheses:
             return NoTranslation(request.sentence, self._reason(found, row), request.truncated)
-        if request.phrases:  # one that was cut but holds more stands before one that holds less
+        if request.phrases:  # cut outputs are ranked by the phrases that they hold
             hypotheses = [self._with_missing(hypothesis, request) for hypothesis in hypotheses]
             hypotheses.sort(key=lambda hypothesis: (not hypothesis.finished, len(hypothesis.missing)))
         elif self.decoding.mbr_samples:
@@ -63,19 +63,19 @@ class ResultReader:
         )
 
     def empty(self, request: Request) -> Translation:
-        """Returns the answer for a sentence without a token: an empty output, which lacks whatever is required."""
+        """Returns the answer for a sentence without a token: an empty output, which lacks all required phrases."""
         if not request.required:
             return EMPTY
         return Translation([dataclasses.replace(EMPTY.hypotheses[0], missing=request.required)])
 
     def _hypotheses(self, request: Request, found: Hypotheses, row: int) -> list[Hypothesis]:
-        """Returns the different outputs of a sentence, best first; none if it has none."""
+        """Returns the distinct outputs of a sentence, best first; an empty list if it has none."""
         results: dict[tuple[Any, ...], Hypothesis] = {}
-        # Of a beam no more are made than are asked for, unless they are sorted once more. Some samples are equal.
+        # All are read if they are sorted again, or if some may be equal (samples). Otherwise only the first ones are.
         sorted_again = request.phrases or self.decoding.method == "sampling"
         for beam in range(found.lengths.shape[1] if sorted_again else self.num_hypotheses):
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
-            if length == 0 or not found.scores[row, beam] > MASKED / 2:  # fewer than beams, none allowed, or no number
+            if length == 0 or not found.scores[row, beam] > MASKED / 2:  # no further hypothesis, or NaN
                 break
             ids = found.tokens[row, beam, : length - 1 if finished else length].tolist()
             key = *ids, finished
@@ -84,7 +84,7 @@ class ResultReader:
                 continue
             target = self.tokenizers.target
             text, attention, words = target.decode(ids), None, []
-            if found.auxiliary is not None:  # copied, so that it does not keep that of the whole call
+            if found.auxiliary is not None:  # copied, so that the array of the whole call can be freed
                 attention = found.auxiliary["attention"][row, beam, :length, : len(request.source)].copy()
                 words = word_numbers(text, target.decoded_spans(ids))
             results[key] = Hypothesis(
@@ -99,24 +99,24 @@ class ResultReader:
         return list(results.values())
 
     def _by_utility(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """Returns the samples in the order of how well they agree with all."""
+        """Returns the samples in the order of their agreement with all samples, highest first."""
         texts, counts = [h.text for h in hypotheses], [h.count for h in hypotheses]
         utilities = expected_utilities(texts, counts, self.decoding.mbr_utility)
         order = sorted(range(len(hypotheses)), key=lambda number: -utilities[number])
         return [dataclasses.replace(hypotheses[number], utility=utilities[number]) for number in order]
 
     def _with_missing(self, hypothesis: Hypothesis, request: Request) -> Hypothesis:
-        """Returns a hypothesis that says which phrases it lacks."""
+        """Returns the hypothesis with the required phrases that it lacks."""
         pieces = self.tokenizers.target.pieces
         named = zip(request.phrases, request.required, strict=True)
         missing = [text for ids, text in named if not holds(hypothesis.tokens, pieces(ids))]
         return dataclasses.replace(hypothesis, missing=missing)
 
     def _reason(self, found: Hypotheses, row: int) -> ConfigError | DivergenceError:
-        """Returns why a sentence has no output: scores that are not finite, or rules that leave none.
+        """Returns the reason why a sentence has no output: scores are not finite, or rules exclude every output.
 
-        A beam that has ended without a hypothesis looks the same in both cases. But scores of finite parameters are
-        finite, unless they leave the range of float32, so the parameters tell which case it is.
+        A search's results look the same in both cases. But finite parameters give finite scores, unless these leave the
+        range of float32. So the parameters tell which case it is.
         """
         problem = "the search found no output at all, since"
         diverged = "the model's scores are not finite: the training has diverged"

@@ -1,4 +1,4 @@
-"""The search of a model as one XLA program: encode, then search with slots that are refilled, on every device.
+"""The search of a model as one XLA program on each device: encode, then search with slots that are refilled.
 
 Legend: N sentences, B slots, S source length, K beams, T maximum length, P prefix length, V vocabulary, E models.
 """
@@ -30,19 +30,19 @@ ALL_AXES = ("data", "fsdp", "tensor")
 
 @dataclass(frozen=True)
 class SearchSpec:
-    """Everything static about a search of a model; one program is compiled for each, and each source length.
+    """Static settings of a search. One program is compiled for each spec and source length.
 
     Attributes:
-        beam: sizes, tokens and length penalty; of sampling, too.
+        beam: sizes, tokens and length penalty, for sampling too.
         sampling: how to draw; None searches with a beam.
-        no_repeat_ngram: size of n-grams that occur once at most; 0 allows all.
-        repetition_penalty: on tokens that have occurred, at least 1.
-        banned_phrases: as ids.
-        force_end: whether the end token closes outputs at their maximum length, and costs nothing there; an output that
-            must hold phrases is not closed, since it may lack some.
-        coverage_penalty: weight of the source tokens that little attention was given to.
+        no_repeat_ngram: size of n-grams that may occur only once; 0 allows all.
+        repetition_penalty: factor on log-probabilities of tokens that have occurred, at least 1.
+        banned_phrases: ids of each phrase.
+        force_end: whether the end token ends outputs at their maximum length at no cost. Outputs with required phrases
+            are not ended so, since they may lack some.
+        coverage_penalty: weight of the penalty on source tokens that got little attention.
         keep_attention: whether the attention over the source is returned.
-        num_models: of an ensemble, E; their parameters are stacked on a leading axis if there are several.
+        num_models: E, number of an ensemble's models. Several are stacked on a leading axis.
     """
 
     beam: BeamSearchConfig
@@ -59,17 +59,17 @@ class SearchSpec:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SearchInputs:
-    """What a search is asked for; the same tree also holds shapes and shardings.
+    """The arrays that a search takes. The same tree also holds shapes and shardings.
 
     Attributes:
         tokens: [N, S].
         segments: [N, S], 0 for padding.
         max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which stand at the end.
         min_lengths: [N], fewest tokens of an output, end token included.
-        prefixes: [N, P], what outputs begin with, `logits_processors.ANY` after its end; P may be 0.
+        prefixes: [N, P], ids that outputs begin with, `logits_processors.ANY` after the end; P may be 0.
         required: [N, Q, P], phrases that outputs hold, `logits_processors.ANY` after the end of each; Q may be 0.
-        seeds: [N], of sampling.
-        banned: [V], tokens that no output has.
+        seeds: [N], seeds of sampling.
+        banned: [V], True for tokens that no output may hold.
     """
 
     tokens: Any
@@ -84,7 +84,7 @@ class SearchInputs:
 
 @dataclass(frozen=True)
 class Functions:
-    """What a search needs of a model, or of several whose probabilities are averaged."""
+    """Functions of a model, or of an ensemble whose probabilities are averaged."""
 
     encode: Callable[[jax.Array, jax.Array, jax.Array], Memory]
     start: Callable[[Memory], DecodeState]
@@ -92,9 +92,10 @@ class Functions:
 
 
 def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
-    """Returns the functions of a model, or of an ensemble of models alike, as `prepare_for_inference` made them.
+    """Returns the functions of a model, or of an ensemble of models with equal sizes.
 
-    The leaves of an ensemble's memory and state lead with [B] or [B, K] as ever, and have the models after that.
+    The parameters are those of `prepare_for_inference`. Leaves of an ensemble's memory and state have a model axis
+    after their leading [B] or [B, K].
     """
     beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
     if num_models == 1:
@@ -109,7 +110,7 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
 
         return Functions(model.encode, one_start, one_step)
 
-    axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # where the models stand
+    axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # the model axis
 
     def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Memory:
         def of(params: Any) -> Memory:
@@ -138,16 +139,16 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """The state of a search's slots, and what the next sentences begin with.
+    """The state of a search's slots, and the first states of the next sentences.
 
-    Sentences are encoded as many at a time as there are slots, when the first of them is due. So their number costs no
-    memory and does not change a bit of a result. Slots are refilled in the order of the sentences, so
-    that two pieces are enough: what is due lies in the last one, or on both sides of the border between the last two.
+    Sentences are encoded in pieces of B, when the first sentence of a piece is due. So the number of sentences costs no
+    memory and changes no bit of a result. Slots are refilled in the order of the sentences. So the sentences that are
+    due always lie in the last two pieces.
 
     Attributes:
-        decoding: of the sentences in the slots.
-        waiting: [2 B, ...], states of two pieces before their first token, nothing written; sentence n is in n % 2 B.
-        pieces: that have been encoded so far.
+        decoding: state of the sentences in the slots.
+        waiting: [2 B, ...], states of two pieces before their first token. Sentence n is in row n % 2 B.
+        pieces: number of pieces that have been encoded.
     """
 
     decoding: Any
@@ -188,7 +189,7 @@ def slot_functions(
         decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), written=state.decoding.written)
         return SlotState(decoding, waiting, pieces)
 
-    # A state of the right shapes, whatever is in it: every slot is filled before it is used.
+    # Only the shapes matter: every slot is filled before it is used.
     shapes = jax.eval_shape(encoded, jax.ShapeDtypeStruct((), jnp.int32))
     decoding = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     blank = dataclasses.replace(shapes, written=None)
@@ -213,7 +214,7 @@ class CoveragePenalty:
     weight: float = static_field()
 
     def __call__(self, auxiliary: Any, sentences: Int[Array, "B"], lengths: Int[Array, "B"]) -> Float[Array, "B M"]:
-        """Returns the adjustment of M hypotheses, of which so many tokens count (see `ScoreAdjustment`)."""
+        """Returns the adjustment of M hypotheses that have `lengths` tokens (see `ScoreAdjustment`)."""
         attention = auxiliary["attention"]  # [B, M, T, S]
         decoded = jnp.arange(attention.shape[2])[None, :] < lengths[:, None]
         given = jnp.sum(jnp.where(decoded[:, None, :, None], attention, 0.0), axis=2)  # [B, M, S]
@@ -223,7 +224,7 @@ class CoveragePenalty:
 
 
 def make_processors(spec: SearchSpec, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
-    """Returns the logits processors that are asked for; none where nothing is, so that a plain search pays nothing."""
+    """Returns the logits processors of the settings. A plain search has none, so it pays nothing."""
     asked: list[LogitsProcessor] = []
     if spec.repetition_penalty != 1.0:
         asked.append(logits_processors.RepetitionPenalty(spec.repetition_penalty))
@@ -259,10 +260,9 @@ def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) 
 
 
 def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Encodes the sentences of one device and searches, with what `prepare_for_inference` made of a model.
+    """Encodes the sentences of one device and searches, with the parameters of `prepare_for_inference`.
 
-    An empty array asks for nothing: `banned` of no token, `min_lengths` of no sentence, prefixes of length 0, no
-    required phrase.
+    An input that is an empty array sets no rule: `banned`, `min_lengths`, `prefixes` or `required`.
     """
     beam = spec.beam
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
@@ -281,8 +281,8 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
 def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
 
-    Sentences are split over all axes of the mesh and parameters are copied, so each device runs a loop of its own with
-    `spec.beam.num_slots` slots, and no device ever waits for another.
+    Sentences are split over all axes of the mesh, and parameters are copied. Each device runs its own loop with
+    `spec.beam.num_slots` slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
     inputs = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())

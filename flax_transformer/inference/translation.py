@@ -1,4 +1,4 @@
-"""What `translate` answers for a sentence: its outputs, best first, or the reason why there are none."""
+"""The answer of `translate` for a sentence: its outputs, best first, or the reason why there are none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class Hypothesis:
     """One output for a sentence.
 
     Attributes:
-        text: detokenised.
+        text: detokenised output.
         tokens: target pieces, without the end token.
         score: log-probability (nats, end token included) divided by the length penalty; at most 0.
         finished: False when it was cut at the maximum length.
@@ -22,9 +22,9 @@ class Hypothesis:
         attention: [number of token scores, source tokens with the end token], the mean over the last layer's heads;
             None unless it was asked for.
         missing: required phrases that it does not hold.
-        count: how often it was drawn; 1 where nothing is.
-        utility: its agreement with all that were drawn, if it was chosen by that (`decoding.mbr_samples`).
-        words: for each token the numbers of its words of the text, see `alignment.word_numbers`; empty without
+        count: how often it was drawn; 1 in a beam search.
+        utility: its agreement with all samples, if they were ranked by it (`decoding.mbr_samples`).
+        words: for each token the numbers of its words in the text, see `alignment.word_numbers`; empty without
             attention.
     """
 
@@ -46,10 +46,10 @@ class Translation:
 
     Attributes:
         hypotheses: at least one, at most as many as asked for.
-        truncated: whether the source was longer than the model takes and was cut.
+        truncated: whether the source was too long for the model and was cut.
         source: source pieces, without the end token.
-        source_words: for each of them the numbers of its words of the sentence, see `alignment.word_numbers`; empty
-            without attention.
+        source_words: for each source piece the numbers of its words in the sentence, see `alignment.word_numbers`;
+            empty without attention.
     """
 
     hypotheses: list[Hypothesis]
@@ -75,12 +75,12 @@ class Translation:
 
 @dataclass(frozen=True)
 class NoTranslation:
-    """The reason why a sentence has no translation. Whoever asks for an output of it gets the reason raised.
+    """The reason why a sentence has no translation. Reading an output from it raises the reason.
 
     Attributes:
         sentence: the raw text.
-        reason: what cannot be had for this sentence (`InputError`), or scores that are not finite (`DivergenceError`).
-        truncated: as of `Translation`.
+        reason: an impossible demand on this sentence (`InputError`), or scores that are not finite (`DivergenceError`).
+        truncated: whether the source was too long for the model and was cut.
 
     Example:
         found = translator.translate(sentences)
@@ -93,22 +93,21 @@ class NoTranslation:
 
     @property
     def error(self) -> InputError | DivergenceError:
-        """The reason, with the sentence that it is of."""
+        """The reason, with the sentence that it concerns."""
         return type(self.reason)(f"{shortened(self.sentence)!r} has no translation: {self.reason}")
 
     def _raised(self) -> NoReturn:
         raise self.error from self.reason
 
-    # What a `Translation` has and this has not.
+    # Attributes of a `Translation` that this class lacks.
     hypotheses = text = score = tokens = source = source_words = property(_raised)
 
 
 def raise_if_diverged(answers: Sequence[Translation | NoTranslation]) -> None:
-    """Returns if some sentence has a translation, or lacks one because of rules or of what is asked of it alone.
+    """Raises if every non-empty sentence failed because scores are not finite.
 
     Raises:
-        DivergenceError: scores that are not finite are why no sentence has one, but for the empty ones. So it is the
-            model that is at fault.
+        DivergenceError: every non-empty sentence failed in this way, so the model is at fault.
     """
     asked = [each for each in answers if isinstance(each, NoTranslation) or each.source]
     diverged = [e for e in asked if isinstance(e, NoTranslation) and isinstance(e.reason, DivergenceError)]
@@ -117,11 +116,11 @@ def raise_if_diverged(answers: Sequence[Translation | NoTranslation]) -> None:
 
 
 def no_output_line(answers: Sequence[Translation | NoTranslation], what: str) -> str:
-    """Returns what a warning says of sentences without a translation; nothing if all have one.
+    """Returns the text of a warning about sentences without a translation; "" if all have one.
 
     Args:
-        answers: to all sentences.
-        what: they are, "test sentences".
+        answers: answers to all sentences.
+        what: name of the sentences, such as "test sentences".
     """
     without = [each for each in answers if isinstance(each, NoTranslation)]
     if not without:
@@ -134,7 +133,7 @@ def no_output_line(answers: Sequence[Translation | NoTranslation], what: str) ->
 
 
 def texts_or_empty(answers: Sequence[Translation | NoTranslation]) -> list[str]:
-    """Returns the best output of each sentence, empty where there is none: for evaluations.
+    """Returns the best output of each sentence, "" if it has none.
 
     Raises:
         DivergenceError: see `raise_if_diverged`.
@@ -144,12 +143,12 @@ def texts_or_empty(answers: Sequence[Translation | NoTranslation]) -> list[str]:
 
 
 def cut_line(name: str, max_source_length: int, what: str = "translated") -> str:
-    """Returns what a warning says of a line that was cut.
+    """Returns the text of a warning about a line that was cut.
 
     Args:
-        name: of the line, "line 3".
-        max_source_length: of the model, end token included.
-        what: was done with the rest of it.
+        name: name of the line, such as "line 3".
+        max_source_length: most source tokens of the model, end token included.
+        what: what was done with the beginning of the line.
     """
     return (
         f"{name} is longer than the model's {max_source_length - 1} tokens; only its beginning was {what}. Break it "

@@ -1,4 +1,4 @@
-"""Text to text: requests of sentences, programs that search for them, and the answers in the order of the sentences."""
+"""Translation from text to text: requests, programs that search, and answers in the order of the sentences."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ class Translator:
 
     Attributes:
         model: configuration of the model.
-        tokenizers: of both sides.
+        tokenizers: tokenizers of both sides.
         decoding: settings of the search.
-        parameters: of the model, or of all models of an ensemble, on their devices.
-        options: sizes of the programs that search.
+        parameters: parameters of the model or ensemble, on their devices.
+        options: sizes of the search's programs.
 
     Example:
         translator = Translator.load("runs/number_words")
@@ -66,13 +66,13 @@ class Translator:
 
         Args:
             model: configuration of the model.
-            tokenizers: of both sides.
-            params: of the model, or of all models of an ensemble, stacked.
+            tokenizers: tokenizers of both sides.
+            params: parameters of the model; those of an ensemble's models are stacked.
             decoding: settings of the search.
             mesh: devices.
-            num_models: of an ensemble.
-            side_by_side: whether devices take work one by one, each when it is free, where `search_meshes` does so;
-                programs take longer to compile then, and long texts less time.
+            num_models: number of an ensemble's models; 1 for a single model.
+            side_by_side: whether each CPU device takes work by itself (see `search_meshes`). Programs compile more
+                slowly; long texts run faster.
         """
         graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         meshes = tuple(search_meshes(mesh)) if side_by_side else (mesh,)
@@ -89,19 +89,19 @@ class Translator:
     ) -> "Translator":
         """Returns the translator of a run folder, or of several as an ensemble.
 
-        The probabilities of an ensemble's models are averaged at every step; they must have the same sizes and the same
-        vocabulary. Everything but the parameters is taken from the first.
+        An ensemble averages its models' probabilities at every step. Its models must have the same sizes and the same
+        vocabulary. All but the parameters is taken from the first run.
 
         Args:
             run: the folder, or several.
-            mesh: devices; all that there are when None.
+            mesh: devices; None uses all.
             checkpoint: the one that was best on validation text, or the last.
-            quantize: see `Quantize`; "int8" is faster on a CPU with instructions for it, "bfloat16" on an
+            quantize: see `Quantize`. "int8" is faster on a CPU with instructions for it. "bfloat16" is faster on an
                 accelerator, and on a CPU with matrix instructions (AMX).
 
         Raises:
-            RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one; runs that do not
-                make an ensemble.
+            RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one. Or the runs do
+                not form an ensemble.
         """
         paths = [run] if isinstance(run, Path | str) else list(run)
         folders = [RunFolder.open(path) for path in paths]
@@ -128,25 +128,25 @@ class Translator:
         return made.quantized() if quantize == "int8" else made
 
     def with_params(self, params: Any) -> "Translator":
-        """Returns a translator with other parameters, of the same shapes, that shares this one's compiled programs."""
+        """Returns a translator with other parameters of the same shapes. It shares the compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
         params = replicated(params, self.mesh)
         return dataclasses.replace(self, parameters=dataclasses.replace(self.parameters, params=params))
 
     def quantized(self) -> "Translator":
-        """Returns a translator with 8-bit integers for weights: itself if it has them."""
+        """Returns a translator with 8-bit integers for weights; itself if it has them already."""
         if self.parameters.are_quantized:
             return self
         params = self.parameters.quantized()
         return dataclasses.replace(self, parameters=dataclasses.replace(self.parameters, params=params))
 
     def with_decoding(self, decoding: DecodingConfig) -> "Translator":
-        """Returns a translator with other settings, that shares this one's parameters and compiled programs."""
+        """Returns a translator with other settings. It shares the parameters and compiled programs."""
         return dataclasses.replace(self, decoding=decoding)
 
     @property
     def params(self) -> Any:
-        """The parameters of the model, with a copy on every device; those of an ensemble's models are stacked."""
+        """The parameters, with a copy on every device; those of an ensemble's models are stacked."""
         return self.parameters.params
 
     @property
@@ -156,17 +156,17 @@ class Translator:
 
     @property
     def batch_size(self) -> int:
-        """Sentences worked on at the same time; rounded up, so that a run can be used on any number of devices."""
+        """Sentences searched at the same time, rounded up to a multiple of the number of devices."""
         return rounded_up(self.decoding.batch_rows, self.mesh)
 
     @property
     def requests(self) -> RequestReader:
-        """Makes requests of sentences, each checked by itself."""
+        """The reader that makes and checks the request of each sentence."""
         demands = Demands(self.tokenizers.target, self.decoding, self.model.max_target_length - 1)
         return RequestReader(self.tokenizers.source, demands, self.model.max_source_length)
 
     def programs(self, requests: RequestReader, num_hypotheses: int = 1, attention: bool = False) -> Programs:
-        """Returns the searches for requests that a reader makes; for the other arguments see `translate`."""
+        """Returns the programs for a reader's requests; for the other arguments see `translate`."""
         return Programs(
             self.parameters,
             requests.demands,
@@ -188,22 +188,22 @@ class Translator:
     ) -> list[Translation | NoTranslation]:
         """Returns the answer for each sentence, in order: its translation, or the reason why it has none.
 
-        A sentence has none where its prefix or its required phrases cannot be had, or where the search ends without any
-        output. That concerns no other sentence. An empty sentence has an empty translation.
+        A sentence has no translation if its prefix or a required phrase is impossible, or if the search ends without an
+        output. Other sentences are not affected. An empty sentence has an empty translation.
 
         Args:
             sentences: raw text.
-            num_hypotheses: at most so many outputs for each sentence: the best of the beam, or as many as are drawn.
-            prefixes: what each sentence's outputs begin with: text, or a list of pieces as `Hypothesis.tokens` names
-                them, such as a token for the language of the output.
-            required: phrases that each sentence's outputs hold, as the tokens that each is cut into by itself; a
-                hypothesis that reached its maximum length first says which it lacks.
+            num_hypotheses: most outputs for each sentence: the best of the beam, or the number of samples.
+            prefixes: beginning of each sentence's outputs: text, or a list of piece names (see `Hypothesis.tokens`),
+                such as a token for the language of the output.
+            required: phrases each output must contain, each tokenised by itself. If an output hits the maximum length
+                first, it lists those it lacks.
             attention: whether hypotheses carry their attention over the source.
-            **changes: fields of `DecodingConfig` in place of the run's own, such as `beam_size=1`.
+            **changes: fields of `DecodingConfig` that replace the run's own, such as `beam_size=1`.
 
         Raises:
-            ConfigError: a setting out of range, unknown or contradicted by another; one string in place of a list, or
-                a list of another length.
+            ConfigError: a setting is out of range, unknown or contradicts another. Or an argument is a string instead
+                of a list, or a list of another length.
         """
         if isinstance(sentences, str):
             raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
@@ -223,14 +223,14 @@ class Translator:
         return answers
 
     def compile(self, sentences: Sequence[str], held: int = 0) -> None:
-        """Compiles all that `translate(sentences)` needs, so that a lack of memory shows now and nothing waits later.
+        """Compiles all programs of `translate(sentences)`, so a lack of memory is found now and nothing waits later.
 
-        After it no device has anything to compile, whichever of them takes which sentences; a call of `translate`
-        compiles on those alone that took some.
+        Each device then has every program, whichever sentences it takes. A call of `translate` compiles only on devices
+        that took sentences.
 
         Args:
-            sentences: of which the lengths matter.
-            held: bytes on each device that others keep beside it.
+            sentences: sentences, of which only the lengths matter.
+            held: bytes on each device that others keep.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
@@ -251,6 +251,6 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
         if name not in known:
             raise ConfigError(f"unknown decoding option {name!r}.{did_you_mean(name, known)}")
     given = {name: value for name, value in changes.items() if value is not None}
-    if "method" in given:  # what was set for the other method is not asked of this one
+    if "method" in given:  # drops settings of the other method
         decoding = decoding.with_method(given["method"])
     return dataclasses.replace(decoding, **given)
