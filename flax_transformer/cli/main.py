@@ -1,7 +1,12 @@
 """The command `flax-transformer VERB ...`: sets up the process, dispatches verbs, words a user's mistakes.
 
-Exit codes: 0 done, 1 failed, 2 usage or bad input, 3 a training was stopped by a signal, its state saved, 4 done but
-some lines were shortened, lack what was required or have no output, 130 something else was interrupted.
+Exit codes:
+    0    done
+    1    failed
+    2    wrong usage or bad input
+    3    a signal stopped a training, and its state was saved
+    4    done, but some lines were shortened, lack a required phrase, or have no output
+    130  something else was interrupted
 """
 
 import importlib
@@ -54,12 +59,12 @@ def use_compilation_cache() -> None:
 def use_every_core() -> None:
     """Makes each CPU core a device of its own, unless the user has set their number; no effect beside an accelerator.
 
-    A batch then has its rows split over the cores, which beats splitting each operation: every core works on arrays
-    half as large, in its own cache, and none waits for the other after each operation. Their number is a power of two,
-    at most `ROW_MULTIPLE`, since the rows of every batch divide by that.
+    The rows of a batch are then split over the cores. That is faster than splitting each operation. Each core works on
+    smaller arrays in its own cache, and no core waits for another after each operation. The number of devices is a
+    power of two, at most `ROW_MULTIPLE`, since that divides the rows of every batch.
 
-    Where devices wait for each other XLA gives up after about a minute and aborts the process; but a core may be kept
-    busy by others for longer, so that is put off to a day.
+    By default XLA aborts the process if its devices wait for each other for long. Other processes may keep a core busy
+    for longer than that, so the limit is raised to a day.
     """
     import jax
 
@@ -85,10 +90,10 @@ KEPT_MEMORY = ":".join(
 def keep_memory() -> None:
     """Starts this process anew with `KEPT_MEMORY`, once, unless the user has set GLIBC_TUNABLES; elsewhere no effect.
 
-    XLA for CPU allocates what a step needs in every step. By default the system takes such large blocks back at once
-    and gives them out again in pages of 4 KiB, each of them cleared: a third of a training step on two cores
-    (docs/lab_book.md, 2026-11-24). The allocator reads its settings when a process starts, and only then; so call this
-    before anything heavy is imported.
+    XLA for CPU allocates its temporaries anew in every step. By default glibc returns such large blocks to the system
+    at once. The system hands them out again in small pages and clears each, which takes much of a training step
+    (docs/lab_book.md, "memory that comes and goes"). The allocator reads its settings only when a process starts. So
+    call this before slow imports.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return

@@ -10,22 +10,21 @@ import jax
 
 Found = TypeVar("Found")
 
-# A chunk has this share of what is left for each of several workers. So one that is half as fast as another does not
-# hold up the end, and chunks are few: at the end of each slots fall empty.
+# A chunk has this share of one worker's part of the sentences left. So a slow worker does not hold up the end. Chunks
+# are still few, since slots are empty near the end of each.
 SHARE = 0.75
-# Sentences for each slot that a chunk should have at least; it has fewer where its group, all workers or `most` allow
-# no more.
+# Least sentences of a chunk for each slot. A chunk has fewer if its group, the number of workers or `most` requires it.
 LEAST_SENTENCES_A_SLOT = 4
 
 
 class Shape(NamedTuple):
-    """What the shapes that a sentence meets depend on.
+    """The padded lengths that decide which program serves a sentence.
 
     Attributes:
-        source: tokens that it is padded to.
-        prefix: tokens that the prefix of its outputs is padded to, 0 without one.
-        phrases: room for required phrases, 0 for none.
-        phrase: tokens that each of them is padded to.
+        source: padded length of the source.
+        prefix: padded length of the prefix of the outputs, 0 without one.
+        phrases: padded number of required phrases, 0 without any.
+        phrase: padded length of each phrase.
     """
 
     source: int
@@ -37,9 +36,9 @@ class Shape(NamedTuple):
 def length_bucket(length: int, longest: int) -> int:
     """Returns the padded length for a sentence: 16, 32, 48, 64, 96, 128, ... but at most `longest`.
 
-    It depends on the sentence alone, so that its batch-mates do not change the program that translates it. Each length
-    is a program to compile, and an end at which slots fall empty: more of them cost more than the padding that they
-    save (docs/lab_book.md, 2026-11-26).
+    It depends on the sentence alone, so the rest of a batch does not change the program. Each length adds a program to
+    compile, and slots are empty near the end of its calls. More lengths would cost more than the padding they save
+    (docs/lab_book.md, "passes over logits that nobody asked for").
     """
     bucket = 16 if length <= 16 else 32
     while bucket < length:
@@ -52,8 +51,8 @@ class Chunk:
     """The sentences of one call.
 
     Attributes:
-        shape: of each of them.
-        members: their indices.
+        shape: shape of each sentence.
+        members: indices of the sentences.
     """
 
     shape: Shape
@@ -61,16 +60,16 @@ class Chunk:
 
 
 def cut_into_chunks(groups: dict[Shape, list[int]], workers: int, slots: int, most: int) -> list[Chunk]:
-    """Returns all sentences in chunks, to be taken in this order by whichever worker is free.
+    """Returns all sentences in chunks. A free worker takes the next chunk in this order.
 
-    Long sentences come first, and chunks get smaller towards the end, so that all workers end at about the same time
-    though one may be slower than another (guided self-scheduling). For one worker they are as few as they can be.
+    Long sentences come first, and chunks get smaller towards the end (guided self-scheduling). So all workers end at
+    about the same time, even if their speeds differ. For one worker there are as few chunks as possible.
 
     Args:
-        groups: indices of sentences by shape; a chunk has them in the order in which they stand there.
-        workers: how many there are.
+        groups: indices of sentences by shape; chunks keep their order.
+        workers: number of workers.
         slots: sentences that a worker searches at the same time.
-        most: sentences that a chunk may have.
+        most: most sentences of a chunk.
 
     References:
         Polychronopoulos and Kuck 1987, "Guided Self-Scheduling".
@@ -82,7 +81,7 @@ def cut_into_chunks(groups: dict[Shape, list[int]], workers: int, slots: int, mo
         while members:
             share = left if workers == 1 else math.ceil(SHARE * left / workers)
             size = min(most, max(share, least))
-            size = -(-len(members) // -(-len(members) // size))  # nearly the same for all that the group would need
+            size = -(-len(members) // -(-len(members) // size))  # chunks of a group have nearly equal sizes
             chunks.append(Chunk(shape, members[:size]))
             members, left = members[size:], left - size
     return chunks
@@ -91,21 +90,21 @@ def cut_into_chunks(groups: dict[Shape, list[int]], workers: int, slots: int, mo
 def run_on_workers(
     chunks: Sequence[Chunk], workers: int, launch: Callable[[int, Chunk], Found]
 ) -> Iterator[tuple[Chunk, Found]]:
-    """Yields each chunk with the values that were found for it, as they are there.
+    """Yields each chunk with its values as soon as they are available.
 
-    A worker whose values are there is given its next chunk before they are handed out. One that ends while the caller
-    is busy with another's values waits for the caller.
+    A worker gets its next chunk before its values are yielded. A worker that ends while the caller is busy waits for
+    the caller.
 
     Args:
-        chunks: in the order in which they are taken.
-        workers: how many there are. A single one has two chunks, of which one waits for the other; several have one
-            each, since the chunk that waits for a slow worker could be with a fast one.
-        launch: given the number of a worker and a chunk, returns a tree of arrays that are still being computed. It is
-            called where the caller is, so that JAX's settings of a thread hold in it and a worker's programs run in
-            turn; the values alone are waited for in threads.
+        chunks: chunks in the order in which workers take them.
+        workers: number of workers. A single worker holds two chunks, one running and one waiting. Several workers hold
+            one each, so that no chunk waits for a slow worker while a fast one is free.
+        launch: takes the number of a worker and a chunk, and returns a tree of arrays that are still being computed. It
+            runs in the caller's thread, so JAX's thread-local settings hold and a worker's programs run in turn. Only
+            waiting for values happens in other threads.
 
     Raises:
-        Exception: what computing a chunk's values raised, at once and before any more is launched.
+        Exception: the error of a chunk's computation, raised before any other chunk is launched.
     """
     left = iter(chunks)
     running: dict[Future[Found], tuple[int, Chunk]] = {}

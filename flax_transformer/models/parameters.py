@@ -1,7 +1,7 @@
-"""What is known of each parameter of a model beside its values: what its axes are, and how often it is used.
+"""Metadata of each parameter of a model: its axes, and the vectors that it multiplies.
 
-Layers say the first when they create a parameter: `logical_axes` names its axes, and `num_in_dims` says how many of a
-kernel's axes are inputs. The model says the second by `parameter_roles`.
+A layer sets the axes when it creates a parameter: `logical_axes` names them, and `num_in_dims` is the number of a
+kernel's input axes. A model declares the vectors by `parameter_roles`.
 """
 
 import dataclasses
@@ -13,20 +13,20 @@ from flax import nnx
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.parallel.sharding_rules import logical_axes_of
 
-# What a parameter is multiplied with: the vector of each source token, of each target token, or one for each sentence.
+# Which vectors a parameter multiplies: one for each source token, each target token, or each sentence.
 MultipliedWith = Literal["source_token", "target_token", "sentence"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterInfo:
-    """What is known of one parameter.
+    """Metadata of one parameter.
 
     Attributes:
-        shape: its dimensions.
-        logical_axes: the name of each dimension; "layers" stands first where the layers of a stack lie side by side.
-        num_in_dims: number of a kernel's dimensions that are inputs, "layers" not counted; None for other parameters.
-        multiplied_with: what it is a factor of a matrix product with; None for a parameter that is added, scales, or is
-            looked up.
+        shape: dimensions.
+        logical_axes: name of each dimension; the first is "layers" if the parameter is a stack of layers.
+        num_in_dims: number of a kernel's input dimensions, "layers" not counted; None for other parameters.
+        multiplied_with: which vectors it multiplies in a matrix product. None for a parameter that is added, scales, or
+            is looked up.
     """
 
     shape: tuple[int, ...]
@@ -41,12 +41,12 @@ class ParameterInfo:
 
     @property
     def stacked(self) -> bool:
-        """Whether it is a stack of all layers' parameters, the layer its first axis."""
+        """Whether it stacks the parameters of all layers along its first axis."""
         return self.logical_axes[:1] == ("layers",)
 
     @property
     def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The input axes and the output axes of a kernel, of each layer by itself; None for other parameters.
+        """The input axes and the output axes of a kernel, without the layer axis; None for other parameters.
 
         A kernel is a matrix once each of the two groups is flattened.
 
@@ -64,11 +64,11 @@ def parameter_info(model: Seq2Seq) -> dict[str, Any]:
     """Returns a nested dict with the `ParameterInfo` of each parameter, in the form of `nnx.to_pure_dict`.
 
     Args:
-        model: of arrays or of shapes.
+        model: a model that holds arrays or shapes.
 
     Raises:
-        ValueError: a parameter without `logical_axes`, or a kernel of which `parameter_roles` does not say how often
-            it is used (defects of a layer or a model, never of the user's input).
+        ValueError: a parameter has no `logical_axes`, or `parameter_roles` leaves out a kernel. Both are defects of a
+            layer or model, never of the user's input.
     """
     nodes = dict(nnx.iter_graph(model))
     paths = {id(node): path for path, node in nodes.items()}

@@ -1,4 +1,4 @@
-"""The interface of every sequence-to-sequence model: all that training, search and inference know of one.
+"""The interface of every sequence-to-sequence model, as training, search and inference use it.
 
 Legend: B batch, S source length, T target length, D model dim, K beams, V vocabulary, L layers, N heads.
 """
@@ -18,12 +18,12 @@ from flax_transformer.shapes import Batch, array_tree
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What an encoder hands on.
+    """The output of an encoder.
 
     Attributes:
         states: [B, S, D], one vector for each source token.
         segments: [B, S], 0 for padding.
-        decoder_start: tree of arrays [B, ...] from which a recurrent decoder starts; None for a model that needs none.
+        decoder_start: tree of arrays [B, ...], first state of a recurrent decoder; None for other models.
     """
 
     states: Float[Array, "B S D"]
@@ -34,17 +34,17 @@ class Memory:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """All that a decoder keeps between steps; which leaves follow a beam is declared by where they stand.
+    """The state of a decoder between steps. The field of a leaf says whether it is reordered with the beams.
 
     The same tree also holds axes.
 
     Attributes:
-        per_sentence: tree of arrays [B, ...], the same for all beams of a sentence and never copied over beams.
-        per_beam: tree of arrays [B, K, ...], reordered when beams are.
-        written: tree of arrays [B, ...] to which each step adds and which are never reordered. What was not written
-            since the sentence began has weight 0 (and must be finite): a new sentence takes a slot's over as they are.
-        positions: [B], 0-based index of the token that is decoded next; per sentence, so that a slot of the batch can
-            start anew while others go on.
+        per_sentence: tree of arrays [B, ...], shared by all beams of a sentence and never copied over beams.
+        per_beam: tree of arrays [B, K, ...], reordered with the beams.
+        written: arrays [B, ...] that steps append to and that are never reordered. A new sentence inherits its slot's
+            old values. Entries that it has not written must be finite and get weight 0.
+        positions: [B], 0-based index of the next token. It is per sentence, so that one slot can restart while others
+            go on.
     """
 
     per_sentence: Any
@@ -61,7 +61,7 @@ class StepOutput:
     Attributes:
         logits: [B, K, V] float32.
         attention: [B, K, L, N, S], weights over the source of every decoder layer and head; None for a model without
-            attention. Costs nothing in a compiled program that does not use it.
+            attention. A compiled program that does not read it does not compute it.
     """
 
     logits: Float[Array, "B K V"]
@@ -70,15 +70,15 @@ class StepOutput:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRoles:
-    """How often a model uses its kernels, told by the modules that hold them.
+    """How often a model applies its kernels, declared for the modules that hold them.
 
-    Where one named module holds another, the inner one says it of the kernels in it.
+    If one named module holds another, the inner one decides for its own kernels.
 
     Attributes:
         per_source_token: modules whose kernels are applied to each source token.
         per_target_token: modules whose kernels are applied to each target token.
-        output_table: the table that the output projection applies to each target token.
-        per_sentence: modules whose kernels are applied once a sentence.
+        output_table: the table of the output projection, applied to each target token.
+        per_sentence: modules whose kernels are applied once for each sentence.
     """
 
     per_source_token: tuple[nnx.Module, ...]
@@ -108,11 +108,11 @@ class Seq2Seq(Protocol):
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
     ) -> Memory:
-        """Returns the encoder's output; `key` is for dropout, None means evaluation."""
+        """Returns the encoder's output. `key` is the random key of dropout; None means evaluation."""
         ...
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
-        """Returns the decoder's hidden vectors when it is fed the reference (teacher forcing)."""
+        """Returns the decoder's hidden vectors with the reference as its input (teacher forcing)."""
         ...
 
     def output_projection(self) -> OutputProjection:
@@ -122,16 +122,16 @@ class Seq2Seq(Protocol):
     def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
         """Returns the state before the first token, with room for `max_length` tokens.
 
-        Beams that are not `reordered`, such as samples, cost less where there are many.
+        Many beams cost less if they are not `reordered`, as in sampling.
         """
         ...
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
-        """Returns scores for the token after `tokens`, and the state that has read them."""
+        """Returns scores for the token after `tokens`, and the state after reading `tokens`."""
         ...
 
     def parameter_roles(self) -> ParameterRoles:
-        """Returns how often each kernel is used, from which the operations of a step are counted."""
+        """Returns how often each kernel is applied. The operations of a step are counted from it."""
         ...
 
 

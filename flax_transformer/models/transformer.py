@@ -66,8 +66,8 @@ class TransformerConfig:
         zero_start: the start token's vector is zero, as in Marian's models, and not learnt.
         scan_layers: in training, run the layers of a stack in a loop that is compiled once, rather than one after the
             other: deep models compile sooner, and run a little slower.
-        rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again: less
-            memory for about a third more arithmetic; XLA for CPU saves nothing unless layers are scanned.
+        rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again. This
+            takes less memory and more arithmetic; XLA for CPU saves nothing unless layers are scanned.
         param_dtype: type in which parameters are kept; a training keeps them in float32.
         compute_dtype: type of products and activations; softmax, norm statistics and the loss stay float32.
     """

@@ -1,4 +1,4 @@
-"""How well a recurrent decoder's state fits each encoder state: score functions of attention before the Transformer.
+"""Score functions of attention in recurrent models: how well a decoder's state fits each encoder state.
 
 Legend: B batch, K beams (1 in training), S source length, U recurrent units, A attention dim.
 """
@@ -28,8 +28,8 @@ def _additive_scores(
 class AdditiveAttention(nnx.Module):
     """score(s, h) = v . tanh(W s + U h + b): a one-layer network over the decoder's and the encoder's state.
 
-    Luong's "concat", v . tanh(W [s; h]), is the same function, its W being our W and U side by side; the two papers
-    differ in which decoder state they give it (see `models/rnn.py`).
+    Luong's "concat", v . tanh(W [s; h]), is the same function; its W is our W and U side by side. The two papers differ
+    in the decoder state s that they use (see `models/recurrent.py`).
 
     References:
         Bahdanau et al. 2015, appendix A.1.2; Luong et al. 2015, equation 8, "concat".

@@ -31,10 +31,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
     Args:
         config: sizes of the axes.
-        devices: which devices; all that JAX has when None.
+        devices: devices of the mesh; None uses all of JAX's.
 
     Raises:
-        ConfigError: sizes below 1, or that do not multiply to a number of devices that is there.
+        ConfigError: sizes below 1, or sizes whose product is not an available number of devices.
     """
     devices = jax.devices() if devices is None else devices
     fixed = config.fsdp * config.tensor
@@ -53,11 +53,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def search_meshes(mesh: Mesh) -> list[Mesh]:
-    """Returns the meshes that search side by side, each taking work when it is free: together the devices of `mesh`.
+    """Returns the meshes that search side by side. Each takes work when it is free. Together they are `mesh`.
 
-    On a CPU each device is one, if they are few. Cores may be of different speeds, or have other work to do, and JAX
-    runs a program of several CPU devices only when all of them have ended the one before. But each needs a program of
-    its own, which takes seconds to compile. Elsewhere it is `mesh` itself (docs/lab_book.md, 2026-11-28).
+    On a CPU each device is a mesh, if there are few. Cores may differ in speed or have other work to do. JAX runs a
+    program of several CPU devices only when all have ended the one before. But each mesh needs its own compiled
+    program. Elsewhere the only mesh is `mesh` itself (docs/lab_book.md, "cores that are not alike").
     """
     devices = list(mesh.devices.flat)
     if devices[0].platform != "cpu" or len(devices) > MOST_SEARCH_MESHES:

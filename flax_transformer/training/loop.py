@@ -20,8 +20,8 @@ from flax_transformer.training.state import TrainState
 from flax_transformer.training.stopping import Patience, StopRequest
 from flax_transformer.training.throughput import FlopFigures
 
-# Updates that may be under way at the same time. A few keep the devices busy; with 32 XLA for CPU comes to a stop for
-# good when it has several devices (docs/lab_book.md, 2026-11-24).
+# Updates that may run at the same time. A few keep the devices busy. With many, XLA for CPU with several devices
+# deadlocks (docs/lab_book.md, "memory that comes and goes, and a training that stops for good").
 MOST_UNDER_WAY = 8
 
 # Updates after a start that are not counted in the throughput.
@@ -91,11 +91,11 @@ class Callbacks:
 
     Attributes:
         log: where progress goes.
-        save: called with (state, position, quality or None) at intervals, after each evaluation and when a signal stops
-            the training, which an evaluation does not hold up.
-        evaluate: called with (parameters, step) at intervals and after the last step; returns the quality, the higher
+        save: called with (state, position, quality or None) at intervals, after each evaluation, and when a signal
+            stops the training. A signal does not wait for an evaluation to end.
+        evaluate: called with (parameters, step) at intervals and after the last step. Returns the quality, the higher
             the better.
-        history: what `evaluate` returned before, when a run goes on.
+        history: earlier results of `evaluate`, if a run is resumed.
     """
 
     log: RunLog
