@@ -58,17 +58,17 @@ class StandardOutput:
 class PartialOutput:
     """Writes lines to NAME.partial, and keeps beside them in NAME.partial.json how far they are.
 
-    Use it in a `with` statement: NAME is there when that ends without an error. What was written before one can be gone
-    on with, from the last `write` that came to its end, with the same settings and the same source.
+    Use it in a `with` statement: NAME exists once that ends without an error. After an error the output can be resumed
+    from the last complete `write`, with the same settings and the same source.
 
     Args:
         path: the file.
-        settings: what is written is made by them; JSON.
-        resume: whether to go on with what is there.
+        settings: JSON of the settings that determine the output.
+        resume: whether to continue an incomplete output.
 
     Raises:
-        InputError: the file is there already, or there is one that is not whole and `resume` is not set, or it was made
-            by other settings, or its record cannot be read, or another process is writing it.
+        InputError: the file exists already, or an incomplete one exists and `resume` is not set. Or it was made by
+            other settings, its record cannot be read, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool):

@@ -1,1 +1,1 @@
-"""A whole run: its text, its programs, how it begins or goes on, what it is judged by, and what it leaves behind."""
+"""A whole run: its text and programs, its start or resumption, its validation, and its report."""

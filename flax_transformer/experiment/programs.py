@@ -1,4 +1,4 @@
-"""What a run computes: its model, its train step, its validation and its translations."""
+"""The programs of a run: its model, its train step, its validation and its translations."""
 
 import time
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ from flax_transformer.training.throughput import FlopFigures, ProductCost, peak_
 
 @dataclass(frozen=True)
 class Programs:
-    """What a run computes, made of shapes: no parameter exists yet, and nothing is compiled.
+    """The programs of a run, made from shapes: no parameter exists yet, and nothing is compiled.
 
     Attributes:
         mesh: the devices.
-        layout: of the training state.
+        layout: layout of the training state.
         step: the jitted train step.
         translator: gets parameters when some are evaluated, and gives them back.
         validation: evaluates parameters during the training.
-        flops: what the throughput is told by.
+        flops: figures for the throughput.
     """
 
     mesh: Mesh
@@ -55,7 +55,7 @@ class Programs:
 
 @dataclass(frozen=True)
 class CompiledPrograms:
-    """What has been compiled.
+    """The compiled programs of a run.
 
     Attributes:
         steps: the train step; validation and translator keep their programs themselves.
@@ -76,7 +76,7 @@ class CompiledPrograms:
 
 
 def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
-    """Returns what a run computes.
+    """Returns the programs of a run.
 
     Raises:
         ConfigError: sizes that the mesh does not divide, or settings that contradict the parameters of the model.

@@ -1,7 +1,7 @@
 """The programs of a recipe, the train step and the search, traced and compiled for hardware that may only be described.
 
-They are made by the functions that a training and a translator call, from shapes alone. So what is read from them is
-what the hardware would run.
+They are made from shapes alone, by the functions that a training and a translator call. So they are the programs that
+the hardware would run.
 """
 
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ from flax_transformer.training.step import Objective, jit_train_step
 
 @dataclass(frozen=True)
 class RecipePrograms:
-    """What a recipe runs on a mesh.
+    """The programs of a recipe on a mesh.
 
     Attributes:
         config: the recipe.
-        vocabulary: sizes and special ids, which its tokenizers would tell.
-        mesh: of devices that are there or described; of an abstract one programs are traced, but not compiled.
+        vocabulary: sizes and special ids of its tokenizers.
+        mesh: mesh of devices that are present or described. For an abstract mesh programs are traced, but not compiled.
     """
 
     config: Config

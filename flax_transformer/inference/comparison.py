@@ -163,8 +163,8 @@ def common_quality(runs: Sequence[RunSummary]) -> float:
 def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
     """Returns BLEU over groups of test sentences, from short to long sources, counted in words.
 
-    Each length is a group where that makes no more than `MOST_LENGTH_GROUPS`; else groups have about equally many
-    sentences, and sentences of one length are not parted.
+    Each length is a group if there are at most `MOST_LENGTH_GROUPS` lengths. Otherwise groups have about equally many
+    sentences, and each length belongs to one group.
     """
     lengths = np.array([len(source.split()) for source in run.sources])
     edges = np.unique(lengths)

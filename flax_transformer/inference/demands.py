@@ -1,4 +1,4 @@
-"""What is demanded of outputs, as ids: what they begin with, what they hold and what not; and what contradicts what."""
+"""Demands on outputs as ids: prefixes, required and banned tokens, and the checks that they do not contradict."""
 
 import functools
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.errors import ConfigError, InputError, shortened
 
-# What the outputs of a sentence begin with: text, or the names of pieces, as `Hypothesis.tokens` has them.
+# The beginning of a sentence's outputs: text, or names of pieces as in `Hypothesis.tokens`.
 Prefix = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Demands:
-    """Turns what is demanded of the outputs of one sentence into ids.
+    """Turns the demands on the outputs of one sentence into ids.
 
     Attributes:
         target: tokenizer of the outputs.
         decoding: settings that a demand may contradict.
-        longest: tokens that the model's outputs have at most, end token not counted.
+        longest: most tokens of the model's outputs, end token not counted.
     """
 
     target: Tokenizer
@@ -39,13 +39,13 @@ class Demands:
         return self.longest, "model.max_target_length"
 
     def max_length(self, source_length: int, demanded_length: int) -> int:
-        """Returns the most target tokens for so many source and demanded tokens, end tokens included."""
+        """Returns the most target tokens for the numbers of source and demanded tokens, end tokens included."""
         decoding = self.decoding
         limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
         return min(max(limit, decoding.min_length + 1, demanded_length + 1), self.longest + 1)
 
     def check_settings(self) -> None:
-        """Returns if the settings demand nothing that no output of the model can have.
+        """Checks that the settings demand nothing impossible.
 
         Raises:
             ConfigError: a minimum length above the longest output, or a ban that means nothing.
@@ -113,7 +113,7 @@ class Demands:
         )
 
     def prefix(self, prefix: Prefix) -> list[int]:
-        """Returns the ids of what a sentence's outputs begin with; none for an empty prefix.
+        """Returns the ids of a prefix; an empty list for an empty one.
 
         The names of pieces say what no text is cut into, such as a token for the language of the output.
 

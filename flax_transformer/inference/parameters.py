@@ -1,4 +1,4 @@
-"""The parameters of a translator: as scores and conversions read them, and as its searches do."""
+"""The parameters of a translator, in the form of scores and conversions, and in the form of searches."""
 
 import functools
 import threading
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class Once(Generic[Value]):
-    """A value that is made when it is first asked for, and once, however many threads ask."""
+    """A value that is made once, on the first request, whichever thread asks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,8 +36,8 @@ class Parameters:
     """A model's parameters on the devices of a mesh, and, once a search asks for them, as searches read them.
 
     Attributes:
-        graphdef: of the model.
-        num_models: of an ensemble, whose parameters are stacked.
+        graphdef: graph of the model.
+        num_models: number of an ensemble's models; their parameters are stacked.
         params: with a copy on every device; or the shapes of some, to compile for.
         mesh: all devices.
         search_meshes: the devices that search together; one mesh, or several that search side by side.
@@ -94,7 +94,7 @@ class Parameters:
 
 
 def shapes_of(tree: Any) -> Any:
-    """Returns what a program that takes `tree` is compiled for."""
+    """Returns the structure, shapes and dtypes of `tree`, for which a program is compiled."""
     return jax.tree.structure(tree), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 

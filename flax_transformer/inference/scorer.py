@@ -24,7 +24,7 @@ from flax_transformer.shapes import Batch
 
 @dataclass(frozen=True)
 class PairScore:
-    """What a model says of a pair.
+    """The score of a pair.
 
     Attributes:
         score: `log_prob` divided by the length penalty: the number that `translate` gives the same output.
@@ -44,7 +44,7 @@ class PairScore:
 
 @dataclass(frozen=True)
 class NoScore:
-    """The reason why a pair has no score. Whoever asks for a number of it gets the reason raised.
+    """The reason why a pair has no score. Reading a number from it raises the reason.
 
     Attributes:
         target: its text.
@@ -62,15 +62,15 @@ class NoScore:
     def _raised(self) -> NoReturn:
         raise self.error from self.reason
 
-    # What a `PairScore` has and this has not.
+    # Attributes of a `PairScore` that this class lacks.
     score = log_prob = tokens = token_scores = truncated = property(_raised)
 
 
 def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
-    """Returns if some pair has a score, or has none for a reason of its own.
+    """Raises if every non-empty pair failed because its score is not finite.
 
     Raises:
-        DivergenceError: no pair has one, but for the empty ones, since none is finite. So the model is at fault.
+        DivergenceError: every non-empty pair failed in this way, so the model is at fault.
     """
     asked = [each for each in scores if isinstance(each, NoScore) or each.token_scores]
     diverged = [e for e in asked if isinstance(e, NoScore) and isinstance(e.reason, DivergenceError)]
@@ -121,9 +121,8 @@ class Scorer:
     ) -> list[PairScore | NoScore]:
         """Returns the score of each pair, or the reason why it has none.
 
-        A target is scored as the tokens that its text is cut into, and as an output that has ended. A pair has no score
-        where its target is longer than the model's outputs, where its source alone is empty, and where its text is no
-        valid Unicode.
+        A target is tokenised, and scored as an output that has ended. A pair has no score if its target is longer than
+        the model's outputs, or if only its source is empty. Nor has it one if its text is not valid Unicode.
 
         Args:
             sources, targets: equally many lines of raw text. A source that is longer than the model takes is cut, as it

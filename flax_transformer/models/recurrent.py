@@ -1,8 +1,8 @@
 """The recurrent encoder-decoder, without attention and with it: the Transformer's two ancestors.
 
-Without attention the encoder's last state is all that the decoder knows of the source. With attention the decoder
-scores every encoder state at each step, takes the softmax of the scores, and joins the weighted sum to what it reads or
-to what it says.
+Without attention the decoder sees only the encoder's last state. With attention the decoder scores every encoder state
+at each step. The states are summed with the softmax of their scores as weights. This context is joined to the decoder's
+input or output.
 
 The whole model stands in this file, so that it can be read from its configuration to its decode step.
 
@@ -168,10 +168,10 @@ class RecurrentEncoder(nnx.Module):
 class Bridge(nnx.Module):
     """From the encoder's last states to the decoder's first.
 
-    Decoder layer l starts from encoder layer l, or from the deepest there is. A unidirectional encoder's state is taken
-    as it is (Sutskever et al. 2014); a bidirectional one's, forward and backward side by side, goes through an affine
-    map of its own for each layer and state, with tanh after that of the hidden vector. Bahdanau et al. 2015 (appendix
-    A.2.2) map the backward state alone; both ends are used here.
+    Decoder layer l starts from encoder layer l, or from the deepest encoder layer. A unidirectional encoder's state is
+    used unchanged (Sutskever et al. 2014). The two states of a bidirectional encoder are concatenated. Each layer and
+    state then has its own affine map, followed by tanh for hidden vectors. Bahdanau et al. 2015 (appendix A.2.2) map
+    only the backward state; both are used here.
     """
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
@@ -199,10 +199,10 @@ class Bridge(nnx.Module):
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class RecurrentMemory:
-    """What a decoder reads of a source sentence at every step; leaves lead with [B].
+    """Arrays of a source sentence that a decoder reads at every step; leaves lead with [B].
 
     Attributes:
-        states: [B, S, U] of the encoder.
+        states: [B, S, U], states of the encoder.
         keys: [B, S, A], the encoder's share of the scores; None without attention.
         mask: [B, S], True for tokens.
     """
@@ -215,7 +215,7 @@ class RecurrentMemory:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class RecurrentState:
-    """What a decoder carries from step to step; leaves lead with [B, K].
+    """The state of a decoder between steps; leaves lead with [B, K].
 
     Attributes:
         layers: the state of each layer, [B, K, U] each.
@@ -227,18 +227,18 @@ class RecurrentState:
 
 
 class RecurrentDecoder(nnx.Module):
-    """A stack of recurrent layers with a readout, and attention in the place that the configuration says.
+    """A stack of recurrent layers with a readout, and attention at the configured place.
 
-    One step, from the embedding e of the last token and the states s of the layers (s without index: the top one's
-    hidden vector before the step, s' after it):
+    One step, from the embedding e of the last token and the states s of the layers. In attend and readout, s is the top
+    layer's hidden vector before the step, and s' after it:
 
         no attention   s' = cells(e);            readout = tanh(W s')
         input          c = attend(s);            s' = cells([e; c]);     readout = tanh(W [s'; c; e])
         output         s' = cells(e or [e; a]);  c = attend(s');         readout = a' = tanh(W [s'; c])
 
     where a is the attentional vector of the step before (input feeding). Bahdanau et al. 2015 read out through a maxout
-    layer (appendix A.2.2); here it is one tanh layer, so that the readout has the embeddings' width and may share their
-    table. As in their GRU, a context that joins the input is added to every gate through a kernel of its own.
+    layer (appendix A.2.2). Here the readout is one tanh layer of the embeddings' width, so it can share their table. As
+    in their GRU, a context that joins the input is added to every gate through its own kernel.
     """
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
@@ -261,7 +261,7 @@ class RecurrentDecoder(nnx.Module):
         self.readout = Linear((width,), (dim,), ("recurrent", "embed"), **config.dtypes, rngs=rngs)
 
     def read(self, memory: Memory) -> RecurrentMemory:
-        """Returns what every step needs of the source."""
+        """Returns the arrays of the source that every step reads."""
         keys = None if self.alignment is None else self.alignment.keys(memory.states)
         return RecurrentMemory(memory.states, keys, memory.segments > 0)
 
@@ -358,8 +358,8 @@ class RecurrentDecoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the readouts of a whole target, whose tokens are known.
 
-        Only what the state depends on runs step by step: the layers, a context that joins their input, a readout that
-        is fed back. Everything else is made for all steps at once, in large products.
+        Only the parts that the state depends on run step by step: the layers, a context that joins their input, and a
+        readout that is fed back. All else is computed for all steps at once, in large products.
         """
         layer_key, readout_key = split_key(key, 2)
         keys = None if layer_key is None else jax.random.split(layer_key, embedded.shape[1])

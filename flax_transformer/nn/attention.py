@@ -14,12 +14,12 @@ from flax_transformer.ops.attention import AttentionMask, attention
 class MultiHeadAttention(nnx.Module):
     """N attention functions in parallel, each on its own projection of queries, keys and values.
 
-    Projections are separate matrices, each Xavier-uniform over (D, N * H); PyTorch draws the three as one (D, 3 N H)
-    matrix, which makes its bound sqrt(2) smaller. All projections have a bias, as in PyTorch and Marian; the paper's
+    Projections are separate matrices, each Xavier-uniform over (D, N * H). PyTorch draws the three as one (D, 3 N H)
+    matrix, so its bound is sqrt(2) smaller. All projections have a bias, as in PyTorch and Marian; the paper's
     equations have none.
 
-    The parts are public because decoding needs them one by one: keys and values of the encoder's output are projected
-    once a sentence (`project_key_value`), and each step adds one key and value to a cache.
+    The parts are public because decoding calls them separately. The encoder's output is projected once for each
+    sentence (`project_key_value`), and each step adds one key and value to a cache.
 
     Args:
         model_dim: D.

@@ -23,8 +23,8 @@ def round_up(size: int, multiple: int) -> int:
 class Embedding(nnx.Module):
     """A table of token vectors [V, D], drawn from N(0, 1/D) and multiplied by sqrt(D) when read.
 
-    So a vector that is read has unit variance per channel, as the positions added to it have about, and the same
-    table read as an output projection gives logits of unit variance.
+    So a vector that is read has unit variance per channel, about as the positions added to it. The same table as an
+    output projection gives logits of unit variance.
 
     References:
         Vaswani et al. 2017, section 3.4 (the scale; one table shared with the output projection).
@@ -38,7 +38,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Returns the scaled vectors of `tokens`, in the table's type, or float32 where that is integers."""
         vectors = take_rows(self.table.get_value(), tokens)
-        # In two steps, since the partitioner knows no way from the one sharding to the other in one.
+        # In two steps, since the partitioner cannot change the sharding in one.
         vectors = constrain(vectors, "lookup_batch", "length", "embed")
         vectors = constrain(vectors, "batch", "length", "activation_embed")
         return vectors * jnp.asarray(self.dim**0.5, vectors.dtype)

@@ -64,7 +64,7 @@ class LayerStack(nnx.Module):
         x: Float[Array, "B T D"],
         keys: list[PRNGKeyArray | None],
     ) -> Float[Array, "B T D"]:
-        """Returns what the last layer makes of what the one before it makes of ... `x`.
+        """Returns the output of the last layer, when the first reads `x` and each later one the output before it.
 
         Args:
             apply: of one layer, (layer, x, key).

@@ -26,7 +26,7 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
 class Linear(nnx.Module):
     """Affine map y = x W + b that contracts the last `len(in_dims)` dimensions of its input; linear without a bias.
 
-    Kernels are Xavier-uniform, biases zero. The paper does not say how it initialises; its code (tensor2tensor) uses
+    Kernels are Xavier-uniform, biases zero. The paper does not name its initialisation. Its code (tensor2tensor) uses
     uniform unit scaling averaged over fan in and fan out, which is the same distribution.
 
     Example:

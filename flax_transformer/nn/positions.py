@@ -17,8 +17,8 @@ def sinusoidal_table(length: int, dim: int) -> np.ndarray:
         table[p, dim / 2 + i] = cos(p / 10000^(2i / dim))
 
     The paper interleaves sines and cosines (sine in channel 2i, cosine in 2i + 1). Its code, Marian and this project
-    put them side by side, with the paper's frequencies; the two differ by a fixed permutation of the channels, which
-    the first projections learn away.
+    put them side by side, with the paper's frequencies. The two layouts differ by a fixed permutation of the channels.
+    The first projections learn it away.
 
     References:
         Vaswani et al. 2017, section 3.5.

@@ -61,12 +61,12 @@ def _gru_gates(
 
 
 class RecurrentCell(nnx.Module):
-    """What the two cells share: kernels [I, G, U], [C, G, U] and [U, G, U] for G gates.
+    """Base of the two cells: kernels [I, G, U], [C, G, U] and [U, G, U] for G gates.
 
-    A decoder's cell may read a context beside its input, through a kernel of its own (C in Bahdanau et al. 2015,
-    appendix A.2.2): the input's share of the gates can then be made for all time steps at once, though the context
-    depends on the state. Input and context kernels are Xavier-uniform, recurrent kernels orthogonal (Saxe et al. 2014):
-    a repeated product then neither grows nor fades at the start.
+    A decoder's cell may read a context beside its input, through its own kernel (C in Bahdanau et al. 2015, appendix
+    A.2.2). The input's share of the gates can then be computed for all time steps at once, though the context depends
+    on the state. Input and context kernels are Xavier-uniform. Recurrent kernels are orthogonal (Saxe et al. 2014), so
+    that repeated products neither grow nor vanish at the start.
     """
 
     num_gates: int
@@ -155,9 +155,9 @@ class GRUCell(RecurrentCell):
         r, z = sigmoid(W x + U h + b);   n = tanh(W x + b + r * (U h + b_n))
         h' = (1 - z) * n + z * h
 
-    Gates are stored in the order r, z, n, as PyTorch stores them. One difference from the paper (equations 5 to 8):
-    there the reset gate multiplies h before the product with U, which needs a second product after the gates. As there,
-    z multiplies the old state; other papers have z and 1 - z the other way round.
+    Gates are stored in the order r, z, n, as PyTorch stores them. There is one difference from the paper (equations 5
+    to 8). There the reset gate multiplies h before the product with U, which needs a second product after the gates. As
+    in the paper, z multiplies the old state; other papers exchange z and 1 - z.
 
     References:
         Cho et al. 2014, section 2.3; the form with the reset after the product is that of cuDNN and PyTorch.
@@ -184,8 +184,8 @@ def run_over_time(
 ) -> tuple[Float[Array, "B T U"], State]:
     """Runs a cell over a padded batch, and returns the hidden vector at each position and the last state.
 
-    Where `mask` is False the state stays as it is, so the last state of a padded sentence is that of the sentence
-    alone, in either direction.
+    Where `mask` is False the state does not change. So padding does not affect a sentence's last state, in either
+    direction.
 
     Args:
         cell: LSTM or GRU.

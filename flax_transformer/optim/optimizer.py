@@ -1,4 +1,4 @@
-"""The optimiser, and which parameters decay: names for what optax has."""
+"""The optimiser, built from optax, and which parameters decay."""
 
 import math
 import re
@@ -160,8 +160,10 @@ def _as_matrices(tree: Any, parameter_info: Any) -> Any:
 
 
 def scale_by_adafactor(parameter_info: Any) -> optax.GradientTransformation:
-    """Returns what Adafactor does to gradients before the learning rate: divides by the factored root mean square, then
-    clips the update of each layer's matrix or vector to a root mean square of 1.
+    """Returns Adafactor's transformation of gradients, before the learning rate.
+
+    It divides by the factored root mean square. Then it clips the update of each layer's matrix or vector to a root
+    mean square of 1.
 
     Args:
         parameter_info: the tree of the parameters' `ParameterInfo`.

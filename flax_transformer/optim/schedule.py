@@ -9,11 +9,11 @@ from flax_transformer.optim.optimizer import OptimizerConfig
 def make_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates already made (0 for the first).
 
-    With step = n + 1, so that the first update already moves, noam is
+    With step = n + 1, so that the rate of the first update is not 0, noam is
 
         rate(n) = scale * D^-0.5 * min(step^-0.5, step * warmup^-1.5)
 
-    and all others rise linearly to `learning_rate` at step = warmup and then go their way.
+    All others rise linearly to `learning_rate` at step = warmup; then each follows its own curve.
 
     References:
         Vaswani et al. 2017, section 5.3, equation 3.

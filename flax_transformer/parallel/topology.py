@@ -1,7 +1,7 @@
 """Hardware that is described but not there: its devices to compile for, and what a compiled program says of itself.
 
-A compiler needs a description of the chips, not the chips. So a laptop can compile the program of a TPU slice or of a
-node of GPUs and read what each device would hold and say to the others. Nothing can be run.
+A compiler needs only a description of the chips. So a laptop can compile the program of a TPU slice or a node of GPUs.
+The compiled program tells the memory of each device and the exchanges between devices. It cannot be run.
 
 The compilers come with the extra `plan`. A topology is named NAME:LAYOUT:
 
@@ -279,9 +279,8 @@ def called_from_loops(instructions: list[Instruction]) -> set[str]:
 def collectives(instructions: list[Instruction]) -> list[tuple[str, str]]:
     """Returns (kind, computation) of each exchange between devices, each counted once.
 
-    libtpu overlaps an exchange with arithmetic by writing it into several fused computations, where it begins, goes on
-    and ends; what these have in common is the channel. An all-reduce of which its computation returns only a slice is a
-    reduce-scatter, and libtpu carries it out as one.
+    libtpu overlaps an exchange with arithmetic. It then writes the exchange into several fused computations, which
+    share its channel. If a computation returns only a slice of its all-reduce, libtpu runs a reduce-scatter.
     """
     sliced = {i.computation for i in instructions if i.root and i.opcode == "dynamic-slice"}
     found: dict[str, tuple[str, str]] = {}
@@ -298,9 +297,9 @@ def collectives(instructions: list[Instruction]) -> list[tuple[str, str]]:
 def random_shapes(instructions: list[Instruction]) -> list[tuple[int, ...]]:
     """Returns the shapes in which one device draws random bits for dropout.
 
-    Threefry is twenty rounds of add, rotate and exclusive-or, and nothing else in a step takes the exclusive-or of
-    words: each large `xor` is a round of it, in the shape in which this device draws. The small ones derive keys, the
-    same on every device. A generator that is a single instruction is seen as well.
+    Threefry is twenty rounds of add, rotate and exclusive-or. Nothing else in a step takes the exclusive-or of words.
+    So each large `xor` is a round, in the shape in which this device draws. Small ones derive keys, the same on every
+    device. A generator that is a single instruction is counted too.
     """
     drawn = set()
     for instruction in instructions:

@@ -63,8 +63,8 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
 
     Raises:
         ConfigError: `num` below 1.
-        RunFolderError: no run, too few checkpoints in it, some of the newest or best no longer kept, others than its
-            tokenizers in it, or `output` in use.
+        RunFolderError: no run, too few checkpoints, or some of the newest or best are no longer kept. Or a checkpoint
+            has other tokenizers, or `output` is in use.
     """
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}.")

@@ -1,7 +1,7 @@
 """Checkpoints, through Orbax: written in the background, whole or not at all, and checked when read.
 
-Orbax notices a file that is cut short or missing, but not one in which a byte has changed; so each array's checksum is
-kept beside it. The checksum is computed where the array lies and does not depend on how it is sharded.
+Orbax notices a file that is cut short or missing, but not a changed byte. So a checksum is stored with each array. It
+is computed on the array's devices and does not depend on the sharding.
 """
 
 import contextlib
@@ -95,10 +95,10 @@ class Checkpoints:
 
     Args:
         folder: where they lie, one sub-folder a step.
-        keep: how many are kept when others are saved, (newest, best); None only reads, and leaves alone what a training
-            that goes on beside it is writing.
-        tokenizers: fingerprint of those at hand, which is saved with the parameters and must be the one that those
-            which are restored were saved with; None saves none and takes any, and so do checkpoints without one.
+        keep: (newest, best), numbers of checkpoints to keep when others are saved. None only reads, and does not touch
+            the files of a running training.
+        tokenizers: fingerprint of the run's tokenizers. It is saved with parameters, and must match when parameters are
+            restored. None saves no fingerprint and accepts any. A checkpoint without one is always accepted.
     """
 
     def __init__(self, folder: Path, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
@@ -163,7 +163,7 @@ class Checkpoints:
         return None if saved is None else [(step, quality) for step, quality in saved]
 
     def check_tokenizers(self) -> None:
-        """Returns if the newest checkpoint was saved with the tokenizers at hand, or there is none.
+        """Checks that the newest checkpoint, if there is one, was saved with the run's tokenizers.
 
         Raises:
             RunFolderError: it was saved with others.
@@ -229,8 +229,8 @@ class Checkpoints:
         """Returns the newest checkpoint in the shardings of `layout`.
 
         Raises:
-            RunFolderError: there is no checkpoint, it was saved with other tokenizers, it holds parameters alone, its
-                shapes are not those of `layout`, or it is damaged.
+            RunFolderError: there is no checkpoint. Or it was saved with other tokenizers, holds only parameters, does
+                not have the shapes of `layout`, or is damaged.
         """
         step = self._newest()
         abstract = layout.abstract
@@ -264,7 +264,7 @@ class Checkpoints:
         return best[0] if which == "best" and best else newest
 
     def digest(self, step: int) -> str:
-        """Returns what tells a checkpoint's parameters from others of the same step: SHA-256 of their checksums."""
+        """Returns SHA-256 of the checksums of a checkpoint's parameters."""
         sums = self._meta(step)["checksums"]["params"]
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
@@ -295,7 +295,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Generator[None, None, None]:
-        """Makes a `RunFolderError` of what Orbax raises at files that are cut short or missing: it may be anything."""
+        """Turns an error of Orbax about damaged or missing files, of any class, into a `RunFolderError`."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
@@ -311,7 +311,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Generator[None, None, None]:
-        """Makes a `RunFolderError` of what Orbax raises when it cannot write, then or in the background before."""
+        """Turns an error of Orbax while writing, now or earlier in the background, into a `RunFolderError`."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the disk
@@ -336,7 +336,7 @@ class Checkpoints:
         )
 
     def _check_shapes(self, step: int, abstract_params: Any) -> None:
-        """Compares the saved parameters' shapes and types with what the model wants: merging a model does not."""
+        """Compares shapes and dtypes of the saved parameters with those of the model, since merging does not."""
 
         def shapes(tree):
             leaves = jax.tree_util.tree_leaves_with_path(tree)

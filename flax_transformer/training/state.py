@@ -47,14 +47,14 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """What a training state of a model looks like, before any array exists.
+    """Shapes and shardings of a training state, before any array exists.
 
     Attributes:
         graphdef: the model without its parameters; `nnx.merge(graphdef, params)` gives the model.
         shapes: `TrainState` of shapes and dtypes.
         shardings: `TrainState` of shardings.
         optimizer: the transformation that the optimiser state belongs to.
-        ema_decay: of the parameters' average; 0 keeps none.
+        ema_decay: decay of the parameters' moving average; 0 keeps none.
     """
 
     graphdef: Any
@@ -108,8 +108,8 @@ def make_layout(
     """Returns the layout of a training state on `mesh`; `ema_decay` above 0 keeps an average of the parameters.
 
     Raises:
-        ConfigError: a dimension that a mesh axis shards but does not divide, or a parameter of which the optimiser's
-            expressions do not say whether it decays.
+        ConfigError: a mesh axis does not divide a dimension that it shards. Or the optimiser's expressions do not say
+            whether a parameter decays.
     """
     graphdef, abstract_params = abstract_model(model, vocabulary)
     shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, ema_decay, key), jax.random.key(0))

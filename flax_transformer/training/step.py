@@ -21,10 +21,10 @@ from flax_transformer.training.state import StateLayout, TrainState
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What one update reports.
+    """The metrics of one update.
 
     Attributes:
-        sums: over the target tokens of the batch.
+        sums: sums over the target tokens of the batch.
         gradient_norm: global norm of the mean gradient, before clipping.
         learning_rate: used by this update.
         skipped: whether loss, gradient or update was not finite, so that parameters and optimiser stayed as they were.
@@ -38,7 +38,7 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a training makes small.
+    """The loss that a training minimises.
 
     Attributes:
         label_smoothing: as for `cross_entropy`.
@@ -63,7 +63,7 @@ def batch_loss(model: Seq2Seq, batch: Batch, objective: Objective, key: jax.Arra
     Args:
         model: the model.
         batch: the rows.
-        objective: what is summed; without a key there is nothing by which two passes could differ, and one is made.
+        objective: the loss. Without a key two passes would not differ, so only one is made.
         key: for dropout; None means evaluation.
     """
     divergence_weight = 0.0
@@ -93,7 +93,7 @@ def _gradient(graphdef: Any, params: Any, batch: Batch, objective: Objective, ke
 def _gradient_in_pieces(
     graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, pieces: int
 ) -> tuple[Any, LossSums]:
-    """Returns what `_gradient` does, computed for a share of the rows at a time: the same sums in less memory.
+    """Returns the result of `_gradient`, computed piece by piece over the rows, in less memory.
 
     Piece m has the rows m, m + pieces, m + 2 pieces, ..., so that each device has a share of each piece.
     """
@@ -115,7 +115,7 @@ def _gradient_in_pieces(
 
 
 def _moved_average(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """Returns the exponential moving average one update on; early on its memory is short, as the start is no news.
+    """Returns the exponential moving average after one more update. Early on its memory is short.
 
     References:
         Polyak and Juditsky 1992 for averaging; the growing memory, min(decay, (1 + step) / (10 + step)), is that of
@@ -142,8 +142,8 @@ def train_step(
     """Returns the state after one update, and its metrics.
 
     The gradient is that of the sum over the global batch, divided once by the global number of target tokens. Dropout
-    keys are folded from (seed, step), so a resumed run needs no generator state. A loss, gradient or update that is
-    not finite changes nothing but the step and the optimiser's own count of steps, by which its schedule goes.
+    keys are folded from (seed, step), so a resumed run needs no generator state. If loss, gradient or update is not
+    finite, only two counters change: the step, and the optimiser's own count, which its schedule uses.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     graphdef, optimizer = layout.graphdef, layout.optimizer

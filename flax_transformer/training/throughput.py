@@ -1,10 +1,10 @@
 """How fast a training is: tokens a second, and the share of what its devices can do at most.
 
 The cost of a model's products is counted from its parameters. A kernel costs six operations for each of its values and
-each token that it is applied to: a multiplication and an addition in the forward pass, twice that in the backward pass.
-Only tokens that are not padding count, and nothing that is computed twice (Chowdhery et al. 2022, PaLM, appendix B).
-Left out are the two products of attention without parameters, a few percent at a sentence's length, and what is applied
-once a sentence.
+each token that it is applied to. These are a multiplication and an addition in the forward pass, and twice that in the
+backward pass. Padding does not count, nor does recomputation (Chowdhery et al. 2022, PaLM, appendix B). Left out are
+the two products of attention without parameters, which are small at a sentence's length. Kernels that are applied once
+for each sentence are left out, too.
 """
 
 from dataclasses import dataclass
@@ -62,16 +62,16 @@ class ProductCost:
         return cls(cost("source_token"), cost("target_token"))
 
     def total(self, tokens: TokenCounts) -> float:
-        """Returns the operations for so many tokens."""
+        """Returns the operations for these numbers of tokens."""
         return float(self.source * tokens.source + self.target * tokens.target)
 
 
 @dataclass(frozen=True)
 class FlopFigures:
-    """What the throughput of a training is told by.
+    """The figures that turn a training's token counts into throughput.
 
     Attributes:
-        cost: of the model's products.
+        cost: operations of the model's products.
         peak: FLOP/s that all devices together can do at most; None where that is not known.
     """
 
