@@ -137,7 +137,7 @@ def main(arguments: list[str], program: str) -> int:
 
 
 def as_line(options: ScoreOptions, score: PairScore | NoScore) -> str:
-    """Returns what is written for a pair."""
+    """Returns the output line of a pair."""
     if isinstance(score, NoScore):
         return json.dumps({"error": str(score.reason)}, ensure_ascii=False) if options.json else "nan"
     if not options.json:

@@ -122,7 +122,7 @@ def read_phrases(path: Path) -> list[list[str]]:
 
 
 def as_line(options: TranslateOptions, translation: Translation | NoTranslation) -> str:
-    """Returns what is written for a line."""
+    """Returns the output line of an input line."""
     if isinstance(translation, NoTranslation):
         if options.json:
             nothing = {"hypotheses": [], "truncated": translation.truncated, "error": str(translation.reason)}

@@ -60,7 +60,7 @@ def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
 
 
 def describe_run(config: Config, text: PreparedText, num_parameters: int, mesh: Mesh) -> str:
-    """Returns what a run is about to do: how much text, which model, on which devices, in which batches."""
+    """Returns the description of a run before it starts: its text, model, devices and batches."""
     train, validation = text.train[0], text.validation
     without = f" ({validation.left_out} left out of the loss)" if validation.left_out else ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -44,7 +44,7 @@ class Validation:
         self.best_by = config.training.best_by
 
     def quality(self, record: dict[str, Any]) -> float:
-        """Returns what `training.best_by` makes of an evaluation's figures, the higher the better."""
+        """Returns the quality of an evaluation by `training.best_by`, the higher the better."""
         return -record["loss"] if self.best_by == "loss" else record[self.best_by]
 
     def history(self, folder: RunFolder) -> list[float]:

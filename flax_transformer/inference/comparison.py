@@ -51,7 +51,7 @@ class RunSummary:
 
     @classmethod
     def read(cls, path: Path) -> "RunSummary":
-        """Returns what a run folder says.
+        """Returns the summary of a run folder.
 
         Raises:
             RunFolderError: not a run folder, a run that has not ended, or files that do not hold what a run writes.

@@ -100,7 +100,7 @@ class Demands:
         return bans | {f"decoding.banned_tokens ({name!r})": [number] for name, number in self.banned_tokens.items()}
 
     def _no_piece(self, name: str) -> str:
-        """Returns what is wrong with a name that no piece has, without the full stop."""
+        """Returns the error text for a name that no piece has, without the full stop."""
         try:  # the piece that the name would be as a word of its own
             meant = self.target.encode([name.lstrip("_ ")])[0]
         except InputError:

@@ -28,7 +28,7 @@ class VocabularyInfo:
 
 
 def vocabulary_info(tokenizers: TokenizerPair) -> VocabularyInfo:
-    """Returns what a model must know of the tokenizers."""
+    """Returns the vocabulary sizes and the start token of the tokenizers."""
     target = tokenizers.target
     return VocabularyInfo(tokenizers.source.vocab_size, target.vocab_size, target.special.start)
 

@@ -358,8 +358,8 @@ class RecurrentDecoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the readouts of a whole target, whose tokens are known.
 
-        Only the parts that the state depends on run step by step: the layers, a context that joins their input, and a
-        readout that is fed back. All else is computed for all steps at once, in large products.
+        Only the parts that the state depends on run step by step. These are the layers, a context that joins their
+        input, and a readout that is fed back. All else is computed for all steps at once, in large products.
         """
         layer_key, readout_key = split_key(key, 2)
         keys = None if layer_key is None else jax.random.split(layer_key, embedded.shape[1])

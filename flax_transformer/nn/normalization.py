@@ -71,7 +71,7 @@ class ResidualNorm(nnx.Module):
         self.norm = LayerNorm(dim, epsilon=epsilon, param_dtype=param_dtype)
 
     def enter(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """Returns what the sub-layer reads."""
+        """Returns the input of the sub-layer."""
         return self.norm(x) if self.order == "pre" else x
 
     def leave(

@@ -16,7 +16,7 @@ CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memo
 
 
 def needed_bytes(compiled: Any) -> int:
-    """Returns what a compiled program needs on one device to read, write and work with; donated arrays once."""
+    """Returns the bytes of inputs, outputs, temporaries and code on one device; donated arrays count once."""
     found = compiled.memory_analysis()
     return (
         found.argument_size_in_bytes
@@ -28,7 +28,7 @@ def needed_bytes(compiled: Any) -> int:
 
 
 def held_bytes(tree: Any) -> int:
-    """Returns what arrays, or shapes with shardings, take up on one device."""
+    """Returns the bytes of arrays, or of shapes with shardings, on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 

@@ -96,7 +96,7 @@ class Throughput:
 
     @classmethod
     def of(cls, tokens: TokenCounts, seconds: float, figures: FlopFigures) -> "Throughput":
-        """Returns the throughput of so many tokens in so many seconds."""
+        """Returns the throughput of these numbers of tokens in `seconds`."""
         seconds = max(seconds, 1e-9)
         flops, peak = figures.cost.total(tokens) / seconds, figures.peak
         return cls(tokens.source / seconds, tokens.target / seconds, flops, None if peak is None else flops / peak)
