@@ -355,10 +355,7 @@ class Decoder(LayerStack):
         ancestors: Int[Array, "B K T"] | None,
     ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
         """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
-        one_pair = jnp.ones((tokens.shape[0], 1), jnp.int32)
-        source_length = source_segments.shape[1]
-        cross_mask = AttentionMask(key_segments=jnp.minimum(source_segments, 1), query_segments=one_pair)
-        cross_mask = cross_mask.shared(1, source_length)
+        cross_mask = AttentionMask(key_segments=source_segments).shared(1, source_segments.shape[1])
         x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
         new_caches, attention = [], []
         layers = self.unstacked()
