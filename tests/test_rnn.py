@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_transformer import backend
 from flax_transformer.config.reading import from_dict
 from flax_transformer.config.recipe import Config
 from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError
+from flax_transformer.inference.prepare import prepared_model
 from flax_transformer.models.build import build_model
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
@@ -243,3 +245,19 @@ def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
 def test_options_that_contradict_are_explained(values, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(Config, {"model": {"kind": "rnn"} | values})
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_what_a_search_reads_makes_the_same_logits(compute_dtype):
+    """As with a Transformer: padding rows in a column of the kernel in float32, kernels cast once in bfloat16."""
+    config = RecurrentConfig(model_dim=16, hidden_dim=16, attention="dot", compute_dtype=compute_dtype)
+    model = tiny.randomised(nnx.eval_shape(lambda: build_model(config, tiny.VOCABULARY, rngs=nnx.Rngs(0))), 0)
+    vectors = jax.random.normal(jax.random.key(2), (2, 3, 16)).astype(compute_dtype)
+    expected = model.output_projection().logits(vectors)
+    with backend.tracing_for("cpu"):
+        prepared = prepared_model(model)
+        found = prepared.output_projection().logits(vectors)
+    assert prepared.output_projection().bias_in_kernel == (compute_dtype == "float32")
+    assert prepared.decoder.readout.kernel[...].dtype == compute_dtype
+    exactly = compute_dtype == "bfloat16"
+    np.testing.assert_allclose(found, expected, rtol=0 if exactly else 1e-5, atol=0 if exactly else 1e-5)

@@ -59,8 +59,6 @@ def prepared_model(model: Any) -> Any:
     faster.
     """
     model = nnx.clone(model)
-    if not any(isinstance(module, LayerStack) for _, module in nnx.iter_modules(model)):
-        return model
     for _, module in list(nnx.iter_modules(model)):
         if isinstance(module, Linear):
             module.kernel.set_value(_cast(module.kernel.get_value(), module.compute_dtype))
