@@ -294,6 +294,23 @@ def skip_translated(lines: Iterator[str], name: str, output: PartialOutput | Sta
     return digest
 
 
+def check_phrases(options: TranslateOptions, phrases: list[list[str]], name: str, done: int, ended: bool) -> None:
+    """Raises an `InputError` if --required has more or fewer lines than the text.
+
+    Args:
+        options: of the command.
+        phrases: of each line of --required.
+        name: of the text.
+        done: lines of it that have been read.
+        ended: whether these are all.
+    """
+    if done > len(phrases) or ended and done < len(phrases):
+        raise InputError(
+            f"--required {options.required} has {len(phrases):,} lines, and {name} has "
+            f"{'fewer' if ended else 'more'}: line n of one belongs to line n of the other."
+        )
+
+
 def translate_stream(
     options: TranslateOptions,
     translator: Translator,
@@ -320,12 +337,8 @@ def translate_stream(
             chunk.extend(itertools.islice(lines, at_once))
         except InputError as bad_line:  # what was read before it is still translated
             error = bad_line
-        ended = not chunk and error is None
-        if phrases is not None and (done + len(chunk) > len(phrases) or ended and done < len(phrases)):
-            raise InputError(
-                f"--required {options.required} has {len(phrases):,} lines, and {name} has "
-                f"{'fewer' if ended else 'more'}: line n of one belongs to line n of the other."
-            )
+        if phrases is not None:
+            check_phrases(options, phrases, name, done + len(chunk), ended=not chunk and error is None)
         if not chunk:
             break
         translations = translator.translate(

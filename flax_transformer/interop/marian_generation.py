@@ -5,6 +5,7 @@ Both directions also return what the other side cannot do, so that nothing is lo
 
 import dataclasses
 import reprlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,6 +123,42 @@ def export_generation(
     return values, named(lost)
 
 
+class Bans(NamedTuple):
+    """What their `bad_words_ids` keep out of outputs.
+
+    Attributes:
+        start, unknown: whether the start token and the unknown token are banned.
+        phrases: texts of several tokens.
+        tokens: names of single pieces.
+        others: lists of their ids that no text of ours stands for.
+    """
+
+    start: bool
+    unknown: bool
+    phrases: list[str]
+    tokens: list[str]
+    others: list[list[int]]
+
+
+def read_bans(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tokenizer) -> Bans:
+    """Returns what their setting bans; `order` and `target` as for `read_generation`."""
+    special = target.special
+    start, unknown, phrases, tokens, others = False, False, [], [], []
+    for ids in bad_words_ids:
+        ours = order[ids].tolist() if ids and max(ids) < len(order) else []
+        if ours == [special.start]:
+            start = True
+        elif ours == [special.unknown]:
+            unknown = True
+        elif len(ours) == 1 and target.id_of(piece := target.pieces(ours)[0]) is not None:
+            tokens.append(piece)
+        elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
+            phrases.append(text)
+        elif ours not in ([special.pad], [special.end]):  # never there, or never banned, in both
+            others.append(ids)
+    return Bans(start, unknown, phrases, tokens, others)
+
+
 def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int) -> Generation:
     """Returns what their settings say.
 
@@ -145,21 +182,9 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
-    ban_unknown, ban_start, phrases, tokens, others = False, False, [], [], []
-    for ids in given.get("bad_words_ids", ()):
-        ours = order[ids].tolist() if ids and max(ids) < len(order) else []
-        if ours == [special.start]:
-            ban_start = True
-        elif ours == [special.unknown]:
-            ban_unknown = True
-        elif len(ours) == 1 and target.id_of(piece := target.pieces(ours)[0]) is not None:
-            tokens.append(piece)
-        elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
-            phrases.append(text)
-        elif ours not in ([special.pad], [special.end]):  # never there, or never banned, in both
-            others.append(ids)
-    if others:
-        lost["bad_words_ids"] = others
+    bans = read_bans(given.get("bad_words_ids", ()), order, target)
+    if bans.others:
+        lost["bad_words_ids"] = bans.others
 
     # --- numbers
     early_stopping = given.get("early_stopping", False)
@@ -183,16 +208,18 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
         force_end=given.get("forced_eos_token_id") in (end, [end]),
         no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
         repetition_penalty=float(penalty),
-        ban_unknown=ban_unknown,
-        banned_phrases=tuple(phrases),
-        banned_tokens=tuple(tokens),
+        ban_unknown=bans.unknown,
+        banned_phrases=tuple(bans.phrases),
+        banned_tokens=tuple(bans.tokens),
     )
     if most > 0:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
     else:
         lost["max_length"] = "none given, which is 20 tokens there, and here our default"
     renormalize = given.get("renormalize_logits") is True
-    others_banned = ban_unknown or phrases or tokens or others or decoding.min_length or decoding.no_repeat_ngram
+    others_banned = (
+        bans.unknown or bans.phrases or bans.tokens or bans.others or decoding.min_length or decoding.no_repeat_ngram
+    )
     if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
         lost["renormalize_logits"] = True
-    return Generation(decoding, renormalize and ban_start, named(lost))
+    return Generation(decoding, renormalize and bans.start, named(lost))

@@ -1,8 +1,7 @@
 """A MarianMT folder of Hugging Face as a run folder, which every verb takes and a training can start from."""
 
-import json
-import pickle
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.interop.marian import NEVER, UNUSED, parameter_table
-from flax_transformer.interop.marian_generation import read_generation
+from flax_transformer.interop.marian_files import read_json, read_weights
+from flax_transformer.interop.marian_generation import Generation, read_generation
 from flax_transformer.models.build import build_model, vocabulary_info
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.nn.feed_forward import Activation
@@ -52,18 +52,6 @@ NEEDED = (
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 CUT = (Piece.Type.NORMAL, Piece.Type.USER_DEFINED, Piece.Type.BYTE)  # what text is cut into
-
-
-def read_json(folder: Path, name: str) -> Any:
-    """Returns the contents of a file.
-
-    Raises:
-        InputError: it is not there, or is no JSON.
-    """
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name} cannot be read: {error}. Is {folder} a MarianMT model's folder?") from error
 
 
 def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
@@ -110,79 +98,6 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
         attention_dropout=theirs.get("attention_dropout", 0.0),
         activation_dropout=theirs.get("activation_dropout", 0.0),
     )
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file; those in bfloat16 have the type of ml_dtypes, which JAX brings along.
-
-    Raises:
-        InputError: it is damaged, or holds tensors of a type that is not read.
-        ConfigError: the package safetensors is missing.
-    """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise ConfigError("reading a MarianMT model needs the package safetensors: pip install safetensors.") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or not whole ({error}). Copy or download it again.") from error
-    except (AttributeError, TypeError) as error:  # of NumPy, which is asked for a type by its name
-        raise InputError(
-            f"{path} holds tensors of a type that is not read ({error}); float32, float16 and bfloat16 are. Save the "
-            "model in one of these."
-        ) from error
-
-
-def read_pickled(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file that PyTorch wrote, read in a way that runs no code in it.
-
-    Raises:
-        InputError: it is damaged, or holds something else.
-        ConfigError: PyTorch is missing.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise ConfigError(f"reading {path} needs PyTorch: pip install torch.") from error
-    advice = "Copy or download it again, or take a model.safetensors of the same model."
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition(". ")[0] or "it is empty"
-        raise InputError(
-            f"{path} cannot be read by weights-only loading ({reason}): it is damaged, or holds more than tensors. "
-            f"{advice}"
-        ) from error
-    tensors = loaded if isinstance(loaded, dict) else {"the file": loaded}
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(
-                f"{path} must hold tensors by their names, and {name} is of type {type(value).__name__}. {advice}"
-            )
-    return {name: value.float().numpy() for name, value in tensors.items()}
-
-
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Returns their parameters, in float32.
-
-    Raises:
-        InputError: no file with weights, or one that cannot be read.
-        ConfigError: a package that is needed to read it is missing.
-    """
-    if (folder / "model.safetensors").is_file():
-        weights = read_safetensors(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").is_file():
-        weights = read_pickled(folder / "pytorch_model.bin")
-    else:
-        raise InputError(
-            f"{folder} holds neither model.safetensors nor pytorch_model.bin; weights in several files are not read."
-        )
-    weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
-    if "final_logits_bias" in weights:
-        weights["final_logits_bias"] = weights["final_logits_bias"].reshape(-1)
-    return weights
 
 
 def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>") -> tuple[np.ndarray, list[str]]:
@@ -265,6 +180,76 @@ def renumbered(
     return SentencePieceTokenizer(proto.SerializeToString())
 
 
+@dataclass(frozen=True)
+class Vocabularies:
+    """The vocabularies of a MarianMT folder, by side ("source" and "target").
+
+    Attributes:
+        tokenizers: ours, which cut text as theirs do.
+        orders: [their ids], our id for each of theirs.
+        has_unused: whether their target vocabulary has our padding token (`UNUSED`).
+    """
+
+    tokenizers: TokenizerPair
+    orders: dict[str, np.ndarray]
+    has_unused: bool
+
+
+def read_vocabularies(folder: Path, theirs: dict[str, Any], model: TransformerConfig) -> Vocabularies:
+    """Returns the vocabularies of both sides.
+
+    Args:
+        folder: with vocab.json, source.spm and target.spm.
+        theirs: contents of their config.json.
+        model: our configuration of it.
+
+    Raises:
+        InputError: files that are missing, damaged, or do not fit together.
+    """
+    separate = model.share_embeddings != "all"
+    target_file = "target_vocab.json" if separate and (folder / "target_vocab.json").is_file() else "vocab.json"
+    words = {"source": read_json(folder, "vocab.json"), "target": read_json(folder, target_file)}
+    orders, tokenizers = {}, {}
+    for side, vocabulary in words.items():
+        if side == "target":
+            ids = theirs["pad_token_id"], theirs["eos_token_id"]
+        elif {"<pad>", "</s>"} <= set(vocabulary):
+            ids = vocabulary["<pad>"], vocabulary["</s>"]
+        else:
+            raise InputError("vocab.json must have the tokens <pad> and </s>.")
+        orders[side], pieces = our_order(vocabulary, *ids)
+        spm = folder / f"{side}.spm"
+        if not spm.is_file():
+            raise InputError(f"{spm} is not there. Is {folder} a MarianMT model's folder?")
+        tokenizers[side] = renumbered(spm.read_bytes(), pieces, str(spm))
+    source, target = tokenizers["source"], tokenizers["target"]
+    pair = TokenizerPair(source, source if source.fingerprint == target.fingerprint else target)
+    return Vocabularies(pair, orders, UNUSED in words["target"])
+
+
+def read_settings(folder: Path, theirs: dict[str, Any], vocabularies: Vocabularies, longest: int) -> Generation:
+    """Returns what the folder says of decoding; older folders say it in their config.json.
+
+    Args:
+        folder: of the model.
+        theirs: contents of their config.json.
+        vocabularies: of both sides.
+        longest: most tokens of the model's outputs, end token included.
+
+    Raises:
+        InputError: a setting of another type than expected.
+    """
+    settings = theirs
+    if (folder / "generation_config.json").is_file():
+        settings = read_json(folder, "generation_config.json")
+    try:
+        return read_generation(settings, vocabularies.orders["target"], vocabularies.tokenizers.target, longest)
+    except (TypeError, AttributeError) as error:
+        raise InputError(
+            f"a setting of generate in {folder} is of another type than expected ({error}). Mend it, or take it out."
+        ) from error
+
+
 def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     """Makes a run folder of a MarianMT folder, and returns it with the settings of their `generate` that are left out.
 
@@ -283,45 +268,15 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
             (theirs[name],) = theirs[name]
     model = read_model_config(theirs)
     weights = read_weights(folder)
-
-    # --- vocabulary
-    separate = model.share_embeddings != "all"
-    words = {"source": read_json(folder, "vocab.json")}
-    target_file = "target_vocab.json" if separate and (folder / "target_vocab.json").is_file() else "vocab.json"
-    words["target"] = read_json(folder, target_file)
-    orders, tokenizers = {}, {}
-    for side, vocabulary in words.items():
-        if side == "target":
-            ids = theirs["pad_token_id"], theirs["eos_token_id"]
-        elif {"<pad>", "</s>"} <= set(vocabulary):
-            ids = vocabulary["<pad>"], vocabulary["</s>"]
-        else:
-            raise InputError("vocab.json must have the tokens <pad> and </s>.")
-        orders[side], pieces = our_order(vocabulary, *ids)
-        spm = folder / f"{side}.spm"
-        if not spm.is_file():
-            raise InputError(f"{spm} is not there. Is {folder} a MarianMT model's folder?")
-        tokenizers[side] = renumbered(spm.read_bytes(), pieces, str(spm))
-    same = tokenizers["source"].fingerprint == tokenizers["target"].fingerprint
-    pair = TokenizerPair(tokenizers["source"], tokenizers["source"] if same else tokenizers["target"])
-
-    settings = theirs  # in older folders
-    if (folder / "generation_config.json").is_file():
-        settings = read_json(folder, "generation_config.json")
-    try:
-        generation = read_generation(settings, orders["target"], pair.target, model.max_target_length)
-    except (TypeError, AttributeError) as error:
-        raise InputError(
-            f"a setting of generate in {folder} is of another type than expected ({error}). Mend it, or take it out."
-        ) from error
+    vocabularies = read_vocabularies(folder, theirs, model)
+    generation = read_settings(folder, theirs, vocabularies, model.max_target_length)
 
     # --- options that the weights show
     start = theirs["decoder_start_token_id"]
     if start != theirs["pad_token_id"]:
         raise ConfigError("config.json: decoder_start_token_id is not pad_token_id, which cannot be taken over.")
-    bias = weights.pop("final_logits_bias", np.zeros(len(orders["target"]), np.float32))
-    has_unused = UNUSED in words["target"]
-    has_bias = bool(np.any(bias != 0)) or not has_unused or generation.start_excluded
+    bias = weights.pop("final_logits_bias", np.zeros(len(vocabularies.orders["target"]), np.float32))
+    has_bias = bool(np.any(bias != 0)) or not vocabularies.has_unused or generation.start_excluded
     table_name, *copies = table_names(model)
     if table_name not in weights and (kept := [name for name in copies if name in weights]):
         weights[table_name] = weights[kept[0]]
@@ -330,16 +285,25 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     if has_bias:
         weights["final_logits_bias"] = bias
 
-    params = place_weights(model, pair, orders, weights)
-    if not has_unused:
+    pair = vocabularies.tokenizers
+    params = place_weights(model, pair, vocabularies.orders, weights)
+    if not vocabularies.has_unused:
         params["output_bias"][pair.target.special.pad] = NEVER
     if generation.start_excluded:
         params["output_bias"][pair.target.special.start] = NEVER  # what theirs says of it has no part in anything
+    write_run(output, model, pair, generation, params)
+    return run, generation.lost
 
+
+def write_run(
+    output: Path, model: TransformerConfig, pair: TokenizerPair, generation: Generation, params: dict[str, Any]
+) -> None:
+    """Makes a run folder of parameters; it gets its name once it is whole."""
+    joint = model.share_embeddings == "all" or pair.joint
     config = Config(
         run=str(output),
         data=ParallelTextConfig(),
-        tokenizer=TokenizerConfig(vocab_size=pair.target.vocab_size, joint=not separate or same),
+        tokenizer=TokenizerConfig(vocab_size=pair.target.vocab_size, joint=joint),
         model=model,
         decoding=generation.decoding,
     )
@@ -352,7 +316,6 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
         if output.is_dir():  # and empty
             output.rmdir()
         made.path.rename(output)
-    return run, generation.lost
 
 
 def table_names(model: TransformerConfig) -> list[str]:
