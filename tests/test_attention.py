@@ -1,5 +1,6 @@
 """Attention: masks drawn by hand, the reference against its equation in float64, and what its interface promises."""
 
+import functools
 from typing import Any
 
 import chex
@@ -94,6 +95,8 @@ def test_a_shared_mask_is_made_once():
 
 
 def test_masks_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="made for 4 queries and 4 keys cannot serve 2 and 4"):
+        AttentionMask(causal=True).shared(4, 4).materialize(2, 4)
     with pytest.raises(ValueError, match="query_segments need key_segments"):
         AttentionMask(query_segments=jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="window must be at least 0, got -1"):
@@ -199,6 +202,11 @@ def test_multi_head_attention_equals_its_equation(key_heads, head_dim):
     np.testing.assert_allclose(layer(x, encoded, mask), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_key_value_heads_must_divide_the_heads():
+    with pytest.raises(ValueError, match=r"num_key_value_heads \(3\) must divide num_heads \(4\): one of \[1, 2, 4\]"):
+        MultiHeadAttention(8, 4, num_key_value_heads=3, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0))
+
+
 # --- caches
 
 
@@ -284,14 +292,18 @@ def test_cross_attention_shares_one_source_among_beams(key_heads):
     assert not weights[0, :, :, 3:].any()
 
 
-def test_cached_attention_takes_a_scale():
-    query, key, value = (normal(s, 2, 3, 2, 4) for s in (1, 2, 3))
-    cache = jax.tree.map(lambda x: normal(4, *x.shape), empty_cache_of_a_cpu(2, 3, 2, 8, 4))
-    positions, ancestors = jnp.array([5, 7]), jnp.zeros((2, 3, 8), jnp.int32)
-    expected, _ = cached_self_attention(cache, 0.6 * query, key, value, positions, ancestors)  # 0.3 / (1 / sqrt(4))
-    found, _ = cached_self_attention(cache, query, key, value, positions, ancestors, scale=0.3)
-    np.testing.assert_allclose(found, expected, **ONE_OP)
-    source = cross_attention_cache(normal(5, 2, 5, 2, 4), normal(6, 2, 5, 2, 4))
-    expected, _ = cached_cross_attention(source, 0.6 * query, AttentionMask())
-    found, _ = cached_cross_attention(source, query, AttentionMask(), scale=0.3)
+def test_cached_attention_takes_a_scale_a_soft_cap_and_a_window():
+    """Step by step, one beam, in two blocks: as all positions at once."""
+    q, k, v = (normal(s, 2, 20, 2, 4) for s in (1, 2, 3))
+    options = {"scale": 0.9, "soft_cap": 1.5}
+    expected = attention(q, k, v, AttentionMask(causal=True, window=3), **options)
+    cache = empty_cache_of_a_cpu(2, 1, 2, 20, 4)
+    step = jax.jit(functools.partial(cached_self_attention, window=3, **options))
+    for t in range(20):
+        now = slice(t, t + 1)
+        out, cache = step(cache, q[:, now], k[:, now], v[:, now], jnp.full((2,), t), None)
+        np.testing.assert_allclose(out, expected[:, now], **ONE_OP)
+    source = AttentionMask(key_segments=jnp.array([[1] * 20, [1] * 5 + [0] * 15]))
+    expected = attention(q[:, :3], k, v, source, **options)
+    found, _ = cached_cross_attention(cross_attention_cache(k, v), q[:, :3], source, **options)
     np.testing.assert_allclose(found, expected, **ONE_OP)

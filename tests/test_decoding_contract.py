@@ -181,10 +181,14 @@ def test_an_evaluation_takes_an_empty_line_for_a_sentence_without_an_output():
     assert texts_or_empty([EMPTY, ruled, whole, spoilt]) == ["", "", "eins", ""]
     named = "2 of 4 test sentences have no output and count as empty. The first is 'two': no token"
     assert no_output_line([EMPTY, ruled, whole, spoilt], "test sentences") == named
-    assert texts_or_empty([ruled, spoilt]) == ["", ""] and texts_or_empty([EMPTY]) == [""]
+    assert texts_or_empty([ruled]) == [""] and texts_or_empty([EMPTY]) == [""]
     assert no_output_line([EMPTY, whole], "test sentences") == ""
     with pytest.raises(DivergenceError, match="'six' has no translation: no number"):  # of all that are not empty
         texts_or_empty([EMPTY, spoilt])
+    with pytest.raises(DivergenceError, match="'six' has no translation: no number"):  # finite, but beyond float32
+        texts_or_empty([ruled, spoilt])
+    with pytest.raises(ConfigError, match="'two' has no translation: no token"):  # the settings leave nothing at all
+        texts_or_empty([ruled, EMPTY, ruled])
 
 
 def test_a_prefix_may_be_pieces_by_their_names(translators):

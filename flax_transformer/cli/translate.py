@@ -20,7 +20,7 @@ from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
-from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_diverged
+from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_none
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
@@ -126,6 +126,7 @@ def as_line(options: TranslateOptions, translation: Translation | NoTranslation)
     if isinstance(translation, NoTranslation):
         if options.json:
             nothing = {"hypotheses": [], "truncated": translation.truncated, "error": str(translation.reason)}
+            nothing |= {"source": []} if options.attention else {}
             return json.dumps(nothing, ensure_ascii=False)
         return "nan\t" if options.scores else ""
     if not options.json:
@@ -349,7 +350,7 @@ def translate_stream(
             attention=options.alignment or options.attention,
         )
         if not total.tokens:
-            raise_if_diverged(translations)
+            raise_if_none(translations)
         warnings = [
             warning
             for number, translation in enumerate(translations, start=done + 1)

@@ -30,6 +30,15 @@ class SpecialIds:
     pad: int | None = None
     unknown: int | None = None
 
+    def __post_init__(self):
+        if any(i is not None and i < 0 for i in dataclasses.astuple(self)):
+            raise ValueError(f"special ids must not be negative (None stands for one that is not there), got {self}.")
+        if self.end in (self.pad, self.unknown):
+            raise ValueError(
+                f"the end token needs an id of its own, since padding and unknown tokens may be banned; got {self}. "
+                "Give None for those that the tokenizer does not have."
+            )
+
     @property
     def ids(self) -> frozenset[int]:
         """All of them."""

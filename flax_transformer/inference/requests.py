@@ -110,7 +110,8 @@ class RequestReader:
                     raise ids
                 found.append(self._read(sentence, ids, prefix, phrases))
             except InputError as reason:
-                found.append(NoTranslation(sentence, reason))
+                # Without its traceback, which would keep the requests of all sentences alive.
+                found.append(NoTranslation(sentence, reason.with_traceback(None)))
         return found
 
 

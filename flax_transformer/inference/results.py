@@ -9,7 +9,7 @@ import numpy as np
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.decoding.hypotheses import Hypotheses
-from flax_transformer.errors import ConfigError, DivergenceError
+from flax_transformer.errors import ConfigError, DivergenceError, shortened
 from flax_transformer.inference.alignment import word_numbers
 from flax_transformer.inference.demands import holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
@@ -122,7 +122,7 @@ class ResultReader:
         diverged = "the model's scores are not finite: the training has diverged"
         rules = [name for name in BANNING if getattr(self.decoding, name) != getattr(DecodingConfig(), name)]
         if rules and self.parameters.are_finite and not np.isnan(found.scores[row]).any():
-            named = ", ".join(f"decoding.{name}: {getattr(self.decoding, name)}" for name in rules)
+            named = ", ".join(f"decoding.{name}: {shortened(str(getattr(self.decoding, name)))}" for name in rules)
             return ConfigError(
                 f"{problem} the rules that are set ({named}) leave no token to go on with. Loosen one of them, or "
                 f"leave this sentence out. If it has no output without them either, {diverged}."

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from flax_transformer.errors import DivergenceError, InputError, shortened
+from flax_transformer.errors import ConfigError, DivergenceError, InputError, shortened
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,24 @@ class NoTranslation:
     hypotheses = text = score = tokens = source = source_words = property(_raised)
 
 
-def raise_if_diverged(answers: Sequence[Translation | NoTranslation]) -> None:
-    """Raises if every non-empty sentence failed because scores are not finite.
+def raise_if_none(answers: Sequence[Translation | NoTranslation]) -> None:
+    """Raises if no sentence has an output, and the model or the settings are at fault rather than the sentences.
+
+    Scores may leave the range of float32 though parameters are finite. Where rules are set that looks like rules that
+    leave no token, so a text without any output is not passed over.
 
     Raises:
-        DivergenceError: every non-empty sentence failed in this way, so the model is at fault.
+        DivergenceError: every non-empty sentence failed, one or more of them because scores are not finite.
+        ConfigError: two or more non-empty sentences failed, all of them because of the settings.
     """
     asked = [each for each in answers if isinstance(each, NoTranslation) or each.source]
-    diverged = [e for e in asked if isinstance(e, NoTranslation) and isinstance(e.reason, DivergenceError)]
-    if diverged and len(diverged) == len(asked):
-        raise diverged[0].error from diverged[0].reason
+    failed = [e for e in asked if isinstance(e, NoTranslation) and isinstance(e.reason, ConfigError | DivergenceError)]
+    if not asked or len(failed) < len(asked):
+        return
+    diverged = [each for each in failed if isinstance(each.reason, DivergenceError)]
+    if diverged or len(asked) > 1:
+        first = (diverged or failed)[0]
+        raise first.error from first.reason
 
 
 def no_output_line(answers: Sequence[Translation | NoTranslation], what: str) -> str:
@@ -136,9 +144,9 @@ def texts_or_empty(answers: Sequence[Translation | NoTranslation]) -> list[str]:
     """Returns the best output of each sentence, "" if it has none.
 
     Raises:
-        DivergenceError: see `raise_if_diverged`.
+        DivergenceError: see `raise_if_none`.
     """
-    raise_if_diverged(answers)
+    raise_if_none(answers)
     return ["" if isinstance(each, NoTranslation) else each.text for each in answers]
 
 

@@ -298,7 +298,14 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
         raise ConfigError("writing a MarianMT model needs the package safetensors: pip install safetensors.") from error
     tokenizers = translator.tokenizers
     if not all(isinstance(each, SentencePieceTokenizer) for each in (tokenizers.source, tokenizers.target)):
-        raise ConfigError("a MarianMT model has SentencePiece tokenizers, and this run has others.")
+        raise ConfigError(
+            "a MarianMT model has SentencePiece tokenizers, and this run has others. Train with section 'tokenizer'."
+        )
+    for each in (tokenizers.source, tokenizers.target):
+        if len(each.special.ids) < 4:
+            raise ConfigError(
+                f"a MarianMT model needs four ids, for start, end, padding and unknown; this run has {each.special}."
+            )
     sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
     if sizes[0] != sizes[1]:
         raise ConfigError(

@@ -11,8 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flax_transformer.nn.linear import Linear, xavier_uniform
-from flax_transformer.ops.attention import masked_softmax
-from flax_transformer.ops.product import accumulation_dtype
+from flax_transformer.ops.attention import masked_softmax, weighted_sums
 
 AttentionKind = Literal["additive", "dot", "general", "concat"]
 
@@ -94,7 +93,4 @@ def attend(
         Bahdanau et al. 2015, equations 5 and 6.
     """
     weights = masked_softmax(scores, jnp.broadcast_to(mask[:, None, :], scores.shape))
-    contexts = jnp.einsum(
-        "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=accumulation_dtype(states.dtype)
-    )
-    return contexts.astype(states.dtype), weights
+    return weighted_sums(weights, states), weights

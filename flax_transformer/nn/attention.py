@@ -50,6 +50,11 @@ class MultiHeadAttention(nnx.Module):
         compute_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
+        if num_key_value_heads is not None and (num_key_value_heads < 1 or num_heads % num_key_value_heads):
+            divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+            raise ValueError(
+                f"num_key_value_heads ({num_key_value_heads}) must divide num_heads ({num_heads}): one of {divisors}."
+            )
         self.dropout_rate = dropout_rate
         head_dim = model_dim // num_heads if head_dim is None else head_dim
         query_shape = (num_heads, head_dim)

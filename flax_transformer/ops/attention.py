@@ -70,6 +70,12 @@ class AttentionMask:
             0 0 0 0
         """
         if self.array is not None:
+            shape = self.array.shape[2:]
+            if shape != (1, key_length) and shape != (query_length, key_length):
+                raise ValueError(
+                    f"a mask that was made for {shape[0]} queries and {shape[1]} keys cannot serve {query_length} and "
+                    f"{key_length}; make another by `shared`."
+                )
             return self.array
         allowed = jnp.ones((1, 1, 1, key_length), bool)
         if self.query_segments is not None and self.key_segments is not None:
@@ -147,6 +153,14 @@ def _masked_softmax_backward(kept, cotangent):
 
 
 masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
+
+
+def weighted_sums(weights: Float[Array, "B K S"], states: Float[Array, "B S U"]) -> Float[Array, "B K U"]:
+    """Returns the sums of the states with each row of weights, in the type of the states."""
+    sums = jnp.einsum(
+        "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=accumulation_dtype(states.dtype)
+    )
+    return sums.astype(states.dtype)
 
 
 def attention_weights(

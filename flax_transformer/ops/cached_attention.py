@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_transformer import backend
-from flax_transformer.ops.attention import AttentionMask, masked_softmax, repeat_heads, scale_query
+from flax_transformer.ops.attention import AttentionMask, cap_scores, masked_softmax, repeat_heads, scale_query
 from flax_transformer.ops.product import accumulation_dtype
 from flax_transformer.shapes import MASKED, array_tree
 
@@ -152,7 +152,10 @@ def cached_self_attention(
     value: Float[Array, "B K M H"],
     positions: Int[Array, "B"],
     ancestors: Int[Array, "B K T"] | None,
+    *,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
 ) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
     """Writes one token of each beam. Returns attention over the tokens of the beam's ancestors, and the cache.
 
@@ -165,6 +168,8 @@ def cached_self_attention(
         ancestors: the beam that wrote each position of each beam's history, this step included. None if beams are
             never reordered.
         scale: factor on the products; 1 / sqrt(H) when None.
+        soft_cap: see `attention`.
+        window: a query sees so many slots before its own; None for all.
     """
     cache = _write(cache, key, value, positions)
     sentences, beams, heads, head_dim = query.shape
@@ -176,7 +181,7 @@ def cached_self_attention(
         """Returns the running maximum, the sum of exp(score - maximum), and that sum weighted by the values."""
         keys, values = repeat_heads(keys, heads, 1), repeat_heads(values, heads, 1)
         highest, total, attended = sums
-        scores = jnp.where(filled, _block_scores(query, keys, wrote), MASKED)
+        scores = jnp.where(filled, cap_scores(_block_scores(query, keys, wrote), soft_cap), MASKED)
         higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.where(filled, jnp.exp(scores - higher), 0.0)
         shrink = jnp.exp(highest - higher)
@@ -188,7 +193,8 @@ def cached_self_attention(
     offset = 0
     for keys, values in zip(cache.keys, cache.values, strict=True):
         end = offset + keys.shape[4]
-        filled = jnp.arange(offset, end)[None, None, None, :] <= positions[:, None, None, None]
+        slots, here = jnp.arange(offset, end)[None, None, None, :], positions[:, None, None, None]
+        filled = slots <= here if window is None else (slots <= here) & (slots >= here - window)
         wrote = None
         if ancestors is not None:  # wrote[b, 0, i, j, c]: whether beam j wrote slot c of beam i's history
             wrote = ancestors[:, None, :, None, offset:end] == jnp.arange(beams)[None, None, None, :, None]
@@ -206,7 +212,12 @@ def cached_self_attention(
 
 
 def cached_cross_attention(
-    cache: CrossAttentionCache, query: Float[Array, "B K N H"], mask: AttentionMask, scale: float | None = None
+    cache: CrossAttentionCache,
+    query: Float[Array, "B K N H"],
+    mask: AttentionMask,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B K N H"], Float[Array, "B N K S"]]:
     """Returns attention of each beam over the source, and its weights. Beams take the place of the query axis.
 
@@ -215,11 +226,12 @@ def cached_cross_attention(
         query: projection of the token being decoded.
         mask: mask of the source; it must be the same for all beams.
         scale: factor on the products; 1 / sqrt(H) when None.
+        soft_cap: see `attention`.
     """
     dtype, heads = query.dtype, query.shape[2]
     query = jnp.swapaxes(scale_query(query, scale), 1, 2).astype(cache.keys.dtype)
     keys, values = repeat_heads(cache.keys, heads, 1), repeat_heads(cache.values, heads, 1)
     scores = jnp.einsum("bnqh,bnhs->bnqs", query, keys, preferred_element_type=jnp.float32)
-    weights = masked_softmax(scores, mask.materialize(1, keys.shape[3]))
+    weights = masked_softmax(cap_scores(scores, soft_cap), mask.materialize(1, keys.shape[3]))
     attended = jnp.einsum("bnqs,bnsh->bnqh", weights.astype(values.dtype), values)
     return jnp.swapaxes(attended.astype(dtype), 1, 2), weights

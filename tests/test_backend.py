@@ -1,0 +1,45 @@
+"""What each program is traced for."""
+
+from flax import nnx
+
+from flax_transformer import backend
+from flax_transformer.inference.attention_map import attention_map
+from flax_transformer.inference.translator import Translator
+from flax_transformer.models.build import build_model, vocabulary_info
+from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
+from flax_transformer.optim.schedule import make_schedule
+from flax_transformer.training import state
+from flax_transformer.training.state import describe_parameters, init_state, make_layout
+from tests.small_models import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_that_end
+
+
+def test_programs_that_need_no_mesh_to_run_are_traced_for_one(monkeypatch, one_device):
+    """The preparation of parameters, the attention map, the creation of a state; without a mesh there is none."""
+    assert backend.platform() is None
+    model, vocabulary = MODELS["transformer"], vocabulary_info(TOKENIZERS)
+    translator = Translator.from_params(model, TOKENIZERS, params_that_end(model, 2), DECODING, one_device)
+    prepared = nnx.merge(*translator.parameters.prepared()[0])
+    assert prepared.output_projection().bias_in_kernel  # as on a CPU alone
+
+    seen, platform = [], backend.platform
+
+    def noted():
+        seen.append(platform())
+        return seen[-1]
+
+    monkeypatch.setattr(backend, "platform", noted)
+    assert attention_map(translator, SOURCES[0], TARGETS[0]) is not None
+    assert set(seen) == {"cpu"}
+
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, make_schedule(config, model.model_dim), describe_parameters(model, vocabulary))
+    layout = make_layout(model, vocabulary, optimizer, one_device)
+    built = []
+
+    def build(*arguments, **options):
+        built.append(platform())
+        return build_model(*arguments, **options)
+
+    monkeypatch.setattr(state, "build_model", build)
+    init_state(model, vocabulary, layout, 0)
+    assert built == ["cpu"]
