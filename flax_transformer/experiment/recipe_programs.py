@@ -1,7 +1,7 @@
 """The programs of a recipe, the train step and the search, traced and compiled for hardware that may only be described.
 
-They are made from shapes alone, by the functions that a training and a translator call. So they are the programs that
-the hardware would run.
+They are made from shapes alone, by the functions that a training and a translator call. The search is a plain beam
+search: what a recipe suppresses, forces or penalises beside it is left out.
 """
 
 from dataclasses import dataclass

@@ -54,9 +54,9 @@ def prepare_for_inference(graphdef: Any, num_models: int, params: Any) -> Infere
 def prepared_model(model: Any) -> Any:
     """Returns a copy of a model with its parameters laid out for a search; results change only by rounding.
 
-    Kernels have the compute dtype. XLA for CPU would not move their casts out of a search's loop (docs/lab_book.md,
-    "bfloat16 on a CPU with matrix instructions"). Layers are unstacked. The map to logits is one kernel where that is
-    faster.
+    Kernels of `Linear` have the compute dtype. XLA for CPU would not move their casts out of a search's loop
+    (docs/lab_book.md, "bfloat16 on a CPU with matrix instructions"). Layers are unstacked. The map to logits is one
+    kernel where that is faster.
     """
     model = nnx.clone(model)
     for _, module in list(nnx.iter_modules(model)):

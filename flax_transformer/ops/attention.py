@@ -22,7 +22,8 @@ from flax_transformer.shapes import MASKED, array_tree, static_field
 class AttentionMask:
     """Says which keys each query may attend to. A key is allowed if every given part allows it.
 
-    Only the reference form makes an array of it. A fused kernel reads the parts: lengths, a flag, a window.
+    Only the reference form reads it as an array, which `materialize` makes. A fused kernel reads the parts: lengths, a
+    flag, a window.
 
     Attributes:
         key_segments: [B, S], 0 for padding, which no query attends to; None if all keys are real.
@@ -30,7 +31,8 @@ class AttentionMask:
         query_offsets: [B], position among the keys of each row's first query; None means zeros.
         causal: whether a query attends to no later position than its own.
         window: number of earlier positions a query sees; if not causal, also as many later ones; None for all.
-        array: the array of `materialize`, if it has been made already; see `shared`.
+        array: the array of `materialize`, if it has been made already; see `shared`. It belongs to the other parts, so
+            it must not be kept when one of them is replaced.
     """
 
     key_segments: Int[Array, "B S"] | None = None
