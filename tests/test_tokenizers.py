@@ -135,6 +135,13 @@ def test_which_special_ids_no_output_holds():
     assert SpecialIds(start=2, end=2).never_in_outputs == set()
 
 
+def test_special_ids_that_cannot_be_are_explained():
+    with pytest.raises(ValueError, match="cannot be the end token"):
+        SpecialIds(start=0, end=2, unknown=2)
+    with pytest.raises(ValueError, match="must not be negative"):
+        SpecialIds(start=0, end=1, pad=-1)
+
+
 def test_a_model_without_start_or_end_is_explained():
     from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 

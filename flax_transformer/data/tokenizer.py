@@ -33,10 +33,10 @@ class SpecialIds:
     def __post_init__(self):
         if any(i is not None and i < 0 for i in dataclasses.astuple(self)):
             raise ValueError(f"special ids must not be negative (None stands for one that is not there), got {self}.")
-        if self.end in (self.pad, self.unknown):
+        if self.end == self.unknown:
             raise ValueError(
-                f"the end token needs an id of its own, since padding and unknown tokens may be banned; got {self}. "
-                "Give None for those that the tokenizer does not have."
+                f"the unknown token may be banned from outputs, so it cannot be the end token; got {self}. Give None "
+                "if the tokenizer has no unknown token."
             )
 
     @property
