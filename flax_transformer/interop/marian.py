@@ -276,6 +276,25 @@ def export_config(config: TransformerConfig, tokenizers: TokenizerPair, with_unu
     }
 
 
+def check_tokenizers(tokenizers: TokenizerPair) -> None:
+    """Raises a `ConfigError` unless a MarianMT model can have these tokenizers."""
+    if not all(isinstance(each, SentencePieceTokenizer) for each in (tokenizers.source, tokenizers.target)):
+        raise ConfigError(
+            "a MarianMT model has SentencePiece tokenizers, and this run has others. Train with section 'tokenizer'."
+        )
+    for each in (tokenizers.source, tokenizers.target):
+        if len(each.special.ids) < 4:
+            raise ConfigError(
+                f"a MarianMT model needs four ids, for start, end, padding and unknown; this run has {each.special}."
+            )
+    sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"vocabularies of different sizes ({sizes[0]} and {sizes[1]}) cannot be written as a MarianMT model: "
+            "it has one id for padding on both sides. Train with tokenizers of the same size."
+        )
+
+
 def write_marian(translator: Translator, model: ModelConfig, output: Path) -> list[str]:
     """Writes a folder that `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` read.
 
@@ -297,21 +316,7 @@ def write_marian(translator: Translator, model: ModelConfig, output: Path) -> li
     except ImportError as error:
         raise ConfigError("writing a MarianMT model needs the package safetensors: pip install safetensors.") from error
     tokenizers = translator.tokenizers
-    if not all(isinstance(each, SentencePieceTokenizer) for each in (tokenizers.source, tokenizers.target)):
-        raise ConfigError(
-            "a MarianMT model has SentencePiece tokenizers, and this run has others. Train with section 'tokenizer'."
-        )
-    for each in (tokenizers.source, tokenizers.target):
-        if len(each.special.ids) < 4:
-            raise ConfigError(
-                f"a MarianMT model needs four ids, for start, end, padding and unknown; this run has {each.special}."
-            )
-    sizes = tokenizers.source.vocab_size, tokenizers.target.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ConfigError(
-            f"vocabularies of different sizes ({sizes[0]} and {sizes[1]}) cannot be written as a MarianMT model: "
-            "it has one id for padding on both sides. Train with tokenizers of the same size."
-        )
+    check_tokenizers(tokenizers)
     weights = export_weights(config, tokenizers, translator.params)
     unused = knows_unused(config, tokenizers.target, translator.params)
     generation, lost = export_generation(

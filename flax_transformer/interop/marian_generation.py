@@ -139,6 +139,11 @@ class Bans(NamedTuple):
     tokens: list[str]
     others: list[list[int]]
 
+    @property
+    def others_than_start(self) -> bool:
+        """Whether anything but the start token is banned."""
+        return bool(self.unknown or self.phrases or self.tokens or self.others)
+
 
 def read_bans(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tokenizer) -> Bans:
     """Returns what their setting bans; `order` and `target` as for `read_generation`."""
@@ -182,17 +187,15 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
-    bans = read_bans(given.get("bad_words_ids", ()), order, target)
-    if bans.others:
+    if (bans := read_bans(given.get("bad_words_ids", ()), order, target)).others:
         lost["bad_words_ids"] = bans.others
 
     # --- numbers
-    early_stopping = given.get("early_stopping", False)
-    stops = [ours for ours, value in EARLY_STOPPING.items() if value == early_stopping]
+    stops = [ours for ours, value in EARLY_STOPPING.items() if value == given.get("early_stopping", False)]
     if not stops:
-        lost["early_stopping"] = early_stopping
-    beam_size = given.get("num_beams") or 1
-    exponent, penalty = given.get("length_penalty", 1.0), given.get("repetition_penalty", 1.0)
+        lost["early_stopping"] = given["early_stopping"]
+    beam_size, exponent = given.get("num_beams") or 1, given.get("length_penalty", 1.0)
+    penalty = given.get("repetition_penalty", 1.0)
     if exponent < 0:
         lost["length_penalty"], exponent = exponent, 0.0
     if penalty < 1 or (penalty != 1 and beam_size == 1):  # without a beam theirs is a factor on logits
@@ -217,9 +220,7 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     else:
         lost["max_length"] = "none given, which is 20 tokens there, and here our default"
     renormalize = given.get("renormalize_logits") is True
-    others_banned = (
-        bans.unknown or bans.phrases or bans.tokens or bans.others or decoding.min_length or decoding.no_repeat_ngram
-    )
+    others_banned = bans.others_than_start or decoding.min_length or decoding.no_repeat_ngram
     if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
         lost["renormalize_logits"] = True
     return Generation(decoding, renormalize and bans.start, named(lost))

@@ -173,8 +173,7 @@ def cached_self_attention(
     """
     cache = _write(cache, key, value, positions)
     sentences, beams, heads, head_dim = query.shape
-    query = jnp.swapaxes(scale_query(query, scale), 1, 2)  # [B, N, K, H]
-    query = query.astype(cache.keys[0].dtype)
+    query = jnp.swapaxes(scale_query(query, scale), 1, 2).astype(cache.keys[0].dtype)  # [B, N, K, H]
     furthest = jnp.max(positions)
 
     def attend(sums: Any, keys: jax.Array, values: jax.Array, filled: jax.Array, wrote: jax.Array | None) -> Any:
