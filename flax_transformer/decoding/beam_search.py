@@ -29,7 +29,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -67,7 +66,7 @@ def num_awaited(beam_size: int, patience: float) -> int:
     return math.ceil(beam_size * patience)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BeamSearchConfig:
     """Everything static about a search.
 
