@@ -301,7 +301,7 @@ def test_a_model_that_has_diverged_is_named_once_and_nothing_is_written(monkeypa
 
 def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys, tmp_path):
     run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"])
-    (tmp_path / "text").write_text("one\ntwo\n")
+    (tmp_path / "text").write_text("one\n")
     arguments = ["evaluate", "--run", str(run), "--source", str(tmp_path / "text")]
     arguments += ["--reference", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
     assert command(monkeypatch, capsys, arguments)[0] == 0
@@ -312,10 +312,13 @@ def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys,
     rules = {"banned_tokens": tuple(pieces[5:]), "no_repeat_ngram": 1, "min_length": 9}
     folder.update_config(dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **rules)))
     code, out, err = command(monkeypatch, capsys, arguments)
-    assert code == 4 and out.startswith("BLEU 0.00") and (tmp_path / "out").read_text() == "\n\n"
-    for number in (1, 2):
-        assert f"warning: {tmp_path / 'text'}, line {number} has no output: the search found no output at all" in err
-    assert "the rules that are set (decoding.min_length: 9, decoding.no_repeat_ngram: 1, decoding.banned_tokens:" in err
+    assert code == 4 and out.startswith("BLEU 0.00") and (tmp_path / "out").read_text() == "\n"
+    assert f"warning: {tmp_path / 'text'}, line 1 has no output: the search found no output at all" in err
+    named = "the rules that are set (decoding.min_length: 9, decoding.no_repeat_ngram: 1, decoding.banned_tokens:"
+    assert named in err
+    (tmp_path / "text").write_text("one\ntwo\n")  # a text without any output is an error
+    code, out, err = command(monkeypatch, capsys, arguments)
+    assert code == 2 and not out and named in err
 
 
 def test_a_beam_that_does_not_fit_the_memory_is_explained(monkeypatch, capsys, run):
