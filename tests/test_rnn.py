@@ -259,5 +259,5 @@ def test_what_a_search_reads_makes_the_same_logits(compute_dtype):
         found = prepared.output_projection().logits(vectors)
     assert prepared.output_projection().bias_in_kernel == (compute_dtype == "float32")
     assert prepared.decoder.readout.kernel[...].dtype == compute_dtype
-    exactly = compute_dtype == "bfloat16"
-    np.testing.assert_allclose(found, expected, rtol=0 if exactly else 1e-5, atol=0 if exactly else 1e-5)
+    # A bias that is rounded to bfloat16 would differ far more; the order of sums is the compiler's choice.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

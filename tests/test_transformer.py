@@ -261,5 +261,6 @@ def test_the_form_that_a_search_reads_makes_the_same_logits(changes):
     expected = model.output_projection().logits(vectors)
     with backend.tracing_for("cpu"):
         found = prepared_model(model).output_projection().logits(vectors)
-    exactly = model.config.compute_dtype == "bfloat16"
-    np.testing.assert_allclose(found, expected, rtol=0 if exactly else 1e-5, atol=0 if exactly else 1e-5)
+    # Both add up bfloat16 products in float32, in an order of the compiler's choice. A bias that is rounded to bfloat16
+    # would differ a thousand times as much.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
