@@ -6,7 +6,10 @@ run as a whole. A section that comes in kinds (data, model) names its kind by th
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Literal
+
+from sacrebleu.metrics import BLEU
 
 from flax_transformer.data.batching import BatchingConfig
 from flax_transformer.data.corpus import DataConfig
@@ -16,7 +19,7 @@ from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConf
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
-from flax_transformer.errors import ConfigError, check_finite, check_seed
+from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
@@ -115,7 +118,8 @@ class DecodingConfig:
         temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
         mbr_samples: of sampling: draw so many outputs and put those first that agree best with all that were drawn
             (minimum Bayes risk); 0 puts the most probable first.
-        mbr_utility: what agreement is: sacreBLEU's "chrf" or "bleu" of single sentences.
+        mbr_utility: what agreement is: sacreBLEU's "chrf" or "bleu" of single sentences. The latter always takes the
+            tokenizer "13a", so "chrf" is better where no spaces stand between words.
         seed: of sampling; with a sentence's text it decides what is drawn for it.
         batch_rows: sentences decoded together; a part-full batch is filled up with padding.
     """
@@ -212,11 +216,20 @@ class EvaluationConfig:
     """How translations are scored.
 
     Attributes:
-        bleu_tokenizer: sacreBLEU's: "13a" (its default) or "intl" for running text, "none" for text that is tokenised
-            already, "char" where a sentence is one word.
+        bleu_tokenizer: the name of a tokenizer of sacreBLEU, by which BLEU finds words; `sacrebleu --help` lists all.
+            Its default, "13a", and "intl" split at spaces and punctuation. For Chinese there is "zh", for Japanese
+            there is "ja-mecab", for Korean "ko-mecab", and for any language "flores200". With "char", each character is
+            a word. With "none", text stays as it is, which is right for text that is tokenised already.
     """
 
-    bleu_tokenizer: Literal["13a", "intl", "char", "none"] = "13a"
+    bleu_tokenizer: str = "13a"
+
+    def __post_init__(self):
+        if self.bleu_tokenizer not in BLEU.TOKENIZERS:
+            raise ConfigError(
+                f"evaluation.bleu_tokenizer: sacreBLEU {version('sacrebleu')} has no tokenizer "
+                f"{self.bleu_tokenizer!r}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
+            )
 
 
 @dataclass(frozen=True)

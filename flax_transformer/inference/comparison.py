@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import InputError, RunFolderError
-from flax_transformer.inference.evaluate import Scores
+from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.run_log import read_metrics
 
@@ -33,7 +32,7 @@ class RunSummary:
         curve: (training minutes, validation BLEU) at each evaluation.
         scores: on the test part.
         sources, references, hypotheses: of the test part, line by line.
-        bleu_tokenizer: sacreBLEU's name of the tokenizer that the run is scored with.
+        bleu_tokenizer: as `evaluation.bleu_tokenizer`.
     """
 
     name: str
@@ -132,12 +131,14 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
 
     Raises:
         InputError: no run, one run twice, or runs that were tested on different text or scored in different ways.
+        ConfigError: as `bleu_metric`.
         RunFolderError: as `RunSummary.read`.
     """
     if not paths:
         raise InputError("give at least one run folder to compare.")
     runs = [RunSummary.read(path) for path in paths]
     first = runs[0]
+    bleu_metric(first.bleu_tokenizer)  # which may be missing
     for path, run in zip(paths, runs, strict=True):
         if (run.sources, run.references) != (first.sources, first.references):
             raise InputError(
@@ -170,7 +171,7 @@ def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
     edges = np.unique(lengths)
     if len(edges) > MOST_LENGTH_GROUPS:
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, MOST_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
-    bleu = BLEU(tokenize=run.bleu_tokenizer, force=run.bleu_tokenizer == "none")
+    bleu = bleu_metric(run.bleu_tokenizer)
     groups, shorter = [], -1
     for edge in edges:
         members = np.flatnonzero((lengths > shorter) & (lengths <= edge))
