@@ -104,7 +104,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         # --- report
         training = TrainingSummary(step, best, training_seconds)
         folder.write_card(run_card(config, text, programs, training, result.scores))
-        draw_pictures(config, corpus, translator, folder, result.samples)
+        draw_pictures(config, corpus, translator, folder, result.samples, log)
         log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, result.scores, None)
 
