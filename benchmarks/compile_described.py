@@ -85,7 +85,7 @@ def compile_programs(options: Options) -> tuple[Program, Program]:
         activation_dropout=0.1,
         compute_dtype="bfloat16",
     )
-    config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_rows=options.rows))
+    config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_size=options.rows))
     programs = RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
     available = available_bytes(mesh)
     said = "nobody knows how many" if available is None else f"{available:,}"

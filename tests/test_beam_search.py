@@ -95,7 +95,7 @@ def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[
 def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enough: int, stop: str):
     """A search of the same kind in plain Python: what it has found, best first, and how many steps it took.
 
-    By the rule "sure" it looks at every length at which a live hypothesis may still end.
+    By the rule "exact" it looks at every length at which a live hypothesis may still end.
     """
     log_p = float64(logits) - np.log(np.exp(float64(logits)).sum(-1, keepdims=True))
     rule = LengthPenalty.parse(penalty)
@@ -111,9 +111,9 @@ def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enoug
         live = [c for c in candidates if c[0][-1] != END][:beams]
         finished = sorted(finished, key=lambda f: -f[1])[:beams]
         if len(finished) >= enough:
-            lengths = [length] if stop == "likely" else range(length + 1, limit + 1)
+            lengths = [length] if stop == "heuristic" else range(length + 1, limit + 1)
             reachable = max((score / divisor(rule, at) for _, score in live for at in lengths), default=-np.inf)
-            if stop == "finished" or reachable <= finished[enough - 1][1]:
+            if stop == "first_finished" or reachable <= finished[enough - 1][1]:
                 break
     return finished, length
 
@@ -217,7 +217,7 @@ def test_a_search_that_must_be_sure_takes_as_many_steps_as_a_plain_one(penalty):
     beam_search(DecoderFunctions(step, lambda s, _: s, refill), config, start, jnp.full((40,), 10))
     jax.effects_barrier()
     steps = np.bincount(taken, minlength=40).tolist()
-    assert steps == [plain_search(chain, 2, 10, penalty, 2, "sure")[1] for chain in chains]
+    assert steps == [plain_search(chain, 2, 10, penalty, 2, "exact")[1] for chain in chains]
     assert len(set(steps)) >= 5 and sum(count < 10 for count in steps) >= 8
 
 
@@ -314,7 +314,7 @@ def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
 @given(CHAINS, PENALTIES)
 def test_stopping_early_changes_nothing(chain, penalty):
     """Against the plain search, which never stops before the limit here."""
-    expected, _ = plain_search(chain, 3, 8, penalty, 1_000, "finished")
+    expected, _ = plain_search(chain, 3, 8, penalty, 1_000, "first_finished")
     found = [o for o in outputs(search(chain, 3, 8, penalty)) if o[2]]
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
@@ -323,14 +323,14 @@ def test_stopping_early_changes_nothing(chain, penalty):
 @given(CHAINS, PENALTIES)
 def test_the_rules_finished_and_likely_stop_where_a_plain_search_does(chain, penalty):
     """With a patience of 1 three outputs are awaited, with 1/3 one."""
-    for stop, (patience, enough) in itertools.product(("finished", "likely"), ((1.0, 3), (1 / 3, 1))):
+    for stop, (patience, enough) in itertools.product(("first_finished", "heuristic"), ((1.0, 3), (1 / 3, 1))):
         expected, _ = plain_search(chain, 3, 8, penalty, enough, stop)
         found = [o for o in outputs(search(chain, 3, 8, penalty, stop=stop, patience=patience)) if o[2]]
         np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_rule_sure_waits_for_every_later_better_output():
-    stops = ("finished", "likely", "sure")
+    stops = ("first_finished", "heuristic", "exact")
     # After two steps END, ln(.4) = -0.92, and a END, ln(.06)/2 = -1.41, are there; a a, ln(.54)/2 = -0.31, may go on.
     chain = log_probabilities(np.array([[0, 0.4, 0.6], [0, 1, 0], [0, 0.1, 0.9]]))
     found = [outputs(search(chain, 2, 6, "average:1.0", stop=stop))[0][0] for stop in stops]
@@ -341,7 +341,7 @@ def test_only_the_rule_sure_waits_for_every_later_better_output():
     found = [outputs(search(chain, 2, 12, "average:1.0", stop=stop))[0][0] for stop in stops]
     assert found == [(2, END), (2, END), (2, *[3] * 10, END)]  # ln(.5 * .4 * .9 ** 9 * .1)/12 = -0.41
 
-    worse = search(chain, 2, 12, "average:1.0", stop="likely", adjustment=AllWorse())
+    worse = search(chain, 2, 12, "average:1.0", stop="heuristic", adjustment=AllWorse())
     assert outputs(worse)[0][0] == (2, END)
 
 

@@ -30,8 +30,8 @@ def ids_of(text: str) -> list[int]:
     [
         ({}, {}),
         ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
-        ({"early_stopping": True}, {"stop": "finished"}),
-        ({"early_stopping": "never"}, {"stop": "sure"}),
+        ({"early_stopping": True}, {"stop": "first_finished"}),
+        ({"early_stopping": "never"}, {"stop": "exact"}),
         ({"max_length": 20}, {"max_length_offset": 19}),
         ({"max_length": 512}, {"max_length_offset": LONGEST}),
         ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 19}),
@@ -41,20 +41,20 @@ def ids_of(text: str) -> list[int]:
         ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
         ({"no_repeat_ngram_size": 3}, {"no_repeat_ngram": 3}),
         ({"num_beams": 2, "repetition_penalty": 1.5}, {"beam_size": 2, "repetition_penalty": 1.5}),
-        ({"forced_eos_token_id": 0}, {"force_end": True}),
-        ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_end": True}),
+        ({"forced_eos_token_id": 0}, {"force_eos": True}),
+        ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_eos": True}),
         ({"bad_words_ids": [[59], [58], [0]]}, {}),  # padding, <unused>, and the end, which they leave out themselves
         (
             {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty"), [INSIDE]]},
-            {"ban_unknown": True, "banned_phrases": ("neun",), "banned_tokens": ("\u2581thirty", "neun")},
+            {"suppress_unknown": True, "suppress_sequences": ("neun",), "suppress_tokens": ("\u2581thirty", "neun")},
         ),
         ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
-        ({"renormalize_logits": True}, {}),  # nothing is banned whose probability could be shared out
+        ({"renormalize_logits": True}, {}),  # nothing is suppressed whose probability could be shared out
     ],
 )
 def test_settings_of_generate_become_those_of_a_run(theirs, ours):
     neutral = DecodingConfig(
-        beam_size=1, length_penalty="average:1.0", stop="likely", max_length_factor=0.0, max_length_offset=LONGEST
+        beam_size=1, length_penalty="average:1.0", stop="heuristic", max_length_factor=0.0, max_length_offset=LONGEST
     )
     expected = dataclasses.replace(neutral, **ours)
     assert read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
@@ -112,7 +112,7 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
     assert found == lost and not start_excluded
     neutral = DecodingConfig(
         beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty,
-        stop="sure" if "early_stopping" in theirs else "likely", max_length_factor=0.0, max_length_offset=LONGEST,
+        stop="exact" if "early_stopping" in theirs else "heuristic", max_length_factor=0.0, max_length_offset=LONGEST,
     )  # fmt: skip
     assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
 
@@ -131,10 +131,19 @@ def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
     "changes, lost",
     [
         ({}, []),
-        ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
-        ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
-        ({"banned_tokens": ("neun", "\u2581hundred")}, []),
-        ({"stop": "likely"}, []),
+        (
+            {
+                "stop": "first_finished",
+                "min_length": 3,
+                "force_eos": True,
+                "no_repeat_ngram": 2,
+                "repetition_penalty": 1.2,
+            },
+            [],
+        ),
+        ({"suppress_unknown": True, "suppress_sequences": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
+        ({"suppress_tokens": ("neun", "\u2581hundred")}, []),
+        ({"stop": "heuristic"}, []),
         (
             {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
             ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
@@ -166,7 +175,7 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "second") == 0
     assert not capsys.readouterr().err
     decoding = RunFolder.open(tmp_path / "second").read_config().decoding
-    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_end) == (2, 6, False)
+    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_eos) == (2, 6, False)
 
     run = make_run(tmp_path / "ours", MODEL, 1)
     assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0

@@ -29,7 +29,7 @@ def programs(platform: backend.Platform, compute_dtype: str = "bfloat16") -> Rec
         abstract_device=backend.abstract_device(platform),
     )
     return RecipePrograms(
-        Config(model=model, decoding=DecodingConfig(beam_size=3, batch_rows=16)), tiny.VOCABULARY, mesh
+        Config(model=model, decoding=DecodingConfig(beam_size=3, batch_size=16)), tiny.VOCABULARY, mesh
     )
 
 
@@ -89,6 +89,6 @@ def test_rows_must_divide_over_the_mesh():
     small = programs("tpu")
     with pytest.raises(ConfigError, match=r"a batch \(6 rows\) must divide evenly over the mesh axes data x fsdp = 4"):
         small.traced_train_step(BatchShape(6, 8, 8))
-    config = dataclasses.replace(small.config, decoding=DecodingConfig(batch_rows=12))
-    with pytest.raises(ConfigError, match=r"decoding.batch_rows \(12 rows\)"):
+    config = dataclasses.replace(small.config, decoding=DecodingConfig(batch_size=12))
+    with pytest.raises(ConfigError, match=r"decoding.batch_size \(12 rows\)"):
         dataclasses.replace(small, config=config).traced_search(8, 20)

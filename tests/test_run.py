@@ -426,9 +426,9 @@ def test_commands_take_8_bit_weights_and_evaluate_another_search(monkeypatch, ca
     output = ["--output", str(tmp_path / "output")]
     assert command("evaluate", "--run", str(run), "--quantize", "int8", *arguments, *output) == 0
     assert (tmp_path / "output").read_text() == "".join(expected)
-    changed = ["--stop", "finished", "--beam-size", "1", "--length-penalty", "none"]
+    changed = ["--stop", "first_finished", "--beam-size", "1", "--length-penalty", "none"]
     assert command("evaluate", "--run", str(run), *changed, *arguments, *output) == 0
-    found = Translator.load(run).translate(text, stop="finished", beam_size=1, length_penalty="none")
+    found = Translator.load(run).translate(text, stop="first_finished", beam_size=1, length_penalty="none")
     assert (tmp_path / "output").read_text() == "".join(t.text + "\n" for t in found)
 
 

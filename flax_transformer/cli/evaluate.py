@@ -30,7 +30,7 @@ class EvaluateOptions:
         checkpoint: the one that was best on validation text, or the last.
         beam_size: hypotheses kept at each step; the run's own setting when left out.
         length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
-        stop: when a sentence stops, sure, likely or finished; the run's own setting when left out.
+        stop: when a sentence stops: exact, heuristic or first_finished; the run's own setting when left out.
         quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them;
             "bfloat16" computes in bfloat16, which is faster on an accelerator, and on a CPU with AMX.
         output: where to write the translations; nowhere when left out.

@@ -94,47 +94,46 @@ class DecodingConfig:
         beam_size: hypotheses kept at each step; 1 is greedy search.
         length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
         coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
-        stop: when the search of a sentence ends: "sure", once nothing can beat what it has found; "likely", once no
-            unfinished output, scored as it stands, beats it, as Hugging Face does unless told otherwise; "finished", as
-            soon as so many hypotheses have ended, as CTranslate2, and Hugging Face with early_stopping, do. Each ends
-            no later than the one before, and by the last two a longer output might score better; "finished" is much
-            faster with a penalty like "average:1.0".
-        patience: share of the beam that must be sure, likely or finished before a sentence stops; with less than 1 it
+        stop: when the search of a sentence ends. "exact": once no unfinished output can beat what it has found (Hugging
+            Face: early_stopping "never"). "heuristic": once no unfinished output, scored as it stands, beats it
+            (early_stopping False). "first_finished": once beam_size outputs are finished (early_stopping True, and
+            CTranslate2). Each rule ends no later than the one before. The last two may miss a longer, better output.
+        patience: share of the beam that must be finished before a sentence stops; with less than 1 it
             stops sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch; where that is less than min_length, a prefix or required
             phrases need, it has as many as they need.
         min_length: fewest tokens of an output, end token not counted.
-        force_end: whether an output that reaches its maximum length is closed there by the end token, which then costs
+        force_eos: whether an output that reaches its maximum length is closed there by the end token, which then costs
             nothing, as Hugging Face's forced_eos_token_id does; without it such an output is unfinished.
         no_repeat_ngram: no sequence of so many tokens occurs twice in an output; 0 allows all.
         repetition_penalty: factor on the log-probabilities of tokens that have occurred, at least 1; part of the score.
-        ban_unknown: whether outputs may not hold the unknown token.
-        banned_phrases: texts whose tokens never occur one after the other in an output.
-        banned_tokens: tokens that no output holds, by the names of pieces: "\u2581the" begins a word, "ing" does not.
+        suppress_unknown: whether outputs may not hold the unknown token.
+        suppress_sequences: texts whose tokens never occur one after the other in an output.
+        suppress_tokens: tokens that no output holds, by the names of pieces: "\u2581the" begins a word, "ing" does not.
         temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
         mbr_samples: of sampling: draw so many outputs and put those first that agree best with all that were drawn
             (minimum Bayes risk); 0 puts the most probable first.
         mbr_utility: what agreement is: sacreBLEU's "chrf" or "bleu" of single sentences.
         seed: of sampling; with a sentence's text it decides what is drawn for it.
-        batch_rows: sentences decoded together; a part-full batch is filled up with padding.
+        batch_size: sentences decoded together; a part-full batch is filled up with padding.
     """
 
     method: Method = "beam"
     beam_size: int = 5
     length_penalty: str = "gnmt:0.6"
     coverage_penalty: float = 0.0
-    stop: StopRule = "sure"
+    stop: StopRule = "exact"
     patience: float = 1.0
     max_length_factor: float = 2.0
     max_length_offset: int = 10
     min_length: int = 0
-    force_end: bool = False
+    force_eos: bool = False
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
-    ban_unknown: bool = False
-    banned_phrases: tuple[str, ...] = ()
-    banned_tokens: tuple[str, ...] = ()
+    suppress_unknown: bool = False
+    suppress_sequences: tuple[str, ...] = ()
+    suppress_tokens: tuple[str, ...] = ()
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -142,13 +141,13 @@ class DecodingConfig:
     mbr_samples: int = 0
     mbr_utility: Literal["chrf", "bleu"] = "chrf"
     seed: int = 0
-    batch_rows: int = 32
+    batch_size: int = 32
 
     def __post_init__(self):
         check_finite("decoding", self)
         check_seed("decoding.seed", self.seed)
         LengthPenalty.parse(self.length_penalty)
-        for name in ("beam_size", "batch_rows"):
+        for name in ("beam_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoding.{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("coverage_penalty", "min_length", "no_repeat_ngram", "mbr_samples"):
@@ -164,8 +163,8 @@ class DecodingConfig:
                 f"decoding.repetition_penalty must be at least 1, got {self.repetition_penalty}: a smaller one would "
                 "make what has occurred more probable."
             )
-        if not all(phrase.strip() for phrase in self.banned_phrases):
-            raise ConfigError("decoding.banned_phrases: an empty text cannot be banned.")
+        if not all(phrase.strip() for phrase in self.suppress_sequences):
+            raise ConfigError("decoding.suppress_sequences: an empty text cannot be suppressed.")
         if (
             self.max_length_factor < 0
             or self.max_length_offset < 0

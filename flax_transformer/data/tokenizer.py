@@ -35,7 +35,7 @@ class SpecialIds:
             raise ValueError(f"special ids must not be negative (None stands for one that is not there), got {self}.")
         if self.end == self.unknown:
             raise ValueError(
-                f"the unknown token may be banned from outputs, so it cannot be the end token; got {self}. Give None "
+                f"the unknown token may be suppressed in outputs, so it cannot be the end token; got {self}. Give None "
                 "if the tokenizer has no unknown token."
             )
 

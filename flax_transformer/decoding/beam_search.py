@@ -13,16 +13,16 @@ search: it ends with its first finished hypothesis. Hypotheses that reach the ma
 behind the finished ones.
 
 Stop rules. A sentence stops once enough hypotheses are finished (K, or a share of them) and its rule allows it:
-    sure: no unfinished hypothesis can still beat the worst of these. Its best reachable score is known, since a
+    exact: no unfinished hypothesis can still beat the worst of these. Its best reachable score is known, since a
         log-probability never rises, the score adjustment is never positive, and the divisor is monotone.
-    likely: no unfinished hypothesis, scored at its present length, beats the worst of these.
-    finished: always. A longer hypothesis might still be better.
+    heuristic: no unfinished hypothesis, scored at its present length, beats the worst of these.
+    first_finished: always. A longer hypothesis might still be better.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
 
 References:
-    Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `sure`: Huang, Zhao and Ma 2017. Rule `finished`
-    and patience: Kasai et al. 2022. Their patience may exceed 1; ours may not.
+    Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `exact`: Huang, Zhao and Ma 2017. Rule
+    `first_finished` and patience: Kasai et al. 2022. Their patience may exceed 1; ours may not.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ from flax_transformer.decoding.logits_processors import LogitsProcessor, Progres
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, is_possible
 
-StopRule = Literal["sure", "likely", "finished"]
+StopRule = Literal["exact", "heuristic", "first_finished"]
 
 
 def num_awaited(beam_size: int, patience: float) -> int:
@@ -77,8 +77,8 @@ class BeamSearchConfig:
         start_token: token that the first step reads.
         end_token: token that ends a hypothesis.
         length_penalty: makes scores of different lengths comparable.
-        stop: the stop rule, "sure", "likely" or "finished"; see the module's docstring.
-        patience: share of the beam that must be finished. With `sure` and 1, all K results are the best the search can
+        stop: the stop rule, "exact", "heuristic" or "first_finished"; see the module's docstring.
+        patience: share of the beam that must be finished. With `exact` and 1, all K results are the best the search can
             find; with 1/K, only the first is.
         refill_at: number of done slots at which they are refilled, while sentences wait.
     """
@@ -89,7 +89,7 @@ class BeamSearchConfig:
     start_token: int
     end_token: int
     length_penalty: LengthPenalty
-    stop: StopRule = "sure"
+    stop: StopRule = "exact"
     patience: float = 1.0
     refill_at: int = 1
 
@@ -313,9 +313,9 @@ def _adjusted(
 def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array, "B"]) -> Bool[Array, "B"]:
     """Returns which slots must go on, by the stop rule; their hypotheses have at most `limits` tokens."""
     awaited = state.finished.scores[:, config.num_awaited - 1]
-    if config.stop == "finished" or config.beam_size == 1:  # greedy search stops at its first
+    if config.stop == "first_finished" or config.beam_size == 1:  # greedy search stops at its first
         return awaited < MASKED / 2  # False once an entry is finished; also False for NaN
-    if config.stop == "likely":
+    if config.stop == "heuristic":
         lengths = jnp.maximum(state.steps, 1)
         as_they_stand = state.live.scores / config.length_penalty.divisor(lengths)[:, None]
         as_they_stand = _adjusted(state, as_they_stand, state.live.buffer.auxiliary, lengths)

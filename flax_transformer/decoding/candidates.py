@@ -83,7 +83,7 @@ def best_candidates(
         highest = jnp.max(top, axis=-1, keepdims=True)  # not top[..., :1]: XLA would then sort everything
         log_probs = (top - highest) - jnp.log(sum_of_exponentials(logits, highest))
     scores = live_scores[:, :, None] + log_probs
-    scores = jnp.where(is_possible(top), scores, MASKED)  # a banned token is no candidate
+    scores = jnp.where(is_possible(top), scores, MASKED)  # a suppressed token is no candidate
     best, flat = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num)  # [B, K * per_beam] -> [B, num]
 
     def chosen(x: Array) -> Array:

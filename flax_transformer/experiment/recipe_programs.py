@@ -94,22 +94,22 @@ class RecipePrograms:
             ConfigError: rows that do not divide over the mesh.
         """
         decoding, mesh = self.config.decoding, self.mesh
-        check_rows(decoding.batch_rows, mesh, tuple(mesh.axis_names), "decoding.batch_rows")
+        check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
         beam = BeamSearchConfig(
             decoding.beam_size,
-            decoding.batch_rows // mesh.size,
+            decoding.batch_size // mesh.size,
             max_length,
             self.vocabulary.start_token,
             SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
             decoding.patience,
-            refill_at=ProgramOptions().refill_at(decoding.batch_rows // mesh.size),
+            refill_at=ProgramOptions().refill_at(decoding.batch_size // mesh.size),
         )
         sharding = replicated_sharding(mesh)  # a copy on every device
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
-        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_rows, source_length)
+        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length)
         return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
@@ -118,7 +118,7 @@ class RecipePrograms:
         Raises:
             ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
         """
-        return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_rows.")
+        return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_size.")
 
     @property
     def _abstract_mesh(self) -> AbstractMesh:
@@ -143,5 +143,5 @@ class RecipePrograms:
             prefixes=rows(0),
             required=rows(0, 0),
             seeds=rows(),
-            banned=jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(self.mesh)),
+            suppressed=jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(self.mesh)),
         )

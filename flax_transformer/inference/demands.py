@@ -1,4 +1,4 @@
-"""Demands on outputs as ids: prefixes, required and banned tokens, and the checks that they do not contradict."""
+"""Demands on outputs as ids: prefixes, required and suppressed tokens, and the checks that they do not contradict."""
 
 import functools
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Demands:
         """Checks that the settings demand nothing impossible.
 
         Raises:
-            ConfigError: a minimum length above the longest output, or a ban that means nothing.
+            ConfigError: a minimum length above the longest output, or a suppressed text that means nothing.
         """
         longest, limit = self._longest
         if self.decoding.min_length > longest:
@@ -56,48 +56,51 @@ class Demands:
                 f"decoding.min_length ({self.decoding.min_length}) is more than the {longest} tokens that outputs have "
                 f"at most ({limit}, less the end token)."
             )
-        _ = self._bans
+        _ = self._suppressed
 
     @functools.cached_property
-    def banned_phrases(self) -> dict[str, list[int]]:
-        """The ids of each banned phrase.
+    def suppress_sequences(self) -> dict[str, list[int]]:
+        """The ids of each suppressed phrase.
 
         Raises:
             ConfigError: one that has no token, or characters that the vocabulary does not hold.
         """
-        texts = self.decoding.banned_phrases
+        texts = self.decoding.suppress_sequences
         phrases = dict(zip(texts, self.target.encode(texts), strict=True))
         for text, ids in phrases.items():
             if not ids:
-                raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
+                raise ConfigError(f"decoding.suppress_sequences: {text!r} has no token that could be suppressed.")
             if self.target.special.unknown in ids:
                 raise ConfigError(
-                    f"decoding.banned_phrases: {text!r} has characters that the target vocabulary does not hold, so no "
-                    "output can hold it: leave it out (decoding.ban_unknown bans all that is unknown)."
+                    f"decoding.suppress_sequences: {text!r} has characters that the target vocabulary does not hold, so "
+                    "no output can hold it: leave it out (decoding.suppress_unknown excludes all that is unknown)."
                 )
         return phrases
 
     @functools.cached_property
-    def banned_tokens(self) -> dict[str, int]:
-        """The id of each banned token.
+    def suppress_tokens(self) -> dict[str, int]:
+        """The id of each suppressed token.
 
         Raises:
             ConfigError: one that is no piece of the target vocabulary.
         """
         found = {}
-        for name in self.decoding.banned_tokens:
+        for name in self.decoding.suppress_tokens:
             if (number := self.target.id_of(name)) is None:
                 raise ConfigError(
-                    f"decoding.banned_tokens: {self._no_piece(name)} (decoding.ban_unknown bans what is unknown)."
+                    f"decoding.suppress_tokens: {self._no_piece(name)} (decoding.suppress_unknown excludes what is "
+                    "unknown)."
                 )
             found[name] = number
         return found
 
     @functools.cached_property
-    def _bans(self) -> dict[str, list[int]]:
-        """The ids of all that is banned, by words for it."""
-        bans = {f"decoding.banned_phrases ({text!r})": ids for text, ids in self.banned_phrases.items()}
-        return bans | {f"decoding.banned_tokens ({name!r})": [number] for name, number in self.banned_tokens.items()}
+    def _suppressed(self) -> dict[str, list[int]]:
+        """The ids of all that is suppressed, by words for it."""
+        phrases = {f"decoding.suppress_sequences ({text!r})": ids for text, ids in self.suppress_sequences.items()}
+        return phrases | {
+            f"decoding.suppress_tokens ({name!r})": [number] for name, number in self.suppress_tokens.items()
+        }
 
     def _no_piece(self, name: str) -> str:
         """Returns the error text for a name that no piece has, without the full stop."""
@@ -175,8 +178,8 @@ class Demands:
 
     def _check_allowed(self, named: str, ids: list[int]) -> None:
         """Raises a `ConfigError` if every output that holds these ids, those of what is named, is against the rules."""
-        for by, ban in self._bans.items():
-            if holds(ids, ban):
+        for by, phrase in self._suppressed.items():
+            if holds(ids, phrase):
                 raise ConfigError(f"{named} and {by} contradict each other: leave out one of them.")
         size = self.decoding.no_repeat_ngram
         if size and (twice := _repeated(ids, size)):

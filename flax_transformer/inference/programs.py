@@ -78,7 +78,7 @@ class Programs:
     @property
     def batch_size(self) -> int:
         """Sentences that each mesh searches at the same time."""
-        return rounded_up(self.demands.decoding.batch_rows, self.parameters.mesh) // len(self.parameters.search_meshes)
+        return rounded_up(self.demands.decoding.batch_size, self.parameters.mesh) // len(self.parameters.search_meshes)
 
     @property
     def num_sentences(self) -> int:
@@ -109,8 +109,8 @@ class Programs:
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,
-            tuple(tuple(phrase) for phrase in demands.banned_phrases.values()),
-            decoding.force_end,
+            tuple(tuple(phrase) for phrase in demands.suppress_sequences.values()),
+            decoding.force_eos,
             decoding.coverage_penalty,
             self.attention,
             self.parameters.num_models,
@@ -148,21 +148,21 @@ class Programs:
             prefixes=jax.device_put(prefixes, sharded),
             required=jax.device_put(required, sharded),
             seeds=jax.device_put(seeds, sharded),
-            banned=jax.device_put(self._banned(), replicated_sharding(mesh)),
+            suppressed=jax.device_put(self._suppressed(), replicated_sharding(mesh)),
         )
 
-    def _banned(self) -> np.ndarray:
+    def _suppressed(self) -> np.ndarray:
         """Returns [vocabulary], True for tokens that no output may hold; an empty array if all are allowed."""
         target, decoding = self.demands.target, self.demands.decoding
-        bans = set(self.demands.banned_tokens.values())
+        ids = set(self.demands.suppress_tokens.values())
         # A beam never finds padding or start probable in a trained model, but sampling may draw any token.
         if decoding.method == "sampling" or self.suppress_start:
-            bans |= target.special.never_in_outputs
-        if decoding.ban_unknown and target.special.unknown is not None:
-            bans.add(target.special.unknown)
-        banned = np.zeros(target.vocab_size if bans else 0, bool)
-        banned[list(bans)] = True
-        return banned
+            ids |= target.special.never_in_outputs
+        if decoding.suppress_unknown and target.special.unknown is not None:
+            ids.add(target.special.unknown)
+        suppressed = np.zeros(target.vocab_size if ids else 0, bool)
+        suppressed[list(ids)] = True
+        return suppressed
 
     def compiled(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
         """Returns the search for inputs of these shapes, compiled for one mesh.
@@ -186,7 +186,7 @@ class Programs:
                 parameters.mesh,
                 f"a search of {beam.num_slots * parameters.mesh.size} sentences at a time, with {beam.beam_size} "
                 f"hypotheses of at most {beam.max_length} tokens for each,",
-                "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_rows, or the limits on "
+                "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_size, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
                 held=held + parameters.num_bytes,
             )

@@ -19,7 +19,7 @@ from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslat
 from flax_transformer.shapes import MASKED
 
 # Fields of section 'decoding' that may exclude every next token.
-BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases", "banned_tokens")
+BANNING = ("min_length", "no_repeat_ngram", "suppress_unknown", "suppress_sequences", "suppress_tokens")
 
 
 @dataclass(frozen=True)

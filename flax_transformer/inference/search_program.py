@@ -37,8 +37,8 @@ class SearchSpec:
         sampling: how to draw; None searches with a beam.
         no_repeat_ngram: size of n-grams that may occur only once; 0 allows all.
         repetition_penalty: factor on log-probabilities of tokens that have occurred, at least 1.
-        banned_phrases: ids of each phrase.
-        force_end: whether the end token ends outputs at their maximum length at no cost. Outputs with required phrases
+        suppress_sequences: ids of each phrase.
+        force_eos: whether the end token ends outputs at their maximum length at no cost. Outputs with required phrases
             are not ended so, since they may lack some.
         coverage_penalty: weight of the penalty on source tokens that got little attention.
         keep_attention: whether the attention over the source is returned.
@@ -49,8 +49,8 @@ class SearchSpec:
     sampling: SamplingConfig | None = None
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
-    banned_phrases: tuple[tuple[int, ...], ...] = ()
-    force_end: bool = False
+    suppress_sequences: tuple[tuple[int, ...], ...] = ()
+    force_eos: bool = False
     coverage_penalty: float = 0.0
     keep_attention: bool = False
     num_models: int = 1
@@ -69,7 +69,7 @@ class SearchInputs:
         prefixes: [N, P], ids that outputs begin with, `logits_processors.ANY` after the end; P may be 0.
         required: [N, Q, P], phrases that outputs hold, `logits_processors.ANY` after the end of each; Q may be 0.
         seeds: [N], seeds of sampling.
-        banned: [V], True for tokens that no output may hold.
+        suppressed: [V], True for tokens that no output may hold.
     """
 
     tokens: Any
@@ -79,7 +79,7 @@ class SearchInputs:
     prefixes: Any
     required: Any
     seeds: Any
-    banned: Any
+    suppressed: Any
 
 
 @dataclass(frozen=True)
@@ -228,15 +228,15 @@ def make_processors(spec: SearchSpec, inputs: SearchInputs) -> tuple[LogitsProce
     asked: list[LogitsProcessor] = []
     if spec.repetition_penalty != 1.0:
         asked.append(logits_processors.RepetitionPenalty(spec.repetition_penalty))
-    if inputs.banned.shape[0]:
-        asked.append(logits_processors.SuppressTokens(inputs.banned))
+    if inputs.suppressed.shape[0]:
+        asked.append(logits_processors.SuppressTokens(inputs.suppressed))
     if inputs.min_lengths.shape[0]:
         asked.append(logits_processors.MinLength(inputs.min_lengths, spec.beam.end_token))
     if spec.no_repeat_ngram:
         asked.append(logits_processors.NoRepeatNgram(spec.no_repeat_ngram))
-    if spec.banned_phrases:
-        asked.append(logits_processors.SuppressSequences.of(spec.banned_phrases))
-    if spec.force_end and not inputs.required.shape[1]:
+    if spec.suppress_sequences:
+        asked.append(logits_processors.SuppressSequences.of(spec.suppress_sequences))
+    if spec.force_eos and not inputs.required.shape[1]:
         asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.beam.end_token))
     if inputs.prefixes.shape[1]:
         return (logits_processors.ForcePrefix(inputs.prefixes, tuple(asked)),)
@@ -262,7 +262,7 @@ def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) 
 def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
     """Encodes the sentences of one device and searches, with the parameters of `prepare_for_inference`.
 
-    An input that is an empty array sets no rule: `banned`, `min_lengths`, `prefixes` or `required`.
+    An input that is an empty array sets no rule: `suppressed`, `min_lengths`, `prefixes` or `required`.
     """
     beam = spec.beam
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)

@@ -157,7 +157,7 @@ class Translator:
     @property
     def batch_size(self) -> int:
         """Sentences searched at the same time, rounded up to a multiple of the number of devices."""
-        return rounded_up(self.decoding.batch_rows, self.mesh)
+        return rounded_up(self.decoding.batch_size, self.mesh)
 
     @property
     def requests(self) -> RequestReader:

@@ -21,7 +21,7 @@ NOT_THEIRS = (
 )  # fmt: skip
 
 # Theirs for our `decoding.stop`.
-EARLY_STOPPING: dict[StopRule, bool | str] = {"sure": "never", "likely": False, "finished": True}
+EARLY_STOPPING: dict[StopRule, bool | str] = {"exact": "never", "heuristic": False, "first_finished": True}
 
 # Settings of theirs that change outputs and that we do not take over, with the value that changes nothing.
 NOT_OURS = {
@@ -94,15 +94,15 @@ def export_generation(
         most = min(max(decoding.max_length_offset, decoding.min_length + 1), longest)
     lost |= {name: getattr(decoding, name) for name in NOT_THEIRS if getattr(decoding, name) != getattr(defaults, name)}
 
-    never = [special.start, special.pad] + [special.unknown] * decoding.ban_unknown
-    banned = [[number] for number in never if number in theirs]
-    banned += [ids for ids in target.encode(decoding.banned_phrases) if ids]
-    banned += [[number] for name in decoding.banned_tokens if (number := target.id_of(name)) is not None]
+    never = [special.start, special.pad] + [special.unknown] * decoding.suppress_unknown
+    suppressed = [[number] for number in never if number in theirs]
+    suppressed += [ids for ids in target.encode(decoding.suppress_sequences) if ids]
+    suppressed += [[number] for name in decoding.suppress_tokens if (number := target.id_of(name)) is not None]
     values: dict[str, Any] = {
         "eos_token_id": theirs[special.end],
         "pad_token_id": theirs[special.start],
         "decoder_start_token_id": theirs[special.start],
-        "bad_words_ids": [[theirs[i] for i in ids] for ids in banned],
+        "bad_words_ids": [[theirs[i] for i in ids] for ids in suppressed],
         "num_beams": decoding.beam_size,
         "early_stopping": EARLY_STOPPING[decoding.stop],
         "max_length": most + 1,  # theirs counts the start token
@@ -111,7 +111,7 @@ def export_generation(
         values["length_penalty"] = penalty.exponent
     if decoding.min_length:
         values["min_length"] = decoding.min_length + 1
-    if decoding.force_end:
+    if decoding.force_eos:
         values["forced_eos_token_id"] = theirs[special.end]
     if decoding.no_repeat_ngram:
         values["no_repeat_ngram_size"] = decoding.no_repeat_ngram
@@ -123,11 +123,11 @@ def export_generation(
     return values, named(lost)
 
 
-class Bans(NamedTuple):
+class BadWords(NamedTuple):
     """What their `bad_words_ids` keep out of outputs.
 
     Attributes:
-        start, unknown: whether the start token and the unknown token are banned.
+        start, unknown: whether the start token and the unknown token are suppressed.
         phrases: texts of several tokens.
         tokens: names of single pieces.
         others: lists of their ids that no text of ours stands for.
@@ -141,11 +141,11 @@ class Bans(NamedTuple):
 
     @property
     def others_than_start(self) -> bool:
-        """Whether anything but the start token is banned."""
+        """Whether anything but the start token is suppressed."""
         return bool(self.unknown or self.phrases or self.tokens or self.others)
 
 
-def read_bans(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tokenizer) -> Bans:
+def read_bad_words(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tokenizer) -> BadWords:
     """Returns what their setting bans; `order` and `target` as for `read_generation`."""
     special = target.special
     start, unknown, phrases, tokens, others = False, False, [], [], []
@@ -159,9 +159,9 @@ def read_bans(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tok
             tokens.append(piece)
         elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
             phrases.append(text)
-        elif ours not in ([special.pad], [special.end]):  # never there, or never banned, in both
+        elif ours not in ([special.pad], [special.end]):  # never there, or never suppressed, in both
             others.append(ids)
-    return Bans(start, unknown, phrases, tokens, others)
+    return BadWords(start, unknown, phrases, tokens, others)
 
 
 def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int) -> Generation:
@@ -187,8 +187,8 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
-    if (bans := read_bans(given.get("bad_words_ids", ()), order, target)).others:
-        lost["bad_words_ids"] = bans.others
+    if (bad_words := read_bad_words(given.get("bad_words_ids", ()), order, target)).others:
+        lost["bad_words_ids"] = bad_words.others
 
     # --- numbers
     stops = [ours for ours, value in EARLY_STOPPING.items() if value == given.get("early_stopping", False)]
@@ -206,21 +206,21 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     decoding = DecodingConfig(
         beam_size=beam_size,
         length_penalty=f"average:{float(exponent)}",
-        stop=stops[0] if stops else "sure",
+        stop=stops[0] if stops else "exact",
         min_length=max(0, min(fewest, longest - 1)),
-        force_end=given.get("forced_eos_token_id") in (end, [end]),
+        force_eos=given.get("forced_eos_token_id") in (end, [end]),
         no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
         repetition_penalty=float(penalty),
-        ban_unknown=bans.unknown,
-        banned_phrases=tuple(bans.phrases),
-        banned_tokens=tuple(bans.tokens),
+        suppress_unknown=bad_words.unknown,
+        suppress_sequences=tuple(bad_words.phrases),
+        suppress_tokens=tuple(bad_words.tokens),
     )
     if most > 0:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
     else:
         lost["max_length"] = "none given, which is 20 tokens there, and here our default"
     renormalize = given.get("renormalize_logits") is True
-    others_banned = bans.others_than_start or decoding.min_length or decoding.no_repeat_ngram
-    if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
+    others_suppressed = bad_words.others_than_start or decoding.min_length or decoding.no_repeat_ngram
+    if renormalize and (others_suppressed or penalty != 1.0):  # ours take away and give nothing to the others
         lost["renormalize_logits"] = True
-    return Generation(decoding, renormalize and bans.start, named(lost))
+    return Generation(decoding, renormalize and bad_words.start, named(lost))
