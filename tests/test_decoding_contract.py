@@ -1,6 +1,7 @@
 """The contract of decoding (docs/decoding.md) on small models with random parameters: each sentence has a test."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -79,6 +80,17 @@ def test_how_many_sentences_a_call_takes_changes_no_bit(translators):
     assert [[(h.tokens, h.score) for h in t.hypotheses] for t in found] == [
         [(h.tokens, h.score) for h in t.hypotheses] for t in expected
     ]
+
+
+@pytest.mark.parametrize("stop", ["exact", "first_finished"])
+def test_fewer_hypotheses_are_the_first_of_more(translators, stop):
+    """By the rule "exact" a search of fewer also stops sooner."""
+    texts = SOURCES[:40]
+    found = {n: translators["transformer"].translate(texts, num_hypotheses=n, stop=stop) for n in (1, 2, 3)}
+    for n, sentence in itertools.product((1, 2), range(len(texts))):
+        more = found[3][sentence].hypotheses
+        if sum(h.finished for h in more) >= n:  # unfinished ones are those of the step at which a search stopped
+            assert found[n][sentence].hypotheses == more[:n]
 
 
 def test_no_composition_of_a_batch_changes_a_bit(translator):
@@ -502,15 +514,13 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ({"coverage_penalty": -0.1}, "decoding.coverage_penalty must not be negative"),
         ({"no_repeat_ngram": -1}, "decoding.no_repeat_ngram must not be negative"),
         ({"repetition_penalty": 0.5}, "decoding.repetition_penalty must be at least 1, got 0.5"),
-        ({"patience": 0.0}, "decoding.patience must be above 0 and at most 1, got 0.0"),
         ({"suppress_sequences": (" ",)}, "an empty text cannot be suppressed"),
         ({"temperature": 0.5}, r"decoding.temperature \(0.5\) and decoding.method: beam contradict each other"),
         ({"mbr_samples": 4}, r"decoding.mbr_samples \(4\) and decoding.method: beam contradict each other"),
         (
             {"method": "sampling", "stop": "first_finished"},
-            r"stop \(finished\) and decoding.method: sampling contradict",
+            r"stop \(first_finished\) and decoding.method: sampling contradict",
         ),
-        ({"method": "sampling", "patience": 0.5}, r"patience \(0.5\) and decoding.method: sampling contradict"),
         ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
         ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),
         ({"prefixes": ["", "\u4e2d"]}, "prefix '\u4e2d' has characters that the target vocabulary does not hold"),
@@ -578,10 +588,6 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             "decoding.suppress_sequences: 'ein\u4e2d' has characters that the target vocabulary does not hold",
         ),
         ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
-        (
-            {"num_hypotheses": 3, "patience": 0.5},
-            r"num_hypotheses \(3\) and decoding.patience \(0.5\) contradict each other: .* waits for 2 finished",
-        ),
     ],
 )
 def test_bad_options_are_explained(translators, changes, message):

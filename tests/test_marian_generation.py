@@ -145,8 +145,8 @@ def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
         ({"suppress_tokens": ("neun", "\u2581hundred")}, []),
         ({"stop": "heuristic"}, []),
         (
-            {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
-            ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
+            {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "coverage_penalty": 0.2},
+            ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2"],
         ),
         ({"length_penalty": "gnmt:0.6", "beam_size": 1, "repetition_penalty": 1.2}, ["repetition_penalty: 1.2"]),
         ({"method": "sampling", "top_k": 5, "beam_size": 5}, ["method: sampling", "top_k: 5"]),

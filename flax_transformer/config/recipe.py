@@ -80,7 +80,7 @@ Method = Literal["beam", "sampling"]
 
 # Fields of `DecodingConfig` that one method alone looks at.
 METHOD_FIELDS: dict[Method, tuple[str, ...]] = {
-    "beam": ("beam_size", "coverage_penalty", "stop", "patience"),
+    "beam": ("beam_size", "coverage_penalty", "stop"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility", "seed"),
 }
 
@@ -98,8 +98,6 @@ class DecodingConfig:
             Face: early_stopping "never"). "heuristic": once no unfinished output, scored as it stands, beats it
             (early_stopping False). "first_finished": once beam_size outputs are finished (early_stopping True, and
             CTranslate2). Each rule ends no later than the one before. The last two may miss a longer, better output.
-        patience: share of the beam that must be finished before a sentence stops; with less than 1 it
-            stops sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
         max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
             included, whatever stands beside it in the batch; where that is less than min_length, a prefix or required
             phrases need, it has as many as they need.
@@ -124,7 +122,6 @@ class DecodingConfig:
     length_penalty: str = "gnmt:0.6"
     coverage_penalty: float = 0.0
     stop: StopRule = "exact"
-    patience: float = 1.0
     max_length_factor: float = 2.0
     max_length_offset: int = 10
     min_length: int = 0
@@ -153,11 +150,6 @@ class DecodingConfig:
         for name in ("coverage_penalty", "min_length", "no_repeat_ngram", "mbr_samples"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 < self.patience <= 1:
-            raise ConfigError(
-                f"decoding.patience must be above 0 and at most 1, got {self.patience}: no more hypotheses are kept "
-                "than the beam holds."
-            )
         if self.repetition_penalty < 1:
             raise ConfigError(
                 f"decoding.repetition_penalty must be at least 1, got {self.repetition_penalty}: a smaller one would "

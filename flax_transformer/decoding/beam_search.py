@@ -12,7 +12,7 @@ Candidates. A candidate finishes only when it ranks among the best K candidates 
 search: it ends with its first finished hypothesis. Hypotheses that reach the maximum length are returned as unfinished,
 behind the finished ones.
 
-Stop rules. A sentence stops once enough hypotheses are finished (K, or a share of them) and its rule allows it:
+Stop rules. A sentence stops once `num_awaited` hypotheses are finished and its rule allows it:
     exact: no unfinished hypothesis can still beat the worst of these. Its best reachable score is known, since a
         log-probability never rises, the score adjustment is never positive, and the divisor is monotone.
     heuristic: no unfinished hypothesis, scored at its present length, beats the worst of these.
@@ -22,12 +22,11 @@ Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum len
 
 References:
     Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `exact`: Huang, Zhao and Ma 2017. Rule
-    `first_finished` and patience: Kasai et al. 2022. Their patience may exceed 1; ours may not.
+    `first_finished`: Kasai et al. 2022, with a patience of 1.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -61,11 +60,6 @@ from flax_transformer.shapes import MASKED, is_possible
 StopRule = Literal["exact", "heuristic", "first_finished"]
 
 
-def num_awaited(beam_size: int, patience: float) -> int:
-    """Returns the number of finished hypotheses that a search of one sentence waits for."""
-    return math.ceil(beam_size * patience)
-
-
 @dataclasses.dataclass(frozen=True)
 class BeamSearchConfig:
     """Everything static about a search.
@@ -78,8 +72,8 @@ class BeamSearchConfig:
         end_token: token that ends a hypothesis.
         length_penalty: makes scores of different lengths comparable.
         stop: the stop rule, "exact", "heuristic" or "first_finished"; see the module's docstring.
-        patience: share of the beam that must be finished. With `exact` and 1, all K results are the best the search can
-            find; with 1/K, only the first is.
+        num_awaited: finished hypotheses that a sentence waits for; all K when None. With `exact` the first
+            `num_awaited` results are the best that the search can find.
         refill_at: number of done slots at which they are refilled, while sentences wait.
     """
 
@@ -90,25 +84,20 @@ class BeamSearchConfig:
     end_token: int
     length_penalty: LengthPenalty
     stop: StopRule = "exact"
-    patience: float = 1.0
+    num_awaited: int | None = None
     refill_at: int = 1
 
     def __post_init__(self):
         for name in ("beam_size", "num_slots", "max_length", "refill_at"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.patience <= 1:
+        if self.num_awaited is not None and not 1 <= self.num_awaited <= self.beam_size:
             raise ConfigError(
-                f"patience must be above 0 and at most 1, got {self.patience}: no more hypotheses are kept than the "
-                "beam holds."
+                f"num_awaited must lie between 1 and beam_size ({self.beam_size}), got {self.num_awaited}: no more "
+                "hypotheses are kept than the beam holds."
             )
         if self.refill_at > self.num_slots:
             raise ConfigError(f"refill_at ({self.refill_at}) is more than all of the {self.num_slots} slots.")
-
-    @property
-    def num_awaited(self) -> int:
-        """Number of finished hypotheses that a sentence waits for."""
-        return num_awaited(self.beam_size, self.patience)
 
 
 # --- the search: start, advance, finish, and the loop that drives them
@@ -312,7 +301,7 @@ def _adjusted(
 
 def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array, "B"]) -> Bool[Array, "B"]:
     """Returns which slots must go on, by the stop rule; their hypotheses have at most `limits` tokens."""
-    awaited = state.finished.scores[:, config.num_awaited - 1]
+    awaited = state.finished.scores[:, (config.num_awaited or config.beam_size) - 1]
     if config.stop == "first_finished" or config.beam_size == 1:  # greedy search stops at its first
         return awaited < MASKED / 2  # False once an entry is finished; also False for NaN
     if config.stop == "heuristic":

@@ -19,6 +19,7 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
 from flax_transformer.inference.programs import ProgramOptions
+from flax_transformer.inference.requests import num_awaited
 from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
@@ -103,7 +104,7 @@ class RecipePrograms:
             SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
-            decoding.patience,
+            num_awaited(decoding, 1),
             refill_at=ProgramOptions().refill_at(decoding.batch_size // mesh.size),
         )
         sharding = replicated_sharding(mesh)  # a copy on every device

@@ -72,8 +72,8 @@ class Demands:
                 raise ConfigError(f"decoding.suppress_sequences: {text!r} has no token that could be suppressed.")
             if self.target.special.unknown in ids:
                 raise ConfigError(
-                    f"decoding.suppress_sequences: {text!r} has characters that the target vocabulary does not hold, so "
-                    "no output can hold it: leave it out (decoding.suppress_unknown excludes all that is unknown)."
+                    f"decoding.suppress_sequences: {text!r} has characters that the target vocabulary does not hold, "
+                    "so no output can hold it: leave it out (decoding.suppress_unknown excludes all that is unknown)."
                 )
         return phrases
 

@@ -64,6 +64,7 @@ class Programs:
         demands: settings, tokenizer and limits of the outputs.
         suppress_start: whether a beam search must exclude padding and start tokens, which the model may find probable.
         num_beams: hypotheses that are kept, or drawn, for each sentence.
+        num_awaited: finished hypotheses that a beam search of a sentence waits for.
         attention: whether the attention over the source is returned.
         options: sizes of the programs.
     """
@@ -72,6 +73,7 @@ class Programs:
     demands: Demands
     suppress_start: bool
     num_beams: int
+    num_awaited: int
     attention: bool
     options: ProgramOptions = ProgramOptions()
 
@@ -103,7 +105,7 @@ class Programs:
                 special.end,
                 LengthPenalty.parse(decoding.length_penalty),
                 decoding.stop,
-                decoding.patience,
+                self.num_awaited,
                 refill_at=self.options.refill_at(slots),
             ),
             decoding.sampling,

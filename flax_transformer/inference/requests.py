@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.decoding.beam_search import num_awaited
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.chunks import Shape, length_bucket
 from flax_transformer.inference.demands import Demands, Prefix
@@ -146,12 +145,6 @@ def check_call(
             f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
             "more hypotheses than it has beams."
         )
-    if num_hypotheses > (awaited := num_awaited(beams, decoding.patience)):
-        raise ConfigError(
-            f"num_hypotheses ({num_hypotheses}) and decoding.patience ({decoding.patience}) contradict each other: "
-            f"with so much of it, a search with {beams} beams waits for {awaited} finished hypotheses (beam_size * "
-            "patience, rounded up). Ask for no more, or raise patience or beam_size."
-        )
     if (attention or decoding.coverage_penalty) and not model.has_attention:
         what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
         raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
@@ -160,6 +153,15 @@ def check_call(
 def num_beams(decoding: DecodingConfig, num_hypotheses: int) -> int:
     """Returns the number of hypotheses that a search keeps or draws to find `num_hypotheses`."""
     return decoding.beam_size if decoding.method == "beam" else decoding.mbr_samples or num_hypotheses
+
+
+def num_awaited(decoding: DecodingConfig, num_hypotheses: int) -> int:
+    """Returns the number of finished hypotheses that a search waits for to find `num_hypotheses`.
+
+    The rule "exact" proves that the awaited ones are the best, so it waits for no more than are asked for. The other
+    rules prove nothing. They wait for a whole beam, as other software does.
+    """
+    return num_hypotheses if decoding.stop == "exact" else num_beams(decoding, num_hypotheses)
 
 
 def _check_lists(

@@ -19,7 +19,7 @@ from flax_transformer.inference.demands import Demands, Prefix
 from flax_transformer.inference.parameters import Parameters, replicated
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
-from flax_transformer.inference.requests import Request, RequestReader, check_call, num_beams
+from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
@@ -172,6 +172,7 @@ class Translator:
             requests.demands,
             self.model.suppress_start,
             num_beams(self.decoding, num_hypotheses),
+            num_awaited(self.decoding, num_hypotheses),
             attention,
             self.options,
         )

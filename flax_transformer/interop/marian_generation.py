@@ -17,7 +17,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 
 # Fields of ours that their beam search does not have.
 NOT_THEIRS = (
-    "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty", "patience",
+    "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty",
 )  # fmt: skip
 
 # Theirs for our `decoding.stop`.
