@@ -70,14 +70,14 @@ def test_values_that_python_cannot_hold_are_explained(tmp_path, line):
 
 def test_another_kind_comes_with_what_it_needs(capsys):
     """In any order, and though the recipe's other sections contradict the new kind's defaults."""
-    packed = from_dict(Config, {"batching": {"form": "packed"}})
-    kind, form = ["--model.kind", "rnn"], ["--batching.form", "bucketed"]
+    packed = from_dict(Config, {"batching": {"packing": True}})
+    kind, form = ["--model.kind", "rnn"], ["--batching.no-packing"]
     for flags in (kind + form, form + kind):
         assert override(packed, flags).model.kind == "rnn"
     with pytest.raises(SystemExit):
         override(packed, kind)
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "cannot tell them apart. Set batching.form: bucketed" in message
+    assert "cannot tell them apart. Set batching.packing: false" in message
     assert packed.model.kind == "transformer"
 
 

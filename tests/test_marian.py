@@ -422,7 +422,7 @@ def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_i
     parts = [(f"--data.{part}-{s}", file) for part in ("train", "validation", "test") for s, file in files.items()]
     command(
         "train", "--config", run / "config.yaml", "--run", tuned, "--init-from", run, *sum(parts, ()),
-        "--training.steps", "2", "--batching.tokens-per-batch", "512", "--batching.num-shapes", "1",
+        "--training.steps", "2", "--batching.tokens-per-batch", "512", "--batching.num-buckets", "1",
         "--optimizer.learning-rate-scale", "1e-6", "--decoding.batch-size", "8",
     )  # fmt: skip
     before, after = Translator.load(run), Translator.load(tuned)

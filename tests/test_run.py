@@ -123,8 +123,8 @@ def test_the_progress_line_says_all_that_is_asked_of_it(run):
 
 @pytest.mark.slow
 def test_packed_batches_in_pieces_train_resume_and_are_described(recipe, tmp_path):
-    packed = ["--batching.form", "packed", "--batching.row-length", "96", "--batching.tokens-per-batch", "1600"]
-    arguments = ["--config", str(recipe), *packed, "--batching.micro-batches", "2"]
+    packed = ["--batching.packing", "--batching.row-length", "96", "--batching.tokens-per-batch", "1600"]
+    arguments = ["--config", str(recipe), *packed, "--batching.gradient-accumulation-steps", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command("train", *arguments, "--run", str(whole)) == 0
     assert re.search(
@@ -258,7 +258,7 @@ def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
         "data": {"kind": "parallel_text", "folder": str(tmp_path)}
         | {f"{name}_target": f"{name}.target.gz" for name in ("train", "validation", "test")},
         "tokenizer": {"vocab_size": 50, "joint": False},
-        "batching": {"tokens_per_batch": 640, "num_shapes": 1},
+        "batching": {"tokens_per_batch": 640, "num_buckets": 1},
         "filters": {"max_length_ratio": 3, "drop_identical": True, "drop_duplicates": True},
     }
     values["model"]["share_embeddings"] = "none"
@@ -492,7 +492,7 @@ def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path
     monkeypatch.setattr(Validation, "quality", lambda self, record: qualities[record["step"]])
     folder = tmp_path / "best"
     arguments = ["--config", str(recipe), "--run", str(folder), "--training.evaluate-every-steps", "2"]
-    arguments += ["--training.patience", "2", "--training.keep-newest", "1", "--training.steps", "12"]
+    arguments += ["--training.early_stopping_patience", "2", "--training.keep-newest", "1", "--training.steps", "12"]
     assert command("train", *arguments) == 0
     printed = capsys.readouterr().out
     assert "no better evaluation for 2 in a row: the training ends at step 8" in printed

@@ -30,8 +30,8 @@ def test_a_resumed_run_must_keep_its_recipe(run, recipe, capsys):
     assert command("train", "--config", str(recipe), "--run", str(run), "--resume", "--model.num-heads", "4") == 2
     assert "made with other settings in 'model'" in capsys.readouterr().err
     before = (run / "config.yaml").read_bytes()
-    assert command("train", "--run", str(run), "--resume", "--training.best-by", "loss") == 2
-    assert "made with other settings in 'training.best_by'" in capsys.readouterr().err
+    assert command("train", "--run", str(run), "--resume", "--training.best-metric", "loss") == 2
+    assert "made with other settings in 'training.best_metric'" in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
 
 

@@ -66,7 +66,7 @@ def test_a_token_that_is_no_piece_is_named(translator, name, message):
     "asked, named",
     [({"prefixes": ["neun"]}, "prefix 'neun'"), ({"required": [["neun"]]}, "phrase 'neun'")],
 )
-def test_what_is_demanded_holds_no_banned_token(translator, asked, named):
+def test_what_is_required_holds_no_suppressed_token(translator, asked, named):
     message = rf"{named} and decoding.suppress_tokens \('neun'\) contradict each other: leave out one of them."
     with pytest.raises(ConfigError, match=message):
         _ = translator.translate(ALIKE[:1], **asked, suppress_tokens=("neun",))[0].text

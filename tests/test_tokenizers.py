@@ -89,7 +89,7 @@ def bytes_pair() -> TokenizerPair:
 def translator(bytes_pair, tmp_path_factory, one_device) -> Translator:
     """Of a run folder, after some steps of training."""
     pairs = prepare_training_pairs((TEXT,), bytes_pair, FilterConfig(), 24, 24)
-    plan = training_plan(pairs, BatchingConfig(tokens_per_batch=24 * 24, num_shapes=1), 0)
+    plan = training_plan(pairs, BatchingConfig(tokens_per_batch=24 * 24, num_buckets=1), 0)
     vocabulary, config = vocabulary_info(bytes_pair), OptimizerConfig(warmup_steps=4)
     schedule = make_schedule(config, MODEL.model_dim)
     optimizer = make_optimizer(config, schedule, describe_parameters(MODEL, vocabulary))

@@ -326,7 +326,7 @@ def translate_stream(
             prefix that no output can have. An output that was made of another text.
         DivergenceError: nothing has any output, since the model's scores are not finite.
     """
-    translator.requests.demands.prefix(options.prefix or "")  # of every line: it is no fault of one
+    translator.requests.constraints.prefix(options.prefix or "")  # of every line: it is no fault of one
     at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
     name = "standard input" if options.input is None else str(options.input)
     lines = read_lines(source, name)

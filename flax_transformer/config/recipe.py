@@ -38,8 +38,8 @@ class TrainingConfig:
         log_every_steps: distance of progress lines.
         evaluate_every_steps: distance of evaluations (loss and beam search) on validation text.
         evaluate_sentences: validation sentences translated at each, at most.
-        best_by: what makes one evaluation better than another: "bleu", "chrf", or "loss" (the lower).
-        patience: evaluations in a row without a new best after which the training ends; 0 never ends it.
+        best_metric: what makes one evaluation better than another: "bleu", "chrf", or "loss" (the lower).
+        early_stopping_patience: evaluations in a row without a new best after which the training ends; 0 never ends it.
         checkpoint_every_steps: distance of checkpoints; every evaluation and the last step have one, too.
         keep_newest: so many of the newest checkpoints are kept.
         keep_best: so many of the best are kept beside them.
@@ -53,8 +53,8 @@ class TrainingConfig:
     log_every_steps: int = 50
     evaluate_every_steps: int = 500
     evaluate_sentences: int = 512
-    best_by: Literal["bleu", "chrf", "loss"] = "bleu"
-    patience: int = 0
+    best_metric: Literal["bleu", "chrf", "loss"] = "bleu"
+    early_stopping_patience: int = 0
     checkpoint_every_steps: int = 500
     keep_newest: int = 2
     keep_best: int = 1
@@ -66,8 +66,11 @@ class TrainingConfig:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}.")
-        if self.patience < 0:
-            raise ConfigError(f"training.patience must not be negative (0 turns it off), got {self.patience}.")
+        if self.early_stopping_patience < 0:
+            raise ConfigError(
+                f"training.early_stopping_patience must not be negative (0 turns it off), got "
+                f"{self.early_stopping_patience}."
+            )
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
@@ -246,10 +249,10 @@ class Config:
 
     def __post_init__(self):
         self.subword_sampling.check_algorithm(self.tokenizer.algorithm)
-        if self.batching.form == "packed" and not self.model.supports_packing:
+        if self.batching.packing and not self.model.supports_packing:
             raise ConfigError(
-                f"batching.form: packed puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
-                "them apart. Set batching.form: bucketed."
+                f"batching.packing: true puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
+                "them apart. Set batching.packing: false."
             )
         if self.training.r_drop and not any(
             getattr(self.model, f.name) for f in dataclasses.fields(self.model) if f.name.endswith("dropout")

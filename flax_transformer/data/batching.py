@@ -7,7 +7,7 @@ position in the data is then two integers, exact, and independent of the number 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,33 +28,33 @@ class BatchingConfig:
     """How sentence pairs are put into batches.
 
     Attributes:
-        form: "bucketed" (one pair a row, in a few shapes) or "packed" (several pairs a row, in one shape; for models
-            that support it). Packed batches have the least padding and compile once, but attention looks at whole rows.
+        packing: put several pairs into a row, for models that support it, rather than one. All batches then have one
+            shape. They have the least padding and compile once, but attention looks at whole rows.
         tokens_per_batch: padded tokens of a batch at most, on the longer side.
-        num_shapes: of bucketed batches: shapes to choose, each of which is compiled once.
-        row_length: of packed batches: padded tokens of a row on the longer side.
-        micro_batches: gradients of a batch are summed up over so many equal pieces of it, one after the other; the
-            update is that of the whole batch, and the activations of one piece at a time need memory.
-        row_multiple: rows of a piece divide by this; mesh.data x mesh.fsdp must divide it. The batches depend on it and
-            not on the mesh, so a run can go on with fewer devices or more.
+        num_buckets: without packing: shapes to choose, each of which is compiled once.
+        row_length: with packing: padded tokens of a row on the longer side.
+        gradient_accumulation_steps: equal micro-batches that a batch is cut into. Their gradients are summed up, one
+            after the other, and the update is that of the whole batch. One micro-batch at a time needs memory.
+        row_multiple: rows of a micro-batch divide by this, and mesh.data x mesh.fsdp must divide it. The batches depend
+            on it and not on the mesh, so a run can go on with fewer devices or more.
     """
 
-    form: Literal["bucketed", "packed"] = "bucketed"
+    packing: bool = False
     tokens_per_batch: int = 4_096
-    num_shapes: int = 4
+    num_buckets: int = 4
     row_length: int = 256
-    micro_batches: int = 1
+    gradient_accumulation_steps: int = 1
     row_multiple: int = ROW_MULTIPLE
 
     def __post_init__(self):
-        for name in ("tokens_per_batch", "num_shapes", "row_length", "micro_batches", "row_multiple"):
+        for name in ("tokens_per_batch", "num_buckets", "row_length", "gradient_accumulation_steps", "row_multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")
 
     @property
     def rows_divide_by(self) -> int:
         """What the rows of a batch divide by, so that each of its pieces divides by `row_multiple`."""
-        return self.row_multiple * self.micro_batches
+        return self.row_multiple * self.gradient_accumulation_steps
 
 
 class BatchShape(NamedTuple):

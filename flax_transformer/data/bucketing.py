@@ -47,14 +47,14 @@ def choose_shapes(
     rounded = (longest + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
 
     num_groups = len(groups)
-    num_shapes = min(most, num_groups)
+    num_buckets = min(most, num_groups)
     # least[k][j]: fewest padded tokens for the first j groups in k shapes; cut[k][j]: where the last shape begins.
-    least = np.full((num_shapes + 1, num_groups + 1), np.inf)
-    cut = np.zeros((num_shapes + 1, num_groups + 1), np.int64)
+    least = np.full((num_buckets + 1, num_groups + 1), np.inf)
+    cut = np.zeros((num_buckets + 1, num_groups + 1), np.int64)
     least[0, 0] = 0
     for j in range(1, num_groups + 1):
         sizes = [rounded[i:j].max(axis=0).sum() * counts[i:j].sum() for i in range(j)]
-        for k in range(1, num_shapes + 1):
+        for k in range(1, num_buckets + 1):
             totals = least[k - 1, :j] + np.array(sizes)
             cut[k, j] = int(totals.argmin())
             least[k, j] = totals[cut[k, j]]

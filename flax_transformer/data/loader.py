@@ -67,7 +67,7 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
         pairs = variants[int(np.argmax(longest))]
         return pairs.place(int(pairs.lengths.max(axis=1).argmax()))
 
-    if config.form == "packed":
+    if config.packing:
         row = packed_shape(lengths, config, place)
         shapes = [row]
 
@@ -75,7 +75,7 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
             pairs = variants[variant]
             return PackedPlan(pairs.lengths, row, seed, pairs.mixture)
     else:
-        shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.rows_divide_by, place)
+        shapes = choose_shapes(lengths, config.num_buckets, config.tokens_per_batch, config.rows_divide_by, place)
 
         def make(variant: int) -> Plan:
             pairs = variants[variant]
@@ -89,7 +89,10 @@ def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: i
 
     Rows are a multiple of `row_multiple`, the number of parts that they are split into.
     """
-    budget = max(config.tokens_per_batch // config.micro_batches, ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE))
+    budget = max(
+        config.tokens_per_batch // config.gradient_accumulation_steps,
+        ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE),
+    )
     (shape,) = choose_shapes(LengthSummary.of(lengths), 1, budget)
     return BucketedPlan(lengths, [shape._replace(rows=round_up(shape.rows, row_multiple))], None)
 

@@ -39,7 +39,7 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
             return TokenizerPair.load(folder / key)
         shutil.rmtree(folder / key, ignore_errors=True)
     names = ", ".join(part.name for part in parts)
-    tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config, names)
+    tokenizers = TokenizerPair.train(*_sample(parts, config.max_training_pairs), config, names)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
     try:
         tokenizers.save(partial)

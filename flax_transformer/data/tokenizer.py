@@ -62,9 +62,8 @@ class TokenizerConfig:
         character_coverage: share of the training text's characters that get a piece; the rest become unknown.
         normalization: of the text, before it is cut: "nmt_nfkc" (SentencePiece's default: Unicode NFKC with changes for
             translation) or "identity" (none, for text that has been tokenised already).
-        training_pairs: sentence pairs to learn from at most, spread evenly over the training text (of a larger one more
-            than half as many are taken), which must fit in memory; lines above 4,192
-            bytes are not learnt from (SentencePiece's default).
+        max_training_pairs: most sentence pairs to learn from, spread evenly over the training text. They must fit in
+            memory. Of a larger text more than half as many are taken. SentencePiece passes over very long lines.
     """
 
     algorithm: Literal["unigram", "bpe", "word", "char"] = "unigram"
@@ -72,11 +71,11 @@ class TokenizerConfig:
     joint: bool = True
     character_coverage: float = 1.0
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
-    training_pairs: int = 500_000
+    max_training_pairs: int = 500_000
 
     def __post_init__(self):
-        if self.training_pairs < 1:
-            raise ConfigError(f"tokenizer.training_pairs must be at least 1, got {self.training_pairs}.")
+        if self.max_training_pairs < 1:
+            raise ConfigError(f"tokenizer.max_training_pairs must be at least 1, got {self.max_training_pairs}.")
         num_special = len(dataclasses.fields(SpecialIds))
         if self.vocab_size <= num_special:
             raise ConfigError(f"tokenizer.vocab_size must be above {num_special}, got {self.vocab_size}.")

@@ -17,7 +17,7 @@ from flax_transformer.parallel.memory import needed_bytes
 from flax_transformer.training.loop import CompiledSteps, compile_steps
 from flax_transformer.training.state import StateLayout, describe_parameters, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
-from flax_transformer.training.throughput import FlopFigures, ProductCost, peak_flops
+from flax_transformer.training.throughput import FlopFigures, ModelFlops, peak_flops
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,11 @@ def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
     optimizer = make_optimizer(config.optimizer, schedule, parameter_info)
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     objective = Objective(config.training.label_smoothing, config.training.r_drop)
-    step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
+    step = jit_train_step(
+        layout, schedule, objective, config.training.seed, mesh, config.batching.gradient_accumulation_steps
+    )
     translator = Translator.from_params(config.model, text.tokenizers, layout.abstract.params, config.decoding, mesh)
     validation = Validation(config, text, translator, layout)
-    cost = ProductCost.of(parameter_info, objective.num_passes)
+    cost = ModelFlops.of(parameter_info, objective.num_passes)
     flops = FlopFigures(cost, peak_flops(mesh, config.model.compute_dtype))
     return Programs(mesh, layout, step, translator, validation, flops)

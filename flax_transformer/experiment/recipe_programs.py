@@ -20,11 +20,11 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
 from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.requests import num_awaited
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, jit_search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
-from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, batch_sharding, check_rows, replicated_sharding
 from flax_transformer.parallel.topology import Program
 from flax_transformer.shapes import Batch
@@ -58,7 +58,9 @@ class RecipePrograms:
         optimizer = make_optimizer(config.optimizer, schedule, describe_parameters(config.model, self.vocabulary))
         layout = make_layout(config.model, self.vocabulary, optimizer, mesh, config.training.ema_decay)
         objective = Objective(config.training.label_smoothing, config.training.r_drop)
-        step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
+        step = jit_train_step(
+            layout, schedule, objective, config.training.seed, mesh, config.batching.gradient_accumulation_steps
+        )
         source, target = (
             jax.ShapeDtypeStruct((shape.rows, length), "int32", sharding=batch_sharding(mesh))
             for length in (shape.source_length, shape.target_length)
@@ -111,7 +113,7 @@ class RecipePrograms:
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
         inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length)
-        return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
+        return jit_search(graphdef, SearchConfig(beam), mesh).trace(params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
         """Returns the beam search of sentences of one length, compiled; arguments as `traced_search`.
@@ -128,7 +130,7 @@ class RecipePrograms:
     def _compiled(self, name: str, traced: Traced, advice: str) -> Program:
         mesh = self.mesh
         assert isinstance(mesh, Mesh), "of an abstract mesh programs are traced only: it has no devices to compile for"
-        return Program.of(name, lambda: compiled_within_memory(traced.lower(), mesh, f"the {name}", advice))
+        return Program.of(name, lambda: compile_checked(traced.lower(), mesh, f"the {name}", advice))
 
     def _inputs(self, num_sentences: int, source_length: int) -> SearchInputs:
         """Returns the shapes of a plain search's inputs: no prefix, no phrase, no token that is excluded."""

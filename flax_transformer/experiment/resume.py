@@ -20,7 +20,7 @@ SECTIONS_KEPT = (
     "init_from", "data", "filters", "tokenizer", "subword_sampling", "model", "batching", "optimizer", "decoding",
     "evaluation",
 )  # fmt: skip
-TRAINING_FIELDS_KEPT = ("seed", "label_smoothing", "r_drop", "ema_decay", "best_by", "evaluate_sentences")
+TRAINING_FIELDS_KEPT = ("seed", "label_smoothing", "r_drop", "ema_decay", "best_metric", "evaluate_sentences")
 
 
 class ResumedRun:

@@ -93,7 +93,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
 
         # --- test
         best = start.checkpoints.choose("best")
-        tested = trained.state.usable
+        tested = trained.state.eval_params
         if best != step:
             log.say(f"\nthe best evaluation was at step {best}: its parameters are tested")
             tested = start.checkpoints.restore_params(best, programs.layout.abstract.params)

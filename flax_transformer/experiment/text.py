@@ -51,7 +51,7 @@ def prepare_text(config: Config, corpus: Corpus, tokenizers: TokenizerPair, mesh
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
     for shape in plan.shapes:
         check_rows(
-            shape.rows // config.batching.micro_batches,
+            shape.rows // config.batching.gradient_accumulation_steps,
             mesh,
             ("data", "fsdp"),
             "a batch, or a piece of it if it is cut",

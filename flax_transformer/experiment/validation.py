@@ -34,18 +34,18 @@ class Validation:
         num = config.training.evaluate_sentences
         self.source, self.target = text.corpus.validation.source[:num], text.corpus.validation.target[:num]
         self.pairs, self.plan = text.validation, text.validation_plan
-        self.params = layout.abstract.usable
+        self.params = layout.abstract.eval_params
         # Of a training: what an evaluation does not read stays on the devices beside it.
         self.held = held_bytes(layout.abstract) - held_bytes(self.params)
         self.step = jit_evaluation_step(layout, Objective(config.training.label_smoothing), translator.mesh)
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.translator = translator
         self.bleu_tokenizer = config.evaluation.bleu_tokenizer
-        self.best_by = config.training.best_by
+        self.best_metric = config.training.best_metric
 
     def quality(self, record: dict[str, Any]) -> float:
-        """Returns the quality of an evaluation by `training.best_by`, the higher the better."""
-        return -record["loss"] if self.best_by == "loss" else record[self.best_by]
+        """Returns the quality of an evaluation by `training.best_metric`, the higher the better."""
+        return -record["loss"] if self.best_metric == "loss" else record[self.best_metric]
 
     def history(self, folder: RunFolder) -> list[float]:
         """Returns the qualities of the evaluations that a run has had so far."""
@@ -64,7 +64,7 @@ class Validation:
         """Logs loss and scores of `params`, and returns their quality."""
         clock = time.monotonic()
         sharding = batch_sharding(self.translator.mesh)
-        sums = [  # one after the other: see `MOST_UNDER_WAY` of the training loop
+        sums = [  # one after the other: see `MAX_STEPS_IN_FLIGHT` of the training loop
             jax.device_get(self.compiled[shape_of(batch)](params, jax.device_put(batch, sharding)))
             for batch in evaluation_batches(self.pairs, self.plan)
         ]

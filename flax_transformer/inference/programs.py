@@ -13,11 +13,11 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
-from flax_transformer.inference.demands import Demands
+from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
-from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, jit_search
+from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 
 
@@ -61,7 +61,7 @@ class Programs:
 
     Attributes:
         parameters: parameters of the model on its devices, with the programs compiled so far.
-        demands: settings, tokenizer and limits of the outputs.
+        constraints: settings, tokenizer and limits of the outputs.
         suppress_start: whether a beam search must exclude padding and start tokens, which the model may find probable.
         num_beams: hypotheses that are kept, or drawn, for each sentence.
         num_awaited: finished hypotheses that a beam search of a sentence waits for.
@@ -70,7 +70,7 @@ class Programs:
     """
 
     parameters: Parameters
-    demands: Demands
+    constraints: Constraints
     suppress_start: bool
     num_beams: int
     num_awaited: int
@@ -80,27 +80,29 @@ class Programs:
     @property
     def batch_size(self) -> int:
         """Sentences that each mesh searches at the same time."""
-        return rounded_up(self.demands.decoding.batch_size, self.parameters.mesh) // len(self.parameters.search_meshes)
+        return rounded_up(self.constraints.decoding.batch_size, self.parameters.mesh) // len(
+            self.parameters.search_meshes
+        )
 
     @property
     def num_sentences(self) -> int:
         """Sentences that one call of a program takes."""
-        decoding, options = self.demands.decoding, self.options
+        decoding, options = self.constraints.decoding, self.options
         if decoding.method == "sampling":
             return self.batch_size
         keeps_attention = self.attention or decoding.coverage_penalty > 0
         multiple = options.sentences_per_row_with_attention if keeps_attention else options.sentences_per_row
         return self.batch_size * multiple
 
-    def spec(self, shape: Shape) -> SearchSpec:
+    def spec(self, shape: Shape) -> SearchConfig:
         """Returns the static settings of a search of requests of one shape."""
-        demands, decoding = self.demands, self.demands.decoding
-        slots, special = self.batch_size // self.parameters.search_meshes[0].size, demands.target.special
-        return SearchSpec(
+        constraints, decoding = self.constraints, self.constraints.decoding
+        slots, special = self.batch_size // self.parameters.search_meshes[0].size, constraints.target.special
+        return SearchConfig(
             BeamSearchConfig(
                 self.num_beams,
                 slots,
-                demands.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
+                constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
                 special.start,
                 special.end,
                 LengthPenalty.parse(decoding.length_penalty),
@@ -111,7 +113,7 @@ class Programs:
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,
-            tuple(tuple(phrase) for phrase in demands.suppress_sequences.values()),
+            tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
             decoding.force_eos,
             decoding.coverage_penalty,
             self.attention,
@@ -126,7 +128,7 @@ class Programs:
             shape: shape of each request.
             mesh: devices that run the search.
         """
-        rows, decoding = self.num_sentences, self.demands.decoding
+        rows, decoding = self.num_sentences, self.constraints.decoding
         tokens, segments = np.zeros((2, rows, shape.source), np.int32)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds = np.zeros(rows, np.int32)
@@ -155,8 +157,8 @@ class Programs:
 
     def _suppressed(self) -> np.ndarray:
         """Returns [vocabulary], True for tokens that no output may hold; an empty array if all are allowed."""
-        target, decoding = self.demands.target, self.demands.decoding
-        ids = set(self.demands.suppress_tokens.values())
+        target, decoding = self.constraints.target, self.constraints.decoding
+        ids = set(self.constraints.suppress_tokens.values())
         # A beam never finds padding or start probable in a trained model, but sampling may draw any token.
         if decoding.method == "sampling" or self.suppress_start:
             ids |= target.special.never_in_outputs
@@ -166,7 +168,7 @@ class Programs:
         suppressed[list(ids)] = True
         return suppressed
 
-    def compiled(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
+    def compiled(self, spec: SearchConfig, inputs: SearchInputs, number: int, held: int = 0) -> Any:
         """Returns the search for inputs of these shapes, compiled for one mesh.
 
         Args:
@@ -183,7 +185,7 @@ class Programs:
         arguments = params, inputs
         key = number, spec, shapes_of(arguments)
         if key not in parameters.programs:
-            parameters.programs[key] = compiled_within_memory(
+            parameters.programs[key] = compile_checked(
                 jit_search(graphdef, spec, parameters.search_meshes[number]).lower(*arguments),
                 parameters.mesh,
                 f"a search of {beam.num_slots * parameters.mesh.size} sentences at a time, with {beam.beam_size} "

@@ -8,7 +8,7 @@ from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.chunks import Shape, length_bucket
-from flax_transformer.inference.demands import Demands, Prefix
+from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
 from flax_transformer.models.build import ModelConfig
 
@@ -51,12 +51,12 @@ class RequestReader:
 
     Attributes:
         source: tokenizer of the sentences.
-        demands: turns prefixes and required phrases into ids.
+        constraints: turns prefixes and required phrases into ids.
         max_source_length: most source tokens of the model, end token included.
     """
 
     source: Tokenizer
-    demands: Demands
+    constraints: Constraints
     max_source_length: int
 
     def read(self, sentence: str, prefix: Prefix = "", required: Sequence[str] = ()) -> Request:
@@ -73,9 +73,9 @@ class RequestReader:
         return self._read(sentence, self.source.encode([sentence])[0], prefix, required)
 
     def _read(self, sentence: str, ids: list[int], prefix: Prefix, required: Sequence[str]) -> Request:
-        demands, longest = self.demands, self.demands.longest + 1
-        forced = demands.prefix(prefix) if prefix else []
-        phrases = demands.required_phrases(required, forced) if required else []
+        constraints, longest = self.constraints, self.constraints.longest + 1
+        forced = constraints.prefix(prefix) if prefix else []
+        phrases = constraints.required_phrases(required, forced) if required else []
         source = [*ids[: self.max_source_length - 1], self.source.special.end] if ids else []
         shape = Shape(
             length_bucket(len(source), self.max_source_length),
@@ -83,8 +83,8 @@ class RequestReader:
             1 << (len(phrases) - 1).bit_length() if phrases else 0,
             _power_of_two(max(map(len, phrases)), longest) if phrases else 0,
         )
-        max_length = demands.max_length(len(source), len(forced) + sum(map(len, phrases)))
-        seed = _seed(demands.decoding.seed, sentence)
+        max_length = constraints.max_length(len(source), len(forced) + sum(map(len, phrases)))
+        seed = _seed(constraints.decoding.seed, sentence)
         return Request(sentence, source, len(ids), forced, list(required), phrases, seed, max_length, shape)
 
     def read_all(
@@ -98,7 +98,7 @@ class RequestReader:
         Raises:
             ConfigError: settings that no request can meet, or lists of another length than the sentences.
         """
-        self.demands.check_settings()
+        self.constraints.check_settings()
         _check_lists(len(sentences), prefixes, required)
         found: list[Request | NoTranslation] = []
         for number, (sentence, ids) in enumerate(zip(sentences, encode_each(self.source, sentences), strict=True)):

@@ -11,7 +11,7 @@ from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.errors import ConfigError, DivergenceError, shortened
 from flax_transformer.inference.alignment import word_numbers
-from flax_transformer.inference.demands import holds
+from flax_transformer.inference.constraints import holds
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.parameters import Parameters
 from flax_transformer.inference.requests import Request

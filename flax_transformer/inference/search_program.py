@@ -22,14 +22,14 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.lexical_constraints import LexicalConstraints
 from flax_transformer.decoding.logits_processors import LogitsProcessor
 from flax_transformer.decoding.sampling import SamplingConfig, sample
-from flax_transformer.models.seq2seq import DecodeState, Memory, reorder_beams
+from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, reorder_beams
 from flax_transformer.shapes import array_tree, static_field
 
 ALL_AXES = ("data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
-class SearchSpec:
+class SearchConfig:
     """Static settings of a search. One program is compiled for each spec and source length.
 
     Attributes:
@@ -83,19 +83,19 @@ class SearchInputs:
 
 
 @dataclass(frozen=True)
-class Functions:
-    """Functions of a model, or of an ensemble whose probabilities are averaged."""
+class ModelFunctions:
+    """ModelFunctions of a model, or of an ensemble whose probabilities are averaged."""
 
-    encode: Callable[[jax.Array, jax.Array, jax.Array], Memory]
-    start: Callable[[Memory], DecodeState]
+    encode: Callable[[jax.Array, jax.Array, jax.Array], EncoderOutput]
+    start: Callable[[EncoderOutput], DecodeState]
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
-def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
+def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunctions:
     """Returns the functions of a model, or of an ensemble of models with equal sizes.
 
-    The parameters are those of `prepare_for_inference`. Leaves of an ensemble's memory and state have a model axis
-    after their leading [B] or [B, K].
+    The parameters are those of `prepare_for_inference`. Leaves of an ensemble's encoder output and state have a model
+    axis after their leading [B] or [B, K].
     """
     beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
     if num_models == 1:
@@ -105,24 +105,24 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
             output, state = model.decode_step(tokens, state)
             return output.logits, output.attention, state
 
-        def one_start(memory: Memory) -> DecodeState:
-            return model.init_decode_state(memory, beam.beam_size, beam.max_length, reordered)
+        def one_start(encoded: EncoderOutput) -> DecodeState:
+            return model.init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
 
-        return Functions(model.encode, one_start, one_step)
+        return ModelFunctions(model.encode, one_start, one_step)
 
-    axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # the model axis
+    axes = DecodeState(per_sentence=1, per_beam=2, append_only=1, positions=None)  # the model axis
 
-    def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Memory:
-        def of(params: Any) -> Memory:
+    def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> EncoderOutput:
+        def of(params: Any) -> EncoderOutput:
             return nnx.merge(graphdef, params).encode(tokens, positions, segments)
 
         return jax.vmap(of, out_axes=1)(params)
 
-    def start(memory: Memory) -> DecodeState:
-        def of(params: Any, memory: Memory) -> DecodeState:
-            return nnx.merge(graphdef, params).init_decode_state(memory, beam.beam_size, beam.max_length, reordered)
+    def start(encoded: EncoderOutput) -> DecodeState:
+        def of(params: Any, encoded: EncoderOutput) -> DecodeState:
+            return nnx.merge(graphdef, params).init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
 
-        return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, memory)
+        return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, encoded)
 
     def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
         def of(params: Any, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
@@ -133,7 +133,7 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
         mean = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(num_models))
         return mean, jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
 
-    return Functions(encode, start, step)
+    return ModelFunctions(encode, start, step)
 
 
 @array_tree
@@ -157,7 +157,7 @@ class SlotState:
 
 
 def slot_functions(
-    model: Functions, inputs: SearchInputs, slots: int
+    model: ModelFunctions, inputs: SearchInputs, slots: int
 ) -> tuple[SlotState, Callable[[SlotState, jax.Array, jax.Array], SlotState]]:
     """Returns a state of empty slots, and the function that puts sentences into some of them (see `Refill`)."""
     length = inputs.tokens.shape[1]
@@ -170,7 +170,7 @@ def slot_functions(
         return model.start(model.encode(tokens, positions, segments))
 
     def add_piece(waiting: DecodeState, pieces: Int[Array, ""]) -> tuple[DecodeState, Int[Array, ""]]:
-        new = dataclasses.replace(encoded(pieces), written=None)
+        new = dataclasses.replace(encoded(pieces), append_only=None)
         start = pieces % 2 * slots
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return jax.tree.map(put, waiting, new), pieces + 1
@@ -185,14 +185,14 @@ def slot_functions(
             new = jnp.take(all_of, sentences % (2 * slots), axis=0, mode="clip")
             return jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-        blank = dataclasses.replace(state.decoding, written=None)
-        decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), written=state.decoding.written)
+        blank = dataclasses.replace(state.decoding, append_only=None)
+        decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), append_only=state.decoding.append_only)
         return SlotState(decoding, waiting, pieces)
 
     # Only the shapes matter: every slot is filled before it is used.
     shapes = jax.eval_shape(encoded, jax.ShapeDtypeStruct((), jnp.int32))
     decoding = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    blank = dataclasses.replace(shapes, written=None)
+    blank = dataclasses.replace(shapes, append_only=None)
     waiting = jax.tree.map(lambda a: jnp.zeros((2 * slots, *a.shape[1:]), a.dtype), blank)
     return SlotState(decoding, waiting, jnp.zeros((), jnp.int32)), refill
 
@@ -223,7 +223,7 @@ class CoveragePenalty:
         return jnp.float32(self.weight) * jnp.sum(jnp.where(real, missed, 0.0), axis=2)
 
 
-def make_processors(spec: SearchSpec, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
+def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
     """Returns the logits processors of the settings. A plain search has none, so it pays nothing."""
     asked: list[LogitsProcessor] = []
     if spec.repetition_penalty != 1.0:
@@ -243,7 +243,9 @@ def make_processors(spec: SearchSpec, inputs: SearchInputs) -> tuple[LogitsProce
     return tuple(asked)
 
 
-def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) -> tuple[DecoderFunctions, SlotState]:
+def decoder_functions(
+    model: ModelFunctions, spec: SearchConfig, inputs: SearchInputs
+) -> tuple[DecoderFunctions, SlotState]:
     """Returns a model as a search sees it, and a state of empty slots."""
     empty, refill = slot_functions(model, inputs, spec.beam.num_slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
@@ -259,7 +261,7 @@ def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) 
     return DecoderFunctions(step, reorder, refill), empty
 
 
-def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
+def search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
     """Encodes the sentences of one device and searches, with the parameters of `prepare_for_inference`.
 
     An input that is an empty array sets no rule: `suppressed`, `min_lengths`, `prefixes` or `required`.
@@ -278,7 +280,7 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 
-def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh | AbstractMesh) -> Any:
+def jit_search(graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
 
     Sentences are split over all axes of the mesh, and parameters are copied. Each device runs its own loop with

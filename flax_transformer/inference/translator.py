@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean
-from flax_transformer.inference.demands import Demands, Prefix
+from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.parameters import Parameters, replicated
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
@@ -162,14 +162,14 @@ class Translator:
     @property
     def requests(self) -> RequestReader:
         """The reader that makes and checks the request of each sentence."""
-        demands = Demands(self.tokenizers.target, self.decoding, self.model.max_target_length - 1)
-        return RequestReader(self.tokenizers.source, demands, self.model.max_source_length)
+        constraints = Constraints(self.tokenizers.target, self.decoding, self.model.max_target_length - 1)
+        return RequestReader(self.tokenizers.source, constraints, self.model.max_source_length)
 
     def programs(self, requests: RequestReader, num_hypotheses: int = 1, attention: bool = False) -> Programs:
         """Returns the programs for a reader's requests; for the other arguments see `translate`."""
         return Programs(
             self.parameters,
-            requests.demands,
+            requests.constraints,
             self.model.suppress_start,
             num_beams(self.decoding, num_hypotheses),
             num_awaited(self.decoding, num_hypotheses),

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.embedding import ShareKind
 from flax_transformer.nn.linear import Linear
@@ -198,7 +198,7 @@ class Bridge(nnx.Module):
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
-class RecurrentMemory:
+class AttendedEncoderOutput:
     """Arrays of a source sentence that a decoder reads at every step; leaves lead with [B].
 
     Attributes:
@@ -260,10 +260,10 @@ class RecurrentDecoder(nnx.Module):
         width = {"none": units, "input": 2 * units + dim, "output": 2 * units}[config.join]
         self.readout = Linear((width,), (dim,), ("recurrent", "embed"), **config.dtypes, rngs=rngs)
 
-    def read(self, memory: Memory) -> RecurrentMemory:
+    def read(self, encoded: EncoderOutput) -> AttendedEncoderOutput:
         """Returns the arrays of the source that every step reads."""
-        keys = None if self.alignment is None else self.alignment.keys(memory.states)
-        return RecurrentMemory(memory.states, keys, memory.segments > 0)
+        keys = None if self.alignment is None else self.alignment.keys(encoded.states)
+        return AttendedEncoderOutput(encoded.states, keys, encoded.segments > 0)
 
     def start(self, layers: list[State], num_beams: int) -> RecurrentState:
         """Returns the state before the first token, [B, U] -> [B, K, U]."""
@@ -277,10 +277,10 @@ class RecurrentDecoder(nnx.Module):
             attentional = jnp.zeros((rows, num_beams, self.model_dim), self.compute_dtype)
         return RecurrentState(tuple(tuple(over_beams(p) for p in state) for state in layers), attentional)
 
-    def attend(self, query: Float[Array, "B K U"], memory: RecurrentMemory) -> tuple[jax.Array, jax.Array]:
+    def attend(self, query: Float[Array, "B K U"], encoded: AttendedEncoderOutput) -> tuple[jax.Array, jax.Array]:
         """Returns context vectors [B, K, U] and weights [B, K, S] for decoder states."""
         assert self.alignment is not None, "only a decoder with attention attends"
-        return attend(self.alignment.scores(query, memory.keys), memory.states, memory.mask)
+        return attend(self.alignment.scores(query, encoded.keys), encoded.states, encoded.mask)
 
     def read_input(self, embedded: Float[Array, "B T D"]) -> Float[Array, "B T GU"]:
         """Returns the tokens' share of the first layer's gates, for any number of time steps or beams at once."""
@@ -290,7 +290,7 @@ class RecurrentDecoder(nnx.Module):
         self,
         gates: Float[Array, "B K GU"],
         state: RecurrentState,
-        memory: RecurrentMemory,
+        encoded: AttendedEncoderOutput,
         key: PRNGKeyArray | None,
     ) -> tuple[tuple[State, ...], Float[Array, "B K U"] | None, Float[Array, "B K S"] | None]:
         """Returns the layers' states after one more token, and the context and its weights if it joins the input.
@@ -298,13 +298,13 @@ class RecurrentDecoder(nnx.Module):
         Args:
             gates: the token's share of the first layer's gates.
             state: before the token.
-            memory: of the source.
+            encoded: the encoder's output for the source.
             key: of dropout between layers; None means evaluation.
         """
         keys = split_key(key, self.num_layers)
         context = weights = None
         if self.join == "input":
-            context, weights = self.attend(state.layers[-1][0], memory)
+            context, weights = self.attend(state.layers[-1][0], encoded)
             gates = gates + self.cells["00"].project_context(context)
         elif self.input_feeding:
             gates = gates + self.cells["00"].project_context(state.attentional)
@@ -320,7 +320,7 @@ class RecurrentDecoder(nnx.Module):
         top: Float[Array, "B T U"],
         context: Float[Array, "B T U"] | None,
         embedded: Float[Array, "B T D"],
-        memory: RecurrentMemory,
+        encoded: AttendedEncoderOutput,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"] | None]:
         """Returns readouts, and the weights if the context joins the output, for any number of steps or beams at once.
 
@@ -328,7 +328,7 @@ class RecurrentDecoder(nnx.Module):
             top: hidden vectors of the top layer after the tokens.
             context: what `advance` gave.
             embedded: the tokens.
-            memory: of the source.
+            encoded: the encoder's output for the source.
         """
         weights = None
         parts = [top]
@@ -336,16 +336,16 @@ class RecurrentDecoder(nnx.Module):
             assert context is not None, "the context joined the input, so it was made before"
             parts += [context, embedded]
         elif self.join == "output":
-            context, weights = self.attend(top, memory)
+            context, weights = self.attend(top, encoded)
             parts.append(context)
         return jnp.tanh(self.readout(jnp.concatenate(parts, axis=-1))), weights
 
     def step(
-        self, embedded: Float[Array, "B K D"], state: RecurrentState, memory: RecurrentMemory
+        self, embedded: Float[Array, "B K D"], state: RecurrentState, encoded: AttendedEncoderOutput
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K S"] | None, RecurrentState]:
         """Returns the readout, the attention weights (None without attention) and the state after one more token."""
-        layers, context, input_weights = self.advance(self.read_input(embedded), state, memory, None)
-        readout, output_weights = self.read_out(layers[-1][0], context, embedded, memory)
+        layers, context, input_weights = self.advance(self.read_input(embedded), state, encoded, None)
+        readout, output_weights = self.read_out(layers[-1][0], context, embedded, encoded)
         weights = input_weights if output_weights is None else output_weights
         return readout, weights, RecurrentState(layers, readout if self.input_feeding else None)
 
@@ -353,7 +353,7 @@ class RecurrentDecoder(nnx.Module):
         self,
         embedded: Float[Array, "B T D"],
         start: RecurrentState,
-        memory: RecurrentMemory,
+        encoded: AttendedEncoderOutput,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
         """Returns the readouts of a whole target, whose tokens are known.
@@ -366,10 +366,10 @@ class RecurrentDecoder(nnx.Module):
 
         def body(state: RecurrentState, at_time: Any) -> tuple[RecurrentState, Any]:
             gates, x, step_key = at_time
-            layers, context, _ = self.advance(gates[:, None], state, memory, step_key)
+            layers, context, _ = self.advance(gates[:, None], state, encoded, step_key)
             if not self.input_feeding:
                 return RecurrentState(layers, None), (layers[-1][0], context)
-            readout, _ = self.read_out(layers[-1][0], context, x[:, None], memory)
+            readout, _ = self.read_out(layers[-1][0], context, x[:, None], encoded)
             return RecurrentState(layers, readout), readout
 
         over_time = (jnp.moveaxis(self.read_input(embedded), 1, 0), jnp.moveaxis(embedded, 1, 0), keys)
@@ -377,7 +377,7 @@ class RecurrentDecoder(nnx.Module):
         made = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), made)  # [T, B, 1, ...] -> [B, T, ...]
         if not self.input_feeding:
             top, context = made
-            made, _ = self.read_out(top, context, embedded, memory)
+            made, _ = self.read_out(top, context, embedded, encoded)
         return dropout(made, self.dropout_rate, readout_key)
 
 
@@ -421,29 +421,31 @@ class RecurrentSeq2Seq(EncoderDecoder):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """Returns the encoder's output; positions are not used, since the recurrence knows its own."""
         input_key, encoder_key = split_key(key, 2)
         x = dropout(self.encoder_embedding(tokens).astype(self.compute_dtype), self.config.dropout, input_key)
         states, last = self.encoder(x, segments, encoder_key)
-        return Memory(states, segments, self.bridge(last))
+        return EncoderOutput(states, segments, self.bridge(last))
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's readouts under teacher forcing; `key` None means evaluation."""
         encoder_key, input_key, decoder_key = split_key(key, 3)
-        memory = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
+        encoded = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
         inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
         embedded = self.target_embedding(inputs).astype(self.compute_dtype)
         embedded = dropout(embedded, self.config.dropout, input_key)
-        start = self.decoder.start(memory.decoder_start, 1)
-        return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
+        start = self.decoder.start(encoded.decoder_start, 1)
+        return self.decoder(embedded, start, self.decoder.read(encoded), decoder_key)
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+    def init_decode_state(
+        self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True
+    ) -> DecodeState:
         """Returns the state before the first token; a recurrent state has the same size whatever is asked for."""
         del max_length, reordered
-        positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
-        start = self.decoder.start(memory.decoder_start, num_beams)
-        return DecodeState(self.decoder.read(memory), start, None, positions)
+        positions = jnp.zeros((encoded.states.shape[0],), jnp.int32)
+        start = self.decoder.start(encoded.decoder_start, num_beams)
+        return DecodeState(self.decoder.read(encoded), start, None, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""

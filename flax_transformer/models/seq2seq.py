@@ -17,7 +17,7 @@ from flax_transformer.shapes import Batch, array_tree
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class EncoderOutput:
     """The output of an encoder.
 
     Attributes:
@@ -41,15 +41,15 @@ class DecodeState:
     Attributes:
         per_sentence: tree of arrays [B, ...], shared by all beams of a sentence and never copied over beams.
         per_beam: tree of arrays [B, K, ...], reordered with the beams.
-        written: arrays [B, ...] that steps append to and that are never reordered. A new sentence inherits its slot's
-            old values. Entries that it has not written must be finite and get weight 0.
+        append_only: arrays [B, ...] that steps append to and that are never reordered. A new sentence inherits its
+            slot's old values. Entries that it has not written must be finite and get weight 0.
         positions: [B], 0-based index of the next token. It is per sentence, so that one slot can restart while others
             go on.
     """
 
     per_sentence: Any
     per_beam: Any
-    written: Any
+    append_only: Any
     positions: Any
 
 
@@ -107,7 +107,7 @@ class Seq2Seq(Protocol):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """Returns the encoder's output. `key` is the random key of dropout; None means evaluation."""
         ...
 
@@ -119,7 +119,9 @@ class Seq2Seq(Protocol):
         """Returns the map from hidden vectors to logits."""
         ...
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+    def init_decode_state(
+        self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True
+    ) -> DecodeState:
         """Returns the state before the first token, with room for `max_length` tokens.
 
         Many beams cost less if they are not `reordered`, as in sampling.

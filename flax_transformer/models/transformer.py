@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_finite
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, ShareKind
 from flax_transformer.nn.feed_forward import Activation, FeedForward
@@ -222,7 +222,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        memory: Float[Array, "B S D"],
+        encoded: Float[Array, "B S D"],
         self_mask: AttentionMask,
         cross_mask: AttentionMask,
         key: PRNGKeyArray | None,
@@ -232,7 +232,7 @@ class DecoderLayer(nnx.Module):
         inner = self.self_attention_residual.enter(x)
         x = self.self_attention_residual.leave(x, self.self_attention(inner, inner, self_mask, keys[0]), keys[1])
         inner = self.cross_attention_residual.enter(x)
-        x = self.cross_attention_residual.leave(x, self.cross_attention(inner, memory, cross_mask, keys[2]), keys[3])
+        x = self.cross_attention_residual.leave(x, self.cross_attention(inner, encoded, cross_mask, keys[2]), keys[3])
         inner = self.feed_forward_residual.enter(x)
         return self.feed_forward_residual.leave(x, self.feed_forward(inner, keys[4]), keys[5])
 
@@ -316,29 +316,29 @@ class Decoder(LayerStack):
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        memory: Memory,
+        encoded: EncoderOutput,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
         """Returns the hidden vectors of all positions, each from the inputs up to its own."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        length, source_length = inputs.shape[1], memory.segments.shape[1]
+        length, source_length = inputs.shape[1], encoded.segments.shape[1]
         self_mask = AttentionMask(key_segments=segments, query_segments=segments, causal=True).shared(length, length)
-        cross_mask = AttentionMask(key_segments=memory.segments, query_segments=segments).shared(length, source_length)
+        cross_mask = AttentionMask(key_segments=encoded.segments, query_segments=segments).shared(length, source_length)
         x = self.input(embedding, inputs, positions, input_key)
 
         def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
-            return layer(x, memory.states, self_mask, cross_mask, key)
+            return layer(x, encoded.states, self_mask, cross_mask, key)
 
         x = self.run(apply, x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
     def init_caches(
-        self, memory: Memory, num_beams: int, max_length: int
+        self, encoded: EncoderOutput, num_beams: int, max_length: int
     ) -> tuple[tuple[SelfAttentionCache, ...], tuple[CrossAttentionCache, ...]]:
-        """Returns empty self-attention caches, and the keys and values of the memory, one a layer."""
-        num_sentences = memory.states.shape[0]
+        """Returns empty self-attention caches, and the keys and values of the encoder's output, one a layer."""
+        num_sentences = encoded.states.shape[0]
         layers = self.unstacked()
-        cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(memory.states)) for la in layers)
+        cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(encoded.states)) for la in layers)
         empty = empty_self_attention_cache(
             num_sentences, num_beams, self.head_shape[0], max_length, self.head_shape[1], self.compute_dtype
         )
@@ -410,35 +410,37 @@ class Transformer(EncoderDecoder):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """Returns the encoder's output."""
-        return Memory(self.encoder(self.encoder_embedding, tokens, positions, segments, key), segments)
+        return EncoderOutput(self.encoder(self.encoder_embedding, tokens, positions, segments, key), segments)
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's hidden vectors under teacher forcing; `key` None means evaluation."""
         encoder_key, decoder_key = split_key(key, 2)
-        memory = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
+        encoded = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
         inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
         return self.decoder(
-            self.target_embedding, inputs, batch.target_positions, batch.target_segments, memory, decoder_key
+            self.target_embedding, inputs, batch.target_positions, batch.target_segments, encoded, decoder_key
         )
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+    def init_decode_state(
+        self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True
+    ) -> DecodeState:
         """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""
-        self_caches, cross_caches = self.decoder.init_caches(memory, num_beams, max_length)
-        positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
-        ancestors = jnp.zeros((memory.states.shape[0], num_beams, max_length), jnp.int32) if reordered else None
-        return DecodeState((cross_caches, memory.segments), ancestors, self_caches, positions)
+        self_caches, cross_caches = self.decoder.init_caches(encoded, num_beams, max_length)
+        positions = jnp.zeros((encoded.states.shape[0],), jnp.int32)
+        ancestors = jnp.zeros((encoded.states.shape[0], num_beams, max_length), jnp.int32) if reordered else None
+        return DecodeState((cross_caches, encoded.segments), ancestors, self_caches, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
         """Returns scores for the token after `tokens`, and the state that has read them."""
         cross_caches, source_segments = state.per_sentence
         ancestors = None if state.per_beam is None else write_ancestors(state.per_beam, state.positions)
-        hidden, written, attention = self.decoder.step(
-            self.target_embedding, tokens, state.positions, state.written, cross_caches, source_segments, ancestors
+        hidden, caches, attention = self.decoder.step(
+            self.target_embedding, tokens, state.positions, state.append_only, cross_caches, source_segments, ancestors
         )
         output = StepOutput(self.output_projection().logits(hidden), attention)
-        return output, DecodeState(state.per_sentence, ancestors, written, state.positions + 1)
+        return output, DecodeState(state.per_sentence, ancestors, caches, state.positions + 1)
 
     def parameter_roles(self) -> ParameterRoles:
         """Returns how often each kernel is used: keys and values of cross-attention are made of source tokens."""

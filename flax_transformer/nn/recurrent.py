@@ -39,9 +39,9 @@ def _kernel(key: jax.Array, in_dim: int, num_gates: int, units: int, dtype: jnp.
 # them out at each time step and reading them back costs more than the exponentials.
 @jax.checkpoint
 def _lstm_gates(state: State, gates: Float[Array, "*rows GU"]) -> State:
-    read, forget, candidate, write = jnp.split(gates, 4, axis=-1)
-    memory = jax.nn.sigmoid(forget) * state[1] + jax.nn.sigmoid(read) * jnp.tanh(candidate)
-    return jax.nn.sigmoid(write) * jnp.tanh(memory), memory
+    input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
+    cell = jax.nn.sigmoid(forget_gate) * state[1] + jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
+    return jax.nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
 @jax.checkpoint

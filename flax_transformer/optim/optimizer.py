@@ -38,8 +38,8 @@ class OptimizerConfig:
         beta1, beta2, epsilon: of Adam, Lion (the betas) and Adam's part in Muon; Adafactor has its own.
         clip_norm: gradients are scaled down to this global norm when they exceed it; 0 turns clipping off.
         weight_decay: decoupled: times the learning rate, it is taken off the decaying parameters in each update.
-        decaying, constant: regular expressions, searched in a parameter's path (encoder/layers/feed_forward/up/kernel).
-            Every parameter must match one of the two and not both, when there is weight decay.
+        weight_decay_include, weight_decay_exclude: regular expressions, searched in a parameter's path, such as
+            encoder/layers/feed_forward/up/kernel. With weight decay every parameter must match exactly one of the two.
     """
 
     name: Literal["adam", "adamw", "adafactor", "lion", "muon"] = "adam"
@@ -54,8 +54,8 @@ class OptimizerConfig:
     epsilon: float = 1e-9
     clip_norm: float = 1.0
     weight_decay: float = 0.0
-    decaying: str = "kernel$"
-    constant: str = "(bias|scale|table|vector)$"
+    weight_decay_include: str = "kernel$"
+    weight_decay_exclude: str = "(bias|scale|table|vector)$"
 
     def __post_init__(self):
         check_finite("optimizer", self)
@@ -94,7 +94,7 @@ class OptimizerConfig:
             raise ConfigError(
                 "optimizer.name: adam has no weight decay. Set optimizer.name: adamw, or weight_decay: 0."
             )
-        for name in ("decaying", "constant"):
+        for name in ("weight_decay_include", "weight_decay_exclude"):
             try:
                 re.compile(getattr(self, name))
             except re.error as error:
@@ -115,13 +115,14 @@ def decays(config: OptimizerConfig, params: Any) -> Any:
     def match(rule: str, path: Any) -> bool:
         return re.search(rule, _path(path)) is not None
 
-    found = {path: (match(config.decaying, path), match(config.constant, path)) for path, _ in
-             jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    include, exclude = config.weight_decay_include, config.weight_decay_exclude
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = {path: (match(include, path), match(exclude, path)) for path in paths}
     wrong = [f"{_path(path)} ({'both' if yes else 'neither'})" for path, (yes, no) in found.items() if yes == no]
     if wrong:
         raise ConfigError(
-            f"optimizer.decaying ({config.decaying!r}) and optimizer.constant ({config.constant!r}) must say of every "
-            f"parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
+            f"optimizer.weight_decay_include ({include!r}) and optimizer.weight_decay_exclude ({exclude!r}) must say "
+            f"of every parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
         )
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
 
@@ -240,6 +241,6 @@ def _check_only_kernels_decay(config: OptimizerConfig, parameter_info: Any) -> N
     wrong = [_path(path) for path, info in infos if decaying[path] and info.matrix_axes is None]
     if wrong:
         raise ConfigError(
-            "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.decaying "
-            f"({config.decaying!r}) matches {', '.join(wrong[:4])}."
+            "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.weight_decay_include "
+            f"({config.weight_decay_include!r}) matches {', '.join(wrong[:4])}."
         )

@@ -53,7 +53,7 @@ def available_bytes(mesh: Mesh) -> int | None:
         return described_memory_bytes(device.device_kind)
 
 
-def compiled_within_memory(lowered: Any, mesh: Mesh, what: str, advice: str, held: int = 0) -> Any:
+def compile_checked(lowered: Any, mesh: Mesh, what: str, advice: str, held: int = 0) -> Any:
     """Compiles a program, and makes sure that a device can run it.
 
     Args:

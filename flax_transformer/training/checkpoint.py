@@ -71,7 +71,7 @@ def checksums(tree: Any) -> dict[str, str]:
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """Returns the parts of a checkpoint; where an average is kept it is the parameters, for whoever reads them."""
-    trees = {"params": state.usable, "optimizer": state.optimizer}
+    trees = {"params": state.eval_params, "optimizer": state.optimizer}
     return trees if state.average is None else trees | {"trained": state.params}
 
 

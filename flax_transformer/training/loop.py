@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
-from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.shapes import Batch
 from flax_transformer.training.log_window import LogWindow
@@ -22,7 +22,7 @@ from flax_transformer.training.throughput import FlopFigures
 
 # Updates that may run at the same time. A few keep the devices busy. With many, XLA for CPU with several devices
 # deadlocks (docs/lab_book.md, "memory that comes and goes, and a training that stops for good").
-MOST_UNDER_WAY = 8
+MAX_STEPS_IN_FLIGHT = 8
 
 # Updates after a start that are not counted in the throughput.
 WARM_UP_STEPS = 5
@@ -56,12 +56,12 @@ def compile_steps(
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
         with jax.set_mesh(mesh):
-            compiled[tuple(shape)] = compiled_within_memory(
+            compiled[tuple(shape)] = compile_checked(
                 step.lower(state, batch),
                 mesh,
                 f"a step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens",
-                "Raise batching.micro_batches, lower batching.tokens_per_batch, set model.rematerialize (on a CPU with "
-                "model.scan_layers), or split the parameters over more devices by mesh.fsdp.",
+                "Raise batching.gradient_accumulation_steps, lower batching.tokens_per_batch, set model.rematerialize "
+                "(on a CPU with model.scan_layers), or split the parameters over more devices by mesh.fsdp.",
                 held=held,
             )
     return compiled
@@ -145,7 +145,7 @@ def train_loop(
     step = first_step = int(state.step)
     position = None
     window, loop_start = LogWindow(saved=first_step > 0), time.monotonic()
-    patience = Patience(config.patience, callbacks.history)
+    patience = Patience(config.early_stopping_patience, callbacks.history)
 
     with StopRequest() as stop:
         while step < config.steps and stop.signal is None and not patience.exhausted:
@@ -155,8 +155,8 @@ def train_loop(
             state, metrics = steps.programs[shape_of(batch)](state, jax.device_put(batch, sharding))
             window.pending.append((metrics, batch))
             step += 1
-            if len(window.pending) > MOST_UNDER_WAY:
-                window.fetch(step, log, leave=MOST_UNDER_WAY)
+            if len(window.pending) > MAX_STEPS_IN_FLIGHT:
+                window.fetch(step, log, leave=MAX_STEPS_IN_FLIGHT)
             last = step == config.steps
             to_evaluate = step % config.evaluate_every_steps == 0 or last
             to_save = step % config.checkpoint_every_steps == 0 or to_evaluate
@@ -176,7 +176,7 @@ def train_loop(
             pause, quality = time.monotonic(), None
             if to_evaluate and stop.signal is None:
                 with stop.interrupting():
-                    quality = callbacks.evaluate(state.usable, step)
+                    quality = callbacks.evaluate(state.eval_params, step)
             if to_evaluate and quality is None:
                 log.say(f"the evaluation at step {step} was stopped: its checkpoint can be the newest, not the best")
             elif quality is not None:

@@ -36,7 +36,7 @@ class ProgressReport:
         tokens: counts over the updates.
         skipped: updates that were skipped, since loss or gradient was not finite.
         throughput: of the updates, but for the first ones after a start.
-        flops_per_step: operations of the model's products in one update, mean over the updates; see `ProductCost`.
+        flops_per_step: operations of the model's products in one update, mean over the updates; see `ModelFlops`.
         seconds: time of the updates alone: no compilation, evaluation or checkpoint.
         seconds_left: estimate for the rest of the training, evaluations included.
     """
@@ -82,7 +82,7 @@ class ProgressReport:
             "target_tokens_per_second": self.throughput.target_tokens,
             "flops_per_step": self.flops_per_step,
             "flops_per_second": self.throughput.flops,
-            "peak_share": self.throughput.peak_share,
+            "mfu": self.throughput.mfu,
             "seconds": self.seconds,
         }
 

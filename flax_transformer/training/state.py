@@ -35,7 +35,7 @@ class TrainState:
     average: Any = None
 
     @property
-    def usable(self) -> Any:
+    def eval_params(self) -> Any:
         """The parameters to evaluate, and to translate with: the average where there is one."""
         return self.params if self.average is None else self.average
 

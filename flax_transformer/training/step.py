@@ -90,7 +90,7 @@ def _gradient(graphdef: Any, params: Any, batch: Batch, objective: Objective, ke
     return jax.grad(loss, has_aux=True)(params)
 
 
-def _gradient_in_pieces(
+def _accumulate_gradients(
     graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, pieces: int
 ) -> tuple[Any, LossSums]:
     """Returns the result of `_gradient`, computed piece by piece over the rows, in less memory.
@@ -135,7 +135,7 @@ def train_step(
     schedule: optax.Schedule,
     objective: Objective,
     seed: int,
-    micro_batches: int,
+    gradient_accumulation_steps: int,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
@@ -148,10 +148,12 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     graphdef, optimizer = layout.graphdef, layout.optimizer
 
-    if micro_batches == 1:
+    if gradient_accumulation_steps == 1:
         gradients, sums = _gradient(graphdef, state.params, batch, objective, key)
     else:
-        gradients, sums = _gradient_in_pieces(graphdef, state.params, batch, objective, key, micro_batches)
+        gradients, sums = _accumulate_gradients(
+            graphdef, state.params, batch, objective, key, gradient_accumulation_steps
+        )
     count = jnp.maximum(sums.count, 1.0)
     gradients = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), gradients, state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with float32
@@ -179,7 +181,7 @@ def jit_train_step(
     objective: Objective,
     seed: int,
     mesh: Mesh | AbstractMesh,
-    micro_batches: int = 1,
+    gradient_accumulation_steps: int = 1,
 ) -> Any:
     """Returns `train_step` jitted, (state, batch) -> (state, metrics): state donated, rows split over data and fsdp.
 
@@ -187,7 +189,7 @@ def jit_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(layout, schedule, objective, seed, micro_batches, state, batch)
+        return train_step(layout, schedule, objective, seed, gradient_accumulation_steps, state, batch)
 
     return jax.jit(
         step,

@@ -35,7 +35,7 @@ BFLOAT16_PEAKS = {
 
 
 @dataclass(frozen=True)
-class ProductCost:
+class ModelFlops:
     """Operations of one training step's products.
 
     Attributes:
@@ -47,7 +47,7 @@ class ProductCost:
     target: int
 
     @classmethod
-    def of(cls, parameter_info: Any, num_passes: int = 1) -> "ProductCost":
+    def of(cls, parameter_info: Any, num_passes: int = 1) -> "ModelFlops":
         """Returns the cost for a model's parameters.
 
         Args:
@@ -75,7 +75,7 @@ class FlopFigures:
         peak: FLOP/s that all devices together can do at most; None where that is not known.
     """
 
-    cost: ProductCost
+    cost: ModelFlops
     peak: float | None
 
 
@@ -86,13 +86,13 @@ class Throughput:
     Attributes:
         source_tokens, target_tokens: that are not padding.
         flops: operations of the model's products, of all devices together.
-        peak_share: of what the devices can do at most, in [0, 1]; None where that is not known.
+        mfu: of what the devices can do at most, in [0, 1]; None where that is not known.
     """
 
     source_tokens: float
     target_tokens: float
     flops: float
-    peak_share: float | None
+    mfu: float | None
 
     @classmethod
     def of(cls, tokens: TokenCounts, seconds: float, figures: FlopFigures) -> "Throughput":
@@ -104,7 +104,7 @@ class Throughput:
     @property
     def text(self) -> str:
         """The figures for a progress line."""
-        share = "" if self.peak_share is None else f" ({100 * self.peak_share:.0f}% of peak)"
+        share = "" if self.mfu is None else f" ({100 * self.mfu:.0f}% of peak)"
         return (
             f"src {self.source_tokens:,.0f} tgt {self.target_tokens:,.0f} tok/s {self.flops / 1e12:.3g} TFLOP/s{share}"
         )

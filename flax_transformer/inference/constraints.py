@@ -1,4 +1,4 @@
-"""Demands on outputs as ids: prefixes, required and suppressed tokens, and the checks that they do not contradict."""
+"""Constraints on outputs as ids: prefixes, required and suppressed tokens. They are checked for contradictions."""
 
 import functools
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ Prefix = str | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Demands:
-    """Turns the demands on the outputs of one sentence into ids.
+class Constraints:
+    """Turns the constraints on the outputs of one sentence into ids.
 
     Attributes:
         target: tokenizer of the outputs.
-        decoding: settings that a demand may contradict.
+        decoding: settings that a constraint may contradict.
         longest: most tokens of the model's outputs, end token not counted.
     """
 
@@ -31,21 +31,21 @@ class Demands:
     def _longest(self) -> tuple[int, str]:
         """How many tokens outputs have at most whatever the source, end token not counted, and which field says so.
 
-        A limit that grows with the source gives way to what is demanded; one that does not is meant as it stands.
+        A limit that grows with the source gives way to what is required; one that does not is meant as it stands.
         """
         fixed = self.decoding.max_length_offset - 1
         if self.decoding.max_length_factor == 0 and fixed < self.longest:
             return fixed, "decoding.max_length_offset with max_length_factor 0"
         return self.longest, "model.max_target_length"
 
-    def max_length(self, source_length: int, demanded_length: int) -> int:
-        """Returns the most target tokens for the numbers of source and demanded tokens, end tokens included."""
+    def max_length(self, source_length: int, constrained_length: int) -> int:
+        """Returns the most target tokens for the numbers of source and constrained tokens, end tokens included."""
         decoding = self.decoding
         limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
-        return min(max(limit, decoding.min_length + 1, demanded_length + 1), self.longest + 1)
+        return min(max(limit, decoding.min_length + 1, constrained_length + 1), self.longest + 1)
 
     def check_settings(self) -> None:
-        """Checks that the settings demand nothing impossible.
+        """Checks that the settings ask for nothing impossible.
 
         Raises:
             ConfigError: a minimum length above the longest output, or a suppressed text that means nothing.
