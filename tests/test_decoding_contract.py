@@ -330,7 +330,7 @@ def test_what_translate_makes_of_an_empty_and_of_a_long_line_is_scored_as_it_was
 
 
 def test_a_forced_end_costs_nothing_and_score_counts_it(translators):
-    translator, limits = translators["transformer"], {"max_length_factor": 0.0, "max_length_offset": 5}
+    translator, limits = translators["transformer"], {"max_length_factor": 0.0, "max_length_offset": 4}
     found = translator.translate(ALIKE[:12], force_eos=True, **limits)
     forced = [len(each.tokens) == 4 for each in found]
     assert 0 < sum(forced) < len(found) and all(each.hypotheses[0].finished for each in found)
@@ -395,7 +395,7 @@ def test_outputs_obey_what_is_asked(translators):
 @pytest.mark.slow
 def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(translators):
     translator = translators["transformer"]
-    limits: dict[str, Any] = {"max_length_factor": 0.0, "max_length_offset": 5}
+    limits: dict[str, Any] = {"max_length_factor": 0.0, "max_length_offset": 4}
     text, prefixes = ALIKE[:8], ["ein", ""] * 4
     cut = translator.translate(text, num_hypotheses=3, prefixes=prefixes, **limits)
     closed = translator.translate(text, num_hypotheses=3, prefixes=prefixes, force_eos=True, **limits)
@@ -530,15 +530,15 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ),
         ({"prefixes": ["", " "]}, "prefix ' ' has no token that an output could begin with: leave it out"),
         (
-            {"max_length_factor": 0.0, "max_length_offset": 6, "min_length": 6},
+            {"max_length_factor": 0.0, "max_length_offset": 5, "min_length": 6},
             r"min_length \(6\) is more than the 5 tokens .*decoding.max_length_offset with max_length_factor 0",
         ),
         (
-            {"max_length_factor": 0.0, "max_length_offset": 4, "prefixes": ["", "ein" * 5]},
+            {"max_length_factor": 0.0, "max_length_offset": 3, "prefixes": ["", "ein" * 5]},
             r"prefix 'ein.*' has \d+ tokens, and outputs have at most 3 \(decoding.max_length_offset with",
         ),
         (
-            {"max_length_factor": 0.0, "max_length_offset": 4, "required": [["ein" * 5], []]},
+            {"max_length_factor": 0.0, "max_length_offset": 3, "required": [["ein" * 5], []]},
             r"the required phrases have \d+ .* at most 3 \(decoding.max_length_offset with max",
         ),
         ({"min_length": -1}, "decoding.min_length must not be negative, got -1"),

@@ -32,10 +32,10 @@ def ids_of(text: str) -> list[int]:
         ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
         ({"early_stopping": True}, {"stop": "first_finished"}),
         ({"early_stopping": "never"}, {"stop": "exact"}),
-        ({"max_length": 20}, {"max_length_offset": 19}),
-        ({"max_length": 512}, {"max_length_offset": LONGEST}),
-        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 19}),
-        ({"max_length": None, "max_new_tokens": 19}, {"max_length_offset": 19}),
+        ({"max_length": 20}, {"max_length_offset": 18}),
+        ({"max_length": 512}, {"max_length_offset": LONGEST - 1}),
+        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 18}),
+        ({"max_length": None, "max_new_tokens": 19}, {"max_length_offset": 18}),
         ({"min_length": 5}, {"min_length": 4}),
         ({"min_length": 0}, {"min_length": 0}),
         ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
@@ -54,7 +54,11 @@ def ids_of(text: str) -> list[int]:
 )
 def test_settings_of_generate_become_those_of_a_run(theirs, ours):
     neutral = DecodingConfig(
-        beam_size=1, length_penalty="average:1.0", stop="heuristic", max_length_factor=0.0, max_length_offset=LONGEST
+        beam_size=1,
+        length_penalty="average:1.0",
+        stop="heuristic",
+        max_length_factor=0.0,
+        max_length_offset=LONGEST - 1,
     )
     expected = dataclasses.replace(neutral, **ours)
     assert read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
@@ -112,7 +116,8 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
     assert found == lost and not start_excluded
     neutral = DecodingConfig(
         beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty,
-        stop="exact" if "early_stopping" in theirs else "heuristic", max_length_factor=0.0, max_length_offset=LONGEST,
+        stop="exact" if "early_stopping" in theirs else "heuristic", max_length_factor=0.0,
+        max_length_offset=LONGEST - 1,
     )  # fmt: skip
     assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
 
@@ -153,7 +158,7 @@ def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
     ],
 )
 def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
-    plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=20)
+    plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=19)
     decoding = dataclasses.replace(plain, **changes)
     made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST)
     assert found == lost and made["max_length"] == (49 if decoding.max_length_factor else 21)
@@ -169,13 +174,13 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "first") == 0
     warning = "warning: outputs may be other than Hugging Face's, since these settings of .* have no equivalent here: "
     assert re.fullmatch(f"{warning}num_beam_groups: 2.\n", capsys.readouterr().err)
-    assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 8
+    assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 7
 
     (folder / "generation_config.json").write_text('{"num_beams": 2, "top_p": 0.5, "max_length": 7}')
     assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "second") == 0
     assert not capsys.readouterr().err
     decoding = RunFolder.open(tmp_path / "second").read_config().decoding
-    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_eos) == (2, 6, False)
+    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_eos) == (2, 5, False)
 
     run = make_run(tmp_path / "ours", MODEL, 1)
     assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0

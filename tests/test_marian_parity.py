@@ -43,7 +43,7 @@ def pair(tmp_path_factory):
     # Random models hardly ever end: a bias makes them, at many lengths.
     params = params | {"output_bias": params["output_bias"].at[SPECIAL.end].set(3.0)}
     decoding = dataclasses.replace(
-        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST - 1,
         force_eos=True,
     )  # fmt: skip
     ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
@@ -143,7 +143,7 @@ def lively(share: Literal["target_output", "none"], seed: int) -> tuple[Transfor
         table = params["output_embedding"]["table"]
         params = params | {"output_embedding": {"table": table.at[jnp.array([SPECIAL.pad, SPECIAL.start])].set(0.0)}}
     decoding = dataclasses.replace(
-        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=12,
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=11,
         stop="first_finished", force_eos=True,
     )  # fmt: skip
     return model, Translator.from_params(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
@@ -197,7 +197,7 @@ def test_ctranslate2_reads_what_is_written_for_hugging_face(tmp_path):
     table = params["target_embedding"]["table"]
     params = params | {"target_embedding": {"table": table.at[SPECIAL.end].multiply(2.0)}}
     decoding = dataclasses.replace(
-        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST - 1,
         stop="first_finished",
     )  # fmt: skip
     ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
@@ -328,7 +328,7 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
     source, target = loaded.tokenizers.source, loaded.tokenizers.target
     text = [s for s, ids in zip(SOURCES, source.encode(SOURCES), strict=True) if 17 <= len(ids) + 1 <= 24]
     decoding = dataclasses.replace(
-        loaded.decoding, beam_size=4, stop="first_finished", max_length_factor=0.0, max_length_offset=7, min_length=3,
+        loaded.decoding, beam_size=4, stop="first_finished", max_length_factor=0.0, max_length_offset=6, min_length=3,
         force_eos=True, no_repeat_ngram=2, repetition_penalty=1.3, suppress_unknown=True,
     )  # fmt: skip
     usual = loaded.with_decoding(decoding).translate(text)
@@ -363,7 +363,7 @@ def test_a_model_of_theirs_finds_the_same(foreign, stop, early_stopping, forced)
     ours, theirs, tokenizer, order = foreign
     decoding = dataclasses.replace(
         ours.decoding, beam_size=4, length_penalty="average:1.0", stop=stop, max_length_factor=0.0,
-        max_length_offset=LONGEST, force_eos=forced == 0,
+        max_length_offset=LONGEST - 1, force_eos=forced == 0,
     )  # fmt: skip
     assert_alike(
         ours.with_decoding(decoding), theirs, tokenizer, order, SOURCES, num_beams=4, length_penalty=1.0,

@@ -76,7 +76,7 @@ MODEL = TransformerConfig(
     model_dim=16, num_heads=2, feed_forward_dim=32, num_encoder_layers=1, num_decoder_layers=1, max_source_length=24,
     max_target_length=24, share_embeddings="all",
 )  # fmt: skip
-DECODING = DecodingConfig(beam_size=3, batch_size=4, max_length_factor=0.0, max_length_offset=12)
+DECODING = DecodingConfig(beam_size=3, batch_size=4, max_length_factor=0.0, max_length_offset=11)
 
 
 @pytest.fixture(scope="module")

@@ -101,10 +101,9 @@ class DecodingConfig:
             Face: early_stopping "never"). "heuristic": once no unfinished output, scored as it stands, beats it
             (early_stopping False). "first_finished": once beam_size outputs are finished (early_stopping True, and
             CTranslate2). Each rule ends no later than the one before. The last two may miss a longer, better output.
-        max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
-            included, whatever stands beside it in the batch; where that is less than min_length, a prefix or required
-            phrases need, it has as many as they need.
-        min_length: fewest tokens of an output, end token not counted.
+        max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens. Outputs that
+            min_length, a prefix or required phrases make longer have as many tokens as those need.
+        min_length: fewest tokens of an output. No length of this section counts an end token.
         force_eos: whether an output that reaches its maximum length is closed there by the end token, which then costs
             nothing, as Hugging Face's forced_eos_token_id does; without it such an output is unfinished.
         no_repeat_ngram: no sequence of so many tokens occurs twice in an output; 0 allows all.

@@ -33,16 +33,21 @@ class Constraints:
 
         A limit that grows with the source gives way to what is required; one that does not is meant as it stands.
         """
-        fixed = self.decoding.max_length_offset - 1
+        fixed = self.decoding.max_length_offset
         if self.decoding.max_length_factor == 0 and fixed < self.longest:
             return fixed, "decoding.max_length_offset with max_length_factor 0"
-        return self.longest, "model.max_target_length"
+        return self.longest, "model.max_target_length, less the end token"
 
     def max_length(self, source_length: int, constrained_length: int) -> int:
-        """Returns the most target tokens for the numbers of source and constrained tokens, end tokens included."""
+        """Returns the most target tokens, end token included.
+
+        Args:
+            source_length: number of source tokens, end token included.
+            constrained_length: number of tokens that prefix and required phrases need.
+        """
         decoding = self.decoding
-        limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
-        return min(max(limit, decoding.min_length + 1, constrained_length + 1), self.longest + 1)
+        limit = int(decoding.max_length_factor * max(source_length - 1, 0)) + decoding.max_length_offset
+        return min(max(limit, decoding.min_length, constrained_length), self.longest) + 1
 
     def check_settings(self) -> None:
         """Checks that the settings ask for nothing impossible.
@@ -54,7 +59,7 @@ class Constraints:
         if self.decoding.min_length > longest:
             raise ConfigError(
                 f"decoding.min_length ({self.decoding.min_length}) is more than the {longest} tokens that outputs have "
-                f"at most ({limit}, less the end token)."
+                f"at most ({limit})."
             )
         _ = self._suppressed
 
@@ -139,9 +144,7 @@ class Constraints:
         self._check_allowed(named, ids)
         longest, limit = self._longest
         if len(ids) > longest:
-            raise InputError(
-                f"{named} has {len(ids)} tokens, and outputs have at most {longest} ({limit}, less the end token)."
-            )
+            raise InputError(f"{named} has {len(ids)} tokens, and outputs have at most {longest} ({limit}).")
         return ids
 
     def _id_of(self, named: str, piece: str) -> int:
@@ -172,7 +175,7 @@ class Constraints:
         if total > longest:
             raise InputError(
                 f"the prefix and the required phrases have {total} tokens, one after the other, and outputs have at "
-                f"most {longest} ({limit}, less the end token)."
+                f"most {longest} ({limit})."
             )
         return phrases
 

@@ -79,7 +79,7 @@ class NoTranslation:
 
     Attributes:
         sentence: the raw text.
-        reason: an impossible constraint on this sentence (`InputError`), scores that are not finite (`DivergenceError`).
+        reason: a constraint that is impossible (`InputError`), or scores that are not finite (`DivergenceError`).
         truncated: whether the source was too long for the model and was cut.
 
     Example:

@@ -91,7 +91,7 @@ def export_generation(
     if decoding.max_length_factor:
         lost["max_length_factor"] = decoding.max_length_factor
     else:
-        most = min(max(decoding.max_length_offset, decoding.min_length + 1), longest)
+        most = min(max(decoding.max_length_offset, decoding.min_length) + 1, longest)
     lost |= {name: getattr(decoding, name) for name in NOT_THEIRS if getattr(decoding, name) != getattr(defaults, name)}
 
     never = [special.start, special.pad] + [special.unknown] * decoding.suppress_unknown
@@ -200,7 +200,7 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
         lost["length_penalty"], exponent = exponent, 0.0
     if penalty < 1 or (penalty != 1 and beam_size == 1):  # without a beam theirs is a factor on logits
         lost["repetition_penalty"], penalty = penalty, 1.0
-    # Theirs count the start token; of the end token all say the same: a maximum counts it, a minimum does not.
+    # Theirs count the start token. Their maximum counts the end token, their minimum does not; ours never do.
     most = given.get("max_new_tokens", given.get("max_length", 1) - 1)
     fewest = given.get("min_new_tokens", given.get("min_length", 1) - 1)
     decoding = DecodingConfig(
@@ -215,8 +215,10 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
         suppress_sequences=tuple(bad_words.phrases),
         suppress_tokens=tuple(bad_words.tokens),
     )
-    if most > 0:
-        decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
+    if most > 1:
+        decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest) - 1)
+    elif most == 1:
+        lost["max_length"] = "one token, which leaves no room for any beside the end token"
     else:
         lost["max_length"] = "none given, which is 20 tokens there, and here our default"
     renormalize = given.get("renormalize_logits") is True
