@@ -147,7 +147,7 @@ class RunFolder:
 
     def read_config(self) -> Config:
         """Returns the run's configuration; errors as `config.read_config`."""
-        return read_config(self.config_file)
+        return read_config(self.config_file, of_run=True)
 
     def tokenizers(self) -> TokenizerPair:
         """Returns the run's tokenizers; errors as `TokenizerPair.load`."""

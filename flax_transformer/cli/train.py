@@ -49,7 +49,7 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
         path = default_config
     if path is None:
         raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
-    return override(read_config(path), rest, program), resume
+    return override(read_config(path, of_run=resume), rest, program), resume
 
 
 def main(arguments: list[str], program: str = "train.py", default_config: Path | None = None) -> int:

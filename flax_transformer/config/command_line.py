@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
+from flax_transformer.config.old_keys import explain_old_key
 from flax_transformer.config.reading import section_class
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
@@ -17,7 +18,7 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
     `--data.kind` and `--model.kind` choose another kind of section, with that kind's defaults.
 
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: an unknown kind, or a key that has another name now.
         SystemExit: code 2, after tyro's message, for an unknown flag, a value of the wrong type or a contradiction
             between fields; 0 after --help.
     """
@@ -38,6 +39,9 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
             if not isinstance(getattr(sections, section), chosen):
                 setattr(sections, section, chosen())
         else:
+            given = value if equals else "".join(arguments[position + 1 : position + 2])
+            if name.startswith("--") and (explained := explain_old_key(name[2:].replace("-", "_"), given)):
+                raise ConfigError(explained)
             rest.append(arguments[position])
         position += 1
     # Of its default tyro reads one attribute for each field, whatever has them.

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from flax_transformer.config.old_keys import explain_old_key, with_new_keys
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, did_you_mean
 
@@ -36,6 +37,8 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
             continue
         if key not in known:
             full = f"{path}.{key}" if path else str(key)
+            if explained := explain_old_key(full, value):
+                raise ConfigError(explained)
             raise ConfigError(f"unknown key '{full}' in the configuration.{did_you_mean(str(key), known)}")
         given[key] = _convert(hints[key], value, f"{path}.{key}" if path else key)
     return cls(**given)
@@ -67,7 +70,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         choices = get_args(hint)
         if value in choices and type(value) in {type(c) for c in choices}:
             return value
-        raise ConfigError(f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}.")
+        explained = explain_old_key(path, value) if isinstance(value, str) else ""
+        raise ConfigError(explained or f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}.")
     if get_origin(hint) in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
@@ -104,14 +108,19 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, of_run: bool = False) -> Config:
     """Returns the configuration in a YAML file; what it does not mention has its default.
+
+    Args:
+        path: the file.
+        of_run: whether it is that of a run folder, whose old keys are translated. Those of a recipe are errors.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value of the wrong type or out of range, a contradiction.
     """
     try:
-        return from_dict(Config, _read_yaml(path))
+        values = _read_yaml(path)
+        return from_dict(Config, with_new_keys(values) if of_run and isinstance(values, dict) else values)
     except ConfigError as error:
         raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
 
