@@ -15,17 +15,19 @@ from flax_transformer.errors import ConfigError, InputError
 
 @runtime_checkable
 class TextPart(Protocol):
-    """One of the corpora that make up the training text; it can be read again and again, and need not fit in memory."""
+    """One of the corpora of the training text. It can be read repeatedly and need not fit in memory."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         ...
 
     @property
     def weight(self) -> float:
-        """How many times an epoch holds its pairs; the fraction is another share of them in every epoch, until all have
-        been taken."""
+        """Number of times that an epoch contains the pairs.
+
+        Its fraction selects other pairs in each epoch, until all have been selected.
+        """
         ...
 
     @property
@@ -34,12 +36,12 @@ class TextPart(Protocol):
         ...
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields its sentence pairs in order."""
+        """Yields the sentence pairs in order."""
         ...
 
 
 class ParallelText(NamedTuple):
-    """Sentences and their translations in memory, equally many; satisfies `TextPart`."""
+    """Sentences and their translations in memory, in lists of the same length; satisfies `TextPart`."""
 
     source: list[str]
     target: list[str]
@@ -60,7 +62,7 @@ class ParallelText(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """The three parts of a corpus; only `train` is ever learnt from, tokenizers included."""
+    """The three parts of a corpus. Models and tokenizers learn from `train` alone."""
 
     train: tuple[TextPart, ...]
     validation: ParallelText
@@ -119,7 +121,7 @@ class ParallelTextConfig:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
 
 
-# Some programs begin a file of UTF-8 by it; it is no part of the text.
+# Some programs write it at the start of a UTF-8 file. It is not part of the text.
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -127,11 +129,11 @@ def iterate_lines(path: Path) -> Iterator[str]:
     """Yields the lines of a text file, plain or .gz, without their line ends ("\\n" or "\\r\\n").
 
     Raises:
-        InputError: the file is missing, is not what its name says, or holds a line that is not UTF-8.
+        InputError: the file is missing, is not a gzip file although its name ends in .gz, or is not UTF-8.
     """
     if not path.is_file():
         raise InputError(f"no text file at {path} (looked in {path.parent.resolve()}). Check the path.")
-    number = 0  # of the line being read, for the messages below
+    number = 0  # number of the line being read
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
@@ -150,10 +152,10 @@ def iterate_lines(path: Path) -> Iterator[str]:
 
 
 def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
-    """Yields the sentences of one side of a file, which is read as its name says, see `ParallelTextConfig`.
+    """Yields the sentences of one side of a file. The name of the file gives its format, see `ParallelTextConfig`.
 
     Raises:
-        InputError: a line without that column or key; or as `iterate_lines`.
+        InputError: a line lacks the column or the key; see also `iterate_lines`.
     """
     suffix = Path(path.name.removesuffix(".gz")).suffix
     lines = iterate_lines(path)
@@ -170,7 +172,7 @@ def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
             try:
                 sentence = json.loads(line)[key]
-                sentence.encode()  # JSON may hold halves of characters, which are no text
+                sentence.encode()  # fails for lone surrogates, which JSON may contain
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 sentence = None
             if not isinstance(sentence, str):
@@ -188,8 +190,8 @@ class ParallelFiles:
     """Sentence pairs in two files, or in one; satisfies `TextPart`.
 
     Attributes:
-        source, target: files.
-        config: what says how they are read.
+        source, target: paths of the files.
+        config: names of the columns and keys.
         weight: see `TextPart`.
     """
 
@@ -200,12 +202,12 @@ class ParallelFiles:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         return str(self.source) if self.source == self.target else f"{self.source} and {self.target}"
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files, and of what says how to read them; the files are read for it once."""
+        """SHA-256 of the files and of the settings that say how to read them. It is computed once."""
         config = self.config
         how = ("no byte order mark", config.source_column, config.target_column, config.source_key, config.target_key)
         digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())
@@ -220,7 +222,7 @@ class ParallelFiles:
         """Yields the sentence pairs in order.
 
         Raises:
-            InputError: the sides have different numbers of sentences, or none; or as `iterate_sentences`.
+            InputError: the two sides have different numbers of sentences, or none; see also `iterate_sentences`.
         """
         config = self.config
         sides = (
@@ -246,26 +248,29 @@ class ParallelFiles:
             raise InputError(f"{self.name}: no line; at least one sentence pair is needed.")
 
     def read(self) -> ParallelText:
-        """Returns all pairs; errors as `pairs`."""
+        """Returns all pairs in memory. It raises the errors of `pairs`."""
         pairs = list(self.pairs())
         return ParallelText([source for source, _ in pairs], [target for _, target in pairs], self.name)
 
 
 def read_parallel_text(source: Path, target: Path, config: ParallelTextConfig | None = None) -> ParallelText:
-    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file given twice; errors as `ParallelFiles`.
+    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file that is given twice.
 
     Args:
-        source, target: files.
-        config: what says which columns and keys hold the sides; the defaults when left out.
+        source, target: paths of the files.
+        config: names of the columns and keys; None means the defaults.
+
+    Raises:
+        InputError: see `ParallelFiles.pairs`.
     """
     return ParallelFiles(source, target, config or ParallelTextConfig()).read()
 
 
 def read_corpus(config: ParallelTextConfig) -> Corpus:
-    """Returns the training text that `config` names, unread, and the validation and test text.
+    """Returns the corpus that `config` names. Training text is not read yet; validation and test text is.
 
     Raises:
-        InputError: as `ParallelFiles`; a training file that is not there.
+        InputError: a file is missing; see also `ParallelFiles.pairs`.
     """
     folder = Path(config.folder)
 
