@@ -182,7 +182,7 @@ class TokenizedPairs:
                 loosen = "" if filters == FilterConfig() else ", or loosen section 'filters'"
                 raise InputError(
                     f"no sentence pair of {name} is left: of its {lines.stop - lines.start} pairs, left out were "
-                    f"{counts}. Pairs are empty when a side is, and too long beyond model.max_source_length "
+                    f"{counts}. A pair is empty if one side is empty. It is too long beyond model.max_source_length "
                     f"({max_source_length}) or model.max_target_length ({max_target_length}) tokens. Check the files, "
                     f"or raise the limits{loosen}."
                 )

@@ -91,8 +91,8 @@ class SentencePieceTokenizer:
             reason = str(error).split("] ")[-1].strip()
             raise InputError(
                 f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from {name}: "
-                f"{reason} Give it more text, or a vocab_size between its number of distinct characters and the limit "
-                "it names."
+                f"{reason} Give more text, or a vocab_size between the number of distinct characters and the limit "
+                "that SentencePiece names."
             ) from error
         return cls(buffer.getvalue())
 
@@ -143,8 +143,8 @@ class SentencePieceTokenizer:
             if not wrong:
                 raise
             raise InputError(
-                f"not valid Unicode: {ascii(wrong[0][:80])} holds bytes or halves of characters that no UTF-8 has. "
-                "Give it in UTF-8, or without them."
+                f"not valid Unicode: {ascii(wrong[0][:80])} holds bytes or lone surrogates, which UTF-8 cannot "
+                "encode. Convert the text to UTF-8, or remove them."
             ) from error
         unknown = self._processor.unk_id()
         if self._vocab_size < self._num_pieces:

@@ -181,7 +181,7 @@ def check_expressible(config: ModelConfig) -> TransformerConfig:
     for name, value in (("norm_order", "post"), ("positions", "sinusoidal"), ("norm_epsilon", 1e-5)):
         if getattr(config, name) != value:
             raise ConfigError(
-                f"model.{name}: {getattr(config, name)} cannot be written as a MarianMT model: that has {value}. "
+                f"model.{name}: {getattr(config, name)} cannot be written as a MarianMT model, which has {value}. "
                 f"Train with model.{name}: {value}."
             )
     return config
@@ -195,10 +195,10 @@ def options_left_out(config: TransformerConfig) -> list[str]:
     left_out = []
     if config.embedding_dropout not in (None, config.dropout):
         left_out.append(
-            f"embedding_dropout: {config.embedding_dropout} (a training from there has its dropout, {config.dropout})"
+            f"embedding_dropout: {config.embedding_dropout} (a training from that folder uses {config.dropout})"
         )
     if config.compute_dtype != "float32":
-        left_out.append(f"compute_dtype: {config.compute_dtype} (what is written computes in float32)")
+        left_out.append(f"compute_dtype: {config.compute_dtype} (the written model computes in float32)")
     return left_out
 
 
@@ -313,7 +313,7 @@ def check_tokenizers(tokenizers: TokenizerPair) -> None:
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"vocabularies of different sizes ({sizes[0]} and {sizes[1]}) cannot be written as a MarianMT model: "
-            "it has one id for padding on both sides. Train with tokenizers of the same size."
+            "both sides have the same padding id there. Train with tokenizers of the same size."
         )
 
 

@@ -42,8 +42,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} is damaged or not whole ({error}). Copy or download it again.") from error
     except (AttributeError, TypeError) as error:  # NumPy does not know the type
         raise InputError(
-            f"{path} holds tensors of a type that is not read ({error}); float32, float16 and bfloat16 are. Save the "
-            "model in one of these."
+            f"{path} holds tensors of an unsupported type ({error}). Save the model in float32, float16 or bfloat16."
         ) from error
 
 

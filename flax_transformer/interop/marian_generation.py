@@ -221,9 +221,9 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     if most > 1:
         decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest) - 1)
     elif most == 1:
-        lost["max_length"] = "one token, which leaves no room for any beside the end token"
+        lost["max_length"] = "one token, which is the end token"
     else:
-        lost["max_length"] = "none given, which is 20 tokens there, and here our default"
+        lost["max_length"] = "none given; generate makes 20 tokens then, this run has its own default"
     renormalize = given.get("renormalize_logits") is True
     others_suppressed = bad_words.others_than_start or decoding.min_length or decoding.no_repeat_ngram
     if renormalize and (others_suppressed or penalty != 1.0):  # this project suppresses without renormalising

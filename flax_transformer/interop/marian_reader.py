@@ -73,23 +73,27 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
         if not isinstance(theirs[name], wanted):
             raise ConfigError(f"config.json: {name} must be of type {wanted.__name__}, got {theirs[name]!r}.")
     if theirs.get("model_type") != "marian":
-        raise ConfigError(f"config.json is of a model of type {theirs.get('model_type')!r}; marian can be taken over.")
+        raise ConfigError(f"config.json has model_type {theirs.get('model_type')!r}; only marian can be imported.")
     for name, value in REQUIRED.items():
         if theirs.get(name, value) != value:
-            raise ConfigError(f"config.json: {name}: {theirs[name]} cannot be taken over; {value} can.")
+            raise ConfigError(f"config.json: {name}: {theirs[name]} cannot be imported; {value} can.")
     for name in ("attention_heads", "ffn_dim"):
         if theirs[f"encoder_{name}"] != theirs[f"decoder_{name}"]:
-            raise ConfigError(f"config.json: encoder_{name} and decoder_{name} differ, which cannot be taken over.")
+            raise ConfigError(
+                f"config.json: encoder_{name} and decoder_{name} differ. Only models with equal values can be imported."
+            )
     activation = ACTIVATIONS.get(theirs["activation_function"])
     if activation is None:
         raise ConfigError(
-            f"config.json: activation_function {theirs['activation_function']!r} cannot be taken over; "
+            f"config.json: activation_function {theirs['activation_function']!r} cannot be imported; "
             f"{', '.join(ACTIVATIONS)} can."
         )
     shared = theirs.get("share_encoder_decoder_embeddings", True)
     tied = theirs.get("tie_word_embeddings", True)
     if shared and not tied:
-        raise ConfigError("config.json: one table for both languages but not for the output cannot be taken over.")
+        raise ConfigError(
+            "config.json: both languages share a table, but the output does not. This cannot be imported."
+        )
     return TransformerConfig(
         model_dim=theirs["d_model"],
         num_heads=theirs["encoder_attention_heads"],
@@ -168,7 +172,7 @@ def renumbered(
     if lacking and proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         raise InputError(
             f"{name_of_model} is a BPE model, and lacks {len(lacking)} pieces of the vocabulary, the first is "
-            f"{lacking[0]!r}. Two models of one vocabulary can be taken over if they are unigram models."
+            f"{lacking[0]!r}. Two models of one vocabulary can be imported if they are unigram models."
         )
     control, unknown = Piece.Type.CONTROL, Piece.Type.UNKNOWN
     special = {
@@ -296,7 +300,7 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     # --- options that the weights show
     start = theirs["decoder_start_token_id"]
     if start != theirs["pad_token_id"]:
-        raise ConfigError("config.json: decoder_start_token_id is not pad_token_id, which cannot be taken over.")
+        raise ConfigError("config.json: decoder_start_token_id is not pad_token_id. Such a model cannot be imported.")
     bias = weights.pop("final_logits_bias", np.zeros(len(vocabularies.orders["target"]), np.float32))
     has_bias = bool(np.any(bias != 0)) or not vocabularies.has_unused or generation.start_excluded
     table_name, *copies = table_names(model)

@@ -100,8 +100,8 @@ class RecurrentConfig:
             )
         if self.input_feeding and self.join != "output":
             raise ConfigError(
-                "model.input_feeding feeds back the vector that joining the context to the output makes, but the "
-                "context is joined to the input. Set model.context_join: output, or input_feeding: false."
+                "model.input_feeding feeds back the attentional vector, which needs a context that joins the output. "
+                "Here the context joins the input. Set model.context_join: output, or input_feeding: false."
             )
         check_dropout_rate("model.dropout", self.dropout)
 
