@@ -57,7 +57,7 @@ def search_meshes(mesh: Mesh) -> list[Mesh]:
 
     On a CPU each device is a mesh, if there are few. Cores may differ in speed or have other work to do. JAX runs a
     program of several CPU devices only when all have ended the one before. But each mesh needs its own compiled
-    program. Elsewhere the only mesh is `mesh` itself (docs/lab_book.md, "cores that are not alike").
+    program. Elsewhere the only mesh is `mesh` itself (docs/lab_book.md, "Programs of several CPU devices").
     """
     devices = list(mesh.devices.flat)
     if devices[0].platform != "cpu" or len(devices) > MOST_SEARCH_MESHES:

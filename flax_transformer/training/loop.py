@@ -21,7 +21,7 @@ from flax_transformer.training.stopping import Patience, StopRequest
 from flax_transformer.training.throughput import FlopFigures
 
 # Updates that may run at the same time. A few keep the devices busy. With many, XLA for CPU with several devices
-# deadlocks (docs/lab_book.md, "memory that comes and goes, and a training that stops for good").
+# deadlocks (docs/lab_book.md, "Steps in flight on several CPU devices").
 MAX_STEPS_IN_FLIGHT = 8
 
 # Updates after a start that are not counted in the throughput.
