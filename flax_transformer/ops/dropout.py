@@ -1,7 +1,7 @@
 """Dropout from one random byte for each element.
 
-A keep decision needs 8 random bits, so each 32-bit word of threefry decides four elements. Threefry is then as cheap on
-a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each device draws only its share.
+A keep decision needs 8 random bits, so each 32-bit word of threefry decides four elements. Threefry is then about as
+fast on a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each device draws only its share.
 """
 
 import jax

@@ -145,10 +145,10 @@ def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
 
 
 def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
-    """Returns the result of `jax.lax.top_k` with less to sort: only the blocks with the highest maxima are searched.
+    """Returns the result of `jax.lax.top_k`, with less to sort.
 
-    Chosen blocks are sorted by index, so ties go to the lower index, as in `top_k`. Without a platform
-    `jax.lax.top_k` itself is the reference.
+    Only the blocks of the vocabulary with the highest maxima are searched. They are sorted by index, so ties go to the
+    lower index, as in `top_k`. Without a platform `jax.lax.top_k` itself is the reference.
     """
     if backend.platform() is None:
         best, place = jax.lax.top_k(x, num)
