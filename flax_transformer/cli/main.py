@@ -92,8 +92,8 @@ def keep_memory() -> None:
 
     XLA for CPU allocates its temporaries anew in every step. By default glibc returns such large blocks to the system
     at once. The system hands them out again in small pages and clears each, which takes much of a training step
-    (docs/lab_book.md, "memory that comes and goes"). The allocator reads its settings only when a process starts. So
-    call this before slow imports.
+    (docs/lab_book.md, "Temporaries kept by the allocator"). The allocator reads its settings only when a process
+    starts. So call this before slow imports.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return

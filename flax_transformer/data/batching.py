@@ -25,18 +25,18 @@ LENGTH_MULTIPLE = 4
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """How sentence pairs are put into batches.
+    """Settings of the batches of a training.
 
     Attributes:
-        packing: put several pairs into a row, for models that support it, rather than one. All batches then have one
-            shape. They have the least padding and compile once, but attention looks at whole rows.
-        tokens_per_batch: padded tokens of a batch at most, on the longer side.
-        num_buckets: without packing: shapes to choose, each of which is compiled once.
-        row_length: with packing: padded tokens of a row on the longer side.
-        gradient_accumulation_steps: equal micro-batches that a batch is cut into. Their gradients are summed up, one
-            after the other, and the update is that of the whole batch. One micro-batch at a time needs memory.
-        row_multiple: rows of a micro-batch divide by this, and mesh.data x mesh.fsdp must divide it. The batches depend
-            on it and not on the mesh, so a run can go on with fewer devices or more.
+        packing: whether a row holds several pairs; recurrent models have no packing. Packed batches have one shape and
+            hardly any padding, but attention computes whole rows.
+        tokens_per_batch: maximum number of tokens of a batch, padding included, on its longer side.
+        num_buckets: maximum number of batch shapes without packing. Each shape is compiled once.
+        row_length: number of tokens of a packed row, padding included, on its longer side.
+        gradient_accumulation_steps: number of micro-batches that a batch is divided into. A step computes them one
+            after the other, in less memory, and sums their gradients. The update is that of the whole batch.
+        row_multiple: number that divides the rows of every micro-batch, a multiple of mesh.data * mesh.fsdp. The
+            batches do not depend on the mesh, so a run can be resumed on another number of devices.
     """
 
     packing: bool = False
@@ -53,7 +53,7 @@ class BatchingConfig:
 
     @property
     def rows_divide_by(self) -> int:
-        """The divisor of a batch's number of rows. Each micro-batch then has a multiple of `row_multiple`."""
+        """Number that divides the rows of every batch, so that `row_multiple` divides those of every micro-batch."""
         return self.row_multiple * self.gradient_accumulation_steps
 
 

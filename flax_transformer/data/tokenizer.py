@@ -54,18 +54,20 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How to learn the subwords.
+    """Settings of a tokenizer that is learnt from the training text.
 
     Attributes:
-        algorithm: "unigram", "bpe", "word" (what stands between spaces; rare words are unknown) or "char".
-        vocab_size: pieces to learn, the four special ones included; "word" and "char" learn fewer where the text
-            has no more.
-        joint: one vocabulary for both languages; needed by `model.share_embeddings: all`.
-        character_coverage: share of the training text's characters that get a piece; the rest become unknown.
-        normalization: of the text, before it is cut: "nmt_nfkc" (SentencePiece's default: Unicode NFKC with changes for
-            translation) or "identity" (none, for text that has been tokenised already).
-        max_training_pairs: most sentence pairs to learn from, spread evenly over the training text. They must fit in
-            memory. Of a larger text more than half as many are taken. SentencePiece passes over very long lines.
+        algorithm: kind of pieces: "unigram" or "bpe" for subwords, "word" for what stands between spaces, or "char".
+            With "word" rare words become unknown tokens.
+        vocab_size: number of pieces, with the four special ones. "word" and "char" learn fewer pieces if the text has
+            fewer words or characters.
+        joint: whether both languages share one vocabulary. `model.share_embeddings: all` needs a shared one.
+        character_coverage: share of the characters of the training text that get a piece, from 0.98 to 1. Other
+            characters become unknown tokens.
+        normalization: normalisation of the text before it is cut. "nmt_nfkc" is SentencePiece's default, a variant of
+            Unicode NFKC. "identity" changes nothing, for text that is tokenised already.
+        max_training_pairs: maximum number of sentence pairs to learn from, spread evenly over the training text. They
+            must fit in memory. SentencePiece leaves out very long lines.
     """
 
     algorithm: Literal["unigram", "bpe", "word", "char"] = "unigram"
@@ -87,14 +89,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class SubwordSamplingConfig:
-    """Training text cut into subwords at random, so that a model meets many segmentations of a word.
+    """Settings of subword regularisation, which cuts the training text into subwords at random.
 
     Attributes:
-        alpha: 0 turns it off. For "bpe" the share of merges that are left out, below 1 (0.1 in the paper); for
-            "unigram" the exponent on the probabilities that segmentations are drawn by (0.1 to 0.5 in the paper; the
-            larger, the closer to the best one).
-        variants: segmentations of the whole training text, each kept on disk; the epochs take turns through them. A
-            run that is resumed where they are lost goes on with others, and says so.
+        alpha: amount of randomness; 0 turns it off. For "bpe" it is the share of merges that are left out, below 1; the
+            paper uses 0.1. For "unigram" it is the exponent of the probabilities of segmentations; the paper uses 0.1
+            to 0.5, and a larger exponent stays closer to the best segmentation.
+        variants: number of segmentations of the training text. The cache on disk keeps them, and the epochs take turns.
+            If they are lost, a resumed run draws new ones and says so.
 
     References:
         Kudo 2018, "Subword Regularization"; Provilkov, Emelianenko and Voita 2020, "BPE-Dropout".
@@ -111,7 +113,7 @@ class SubwordSamplingConfig:
             raise ConfigError(f"subword_sampling.variants must be at least 1, got {self.variants}.")
 
     def check_algorithm(self, algorithm: str) -> None:
-        """Raises a `ConfigError` unless text can be cut at random by a tokenizer's algorithm."""
+        """Raises a `ConfigError` unless a tokenizer's algorithm can cut text at random in this way."""
         if self.alpha and algorithm not in ("unigram", "bpe"):
             raise ConfigError(
                 f"subword_sampling.alpha ({self.alpha}) needs tokenizer.algorithm unigram or bpe: {algorithm!r} cuts a "

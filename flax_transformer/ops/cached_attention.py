@@ -8,8 +8,7 @@ attend only to what they wrote themselves.
 
 On a CPU a cache is split into blocks, and a step reads only the blocks that some slot has reached. Each block is an
 array of its own, since XLA would copy a slice before reading it. A CPU also keeps a bfloat16 cache as float32.
-Otherwise XLA converts the whole cache for each written token (docs/lab_book.md, "bfloat16 on a CPU with matrix
-instructions").
+Otherwise XLA converts the whole cache for each written token (docs/lab_book.md, "Caches of bfloat16 in float32").
 
 Cross-attention. Keys and values are stored once for each sentence. Its K beams take the place of the query axis.
 

@@ -1,8 +1,8 @@
 """Token tables: embedding rows, logits, and the best entries of a vocabulary.
 
 On a CPU logits are stored as [V, ...]. The product is faster with a cached table on the left, because XLA repacks the
-right side in each call. Reductions over V then work on neighbouring memory, so they vectorise (docs/lab_book.md, "two
-passes that must agree, logits by vocabulary"). The axes are swapped back where logits are read; XLA removes both swaps.
+right side in each call. Reductions over V then work on neighbouring memory, so they vectorise (docs/lab_book.md,
+"Logits with the vocabulary first"). The axes are swapped back where logits are read; XLA removes both swaps.
 Only this file knows of it.
 
 Legend: B batch, K beams, M candidates, V vocabulary rows (padded), D model dim.
@@ -114,8 +114,8 @@ def _offset(projection: OutputProjection) -> Float[Array, "V"] | None:
 def fold_bias_into_kernel(projection: OutputProjection) -> OutputProjection:
     """Returns the projection with bias and padding mask as a column of the kernel, where that is faster.
 
-    XLA for CPU would add the vector in separate passes over all logits (docs/lab_book.md, "passes over logits that
-    nobody asked for"). Nothing changes (1) on other platforms, (2) without an offset, (3) for kernels that are not
+    XLA for CPU would add the vector in separate passes over all logits (docs/lab_book.md, "Output bias as a column of
+    the kernel"). Nothing changes (1) on other platforms, (2) without an offset, (3) for kernels that are not
     float32, where the column would be rounded.
     """
     offset, kernel = _offset(projection), projection.kernel
