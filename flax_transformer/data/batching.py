@@ -244,8 +244,8 @@ def data_fingerprint(variants: Sequence[TokenizedPairs], drawn: bool) -> str:
     """Returns the fingerprint of training pairs.
 
     For pairs that were cut at random (`drawn`) it is "TEXT:DRAWS": a hash of the text, and one of its segmentations.
-    SentencePiece 0.2.2 and later draw differently in each process, whatever the seed. So a segmentation that the cache
-    has lost cannot be drawn again.
+    Another process may draw other segmentations (docs/lab_book.md, "SentencePiece draws differently in each process").
+    So a segmentation that the cache has lost cannot be drawn again.
     """
     if not drawn:
         (pairs,) = variants

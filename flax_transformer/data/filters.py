@@ -18,13 +18,13 @@ TOO_LONG = "too long"
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What else to leave out of the training text beside empty pairs and pairs beyond the model's lengths.
+    """Settings of the filters of training text, beside those of empty and of too long pairs.
 
     Attributes:
-        max_length_ratio: pairs in which one side has more than so many times the other's tokens; 0 leaves none out.
-        drop_identical: pairs whose two sides are the same text.
-        drop_duplicates: pairs that occur elsewhere, too: each is kept once, in the corpus with the largest weight
-            (`data.train_weights`), of equal weights in the first, and there at its first place.
+        max_length_ratio: maximum ratio of the number of tokens of the two sides; 0 sets no maximum.
+        drop_identical: whether pairs with the same text on both sides are left out.
+        drop_duplicates: whether only one of equal pairs is kept. It is the first one in the corpus with the largest
+            weight (`data.train_weights`). Among corpora of equal weight the first counts.
     """
 
     max_length_ratio: float = 0.0

@@ -103,7 +103,8 @@ def training_batches(
 ) -> Iterator[tuple[Batch, Position]]:
     """Yields batches without end from `start` on, each with the position after it, which a checkpoint stores.
 
-    In the middle of an epoch a thread begins to plan the next epoch, because packing a large corpus takes long.
+    In the middle of an epoch a thread begins to plan the next epoch. Packing a large corpus takes long
+    (docs/lab_book.md, "Epochs planned in the background").
     """
     epoch, first = start
     batches = plan.epoch(epoch)

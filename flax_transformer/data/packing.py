@@ -67,7 +67,7 @@ def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:
         lengths: [number of pairs, 2] tokens.
         shape: size of a batch; a row holds `source_length` and `target_length` tokens.
     """
-    # Plain integers: over so few rows a loop is faster than calls of NumPy.
+    # Plain integers: over so few rows a loop is faster than calls of NumPy (docs/lab_book.md, "Packing by best fit").
     source_room, target_room = [shape.source_length] * OPEN_ROWS, [shape.target_length] * OPEN_ROWS
     members: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
     row_of_pair = np.empty(len(lengths), index_dtype(len(lengths)))

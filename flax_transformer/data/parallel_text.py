@@ -71,23 +71,26 @@ class Corpus(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelTextConfig:
-    """Where the text lies: UTF-8, by the name of a file (each may be compressed by gzip and then ends in .gz, too):
+    """Settings of parallel text: files in UTF-8.
 
-        *.tsv      a pair a line, its sides in columns with a tab between them
-        *.jsonl    a JSON object a line, its sides under two keys; line breaks in them are read as spaces
-        others     a sentence a line, the other side in a file of its own
-
-    A .tsv or .jsonl file is named on both sides.
+    Each line of a text file is a sentence; the other side is another file. Each line of a .tsv file is a pair, in
+    columns. Each line of a .jsonl file is a JSON object with both sides of a pair, where line breaks become spaces.
+    A .tsv or .jsonl file is named on both sides. The name of a file that gzip has compressed ends in .gz, too.
 
     Attributes:
-        folder: where the files lie that are not given with an absolute path; relative to the working directory.
-        train_source, train_target: training text, one file or several.
-        train_weights: one for each of several training files: 2 has every pair twice in an epoch, 0.25 another quarter
-            of them in each, so that four epochs hold all; all 1 when left out.
-        validation_source, validation_target: text for choosing and watching.
-        test_source, test_target: text for the final figures.
-        source_column, target_column: of .tsv files, from 1.
-        source_key, target_key: of .jsonl files.
+        folder: folder of the files, relative to the working directory. A file with an absolute path does not need it.
+        train_source: files of training text, source side.
+        train_target: files of training text, target side, in the same order.
+        train_weights: weight of each training file; 1 for all if left out. A file of weight 2 occurs twice in an epoch.
+            Weight 0.25 adds another quarter of the file to each epoch, so four epochs contain it once.
+        validation_source: file of validation text, source side.
+        validation_target: file of validation text, target side.
+        test_source: file of test text, source side.
+        test_target: file of test text, target side.
+        source_column: column of the source side in .tsv files, counted from 1.
+        target_column: column of the target side in .tsv files, counted from 1.
+        source_key: key of the source side in .jsonl files.
+        target_key: key of the target side in .jsonl files.
     """
 
     kind: ClassVar[str] = "parallel_text"

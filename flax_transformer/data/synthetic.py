@@ -30,15 +30,15 @@ MAX_DIGITS = 6
 
 @dataclass(frozen=True)
 class NumberWordsConfig:
-    """How many numbers to generate.
+    """Settings of generated number words.
 
-    Numbers are stratified by their count of digits: drawn uniformly, 90 % would have six.
+    Each count of digits gets an equal share. Numbers drawn uniformly would nearly all have six digits.
 
     Attributes:
-        num_train: training pairs aimed at; strata with few numbers repeat them, at most 20 times each.
-        num_validation: distinct numbers for choosing and watching, none of them in training.
-        num_test: distinct numbers for the final figures, none of them in training or validation.
-        seed: of the generator; other seeds give other splits.
+        num_train: number of training pairs. A count of digits with few numbers repeats them, at most 20 times each.
+        num_validation: number of validation pairs; none of them is in training.
+        num_test: number of test pairs; none of them is in training or validation.
+        seed: seed of the generator, which decides how the numbers are split.
     """
 
     kind: ClassVar[str] = "number_words"

@@ -129,8 +129,8 @@ class SubwordSamplingConfig:
 class SubwordSample:
     """One random segmentation. In one process the same text and the same sample give the same ids.
 
-    Another process may give other ids, because SentencePiece 0.2.2 and later salts its generator. So a random
-    segmentation is kept on disk.
+    Another process may give other ids, so a random segmentation is kept on disk (docs/lab_book.md, "SentencePiece draws
+    differently in each process").
 
     Attributes:
         alpha: see `SubwordSamplingConfig`.

@@ -34,30 +34,30 @@ from flax_transformer.shapes import Batch, array_tree
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """Sizes and options of a recurrent encoder-decoder.
+    """Settings of a recurrent encoder-decoder.
 
-    The decoder is always unidirectional: it cannot read what it has not yet written.
+    The decoder reads from left to right only.
 
     Attributes:
-        model_dim: width D of embeddings and of the readout.
-        hidden_dim: units U of each decoder layer and of each encoder layer, both directions together; even when
-            bidirectional.
+        model_dim: width of the embeddings and of the readout.
+        hidden_dim: number of units of each layer. The directions of a bidirectional encoder have half of them each.
         cell: "lstm" or "gru".
-        num_encoder_layers: depth of the encoder.
-        num_decoder_layers: depth of the decoder.
-        encoder_bidirectional: read the source in both directions, with U / 2 units each.
+        num_encoder_layers: number of encoder layers.
+        num_decoder_layers: number of decoder layers.
+        encoder_bidirectional: whether the encoder reads the source in both directions.
         attention: "none", "additive" (Bahdanau), or Luong's "dot", "general" and "concat".
-        context_join: where the context goes. "input" (Bahdanau): scored with the state before the token, joined to the
-            decoder's input. "output" (Luong): scored with the state after it, joined to the decoder's output. Left out:
+        context_join: place where the context joins the decoder. "input" (Bahdanau) attends before the token and joins
+            the decoder's input. "output" (Luong) attends after the token and joins the decoder's output. None means
             "input" for additive attention, "output" for Luong's.
-        input_feeding: the attentional vector of the step before is joined to the decoder's input (Luong et al. 2015,
-            section 3.3); needs context_join "output".
-        max_source_length: most source tokens of a sentence, end token included.
-        max_target_length: most target tokens of a sentence, end token included.
-        share_embeddings: "all", "target_output" or "none", as for the Transformer.
-        dropout: on embeddings, between layers, and on the readout.
-        vocab_multiple: the vocabulary is padded to a multiple of this many rows.
-        param_dtype: type in which parameters are kept; a training keeps them in float32.
+        input_feeding: whether the decoder's input includes the last attentional vector (Luong et al. 2015, section
+            3.3). This needs context_join "output".
+        max_source_length: maximum number of source tokens of a sentence, end token included.
+        max_target_length: maximum number of target tokens of a sentence, end token included.
+        share_embeddings: "all" uses one table for source, target and output, and needs a joint vocabulary. With
+            "target_output" the source has its own table. With "none" there are three tables.
+        dropout: rate of dropout on embeddings, between layers, and on the readout.
+        vocab_multiple: number that divides the rows of each token table; padding rows fill it up.
+        param_dtype: type of the parameters; training needs float32.
         compute_dtype: type of products and activations.
     """
 

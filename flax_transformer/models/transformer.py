@@ -41,35 +41,36 @@ from flax_transformer.shapes import Batch
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and options of a Transformer.
+    """Settings of a Transformer.
 
     Attributes:
-        model_dim: width D of every layer's input and output; even.
-        num_heads: attention heads N; must divide `model_dim`.
-        feed_forward_dim: hidden width F of the position-wise network.
-        num_encoder_layers: depth of the encoder.
-        num_decoder_layers: depth of the decoder.
-        max_source_length: most source tokens of a sentence, end token included.
-        max_target_length: most target tokens of a sentence, end token included.
-        positions: "sinusoidal" (fixed) or "learned".
-        norm_order: "post" (the paper's) or "pre"; pre-norm adds one norm at the end of each stack.
-        norm_epsilon: added to the variance.
-        activation: of the position-wise network.
-        share_embeddings: "all" (source, target and output use one table; needs a joint vocabulary), "target_output"
-            (source has its own), or "none" (three tables).
-        dropout: on each sub-layer's output.
-        embedding_dropout: on the sum of embeddings and positions; as `dropout` when None.
-        attention_dropout: on attention weights.
-        activation_dropout: after the activation of the position-wise network.
-        vocab_multiple: the vocabulary is padded to a multiple of this many rows.
-        output_bias: one learnt number is added to each token's logit; models taken over from Marian have it.
-        zero_start: the start token's vector is zero, as in Marian's models, and not learnt.
-        scan_layers: in training, run the layers of a stack in a loop that is compiled once, rather than one after the
-            other: deep models compile sooner, and run a little slower.
-        rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again. This
-            takes less memory and more arithmetic; XLA for CPU saves nothing unless layers are scanned.
-        param_dtype: type in which parameters are kept; a training keeps them in float32.
-        compute_dtype: type of products and activations; softmax, norm statistics and the loss stay float32.
+        model_dim: width of every layer's input and output; an even number.
+        num_heads: number of attention heads; it divides model_dim.
+        feed_forward_dim: hidden width of the feed-forward network.
+        num_encoder_layers: number of encoder layers.
+        num_decoder_layers: number of decoder layers.
+        max_source_length: maximum number of source tokens of a sentence, end token included.
+        max_target_length: maximum number of target tokens of a sentence, end token included.
+        positions: "sinusoidal" (fixed) or "learned" position encodings.
+        norm_order: place of the layer norm: "post" (as in the paper) or "pre". Pre-norm adds a norm at the end of each
+            stack.
+        norm_epsilon: number that a layer norm adds to the variance.
+        activation: activation of the feed-forward network.
+        share_embeddings: "all" uses one table for source, target and output, and needs a joint vocabulary. With
+            "target_output" the source has its own table. With "none" there are three tables.
+        dropout: rate of dropout on each sub-layer's output.
+        embedding_dropout: rate of dropout on the sum of embeddings and positions; None means that of dropout.
+        attention_dropout: rate of dropout on attention weights.
+        activation_dropout: rate of dropout after the activation of the feed-forward network.
+        vocab_multiple: number that divides the rows of each token table; padding rows fill it up.
+        output_bias: whether one learnt number is added to each token's logit, as in MarianMT models.
+        zero_start: whether the start token's vector is fixed at zero, as in MarianMT models.
+        scan_layers: whether training runs the layers of a stack in a loop, which is compiled once. Deep models then
+            compile sooner and run a little slower.
+        rematerialize: whether training keeps only each layer's input for the backward pass, and computes the rest
+            again. This needs less memory and more arithmetic. On a CPU it saves memory only with scan_layers.
+        param_dtype: type of the parameters; training needs float32.
+        compute_dtype: type of products and activations. Softmax, statistics of norms and the loss stay float32.
     """
 
     kind: ClassVar[str] = "transformer"

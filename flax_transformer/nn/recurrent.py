@@ -35,8 +35,8 @@ def _kernel(key: jax.Array, in_dim: int, num_gates: int, units: int, dtype: jnp.
     return jnp.stack(gates, axis=1)
 
 
-# The backward pass recomputes the gates' values from the products. Writing them out at each time step and reading them
-# back costs more than the exponentials.
+# The backward pass computes the gates again from the products. Writing them out at each time step and reading them back
+# costs more (docs/lab_book.md, "Gates computed again in the backward pass").
 @jax.checkpoint
 def _lstm_gates(state: State, gates: Float[Array, "*rows GU"]) -> State:
     input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
