@@ -23,14 +23,14 @@ from flax_transformer.user_cache import user_cache
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
 VERBS = {
-    "prepare": "learn the tokenizers and tokenise the text of a configuration, ahead of its training",
-    "train": "train as a configuration says, then evaluate",
-    "translate": "translate standard input to standard output, line by line",
-    "score": "the log-probability of translations that exist already",
+    "prepare": "train the tokenizers and tokenise the text of a configuration, before the training",
+    "train": "train as a configuration says, then test",
+    "translate": "translate a file or standard input, line by line",
+    "score": "print the log-probability of existing translations",
     "evaluate": "translate a file and score it against a reference",
-    "average": "the mean of several checkpoints as a run folder of its own",
-    "convert": "a run as a model of Hugging Face (MarianMT), or one of those as a run",
-    "compare": "finished runs to one table and two pictures",
+    "average": "average several checkpoints of a run into a new run folder",
+    "convert": "convert a run to a MarianMT model of Hugging Face, or such a model to a run",
+    "compare": "compare finished runs in a table and two pictures",
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, text in VERBS.items())
@@ -130,7 +130,7 @@ def main() -> int:
     """Runs the verb that the command line names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + "\n\nflax-transformer VERB --help tells the options of a verb.")
+        print(USAGE + "\n\nflax-transformer VERB --help prints the options of a verb.")
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
         print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)

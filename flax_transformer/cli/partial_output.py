@@ -104,7 +104,7 @@ class PartialOutput:
             return Progress(**json.loads(self._record.read_text()))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"--resume: {self._record} cannot be read ({error}), so nobody knows how far {self._partial} is. "
+                f"--resume: {self._record} cannot be read ({error}), so the progress of {self._partial} is not known. "
                 "Remove both to begin anew."
             ) from error
 

@@ -78,9 +78,9 @@ class TranslateOptions:
             if value and not self.json:
                 raise ConfigError(f"--{name} needs --json: a line of text holds one translation and nothing else.")
         if self.scores and self.json:
-            raise ConfigError("--scores and --json contradict each other: the objects hold scores already.")
+            raise ConfigError("--scores and --json contradict each other: the objects have scores already.")
         if self.resume and (self.output is None or self.input is None):
-            raise ConfigError("--resume needs --input and --output: it goes on behind the lines in the output.")
+            raise ConfigError("--resume needs --input and --output: it continues after the lines in the output.")
 
 
 def read_lines(stream: Any, name: str) -> Iterator[str]:
@@ -103,7 +103,7 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{name}, after line {number}: not a whole gzip file ({error}). The {number} lines before were translated. "
-            "Fetch it again, or drop .gz from its name."
+            "Get it again, or remove .gz from its name if it is plain text."
         ) from error
 
 

@@ -52,8 +52,8 @@ class SamplingConfig:
     def __post_init__(self):
         if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise ConfigError(
-                f"temperature must be at least {LEAST_TEMPERATURE:g}, got {self.temperature}; for the most probable, "
-                "use a beam."
+                f"temperature must be at least {LEAST_TEMPERATURE:g}, got {self.temperature}. For the most probable "
+                "outputs, set decoding.method: beam."
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k must not be negative (0 is all tokens), got {self.top_k}.")

@@ -70,7 +70,7 @@ class RunSummary:
             raise RunFolderError(
                 f"{path} cannot be compared, since {folder.card_file.name}, {folder.metrics_file.name} or the files of "
                 f"its test part are missing or damaged: {type(error).__name__}, {error}. `flax-transformer train --run "
-                f"{path} --resume` tests once more; a log that is damaged means another training."
+                f"{path} --resume` tests once more. If the log is damaged, train again."
             ) from error
 
     @classmethod
@@ -141,8 +141,8 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
     for path, run in zip(paths, runs, strict=True):
         if (run.sources, run.references) != (first.sources, first.references):
             raise InputError(
-                f"{paths[0]} and {path} were tested on different sentences, so their scores say nothing about each "
-                "other. Compare runs of one corpus."
+                f"{paths[0]} and {path} were tested on different sentences, so their scores cannot be compared. "
+                "Compare runs of one corpus."
             )
         if run.scores.bleu_signature != first.scores.bleu_signature:
             raise InputError(

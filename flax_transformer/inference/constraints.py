@@ -79,7 +79,7 @@ class Constraints:
             if self.target.special.unknown in ids:
                 raise ConfigError(
                     f"decoding.suppress_sequences: {text!r} has characters that the target vocabulary does not hold, "
-                    "so no output can hold it: leave it out (decoding.suppress_unknown excludes all that is unknown)."
+                    "so no output contains it. Leave it out (decoding.suppress_unknown excludes unknown tokens)."
                 )
         return phrases
 
