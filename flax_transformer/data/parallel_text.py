@@ -216,7 +216,7 @@ class ParallelFiles:
         digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())
         for path in (self.source, self.target):
             if not path.is_file():
-                next(iterate_lines(path))  # says what is wrong
+                next(iterate_lines(path))  # raises an error that says why
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
@@ -283,7 +283,7 @@ def read_corpus(config: ParallelTextConfig) -> Corpus:
     weights = config.train_weights or (1.0,) * len(config.train_source)
     train = tuple(part(*each) for each in zip(config.train_source, config.train_target, weights, strict=True))
     for path in (path for files in train for path in (files.source, files.target) if not path.is_file()):
-        next(iterate_lines(path))  # says what is wrong
+        next(iterate_lines(path))  # raises an error that says why
     return Corpus(
         train=train,
         validation=part(config.validation_source, config.validation_target).read(),

@@ -64,7 +64,7 @@ class SentencePieceTokenizer:
 
         Args:
             lines: the text.
-            config: what to learn.
+            config: settings of the tokenizer.
             name: name of the text in messages.
 
         Raises:

@@ -339,7 +339,7 @@ def write_run(
         made.create(config, pair)
         with Checkpoints(made.checkpoints, (1, 1), pair.fingerprint) as checkpoints:
             checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
-        if output.is_dir():  # and empty
+        if output.is_dir():  # an empty folder
             output.rmdir()
         made.path.rename(output)
 

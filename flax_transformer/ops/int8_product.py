@@ -39,7 +39,7 @@ def quantize(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weig
     """Returns `weights` rounded to 127 steps on either side of zero.
 
     Args:
-        weights: of any shape.
+        weights: array of any shape.
         in_axes: axes that products sum over. Each entry of the other axes has its own scale.
     """
     weights = weights.astype(jnp.float32)
