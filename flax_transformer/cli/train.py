@@ -42,7 +42,7 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
             rest.append(arguments[position])
         position += 1
     if path is None and any(name in rest for name in ("-h", "--help")):
-        return override(Config(), ["--help"], program), resume  # prints the help and exits
+        return override(Config(), rest, program), resume  # prints the help and exits
     if path is None and resume and run:  # the run folder has the configuration
         path = RunFolder.open(run).config_file
     elif path is None:
