@@ -1,6 +1,6 @@
-"""What a tokenizer is: text to ids and back, with special ids of its own.
+"""The interface of a tokenizer, and tokenized text.
 
-`sentencepiece_tokenizer.py` holds the one that is learnt from training text, `tokenizer_pair.py` knows all kinds.
+`sentencepiece_tokenizer.py` implements the interface. `tokenizer_pair.py` lists all kinds of tokenizer.
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ class SpecialIds:
     """The ids of a tokenizer that stand for no text.
 
     Attributes:
-        start: what a decoder reads first. It may be one of the others, as in models that start with padding.
-        end: what closes a sentence.
-        pad: what a tokenizer has for padding. Nothing here reads it, since padding is segment 0; no output may hold it.
-            None for a tokenizer without such an id.
-        unknown: what text becomes that the vocabulary does not hold. None for a tokenizer that holds any text.
+        start: first input of a decoder. It may equal another id here, as in models that start with padding.
+        end: id that closes a sentence.
+        pad: id of padding, or None. Batches do not need it, since padding is segment 0. No output may contain it.
+        unknown: id of text outside the vocabulary; None for a tokenizer that encodes any text.
     """
 
     start: int
@@ -41,12 +40,15 @@ class SpecialIds:
 
     @property
     def ids(self) -> frozenset[int]:
-        """All of them."""
+        """All special ids."""
         return frozenset(i for i in dataclasses.astuple(self) if i is not None)
 
     @property
     def never_in_outputs(self) -> frozenset[int]:
-        """Padding and start: no sentence of a training text holds them, unless one of them closes it."""
+        """Padding and start, without those that are also the end token or the unknown token.
+
+        No sentence of a training text contains them.
+        """
         return self.ids - {self.end, self.unknown}
 
 
@@ -125,15 +127,16 @@ class SubwordSamplingConfig:
 
 @dataclass(frozen=True)
 class SubwordSample:
-    """One random segmentation: in one process the same text and the same sample give the same ids.
+    """One random segmentation. In one process the same text and the same sample give the same ids.
 
-    In another process they may not: SentencePiece salts its generator, from 0.2.2 on. So what was drawn is kept.
+    Another process may give other ids, so a random segmentation is kept on disk (docs/lab_book.md, "SentencePiece draws
+    differently in each process").
 
     Attributes:
         alpha: see `SubwordSamplingConfig`.
-        seed: not negative.
-        num_lines: lines that are cut by one generator. Each such part of a longer text draws the same numbers, for
-            other words.
+        seed: at least 0.
+        num_lines: number of lines that one generator cuts. The generators of a text draw the same numbers, for
+            different words.
     """
 
     alpha: float
@@ -141,18 +144,17 @@ class SubwordSample:
     num_lines: int = 2_048
 
     def at(self, *place: int) -> "SubwordSample":
-        """Returns a sample with a seed of its own for a part of the text."""
+        """Returns a sample for a part of the text, with a seed of its own."""
         seed = int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0])
         return dataclasses.replace(self, seed=seed)
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. The ids are 0 to `vocab_size` - 1, and those of no text are `special`.
+    """Text to ids and back. Ids are 0 to `vocab_size` - 1; `special` holds those that stand for no text.
 
     Attributes:
-        suffix: what the name of the file ends with that such a tokenizer is kept in. It says the kind of the tokenizer
-            (see `tokenizer_pair.KINDS`).
+        suffix: end of the name of a tokenizer's file. It identifies the kind of tokenizer (see `tokenizer_pair.KINDS`).
     """
 
     suffix: ClassVar[str]
@@ -164,12 +166,12 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
+        """Number of ids, special ids included."""
         ...
 
     @property
     def model(self) -> bytes:
-        """The contents of the file that the tokenizer is kept in."""
+        """The contents of the tokenizer's file."""
         ...
 
     @property
@@ -181,12 +183,12 @@ class Tokenizer(Protocol):
         """Returns the ids of each line, without start and end token: the best segmentation, or a random one.
 
         Raises:
-            InputError: text that is no valid Unicode.
+            InputError: text that is not valid Unicode.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, one line without a line end; special ids other than unknown give nothing."""
+        """Returns the text of ids, in one line without a line end. Special ids other than unknown add no text."""
         ...
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -194,21 +196,21 @@ class Tokenizer(Protocol):
         ...
 
     def id_of(self, piece: str) -> int | None:
-        """Returns the id of the piece with a surface form, or None if there is none or it is special."""
+        """Returns the id of a piece by its surface form, or None if it does not exist or is special."""
         ...
 
     def encoded_spans(self, line: str) -> list[tuple[int, int]]:
-        """Returns which bytes (of UTF-8) of a line each of its ids, as of `encode`, stands for: begin and end."""
+        """Returns begin and end, in bytes of UTF-8, of the part of `line` that each id of `encode` stands for."""
         ...
 
     def decoded_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Returns which bytes (of UTF-8) of the text of ids, as of `decode`, each of them became: begin and end."""
+        """Returns begin and end, in bytes of UTF-8, of the part of the decoded text that each id becomes."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Sentences as one flat array of ids, each sentence closed by the end token.
+    """Sentences as one flat array of ids. The end token closes each sentence.
 
     Attributes:
         ids: [sum of lengths] int32.
@@ -222,7 +224,7 @@ class TokenizedText:
     def from_lines(
         cls, lines: Sequence[str], tokenizer: Tokenizer, sample: SubwordSample | None = None
     ) -> "TokenizedText":
-        """Returns the ids of `lines`; `sample` as for `Tokenizer.encode`."""
+        """Returns the ids of `lines`; see `Tokenizer.encode` for `sample`."""
         sentences = tokenizer.encode(lines, sample)
         lengths = np.fromiter((len(s) + 1 for s in sentences), np.int64, len(sentences))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -233,5 +235,5 @@ class TokenizedText:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[number of sentences], end token included."""
+        """[number of sentences], end tokens included."""
         return np.diff(self.offsets)

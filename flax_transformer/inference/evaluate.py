@@ -1,4 +1,4 @@
-"""Scores of translations against references, by sacreBLEU, each with its signature."""
+"""Scores of translations against references, computed by sacreBLEU, with their signatures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ class Scores:
     """Corpus-level scores.
 
     Attributes:
-        bleu: sacreBLEU, 0 to 100.
-        bleu_signature: how it was computed.
+        bleu: BLEU, 0 to 100.
+        bleu_signature: sacreBLEU's signature of BLEU.
         chrf: chrF2, 0 to 100.
-        chrf_signature: how it was computed.
-        exact_match: share of sentences that equal their reference, 0 to 100.
-        num_sentences: how many.
+        chrf_signature: sacreBLEU's signature of chrF2.
+        exact_match: percentage of sentences that equal their reference.
+        num_sentences: number of sentences.
     """
 
     bleu: float
@@ -36,7 +36,7 @@ class Scores:
 
     @property
     def text(self) -> str:
-        """The scores as lines for a person."""
+        """The scores as lines of text."""
         return (
             f"BLEU {self.bleu:.2f}   {self.bleu_signature}\n"
             f"chrF {self.chrf:.2f}   {self.chrf_signature}\n"
@@ -48,11 +48,11 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenize
     """Returns the scores of detokenised `hypotheses` against one reference each.
 
     Args:
-        hypotheses, references: equally many sentences.
-        bleu_tokenizer: sacreBLEU's name of one; it stands in the signature.
+        hypotheses, references: equal numbers of sentences.
+        bleu_tokenizer: sacreBLEU's name of the tokenizer for BLEU.
 
     Raises:
-        InputError: different numbers of lines, or none.
+        InputError: different numbers of lines, or no line.
     """
     if len(hypotheses) != len(references):
         raise InputError(
@@ -61,7 +61,7 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenize
         )
     if not references:
         raise InputError("there is nothing to evaluate: at least one sentence is needed.")
-    # Text that is tokenised already is compared as it is on purpose, so sacreBLEU need not warn of it.
+    # `force` silences sacreBLEU's warning about tokenised text. With "none" the user says that it is tokenised.
     bleu, chrf = BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"), CHRF()
     bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
     chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score

@@ -1,4 +1,4 @@
-"""The programs of a search: their static settings, their input arrays, and the devices that run them."""
+"""The programs of a search: static settings, input arrays, compilation, and the devices that run them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class ProgramOptions:
     """Sizes of a search's programs. They change no result.
 
     Attributes:
-        sentences_per_row: sentences that one call takes, as a multiple of those that are searched at the same time.
-            Near the end of a call slots are empty, so a larger value wastes less. Memory for the results limits it.
-        sentences_per_row_with_attention: the same if results hold attention, which is large.
+        sentences_per_row: most sentences of one call for each slot. Slots are empty near the end of a call, so larger
+            calls waste fewer steps. The memory for their results is the limit.
+        sentences_per_row_with_attention: the same for results with attention, which are larger.
         refill_share: slots are refilled once 1 / `refill_share` of them are empty.
     """
 
@@ -37,12 +37,12 @@ class ProgramOptions:
     refill_share: int = 16
 
     def refill_at(self, num_slots: int) -> int:
-        """Returns how many of the slots stand empty before they are refilled."""
+        """Returns the number of empty slots at which they are refilled."""
         return max(1, num_slots // self.refill_share)
 
 
 class Found(NamedTuple):
-    """The place of one request's results among those of a call.
+    """The results of one request, by their place among those of a call.
 
     Attributes:
         index: number of the request.
@@ -57,14 +57,14 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Programs:
-    """The searches of one set of settings.
+    """The search programs for one set of settings.
 
     Attributes:
         parameters: parameters of the model on its devices, with the programs compiled so far.
         constraints: settings, tokenizer and limits of the outputs.
-        suppress_start: whether a beam search must exclude padding and start tokens, which the model may find probable.
-        num_beams: hypotheses that are kept, or drawn, for each sentence.
-        num_awaited: finished hypotheses that a beam search of a sentence waits for.
+        suppress_start: whether a beam search must exclude padding and start tokens. Some models find these probable.
+        num_beams: number of hypotheses that are kept, or drawn, for each sentence.
+        num_awaited: number of finished hypotheses that a beam search waits for.
         attention: whether the attention over the source is returned.
         options: sizes of the programs.
     """
@@ -79,14 +79,14 @@ class Programs:
 
     @property
     def batch_size(self) -> int:
-        """Sentences that each mesh searches at the same time."""
+        """Number of sentences that each search mesh searches at the same time."""
         return rounded_up(self.constraints.decoding.batch_size, self.parameters.mesh) // len(
             self.parameters.search_meshes
         )
 
     @property
     def num_sentences(self) -> int:
-        """Sentences that one call of a program takes."""
+        """Most sentences of one call of a program."""
         decoding, options = self.constraints.decoding, self.options
         if decoding.method == "sampling":
             return self.batch_size
@@ -95,7 +95,7 @@ class Programs:
         return self.batch_size * multiple
 
     def spec(self, shape: Shape) -> SearchConfig:
-        """Returns the static settings of a search of requests of one shape."""
+        """Returns the static settings of a search for requests of one shape."""
         constraints, decoding = self.constraints, self.constraints.decoding
         slots, special = self.batch_size // self.parameters.search_meshes[0].size, constraints.target.special
         return SearchConfig(
@@ -121,7 +121,7 @@ class Programs:
         )
 
     def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:
-        """Returns the inputs of a search of requests of one shape, in their `places`; other rows are padding.
+        """Returns the inputs of a search for requests of one shape, in the rows of `places`; other rows are padding.
 
         Args:
             requests: at most `num_sentences`.
@@ -156,7 +156,7 @@ class Programs:
         )
 
     def _suppressed(self) -> np.ndarray:
-        """Returns [vocabulary], True for tokens that no output may hold; an empty array if all are allowed."""
+        """Returns [vocabulary], True for tokens that no output may contain; an empty array if all are allowed."""
         target, decoding = self.constraints.target, self.constraints.decoding
         ids = set(self.constraints.suppress_tokens.values())
         # A beam never finds padding or start probable in a trained model, but sampling may draw any token.
@@ -175,10 +175,10 @@ class Programs:
             spec: static settings of the search.
             inputs: arrays of the shapes to compile for.
             number: number of the mesh.
-            held: bytes on each device that others keep.
+            held: bytes on each device that other arrays take.
 
         Raises:
-            ConfigError: it needs more memory than a device has.
+            ConfigError: the search needs more memory than a device has.
         """
         parameters, beam = self.parameters, spec.beam
         graphdef, params = parameters.prepared()[number]
@@ -197,11 +197,11 @@ class Programs:
         return parameters.programs[key]
 
     def compile(self, shapes: Iterable[Shape], held: int = 0) -> None:
-        """Compiles the searches of requests of some shapes, for every mesh.
+        """Compiles the searches for requests of some shapes, for every mesh.
 
         Args:
             shapes: shapes of the requests.
-            held: bytes on each device that others keep.
+            held: bytes on each device that other arrays take.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
@@ -211,18 +211,18 @@ class Programs:
                 self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, held)
 
     def launch(self, requests: Sequence[Request], shape: Shape, number: int) -> Hypotheses:
-        """Starts the search for requests of one shape on mesh `number`; returns its results without waiting."""
+        """Starts the search for requests of one shape on mesh `number`. Returns its results without waiting."""
         inputs = self.inputs(requests, shape, self.parameters.search_meshes[number])
         program = self.compiled(self.spec(shape), inputs, number)
         return program(self.parameters.prepared()[number].params, inputs)
 
     def chunks(self, requests: Mapping[int, Request]) -> list[Chunk]:
-        """Returns the calls that search for all requests, in the order in which they start."""
+        """Returns the chunks of all requests, in the order in which their searches start."""
         groups: dict[Shape, list[int]] = {}
         for index, request in requests.items():
             groups.setdefault(request.shape, []).append(index)
         for members in groups.values():
-            # The longest first: near the end, when slots are empty, only short ones are left.
+            # The longest come first, so only short ones are left near the end, when slots are empty.
             members.sort(key=lambda index: -requests[index].num_tokens)
         return cut_into_chunks(groups, len(self.parameters.search_meshes), self.batch_size, self.num_sentences)
 
@@ -245,5 +245,5 @@ def rounded_up(num_rows: int, mesh: Mesh) -> int:
 
 
 def places(num_sentences: int, rows: int, devices: int) -> list[int]:
-    """Returns the row of each sentence. Devices get sentences in turn, so each device's padding is at its end."""
+    """Returns the row of each sentence. Devices get sentences in turn, so the padding of each device is at its end."""
     return [(n % devices) * (rows // devices) + n // devices for n in range(num_sentences)]

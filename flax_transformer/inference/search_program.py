@@ -1,4 +1,4 @@
-"""The search of a model as one XLA program on each device: encode, then search with slots that are refilled.
+"""The search of a model as one XLA program on each device. It encodes sentences and searches their outputs.
 
 Legend: N sentences, B slots, S source length, K beams, T maximum length, P prefix length, V vocabulary, E models.
 """
@@ -30,19 +30,19 @@ ALL_AXES = ("data", "fsdp", "tensor")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Static settings of a search. One program is compiled for each spec and source length.
+    """Static settings of a search. One program is compiled for each `SearchConfig` and each shape of the inputs.
 
     Attributes:
-        beam: sizes, tokens and length penalty, for sampling too.
-        sampling: how to draw; None searches with a beam.
+        beam: sizes, tokens and length penalty; also for sampling.
+        sampling: how tokens are drawn; None is beam search.
         no_repeat_ngram: size of n-grams that may occur only once; 0 allows all.
         repetition_penalty: factor on log-probabilities of tokens that have occurred, at least 1.
-        suppress_sequences: ids of each phrase.
-        force_eos: whether the end token ends outputs at their maximum length at no cost. Outputs with required phrases
-            are not ended so, since they may lack some.
+        suppress_sequences: ids of each suppressed phrase.
+        force_eos: whether the end token ends outputs at their maximum length at no cost. It does not apply to outputs
+            with required phrases, since they may lack some.
         coverage_penalty: weight of the penalty on source tokens that got little attention.
         keep_attention: whether the attention over the source is returned.
-        num_models: E, number of an ensemble's models. Several are stacked on a leading axis.
+        num_models: number of an ensemble's models, E.
     """
 
     beam: BeamSearchConfig
@@ -59,17 +59,17 @@ class SearchConfig:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SearchInputs:
-    """The arrays that a search takes. The same tree also holds shapes and shardings.
+    """The input arrays of a search. The leaves of the tree may also be shapes or shardings.
 
     Attributes:
-        tokens: [N, S].
+        tokens: [N, S], source tokens.
         segments: [N, S], 0 for padding.
-        max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which stand at the end.
+        max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which are at the end.
         min_lengths: [N], fewest tokens of an output, end token included.
         prefixes: [N, P], ids that outputs begin with, `logits_processors.ANY` after the end; P may be 0.
-        required: [N, Q, P], phrases that outputs hold, `logits_processors.ANY` after the end of each; Q may be 0.
+        required: [N, Q, P], phrases that outputs must contain, `logits_processors.ANY` after each; Q may be 0.
         seeds: [N], seeds of sampling.
-        suppressed: [V], True for tokens that no output may hold.
+        suppressed: [V], True for tokens that no output may contain.
     """
 
     tokens: Any
@@ -84,7 +84,7 @@ class SearchInputs:
 
 @dataclass(frozen=True)
 class ModelFunctions:
-    """ModelFunctions of a model, or of an ensemble whose probabilities are averaged."""
+    """The functions of a model or an ensemble that a search calls."""
 
     encode: Callable[[jax.Array, jax.Array, jax.Array], EncoderOutput]
     start: Callable[[EncoderOutput], DecodeState]
@@ -92,9 +92,9 @@ class ModelFunctions:
 
 
 def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunctions:
-    """Returns the functions of a model, or of an ensemble of models with equal sizes.
+    """Returns the functions of a model, or of an ensemble, which averages its models' probabilities.
 
-    The parameters are those of `prepare_for_inference`. Leaves of an ensemble's encoder output and state have a model
+    The parameters are those of `prepare_for_inference`. Arrays of an ensemble's encoder output and state have a model
     axis after their leading [B] or [B, K].
     """
     beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
@@ -139,16 +139,15 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """The state of a search's slots, and the first states of the next sentences.
+    """The decoder states of the sentences in the slots, and of the sentences that wait.
 
-    Sentences are encoded in pieces of B, when the first sentence of a piece is due. So the number of sentences costs no
-    memory and changes no bit of a result. Slots are refilled in the order of the sentences. So the sentences that are
-    due always lie in the last two pieces.
+    B sentences are encoded together, as soon as a slot needs the first of them. So memory and results do not depend on
+    the number of sentences. Slots take sentences in order, so those that wait are among the last 2 B encoded ones.
 
     Attributes:
         decoding: state of the sentences in the slots.
-        waiting: [2 B, ...], states of two pieces before their first token. Sentence n is in row n % 2 B.
-        pieces: number of pieces that have been encoded.
+        waiting: [2 B, ...], states before the first token. Sentence n is in row n % 2 B.
+        pieces: number of encoder calls so far.
     """
 
     decoding: Any
@@ -159,7 +158,7 @@ class SlotState:
 def slot_functions(
     model: ModelFunctions, inputs: SearchInputs, slots: int
 ) -> tuple[SlotState, Callable[[SlotState, jax.Array, jax.Array], SlotState]]:
-    """Returns a state of empty slots, and the function that puts sentences into some of them (see `Refill`)."""
+    """Returns a state of empty slots, and the function that puts sentences into slots (see `Refill`)."""
     length = inputs.tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
 
@@ -189,7 +188,7 @@ def slot_functions(
         decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), append_only=state.decoding.append_only)
         return SlotState(decoding, waiting, pieces)
 
-    # Only the shapes matter: every slot is filled before it is used.
+    # The values do not matter, since every slot is filled before its first step.
     shapes = jax.eval_shape(encoded, jax.ShapeDtypeStruct((), jnp.int32))
     decoding = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     blank = dataclasses.replace(shapes, append_only=None)
@@ -200,11 +199,13 @@ def slot_functions(
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class CoveragePenalty:
-    """Adjusts scores by weight * sum over source tokens of log(min(attention given to the token, 1)).
+    """Adjusts scores by weight * sum over source tokens of log(min(attention, 1)).
+
+    The attention of a source token is the sum of its weights over all target tokens.
 
     Attributes:
         segments: [N, S], 0 for padding.
-        weight: at least 0.
+        weight: weight of the penalty, at least 0.
 
     References:
         Wu et al. 2016 (GNMT), equation 14.
@@ -224,7 +225,7 @@ class CoveragePenalty:
 
 
 def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
-    """Returns the logits processors of the settings. A plain search has none, so it pays nothing."""
+    """Returns the logits processors that the settings ask for. Without any, a search does no extra work."""
     asked: list[LogitsProcessor] = []
     if spec.repetition_penalty != 1.0:
         asked.append(logits_processors.RepetitionPenalty(spec.repetition_penalty))
@@ -246,7 +247,7 @@ def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsPro
 def decoder_functions(
     model: ModelFunctions, spec: SearchConfig, inputs: SearchInputs
 ) -> tuple[DecoderFunctions, SlotState]:
-    """Returns a model as a search sees it, and a state of empty slots."""
+    """Returns the decoder functions of a model, and a state of empty slots."""
     empty, refill = slot_functions(model, inputs, spec.beam.num_slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
@@ -262,9 +263,9 @@ def decoder_functions(
 
 
 def search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Encodes the sentences of one device and searches, with the parameters of `prepare_for_inference`.
+    """Returns the outputs of the sentences of one device, with the parameters of `prepare_for_inference`.
 
-    An input that is an empty array sets no rule: `suppressed`, `min_lengths`, `prefixes` or `required`.
+    Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
     """
     beam = spec.beam
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
@@ -283,8 +284,8 @@ def search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs)
 def jit_search(graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
 
-    Sentences are split over all axes of the mesh, and parameters are copied. Each device runs its own loop with
-    `spec.beam.num_slots` slots. No device waits for another.
+    Sentences are split over all axes of the mesh, and every device has all parameters. Each device runs its own loop
+    with `spec.beam.num_slots` slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
     inputs = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())

@@ -1,11 +1,11 @@
 """Masked, label-smoothed cross entropy, from hidden vectors and the output projection.
 
-The logits hidden @ kernel.T have B * T * V elements, far more than any other array when V >> D. The fused form computes
-them in chunks of target tokens, so no [B, T, V] array ever exists. The loss is one number, so its gradient is known up
-to a factor. The forward pass therefore computes each chunk's gradient at once, and logits are computed only once.
-Padding is sorted behind all other tokens. On a CPU the loop ends before the padding.
+The logits hidden @ kernel.T have B * T * V elements. That is far more than any other array has when V >> D. The fused
+form computes them in chunks of target tokens, so no [B, T, V] array ever exists. The loss is one number, so its
+gradient is known up to a factor. The forward pass therefore computes each chunk's gradient at once, and logits are
+computed only once. Padding is sorted behind all other tokens. On a CPU the loop ends before the padding.
 
-Each form is tested against the other, so they share a file.
+The tests compare both forms with each other, so they share a file.
 
 Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a chunk.
 """
@@ -37,7 +37,7 @@ class LossSums(NamedTuple):
 
     Attributes:
         loss: label-smoothed cross entropy, nats.
-        negative_log_likelihood: that of the reference, nats; exp(sum / count) is the perplexity.
+        negative_log_likelihood: cross entropy without smoothing, nats; exp(sum / count) is the perplexity.
         correct: tokens whose reference has the highest logit.
         count: tokens that are not padding.
     """
@@ -59,7 +59,7 @@ def reference_cross_entropy(
     label_smoothing: float,
     divergence_weight: float = 0.0,
 ) -> LossSums:
-    """The plain form of `cross_entropy`: all logits at once, differentiated by JAX."""
+    """Returns `cross_entropy` in its plain form: all logits at once, differentiated by JAX."""
     logits = projection.logits(hidden)
     log_probs = jax.nn.log_softmax(logits)
     of_target = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]

@@ -58,7 +58,7 @@ def search_meshes(mesh: Mesh) -> list[Mesh]:
 
     On a CPU with few devices each device is a mesh. Cores may differ in speed or have other work to do. A program of
     several CPU devices starts only when all of them are free. But each mesh needs its own compiled program. Elsewhere
-    the only mesh is `mesh` itself (docs/lab_book.md, "cores that are not alike").
+    the only mesh is `mesh` itself (docs/lab_book.md, "Programs of several CPU devices").
     """
     devices = list(mesh.devices.flat)
     if devices[0].platform != "cpu" or len(devices) > MOST_SEARCH_MESHES:

@@ -21,8 +21,7 @@ from flax_transformer.training.stopping import Patience, StopRequest
 from flax_transformer.training.throughput import FlopFigures
 
 # Maximum number of updates that the devices have been given and not finished. A few keep the devices busy. With many,
-# XLA for CPU deadlocks on several devices (docs/lab_book.md, "memory that comes and goes, and a training that stops for
-# good").
+# XLA for CPU deadlocks on several devices (docs/lab_book.md, "Steps in flight on several CPU devices").
 MAX_STEPS_IN_FLIGHT = 8
 
 # Number of updates after a start that do not count in the throughput.
