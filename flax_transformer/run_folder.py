@@ -117,7 +117,7 @@ class RunFolder:
         self.update_config(config)
 
     @contextlib.contextmanager
-    def held(self) -> Generator[None, None, None]:
+    def locked(self) -> Generator[None, None, None]:
         """Keeps the folder's lock inside a `with` block, so that no two trainings delete each other's files.
 
         Raises:

@@ -138,11 +138,11 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
             for side in starts:
                 write(f"{side}_offsets", np.zeros(1))
             for part in parts:
-                for chunk in _chunks(part.pairs()):
+                for group in _groups(part.pairs()):
                     for number, (side, tokenizer, lines) in enumerate(
                         (
-                            ("source", tokenizers.source, [source for source, _ in chunk]),
-                            ("target", tokenizers.target, [target for _, target in chunk]),
+                            ("source", tokenizers.source, [source for source, _ in group]),
+                            ("target", tokenizers.target, [target for _, target in group]),
                         )
                     ):
                         here = None if sample is None else sample.at(number, pairs_done)
@@ -150,9 +150,9 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
                         write(f"{side}_ids", ids)
                         write(f"{side}_offsets", starts[side] + np.cumsum(lengths))
                         starts[side] += len(ids)
-                    write("identical", np.array([source == target for source, target in chunk]))
-                    write("digests", np.array([_digest(pair) for pair in chunk], np.uint64))
-                    pairs_done += len(chunk)
+                    write("identical", np.array([source == target for source, target in group]))
+                    write("digests", np.array([_digest(pair) for pair in group], np.uint64))
+                    pairs_done += len(group)
                     progress.update(pairs_done)
                 ends.append(pairs_done)
         for file in files.values():
@@ -198,9 +198,9 @@ class _Progress:
             print(f"tokenising: {pairs:,} pairs are done", file=sys.stderr, flush=True)
 
 
-def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    while chunk := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
-        yield chunk
+def _groups(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    while group := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
+        yield group
 
 
 def _encode(tokenizer: Tokenizer, lines: list[str], sample: SubwordSample | None) -> tuple[np.ndarray, np.ndarray]:

@@ -74,7 +74,7 @@ class NewRun:
         params = initial_params(self.config, text.tokenizers, programs.layout)
         compiled = programs.compile(text)
         self.folder.create(self.config, text.tokenizers)
-        with self.folder.held(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
+        with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             state = initial_state(self.config, text.tokenizers, programs.layout, params)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
             yield Start(checkpoints, state, Position(0, 0), compiled)

@@ -49,7 +49,7 @@ class Programs:
         clock = time.monotonic()
         steps = compile_steps(self.step, self.layout.abstract, text.plan.shapes, self.mesh)
         self.validation.compile()
-        self.translator.compile(text.corpus.test.source, self.validation.held)
+        self.translator.compile(text.corpus.test.source, self.validation.reserved_bytes)
         return CompiledPrograms(CompiledSteps(steps, self.mesh), time.monotonic() - clock)
 
 

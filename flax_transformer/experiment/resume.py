@@ -60,7 +60,7 @@ class ResumedRun:
             InputError: another process trains the run, a checkpoint is damaged or belongs to other text, or programs do
                 not fit the memory.
         """
-        with self.folder.held(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
+        with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             position, redrawn = Position(0, 0), False
             if checkpoints.latest_step() is None:  # stopped before its first checkpoint
                 params = initial_params(self.config, text.tokenizers, programs.layout)

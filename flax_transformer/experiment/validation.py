@@ -11,7 +11,7 @@ from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translation import no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
-from flax_transformer.parallel.memory import held_bytes
+from flax_transformer.parallel.memory import stored_bytes
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.loop import compile_steps, shape_of
@@ -36,7 +36,7 @@ class Validation:
         self.pairs, self.plan = text.validation, text.validation_plan
         self.params = layout.abstract.eval_params
         # Arrays of a training that an evaluation does not read stay on the devices.
-        self.held = held_bytes(layout.abstract) - held_bytes(self.params)
+        self.reserved_bytes = stored_bytes(layout.abstract) - stored_bytes(self.params)
         self.step = jit_evaluation_step(layout, Objective(config.training.label_smoothing), translator.mesh)
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.translator = translator
@@ -57,8 +57,10 @@ class Validation:
         Raises:
             ConfigError: a program needs more memory than a device has.
         """
-        self.compiled = compile_steps(self.step, self.params, self.plan.shapes, self.translator.mesh, self.held)
-        self.translator.compile(self.source, self.held)
+        self.compiled = compile_steps(
+            self.step, self.params, self.plan.shapes, self.translator.mesh, self.reserved_bytes
+        )
+        self.translator.compile(self.source, self.reserved_bytes)
 
     def __call__(self, log: RunLog, params: Any, step: int) -> float:
         """Logs loss and scores of `params`, and returns their quality."""

@@ -27,7 +27,7 @@ def needed_bytes(compiled: Any) -> int:
     )
 
 
-def held_bytes(tree: Any) -> int:
+def stored_bytes(tree: Any) -> int:
     """Returns the bytes on one device of a tree of arrays, or of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -53,7 +53,7 @@ def available_bytes(mesh: Mesh) -> int | None:
         return described_memory_bytes(device.device_kind)
 
 
-def compile_checked(lowered: Any, mesh: Mesh, what: str, advice: str, held: int = 0) -> Any:
+def compile_checked(lowered: Any, mesh: Mesh, what: str, advice: str, reserved_bytes: int = 0) -> Any:
     """Returns a compiled program that fits the memory of its devices.
 
     Args:
@@ -61,7 +61,7 @@ def compile_checked(lowered: Any, mesh: Mesh, what: str, advice: str, held: int 
         mesh: the devices.
         what: name of the program in an error message.
         advice: advice in an error message on how to make the program smaller.
-        held: bytes of other arrays on each device while the program runs.
+        reserved_bytes: bytes of other arrays on each device while the program runs.
 
     Raises:
         ConfigError: the program needs more memory than a device has.
@@ -72,7 +72,7 @@ def compile_checked(lowered: Any, mesh: Mesh, what: str, advice: str, held: int 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(f"{what} does not fit the memory of a device. {advice} The compiler says: {error}") from error
-    needed, available = needed_bytes(program) + held, available_bytes(mesh)
+    needed, available = needed_bytes(program) + reserved_bytes, available_bytes(mesh)
     if available is not None and needed > available:
         raise ConfigError(
             f"{what} needs {needed / 2**30:.1f} GiB on each device, and there are {available / 2**30:.1f} GiB. {advice}"

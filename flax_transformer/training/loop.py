@@ -33,7 +33,7 @@ def compile_steps(
     state: Any,
     shapes: list[BatchShape],
     mesh: Mesh,
-    held: int = 0,
+    reserved_bytes: int = 0,
 ) -> dict[tuple[int, ...], Any]:
     """Returns the compiled form of a jitted step for each batch shape, by (rows, source length, target length).
 
@@ -44,7 +44,7 @@ def compile_steps(
         state: shapes of the first argument of the step.
         shapes: shapes of the batches.
         mesh: the devices.
-        held: bytes of other arrays on each device while the step runs.
+        reserved_bytes: bytes of other arrays on each device while the step runs.
 
     Raises:
         ConfigError: a step needs more memory than a device has.
@@ -62,7 +62,7 @@ def compile_steps(
                 f"a step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens",
                 "Raise batching.gradient_accumulation_steps, lower batching.tokens_per_batch, set model.rematerialize "
                 "(on a CPU with model.scan_layers), or split the parameters over more devices by mesh.fsdp.",
-                held=held,
+                reserved_bytes=reserved_bytes,
             )
     return compiled
 

@@ -91,7 +91,7 @@ def _gradient(graphdef: Any, params: Any, batch: Batch, objective: Objective, ke
 
 
 def _accumulate_gradients(
-    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, pieces: int
+    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, num_micro_batches: int
 ) -> tuple[Any, LossSums]:
     """Returns the result of `_gradient`, computed one micro-batch after the other, in less memory.
 
@@ -99,20 +99,20 @@ def _accumulate_gradients(
     of each micro-batch.
     """
 
-    def cut(x: jax.Array) -> jax.Array:  # [B, T] -> [pieces, B / pieces, T]
-        rows = x.reshape(x.shape[0] // pieces, pieces, x.shape[1])
+    def cut(x: jax.Array) -> jax.Array:  # [B, T] -> [micro-batches, B / micro-batches, T]
+        rows = x.reshape(x.shape[0] // num_micro_batches, num_micro_batches, x.shape[1])
         return constrain(jnp.swapaxes(rows, 0, 1), None, "batch", "length")
 
-    def body(total: Any, at_piece: Any) -> tuple[Any, None]:
-        piece, number = at_piece
-        made = _gradient(graphdef, params, piece, objective, jax.random.fold_in(key, number))
+    def body(total: Any, numbered: Any) -> tuple[Any, None]:
+        micro_batch, number = numbered
+        made = _gradient(graphdef, params, micro_batch, objective, jax.random.fold_in(key, number))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, made), None
 
     zeros = (
         jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
         LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields)),
     )
-    return jax.lax.scan(body, zeros, (jax.tree.map(cut, batch), jnp.arange(pieces)))[0]
+    return jax.lax.scan(body, zeros, (jax.tree.map(cut, batch), jnp.arange(num_micro_batches)))[0]
 
 
 def _moved_average(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
