@@ -27,8 +27,8 @@ def blocks(language: str, file: str = "README.md") -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The words of every command of ours in the README's blocks, from the program's name on."""
-    lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+    """The words of every command of ours in the blocks of README and docs/training.md, from the program's name on."""
+    lines = "".join(blocks("") + blocks("", "docs/training.md")).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
         words = shlex.split(line, comments=True) if ".venv/bin/" in line else []
@@ -78,13 +78,14 @@ def test_every_verb_but_prepare_has_its_command():
     assert {words[1] for words in COMMANDS if words[0] == "flax-transformer"} == cli.VERBS.keys() - {"train", "prepare"}
 
 
-def test_every_recipe_is_one_once_it_names_its_text():
-    texts = blocks("yaml", "docs/data.md")
+@pytest.mark.parametrize("file", ["docs/data.md", "docs/training.md"])
+def test_every_recipe_is_one_once_it_names_its_text(file):
+    texts = blocks("yaml", file)
     assert texts
+    named = {side: "text" for side in ("validation_source", "validation_target", "test_source", "test_target")}
     for text in texts:
         read = yaml.safe_load(text)
-        named = {side: "text" for side in ("validation_source", "validation_target", "test_source", "test_target")}
-        from_dict(Config, {**read, "data": {**named, **read["data"]}})
+        from_dict(Config, read | ({"data": named | read["data"]} if "data" in read else {}))
 
 
 def test_the_two_commands_set_everything_up():
@@ -114,9 +115,10 @@ def test_named_files_exist(file):
         assert (ROOT / name).exists(), name
 
 
-def test_each_test_that_the_promises_of_decoding_name_is_there():
+@pytest.mark.parametrize("document", ["decoding.md", "training.md"])
+def test_each_test_that_promises_name_is_there(document):
     there = set()
     for file in (ROOT / "tests").glob("test_*.py"):
         there |= {file.stem, *re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)}
-    named = set(re.findall(r"\btest_\w+", (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")))
+    named = set(re.findall(r"\btest_\w+", (ROOT / "docs" / document).read_text(encoding="utf-8")))
     assert len(named) > 30 and named <= there
