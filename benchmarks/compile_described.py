@@ -136,7 +136,7 @@ def faults(options: Options, train: Program, search: Program) -> list[str]:
             wrong.append(f"the {program.name} copies {program.rematerializations} arrays whole to every device.")
         if program.num_conditionals:  # only a CPU reads a cache in blocks, each behind a branch
             wrong.append(f"the {program.name} has {program.num_conditionals} branches, as for a CPU.")
-    # Only a CPU leaves out the chunks of the loss that hold padding alone.
+    # Only a CPU leaves out the blocks of the loss that hold padding alone.
     if train.num_dynamic_loops:
         wrong.append(f"the train step has {train.num_dynamic_loops} loops of unknown length, as for a CPU.")
 

@@ -129,7 +129,7 @@ def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
     ours = DecodingConfig()
     assert decoding.max_length_factor == ours.max_length_factor
     assert decoding.max_length_offset == ours.max_length_offset
-    assert lost == ["max_length: none given, which is 20 tokens there, and here our default"]
+    assert lost == ["max_length: none given; generate makes 20 tokens then, this run has its own default"]
 
 
 @pytest.mark.parametrize(
@@ -191,5 +191,5 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
     started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True, embedding_dropout=0.4), 1)
     assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
-    expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from there has its "
-    assert capsys.readouterr().err == f"{expected}dropout, 0.1) (of section 'model').\n"
+    expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from that folder uses "
+    assert capsys.readouterr().err == f"{expected}0.1) (of section 'model').\n"

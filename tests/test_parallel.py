@@ -324,6 +324,6 @@ def test_a_mesh_that_rows_do_not_divide_over_says_what_to_set(tmp_path):
         "mesh": {"data": 8},
     }
     config = from_dict(Config, values | {"run": str(folder)})
-    with pytest.raises(ConfigError, match=r"a batch, or a piece .* = 8; nearest: .*Set batching.row_multiple: 8\."):
+    with pytest.raises(ConfigError, match=r"a batch, or a micro-batch .* = 8; .*Set batching.row_multiple: 8\."):
         run_experiment(config)
     assert not folder.exists()

@@ -56,7 +56,7 @@ def narrow_products(found: list[Any]) -> list[bool]:
 def test_the_train_step_has_a_cpu_s_forms_on_a_cpu_alone(platform):
     found = list(equations(programs(platform).traced_train_step(BatchShape(16, 8, 8)).jaxpr))
     loops = {e.primitive.name for e in found} & {"while", "scan"}
-    # The chunks of the loss: a CPU leaves out those of padding alone, so their number is not known before.
+    # The blocks of the loss: a CPU leaves out those of padding alone, so their number is not known before.
     assert ("while" in loops) == (platform == "cpu")
     assert ("scan" in loops) == (platform != "cpu")
     assert any(narrow_products(found)) == (platform != "cpu")

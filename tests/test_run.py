@@ -495,7 +495,7 @@ def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path
     arguments += ["--training.early_stopping_patience", "2", "--training.keep-newest", "1", "--training.steps", "12"]
     assert command("train", *arguments) == 0
     printed = capsys.readouterr().out
-    assert "no better evaluation for 2 in a row: the training ends at step 8" in printed
+    assert "no new best in 2 evaluations in a row: the training ends at step 8" in printed
     assert "the best evaluation was at step 8" not in printed  # an equal one does not end the search, but is later
     card = json.loads((folder / "run_card.json").read_text())
     assert (card["steps"], card["tested_step"]) == (8, 8)

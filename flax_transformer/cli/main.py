@@ -92,8 +92,8 @@ def keep_memory() -> None:
 
     XLA for CPU allocates its temporary arrays anew in every step. By default, glibc returns such large blocks to the
     system at once. The system then clears each small page again, which takes much of a training step
-    (docs/lab_book.md, "memory that comes and goes"). The allocator reads its settings only when a process starts. So
-    this function is called before slow imports.
+    (docs/lab_book.md, "Temporaries kept by the allocator"). The allocator reads its settings only when a process
+    starts. So this function is called before slow imports.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return

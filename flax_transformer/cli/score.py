@@ -111,14 +111,14 @@ def main(arguments: list[str], program: str) -> int:
     scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
     total, error = Total(), None
     while error is None:
-        piece: list[tuple[str, str]] = []
+        chunk: list[tuple[str, str]] = []
         try:
-            piece.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
+            chunk.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
         except InputError as bad_line:
             error = bad_line
-        if not piece:
+        if not chunk:
             break
-        sources, targets = zip(*piece, strict=True)
+        sources, targets = zip(*chunk, strict=True)
         scores = scorer.score(sources, targets, options.length_penalty)
         if not total.tokens:
             raise_if_diverged(scores)

@@ -1,4 +1,4 @@
-"""A configuration changed by the flags of a command line."""
+"""Flags of a command line, which change a configuration."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -13,17 +13,17 @@ from flax_transformer.errors import ConfigError
 
 
 def override(config: Config, arguments: list[str], program: str = "train.py") -> Config:
-    """Returns `config` with the fields replaced that dotted flags name: ["--model.num-heads", "8"].
+    """Returns `config` with the values of dotted flags, such as ["--model.num-heads", "8"].
 
     `--data.kind` and `--model.kind` choose another kind of section, with that kind's defaults.
 
     Raises:
         ConfigError: an unknown kind, or a key that has another name now.
-        SystemExit: code 2, after tyro's message, for an unknown flag, a value of the wrong type or a contradiction
-            between fields; 0 after --help.
+        SystemExit: with code 2, after tyro's message, an unknown flag, a value of the wrong type, or fields that
+            contradict each other. With code 0 after --help.
     """
     hints = get_type_hints(Config)
-    # No `Config` yet: a section of the new kind may contradict the others until all flags have been read.
+    # This is no `Config` yet, since a section of a new kind may contradict the others until all flags are read.
     sections: Any = SimpleNamespace(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     rest, position = [], 0
     while position < len(arguments):
@@ -44,5 +44,5 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
                 raise ConfigError(explained)
             rest.append(arguments[position])
         position += 1
-    # Of its default tyro reads one attribute for each field, whatever has them.
+    # Tyro reads one attribute of its default for each field, so the default need not be a `Config`.
     return tyro.cli(Config, default=sections, args=rest, config=(tyro.conf.AvoidSubcommands,), prog=program)

@@ -1,7 +1,7 @@
 """Keys that have another name now.
 
-A recipe that has an old key is refused, and the new key is named. A run folder keeps the configuration it was made
-with, so its old keys are translated.
+A recipe with an old key is refused, with the new name. A run folder keeps its configuration as it was written, so its
+old keys are translated.
 """
 
 import copy
@@ -16,9 +16,9 @@ class OldKey:
     """What has become of a key.
 
     Attributes:
-        new: the key that has its value now, with its section; None if there is none.
-        values: new values by old ones, where these have changed.
-        advice: a sentence for those who used a key that is gone.
+        new: the new key, with its section; None if there is none.
+        values: new values by old ones, where values have changed.
+        advice: a sentence for users of a key that is gone.
     """
 
     new: str | None
@@ -46,7 +46,7 @@ OLD_KEYS: dict[str, OldKey] = {
 
 
 def explain_old_key(key: str, value: Any) -> str:
-    """Returns what to write in place of an old key or an old value of a key; "" for any other."""
+    """Returns a message with the new name of an old key, or of an old value; "" for all other keys and values."""
     old = OLD_KEYS.get(key)
     is_old_value = old is not None and isinstance(value, str) and value in old.values
     if old is None or (old.new == key and not is_old_value):
@@ -59,7 +59,7 @@ def explain_old_key(key: str, value: Any) -> str:
 
 
 def with_new_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of a run folder with the keys of today; one without old keys stays as it is."""
+    """Returns the configuration of a run folder with today's keys; a configuration without old keys stays the same."""
     found = copy.deepcopy(values)
     is_old = False
     for name, old in OLD_KEYS.items():
@@ -70,7 +70,7 @@ def with_new_keys(values: dict[str, Any]) -> dict[str, Any]:
         value = fields.pop(key)
         if old.new is not None:
             fields[old.new.split(".")[1]] = old.values.get(value, value) if isinstance(value, str) else value
-    if is_old and (decoding := found.get("decoding")):  # lengths counted the end tokens of source and output
+    if is_old and (decoding := found.get("decoding")):  # these lengths counted the end tokens of source and output
         factor = decoding.get("max_length_factor", 2.0)
         decoding["max_length_offset"] = decoding.get("max_length_offset", 10) + math.ceil(factor) - 1
     return found

@@ -1,4 +1,4 @@
-"""A configuration from YAML, strictly, and to YAML, completely."""
+"""Reading a configuration from YAML, strictly, and writing it to YAML, completely."""
 
 import contextlib
 import dataclasses
@@ -22,13 +22,13 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
     """Returns a `cls` made from a nested dict, strictly.
 
     Raises:
-        ConfigError: an unknown key (the nearest known ones are named), or a value of the wrong type.
+        ConfigError: an unknown key, or a value of the wrong type. The message names the nearest known keys.
     """
     where = f"section '{path}'" if path else "the configuration"
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of fields to values, got {values!r}.")
     hints = get_type_hints(cls)
-    # Every section is a dataclass, which no public type of Python's can say of `Section`.
+    # Every section is a dataclass; Python has no public type to say that of `Section`.
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     kind = getattr(cls, "kind", None)
     given = {}
@@ -45,7 +45,7 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
 
 
 def section_class(hint: Any, values: Any, path: str) -> Any:
-    """Returns the dataclass that a section is read into, chosen by its `kind` where there are several."""
+    """Returns the dataclass of a section; where there are several, the one of its `kind`."""
     if dataclasses.is_dataclass(hint):
         choices = [hint]
     else:
@@ -76,7 +76,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path)
-    if get_origin(hint) is tuple:  # of any length, all of one type; a single value stands for a tuple of one
+    if get_origin(hint) is tuple:  # of any length and one type; a single value is read as a tuple of one
         values = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(get_args(hint)[0], each, path) for each in values)
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
@@ -88,13 +88,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML, but a key that stands twice in a mapping is an error: the first would silently be forgotten."""
+    """Loader of plain YAML that refuses a key which occurs twice in a mapping; PyYAML silently forgets the first."""
 
     def construct_mapping(self, node, deep=False):
         """Returns the mapping of a node.
 
         Raises:
-            yaml.YAMLError: a key stands in it twice, or is no plain text.
+            yaml.YAMLError: a key occurs twice, or is not plain text.
         """
         seen = set()
         for key, _ in node.value:
@@ -109,14 +109,15 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_config(path: Path, of_run: bool = False) -> Config:
-    """Returns the configuration in a YAML file; what it does not mention has its default.
+    """Returns the configuration in a YAML file. Fields that the file leaves out get their defaults.
 
     Args:
         path: the file.
-        of_run: whether it is that of a run folder, whose old keys are translated. Those of a recipe are errors.
+        of_run: whether the file belongs to a run folder, whose old keys are translated. In a recipe they are errors.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a value of the wrong type or out of range, a contradiction.
+        ConfigError: no such file, no YAML, an unknown key, a value of the wrong type or out of range, or fields that
+            contradict each other.
     """
     try:
         values = _read_yaml(path)
@@ -139,7 +140,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a nested dict of every field, with the `kind` of each section that has one."""
+    """Returns a nested dict of all fields, with the `kind` of each section that has one."""
     values = {"kind": config.kind} if hasattr(config, "kind") else {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -149,5 +150,5 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes every field as YAML, defaults included, so that the file alone says what was run."""
+    """Writes all fields as YAML, with the defaults, so that the file alone describes the run."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What a configuration says: nested frozen dataclasses, the whole one last.
+"""The configuration of a run, as nested frozen dataclasses; `Config` is the whole.
 
-Each section is defined beside what it configures; this file composes them, and defines those that belong to a
-run as a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
+Each section is defined beside what it configures. This file joins the sections, and defines those of a run as a whole.
+Sections `data` and `model` have several kinds. The key `kind` names the kind.
 """
 
 import dataclasses
@@ -25,24 +25,26 @@ from flax_transformer.parallel.mesh import MeshConfig
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train, and what to do on the way.
+    """Length and loss of a training, and what it logs, evaluates and saves.
 
     Attributes:
-        steps: updates in all.
-        seed: of the parameters, the order of the data and dropout.
+        steps: number of updates.
+        seed: seed of the first parameters, of the order of the data, and of dropout.
         label_smoothing: share of the target distribution that is uniform over the vocabulary, in [0, 1).
-        r_drop: weight of R-Drop (Liang et al. 2021): each row is computed twice, with different dropout, and the
-            divergence between both predictions is added to the loss; 0 computes each row once.
-        ema_decay: of an exponential moving average of the parameters, which is what is evaluated, kept as the best, and
-            translated with; in [0, 1), 0 keeps none.
-        log_every_steps: distance of progress lines.
-        evaluate_every_steps: distance of evaluations (loss and beam search) on validation text.
-        evaluate_sentences: validation sentences translated at each, at most.
-        best_metric: what makes one evaluation better than another: "bleu", "chrf", or "loss" (the lower).
-        early_stopping_patience: evaluations in a row without a new best after which the training ends; 0 never ends it.
-        checkpoint_every_steps: distance of checkpoints; every evaluation and the last step have one, too.
-        keep_newest: so many of the newest checkpoints are kept.
-        keep_best: so many of the best are kept beside them.
+        r_drop: weight of R-Drop in the loss (Liang et al. 2021); 0 turns it off. R-Drop computes each pair twice with
+            different dropout, and adds the divergence of both predictions to the loss.
+        ema_decay: decay of an exponential moving average of the parameters, in [0, 1); 0 keeps no average. Evaluations
+            and translations use the average where there is one.
+        log_every_steps: number of steps between progress lines.
+        evaluate_every_steps: number of steps between evaluations. An evaluation computes the loss of the validation
+            text, translates it and scores the translations.
+        evaluate_sentences: maximum number of validation sentences to translate in an evaluation.
+        best_metric: metric that decides which evaluation is the best: "bleu", "chrf" or "loss" (lowest).
+        early_stopping_patience: number of evaluations in a row without a new best that ends the training; 0 turns early
+            stopping off.
+        checkpoint_every_steps: number of steps between checkpoints. Every evaluation and the last step save one, too.
+        keep_newest: number of newest checkpoints to keep.
+        keep_best: number of best checkpoints to keep beside the newest.
     """
 
     steps: int = 2_000
@@ -81,7 +83,7 @@ class TrainingConfig:
 
 Method = Literal["beam", "sampling"]
 
-# Fields of `DecodingConfig` that one method alone looks at.
+# Fields of `DecodingConfig` that only one method uses.
 METHOD_FIELDS: dict[Method, tuple[str, ...]] = {
     "beam": ("beam_size", "coverage_penalty", "stop"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility", "seed"),
@@ -90,33 +92,41 @@ METHOD_FIELDS: dict[Method, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How to translate.
+    """Settings of beam search and sampling.
 
     Attributes:
-        method: "beam" (the best outputs that a beam search finds) or "sampling" (outputs drawn at random).
-        beam_size: hypotheses kept at each step; 1 is greedy search.
-        length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
-        coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
-        stop: when the search of a sentence ends. "exact": once no unfinished output can beat what it has found (Hugging
-            Face: early_stopping "never"). "heuristic": once no unfinished output, scored as it stands, beats it
-            (early_stopping False). "first_finished": once beam_size outputs are finished (early_stopping True, and
-            CTranslate2). Each rule ends no later than the one before. The last two may miss a longer, better output.
-        max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens. Outputs that
-            min_length, a prefix or required phrases make longer have as many tokens as those need.
-        min_length: fewest tokens of an output. No length of this section counts an end token.
-        force_eos: whether an output that reaches its maximum length is closed there by the end token, which then costs
-            nothing, as Hugging Face's forced_eos_token_id does; without it such an output is unfinished.
-        no_repeat_ngram: no sequence of so many tokens occurs twice in an output; 0 allows all.
-        repetition_penalty: factor on the log-probabilities of tokens that have occurred, at least 1; part of the score.
-        suppress_unknown: whether outputs may not hold the unknown token.
-        suppress_sequences: texts whose tokens never occur one after the other in an output.
-        suppress_tokens: tokens that no output holds, by the names of pieces: "\u2581the" begins a word, "ing" does not.
-        temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
-        mbr_samples: of sampling: draw so many outputs and put those first that agree best with all that were drawn
-            (minimum Bayes risk); 0 puts the most probable first.
-        mbr_utility: what agreement is: sacreBLEU's "chrf" or "bleu" of single sentences.
-        seed: of sampling; with a sentence's text it decides what is drawn for it.
-        batch_size: sentences decoded together; a part-full batch is filled up with padding.
+        method: "beam" for beam search, or "sampling" for outputs drawn at random.
+        beam_size: number of hypotheses kept at each step of a beam search; 1 is greedy search.
+        length_penalty: divisor of an output's log-probability: "gnmt:0.6", "average:1.0" or "none". A larger exponent
+            favours longer outputs.
+        coverage_penalty: weight of a penalty on source tokens that got little attention, in a beam search; 0 turns it
+            off. GNMT uses 0.2.
+        stop: rule that ends the beam search of a sentence. "exact" ends it when no unfinished output can beat the
+            finished ones (Hugging Face: early_stopping "never"). "heuristic" compares unfinished outputs by their
+            present score (early_stopping False). "first_finished" ends it when beam_size outputs are finished (as
+            early_stopping True and CTranslate2). The last two are faster, and may miss a longer, better output.
+        max_length_factor: factor in the maximum length of an output. The maximum is max_length_factor * source tokens +
+            max_length_offset. It grows where min_length, a prefix or required phrases need more tokens.
+        max_length_offset: offset in the maximum length of an output; see max_length_factor.
+        min_length: minimum length of an output. The lengths of this section do not count the end token.
+        force_eos: whether the end token closes an output at its maximum length, and costs nothing there (Hugging Face:
+            forced_eos_token_id). Otherwise such an output is unfinished.
+        no_repeat_ngram: size of the n-grams that occur at most once in an output; 0 allows repetition.
+        repetition_penalty: factor, at least 1, on the log-probability of each token that the output already contains.
+            It is part of the score.
+        suppress_unknown: whether the unknown token is excluded from outputs.
+        suppress_sequences: texts that are excluded from outputs, each as the tokens that the tokenizer cuts it into.
+        suppress_tokens: tokens that are excluded from outputs, by their pieces. "\u2581the" begins a word, "ing" does
+            not.
+        temperature: divisor of the logits in sampling; below 1 it favours probable tokens.
+        top_k: number of most probable tokens to sample from; 0 allows all.
+        top_p: probability mass in sampling. It keeps the fewest most probable tokens that have this mass; 1 allows all.
+        min_p: minimum probability in sampling, as a share of the highest probability; 0 allows all.
+        mbr_samples: number of samples for minimum Bayes risk, which puts first the sample that agrees best with all
+            samples. With 0 the most probable sample comes first.
+        mbr_utility: measure of agreement for mbr_samples: sacreBLEU's "chrf" or "bleu" of single sentences.
+        seed: seed of sampling. What is drawn for a sentence depends on the seed and on its text alone.
+        batch_size: number of sentences decoded together. Padding fills up a smaller batch.
     """
 
     method: Method = "beam"
@@ -171,7 +181,7 @@ class DecodingConfig:
         self._check_method()
 
     def _check_method(self) -> None:
-        """Raises a `ConfigError` if a field is set that the method does not look at."""
+        """Raises a `ConfigError` if a field is set that the method does not use."""
         SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         if self.mbr_utility != defaults["mbr_utility"] and not self.mbr_samples:
@@ -187,14 +197,14 @@ class DecodingConfig:
                 )
 
     def with_method(self, method: Method) -> "DecodingConfig":
-        """Returns these settings for a method, without those that the other one alone looks at."""
+        """Returns these settings for `method`; fields that only the other method uses get their defaults."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         others = [name for other, names in METHOD_FIELDS.items() if other != method for name in names]
         return dataclasses.replace(self, method=method, **{name: defaults[name] for name in others})
 
     @property
     def sampling(self) -> SamplingConfig | None:
-        """How to draw, or None for a beam search."""
+        """The settings of sampling, or None for a beam search."""
         if self.method == "beam":
             return None
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -202,11 +212,11 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How translations are scored.
+    """Settings of the scores of translations.
 
     Attributes:
-        bleu_tokenizer: sacreBLEU's: "13a" (its default) or "intl" for running text, "none" for text that is tokenised
-            already, "char" where a sentence is one word.
+        bleu_tokenizer: tokenizer of sacreBLEU: "13a" (its default) or "intl" for plain text, "none" for text that is
+            tokenised already, "char" where a sentence is one word.
     """
 
     bleu_tokenizer: Literal["13a", "intl", "char", "none"] = "13a"
@@ -217,19 +227,19 @@ class Config:
     """A complete recipe.
 
     Attributes:
-        run: the run folder; all that the run writes lies in it.
-        init_from: run folder whose best parameters and whose tokenizer the training starts from; None starts anew.
-        data: which corpus.
-        filters: which training pairs are left out.
-        tokenizer: how its text becomes ids.
-        subword_sampling: whether training text is cut into subwords at random.
-        model: which model.
-        batching: how pairs become batches.
-        optimizer: how parameters change.
-        training: how long, and what on the way.
-        decoding: how to translate.
-        evaluation: how translations are scored.
-        mesh: how devices are used.
+        run: run folder, which gets all files that the run writes.
+        init_from: run folder to start from, with its best parameters and its tokenizer; None starts anew.
+        data: the corpus.
+        filters: rules that leave out training pairs.
+        tokenizer: the tokenizer, and how it is learnt.
+        subword_sampling: random segmentations of the training text.
+        model: the model, and its sizes.
+        batching: the batches of a training.
+        optimizer: the optimiser, and the schedule of its learning rate.
+        training: length and loss of a training, and what it logs, evaluates and saves.
+        decoding: settings of beam search and sampling.
+        evaluation: settings of the scores of translations.
+        mesh: the mesh of devices.
     """
 
     run: str = "runs/number_words"

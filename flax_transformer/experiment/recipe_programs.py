@@ -1,7 +1,7 @@
-"""The programs of a recipe, the train step and the search, traced and compiled for hardware that may only be described.
+"""The train step and the search of a recipe, traced and compiled for hardware that may only be described.
 
 They are made from shapes alone, by the functions that a training and a translator call. The search is a plain beam
-search: what a recipe suppresses, forces or penalises beside it is left out.
+search, without the recipe's logits processors.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class RecipePrograms:
     Attributes:
         config: the recipe.
         vocabulary: sizes and special ids of its tokenizers.
-        mesh: mesh of devices that are present or described. For an abstract mesh programs are traced, but not compiled.
+        mesh: mesh of devices that are present or described. Programs for an abstract mesh can be traced, not compiled.
     """
 
     config: Config
@@ -50,7 +50,7 @@ class RecipePrograms:
         """Returns the train step on batches of one shape, before it is compiled.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh.
+            ConfigError: the mesh does not divide the rows.
         """
         config, mesh = self.config, self.mesh
         check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
@@ -72,12 +72,12 @@ class RecipePrograms:
         """Returns the train step on batches of one shape, compiled.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
+            ConfigError: the mesh does not divide the rows, or a device has too little memory.
         """
         return self._compiled("train step", self.traced_train_step(shape), "Lower batching.tokens_per_batch.")
 
     def prepared(self) -> InferenceParams:
-        """Returns the graph, and the shapes of the parameters, as a search reads them."""
+        """Returns the graph definition, and the shapes of the parameters, in the form that a search reads."""
         graphdef, params = abstract_model(self.config.model, self.vocabulary)
 
         def prepare(params: Any) -> InferenceParams:
@@ -90,11 +90,11 @@ class RecipePrograms:
         """Returns the beam search of sentences of one length, before it is compiled.
 
         Args:
-            source_length: tokens of each sentence, end token included.
-            max_length: tokens of an output at most, end token included.
+            source_length: number of tokens of each sentence, end token included.
+            max_length: maximum number of tokens of an output, end token included.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh.
+            ConfigError: the mesh does not divide the rows.
         """
         decoding, mesh = self.config.decoding, self.mesh
         check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
@@ -116,10 +116,10 @@ class RecipePrograms:
         return jit_search(graphdef, SearchConfig(beam), mesh).trace(params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
-        """Returns the beam search of sentences of one length, compiled; arguments as `traced_search`.
+        """Returns the beam search of sentences of one length, compiled. The arguments are those of `traced_search`.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
+            ConfigError: the mesh does not divide the rows, or a device has too little memory.
         """
         return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_size.")
 
@@ -133,7 +133,7 @@ class RecipePrograms:
         return Program.of(name, lambda: compile_checked(traced.lower(), mesh, f"the {name}", advice))
 
     def _inputs(self, num_sentences: int, source_length: int) -> SearchInputs:
-        """Returns the shapes of a plain search's inputs: no prefix, no phrase, no token that is excluded."""
+        """Returns the shapes of a plain search's inputs: no prefix, no required phrase, no suppressed token."""
 
         def rows(*shape: int, num: int = num_sentences) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((num, *shape), "int32", sharding=all_devices_sharding(self.mesh))

@@ -38,7 +38,7 @@ def length_bucket(length: int, longest: int) -> int:
 
     It depends on the sentence alone, so the rest of a batch does not change the program. Each padded length adds a
     program to compile, and slots are empty near the end of its calls. More padded lengths would cost more than they
-    save (docs/lab_book.md, "passes over logits that nobody asked for").
+    save (docs/lab_book.md, "Length buckets of sources").
     """
     bucket = 16 if length <= 16 else 32
     while bucket < length:

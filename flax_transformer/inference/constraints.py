@@ -184,7 +184,7 @@ class Constraints:
     def _check_allowed(self, named: str, ids: list[int]) -> None:
         """Raises a `ConfigError` if a setting forbids these ids. `named` is their name in the error."""
         for by, phrase in self._suppressed.items():
-            if holds(ids, phrase):
+            if contains(ids, phrase):
                 raise ConfigError(f"{named} and {by} contradict each other: leave out one of them.")
         size = self.decoding.no_repeat_ngram
         if size and (twice := _repeated(ids, size)):
@@ -194,7 +194,7 @@ class Constraints:
             )
 
 
-def holds(tokens: list[Any], phrase: list[Any]) -> bool:
+def contains(tokens: list[Any], phrase: list[Any]) -> bool:
     """Returns whether the tokens of a phrase occur one after the other."""
     return any(tokens[n : n + len(phrase)] == phrase for n in range(len(tokens) - len(phrase) + 1))
 

@@ -55,7 +55,7 @@ def prepared_model(model: Any) -> Any:
     """Returns a copy of a model with its parameters laid out for a search. Results change only by rounding.
 
     Kernels of `Linear` have the compute dtype. XLA for CPU would not move their casts out of a search's loop
-    (docs/lab_book.md, "bfloat16 on a CPU with matrix instructions"). Layers are unstacked. Where it is faster, kernel
+    (docs/lab_book.md, "Casts of kernels in the loop of a search"). Layers are unstacked. Where it is faster, kernel
     and bias of the output projection are one array.
     """
     model = nnx.clone(model)

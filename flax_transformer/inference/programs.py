@@ -168,14 +168,14 @@ class Programs:
         suppressed[list(ids)] = True
         return suppressed
 
-    def compiled(self, spec: SearchConfig, inputs: SearchInputs, number: int, held: int = 0) -> Any:
+    def compiled(self, spec: SearchConfig, inputs: SearchInputs, number: int, reserved_bytes: int = 0) -> Any:
         """Returns the search for inputs of these shapes, compiled for one mesh.
 
         Args:
             spec: static settings of the search.
             inputs: arrays of the shapes to compile for.
             number: number of the mesh.
-            held: bytes on each device that other arrays take.
+            reserved_bytes: bytes on each device that other arrays take.
 
         Raises:
             ConfigError: the search needs more memory than a device has.
@@ -192,23 +192,23 @@ class Programs:
                 f"hypotheses of at most {beam.max_length} tokens for each,",
                 "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_size, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
-                held=held + parameters.num_bytes,
+                reserved_bytes=reserved_bytes + parameters.num_bytes,
             )
         return parameters.programs[key]
 
-    def compile(self, shapes: Iterable[Shape], held: int = 0) -> None:
+    def compile(self, shapes: Iterable[Shape], reserved_bytes: int = 0) -> None:
         """Compiles the searches for requests of some shapes, for every mesh.
 
         Args:
             shapes: shapes of the requests.
-            held: bytes on each device that other arrays take.
+            reserved_bytes: bytes on each device that other arrays take.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
         """
         for shape in sorted(set(shapes)):
             for number, mesh in enumerate(self.parameters.search_meshes):
-                self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, held)
+                self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, reserved_bytes)
 
     def launch(self, requests: Sequence[Request], shape: Shape, number: int) -> Hypotheses:
         """Starts the search for requests of one shape on mesh `number`. Returns its results without waiting."""

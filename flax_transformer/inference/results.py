@@ -11,7 +11,7 @@ from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.errors import ConfigError, DivergenceError, shortened
 from flax_transformer.inference.alignment import word_numbers
-from flax_transformer.inference.constraints import holds
+from flax_transformer.inference.constraints import contains
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.parameters import Parameters
 from flax_transformer.inference.requests import Request
@@ -109,7 +109,7 @@ class ResultReader:
         """Returns the hypothesis with the required phrases that it lacks."""
         pieces = self.tokenizers.target.pieces
         named = zip(request.phrases, request.required, strict=True)
-        missing = [text for ids, text in named if not holds(hypothesis.tokens, pieces(ids))]
+        missing = [text for ids, text in named if not contains(hypothesis.tokens, pieces(ids))]
         return dataclasses.replace(hypothesis, missing=missing)
 
     def _reason(self, found: Hypotheses, row: int) -> ConfigError | DivergenceError:

@@ -147,12 +147,12 @@ class SlotState:
     Attributes:
         decoding: state of the sentences in the slots.
         waiting: [2 B, ...], states before the first token. Sentence n is in row n % 2 B.
-        pieces: number of encoder calls so far.
+        num_calls: number of encoder calls so far.
     """
 
     decoding: Any
     waiting: Any
-    pieces: Any
+    num_calls: Any
 
 
 def slot_functions(
@@ -162,22 +162,22 @@ def slot_functions(
     length = inputs.tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
 
-    def encoded(piece: Int[Array, ""]) -> DecodeState:
+    def encoded(call: Int[Array, ""]) -> DecodeState:
         tokens, segments = (
-            jax.lax.dynamic_slice_in_dim(a, piece * slots, slots) for a in (inputs.tokens, inputs.segments)
+            jax.lax.dynamic_slice_in_dim(a, call * slots, slots) for a in (inputs.tokens, inputs.segments)
         )
         return model.start(model.encode(tokens, positions, segments))
 
-    def add_piece(waiting: DecodeState, pieces: Int[Array, ""]) -> tuple[DecodeState, Int[Array, ""]]:
-        new = dataclasses.replace(encoded(pieces), append_only=None)
-        start = pieces % 2 * slots
+    def encode_next(waiting: DecodeState, num_calls: Int[Array, ""]) -> tuple[DecodeState, Int[Array, ""]]:
+        new = dataclasses.replace(encoded(num_calls), append_only=None)
+        start = num_calls % 2 * slots
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return jax.tree.map(put, waiting, new), pieces + 1
+        return jax.tree.map(put, waiting, new), num_calls + 1
 
     def refill(state: SlotState, fresh: Bool[Array, "B"], sentences: Int[Array, "B"]) -> SlotState:
         last = jnp.max(jnp.where(fresh, sentences, -1)) // slots
-        waiting, pieces = jax.lax.while_loop(
-            lambda carry: carry[1] <= last, lambda carry: add_piece(*carry), (state.waiting, state.pieces)
+        waiting, num_calls = jax.lax.while_loop(
+            lambda carry: carry[1] <= last, lambda carry: encode_next(*carry), (state.waiting, state.num_calls)
         )
 
         def put(old: jax.Array, all_of: jax.Array) -> jax.Array:
@@ -186,7 +186,7 @@ def slot_functions(
 
         blank = dataclasses.replace(state.decoding, append_only=None)
         decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), append_only=state.decoding.append_only)
-        return SlotState(decoding, waiting, pieces)
+        return SlotState(decoding, waiting, num_calls)
 
     # The values do not matter, since every slot is filled before its first step.
     shapes = jax.eval_shape(encoded, jax.ShapeDtypeStruct((), jnp.int32))

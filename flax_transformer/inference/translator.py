@@ -223,21 +223,21 @@ class Translator:
             answers[found.index] = results.read(waiting[found.index], found.hypotheses, found.row)
         return answers
 
-    def compile(self, sentences: Sequence[str], held: int = 0) -> None:
+    def compile(self, sentences: Sequence[str], reserved_bytes: int = 0) -> None:
         """Compiles all programs of `translate(sentences)`, for every device. A lack of memory is then found now.
 
         Without this call, `translate` compiles a program for a device when that device first needs it.
 
         Args:
             sentences: raw text; only the lengths matter.
-            held: bytes on each device that other arrays take.
+            reserved_bytes: bytes on each device that other arrays take.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
         """
         reader = self.requests
         requests = [each for each in reader.read_all(sentences) if isinstance(each, Request) and each.source]
-        self.programs(reader).compile({request.shape for request in requests}, held)
+        self.programs(reader).compile({request.shape for request in requests}, reserved_bytes)
 
 
 def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig:

@@ -1,4 +1,4 @@
-"""The interface of every sequence-to-sequence model, as training, search and inference use it.
+"""The interface between sequence-to-sequence models and training, search and inference.
 
 Legend: B batch, S source length, T target length, D model dim, K beams, V vocabulary, L layers, N heads.
 """
@@ -36,7 +36,7 @@ class EncoderOutput:
 class DecodeState:
     """The state of a decoder between steps. The field of a leaf says whether it is reordered with the beams.
 
-    The same tree also holds axes.
+    A tree of axis numbers, as for `jax.vmap`, has the same fields.
 
     Attributes:
         per_sentence: tree of arrays [B, ...], shared by all beams of a sentence and never copied over beams.
@@ -133,7 +133,7 @@ class Seq2Seq(Protocol):
         ...
 
     def parameter_roles(self) -> ParameterRoles:
-        """Returns how often each kernel is applied. The operations of a step are counted from it."""
+        """Returns how often each kernel is applied. The operations of a step are computed from it."""
         ...
 
 
