@@ -141,8 +141,8 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
 class SlotState:
     """The decoder states of the sentences in the slots, and of the sentences that wait.
 
-    B sentences are encoded together, as soon as a slot needs the first of them. So memory and results do not depend on
-    the number of sentences. Slots take sentences in order, so those that wait are among the last 2 B encoded ones.
+    B sentences are encoded together, as soon as a slot needs the first of them. So neither results nor the memory for
+    states depend on N. Slots take sentences in order, so those that wait are among the last 2 B encoded ones.
 
     Attributes:
         decoding: state of the sentences in the slots.
