@@ -40,8 +40,8 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
     def run(params, tokens, inputs):
         model = nnx.merge(graphdef, params)
         positions = jnp.arange(tokens.shape[1])[None, :]
-        memory = model.encode(tokens, positions, jnp.ones_like(tokens))
-        state = model.init_decode_state(memory, 1, inputs.shape[0])
+        encoded = model.encode(tokens, positions, jnp.ones_like(tokens))
+        state = model.init_decode_state(encoded, 1, inputs.shape[0])
 
         def step(state, token):
             output, state = model.decode_step(token[None, None], state)

@@ -19,7 +19,7 @@ from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslat
 from flax_transformer.shapes import MASKED
 
 # Fields of section 'decoding' that may exclude every next token.
-BANNING = ("min_length", "no_repeat_ngram", "suppress_unknown", "suppress_sequences", "suppress_tokens")
+EXCLUDING = ("min_length", "no_repeat_ngram", "suppress_unknown", "suppress_sequences", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class ResultReader:
         """
         problem = "the search found no output at all, since"
         diverged = "the model's scores are not finite: the training has diverged"
-        rules = [name for name in BANNING if getattr(self.decoding, name) != getattr(DecodingConfig(), name)]
+        rules = [name for name in EXCLUDING if getattr(self.decoding, name) != getattr(DecodingConfig(), name)]
         if rules and self.parameters.are_finite and not np.isnan(found.scores[row]).any():
             named = ", ".join(f"decoding.{name}: {shortened(str(getattr(self.decoding, name)))}" for name in rules)
             return ConfigError(
