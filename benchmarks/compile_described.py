@@ -85,7 +85,7 @@ def compile_programs(options: Options) -> tuple[Program, Program]:
         activation_dropout=0.1,
         compute_dtype="bfloat16",
     )
-    config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_rows=options.rows))
+    config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_size=options.rows))
     programs = RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
     available = available_bytes(mesh)
     said = "nobody knows how many" if available is None else f"{available:,}"
@@ -136,7 +136,7 @@ def faults(options: Options, train: Program, search: Program) -> list[str]:
             wrong.append(f"the {program.name} copies {program.rematerializations} arrays whole to every device.")
         if program.num_conditionals:  # only a CPU reads a cache in blocks, each behind a branch
             wrong.append(f"the {program.name} has {program.num_conditionals} branches, as for a CPU.")
-    # Only a CPU leaves out the chunks of the loss that hold padding alone.
+    # Only a CPU leaves out the blocks of the loss that hold padding alone.
     if train.num_dynamic_loops:
         wrong.append(f"the train step has {train.num_dynamic_loops} loops of unknown length, as for a CPU.")
 

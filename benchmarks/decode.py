@@ -129,7 +129,7 @@ def our_translator(options: Options, stop: StopRule, quantize: Quantize) -> Any:
         stop=stop,
         max_length_factor=0.0,
         max_length_offset=options.longest,
-        batch_rows=options.batch_sizes[0],
+        batch_size=options.batch_sizes[0],
     )
     return translator.with_decoding(settings)
 
@@ -138,7 +138,7 @@ def ours(options: Options, stop: StopRule, quantize: Quantize) -> Translate:
     """Returns this project's translation."""
     made = our_translator(options, stop, quantize)
     sized = {
-        size: made.with_decoding(dataclasses.replace(made.decoding, batch_rows=size)) for size in options.batch_sizes
+        size: made.with_decoding(dataclasses.replace(made.decoding, batch_size=size)) for size in options.batch_sizes
     }
     for translator in sized.values():  # for every device, whichever of them takes what when it is timed
         translator.compile(read_text(options)[0])
@@ -227,11 +227,11 @@ def main() -> None:
         systems, facts = Systems(options.threads), {}
         half = options.half
         known: dict[str, tuple[Any, ...]] = {
-            "ours": (ours, "finished", "bfloat16" if half else "none"),
-            "ours, likely": (ours, "likely", "none"),
-            "ours, sure": (ours, "sure", "none"),
-            "ours, int8": (ours, "finished", "int8"),
-            "ours, bfloat16": (ours, "finished", "bfloat16"),
+            "ours": (ours, "first_finished", "bfloat16" if half else "none"),
+            "ours, likely": (ours, "heuristic", "none"),
+            "ours, sure": (ours, "exact", "none"),
+            "ours, int8": (ours, "first_finished", "int8"),
+            "ours, bfloat16": (ours, "first_finished", "bfloat16"),
             "CTranslate2": (ctranslate2_peer, folder, "float16" if half else "float32"),
             "CTranslate2, int8": (ctranslate2_peer, folder, "int8_float16" if half else "int8"),
             "Hugging Face": (hugging_face_peer, folder),

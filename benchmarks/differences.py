@@ -70,7 +70,7 @@ def main() -> None:
 
     from flax_transformer.inference.scorer import Scorer
 
-    translator = decode.our_translator(settings, "finished", "none")
+    translator = decode.our_translator(settings, "first_finished", "none")
     translations = translator.translate(text, num_hypotheses=settings.beam_size)
     different = [n for n, translation in enumerate(translations) if translation.text != outputs[n]]
     reasons = {}

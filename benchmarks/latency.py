@@ -110,8 +110,8 @@ def main() -> None:
         decode.write_model(options.run, folder)
         systems, facts = Systems(options.threads), {}
         for name, arguments in {
-            "ours": (decode.ours, "finished", "none"),
-            "ours, int8": (decode.ours, "finished", "int8"),
+            "ours": (decode.ours, "first_finished", "none"),
+            "ours, int8": (decode.ours, "first_finished", "int8"),
             "CTranslate2": (decode.ctranslate2_peer, folder, "float32"),
             "Hugging Face": (decode.hugging_face_peer, folder),
         }.items():
@@ -131,8 +131,8 @@ def main() -> None:
 
         ours = [
             sys.executable, "-m", "flax_transformer.cli.main", "translate", "--run", str(options.run),
-            "--stop", "finished", "--beam-size", str(options.beam_size), "--length-penalty", decode.PENALTY,
-            "--max-length-factor", "0", "--max-length-offset", str(options.longest), "--batch-rows", "1",
+            "--stop", "first_finished", "--beam-size", str(options.beam_size), "--length-penalty", decode.PENALTY,
+            "--max-length-factor", "0", "--max-length-offset", str(options.longest), "--batch-size", "1",
         ]  # fmt: skip
         numbers = [str(folder), str(options.beam_size), str(options.longest), str(options.threads)]
         commands = {

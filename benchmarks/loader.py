@@ -88,8 +88,8 @@ def main() -> None:
     tokenizers = prepare_tokenizers(parts, config.tokenizer)
     limits = config.model.max_source_length, config.model.max_target_length
     (pairs,) = prepare_training_pairs(parts, tokenizers, config.filters, *limits)
-    bucketed = dataclasses.replace(config.batching, form="bucketed")
-    packed = dataclasses.replace(config.batching, form="packed")
+    bucketed = dataclasses.replace(config.batching, packing=False)
+    packed = dataclasses.replace(config.batching, packing=True)
     row = packed_shape(LengthSummary.of(pairs.lengths), packed)
 
     loaders = {

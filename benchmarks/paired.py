@@ -63,7 +63,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.training.metrics import TokenCounts
     from flax_transformer.training.state import describe_parameters, init_state, make_layout
     from flax_transformer.training.step import Objective, jit_train_step
-    from flax_transformer.training.throughput import ProductCost, peak_flops
+    from flax_transformer.training.throughput import ModelFlops, peak_flops
 
     use_every_core()  # as the command does
     parts = load_corpus(config.data).train
@@ -97,7 +97,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
         "vocab_size": vocabulary.target_size,
         "start_token": vocabulary.start_token,
         "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
-        "flops": ProductCost.of(parameter_info).total(tokens),
+        "flops": ModelFlops.of(parameter_info).total(tokens),
         "peak": peak_flops(mesh, config.model.compute_dtype),
         "target_tokens": tokens.target,
     }

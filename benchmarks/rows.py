@@ -31,7 +31,7 @@ class Options:
         run: run folder of the model.
         text: sentences, one a line, plain or .gz.
         lines: how many of them at most, without what occurs twice.
-        rows: values of `decoding.batch_rows`, each rounded up to a multiple of the devices.
+        rows: values of `decoding.batch_size`, each rounded up to a multiple of the devices.
         compositions: random ones, of up to 400 lines.
         rounds: turns of the searches that are timed, after one to warm up.
     """
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"{refilling(translator, text, options.rounds)}\n")
     found = {}
     for rows in options.rows:
-        sized = translator.with_decoding(dataclasses.replace(translator.decoding, batch_rows=rows))
+        sized = translator.with_decoding(dataclasses.replace(translator.decoding, batch_size=rows))
         found[sized.batch_size] = [translation.hypotheses[0] for translation in sized.translate(text)]
     first, *others = found
     print("| rows | equal tokens | largest relative difference of scores among those |\n|---|---|---|")

@@ -1,7 +1,7 @@
 """Sequence-to-sequence learning in JAX and Flax NNX: from two parallel text files to translations.
 
-Public names are imported when they are first used, so that a command can answer, or set up its process, before the
-libraries are loaded.
+Public names are imported at their first use. So a command can answer, or set up its process, before the libraries are
+loaded.
 """
 
 import importlib
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name is defined.
+# Module that defines each public name.
 _HOMES = {
     # Translate with a trained run
     "Translator": "inference.translator",
@@ -77,7 +77,7 @@ _HOMES = {
     "DecoderFunctions": "decoding.decoder_functions",
     "Hypotheses": "decoding.hypotheses",
     "LengthPenalty": "decoding.length_penalty",
-    # What users can get wrong
+    # Errors that a user can cause
     "InputError": "errors",
     "ConfigError": "errors",
     "RunFolderError": "errors",

@@ -1,7 +1,8 @@
-"""The errors that a user can cause, and the words that help to mend them.
+"""Errors that a user can cause, and helpers for their messages.
 
-Every message says what was expected, what came, and what to do. The command line prints the message alone and
-exits with code 2 (1 for a `DivergenceError`); any other exception is a defect of the program and keeps its traceback.
+Every message says what was expected, what came, and what to do. The command line prints the message alone. It exits
+with code 2, or with code 1 for a `DivergenceError`. Any other exception is a defect of the program, and keeps its
+traceback.
 """
 
 import difflib
@@ -10,32 +11,32 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something given by the user (a file, a value, a line of text) cannot be used as it is."""
+    """An input of the user cannot be used as it is, such as a file, a value or a line of text."""
 
 
 class ConfigError(InputError):
-    """A configuration has an unknown field, a value of the wrong type, or sizes that contradict one another."""
+    """A configuration has an unknown field, a value of the wrong type, or fields that contradict each other."""
 
 
 class RunFolderError(InputError):
-    """A run folder does not hold what is asked of it, or holds another run already."""
+    """A run folder lacks something, has a damaged file, or contains another run already."""
 
 
 class DivergenceError(RuntimeError):
-    """Training or search met numbers that are not finite; a person must change the recipe."""
+    """A training or a search met numbers that are not finite. The user has to change the recipe."""
 
 
 def shortened(text: str, num_characters: int = 80) -> str:
-    """Returns a text as an error shows it: its beginning, where it is long."""
+    """Returns a text for an error message; of a long text only the beginning."""
     return text if len(text) <= num_characters else f"{text[:num_characters]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the nearest known names, else a list of all of them.
+    """Returns " Did you mean 'x'?" with the nearest known names, or a list of all known names.
 
     Args:
-        name: what the user wrote.
-        known: the names that would have been right.
+        name: name that the user wrote.
+        known: names that are right.
     """
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
@@ -45,13 +46,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_seed(name: str, seed: int) -> None:
-    """Raises a `ConfigError` unless `seed` is a 32-bit number that is not negative."""
+    """Raises a `ConfigError` unless `seed` is an unsigned 32-bit number."""
     if not 0 <= seed < 2**32:
         raise ConfigError(f"{name} must lie between 0 and 4294967295, got {seed}.")
 
 
 def check_finite(section: str, config: object) -> None:
-    """Raises a `ConfigError` if a field of a dataclass is a number that is infinite or not a number."""
+    """Raises a `ConfigError` if a field of a dataclass is infinite or NaN."""
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{section}.{name} must be a finite number, got {value}.")

@@ -1,12 +1,12 @@
-"""Which process has a file for itself."""
+"""Locks on files, between processes."""
 
 from typing import IO, Any
 
 
 def take_lock(file: IO[Any]) -> bool:
-    """Returns whether this process alone has an open file from now on, until it closes it or ends.
+    """Returns whether this process gets the lock of an open file, which it keeps until it closes the file or ends.
 
-    Where nothing can tell (Windows, some network file systems) it has.
+    Windows and some network file systems have no such locks. There the function always returns True.
     """
     try:
         import fcntl

@@ -1,14 +1,17 @@
-"""A run folder: all that is needed to go on with a run or to translate with it. Data only, no code.
+"""The run folder: everything that is needed to resume a run or to translate with it. It contains data and no code.
 
-config.yaml      the complete configuration, itself a valid --config
-run_card.json    what was run, on what, and what came out
-metrics.jsonl    one JSON object for each progress line and evaluation
-train.log        what was printed; the process that trains holds a lock on it
-bad_batch.npz    the batch at which a training gave up, if it did
-tokenizer/       the tokenizers of both languages, or one for both
-checkpoints/     STEP/{params,optimizer,meta}; with training.ema_decay params is the average, and trained lies beside
-samples/         the test part: sources, references, translations
-tensorboard/  plots/
+    config.yaml   = complete configuration, itself a valid --config
+    run_card.json = summary of the run: versions, devices, test scores
+    metrics.jsonl = one JSON object for each progress line and evaluation
+    train.log     = printed lines; the training process keeps a lock on this file
+    bad_batch.npz = batch at which a training diverged
+    tokenizer/    = tokenizers of both languages, or one for both
+    checkpoints/  = STEP/{params,optimizer,meta}
+    samples/      = sources, references and translations of the test part
+    tensorboard/  = event files
+    plots/        = pictures
+
+With `training.ema_decay` a checkpoint's `params` is the average, and its `trained` has the parameters themselves.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ from flax_transformer.locks import take_lock
 
 
 class RunFolder:
-    """Paths and small files of a run."""
+    """Paths and small files of a run folder."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -43,17 +46,17 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object a line."""
+        """The file of metrics, with one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def log_file(self) -> Path:
-        """What was printed."""
+        """The file of printed lines."""
         return self.path / "train.log"
 
     @property
     def bad_batch(self) -> Path:
-        """The batch at which a training gave up."""
+        """The batch at which a training diverged."""
         return self.path / "bad_batch.npz"
 
     @property
@@ -68,29 +71,32 @@ class RunFolder:
 
     @property
     def card_file(self) -> Path:
-        """What was run and what came out; written when the run has ended."""
+        """The summary of the run, which is written at its end."""
         return self.path / "run_card.json"
 
     @property
     def test_sources(self) -> Path:
-        """The test part's source sentences, one a line."""
+        """The source sentences of the test part, one a line."""
         return self.path / "samples" / "test.sources.txt"
 
     @property
     def test_references(self) -> Path:
-        """Their references."""
+        """The references of the test part, one a line."""
         return self.path / "samples" / "test.references.txt"
 
     @property
     def test_hypotheses(self) -> Path:
-        """Their translations by the run."""
+        """The run's translations of the test part, one a line."""
         return self.path / "samples" / "test.hypotheses.txt"
 
     def check_unused(self, option: str = "--run") -> None:
-        """Returns if a new run can be made here; `option` is the flag that names the folder.
+        """Checks that a new run can be made here.
+
+        Args:
+            option: flag that names the folder, for messages.
 
         Raises:
-            RunFolderError: the folder holds a run already, or something that is not a run.
+            RunFolderError: the folder contains a run or other files.
         """
         if self.config_file.exists():
             go_on = f"Go on with it by --run {self.path} --resume, or choose" if option == "--run" else "Choose"
@@ -101,7 +107,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
 
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
-        """Makes the folder, with its tokenizers and, once they are there, its configuration.
+        """Makes the folder with its tokenizers and its configuration, in this order.
 
         Raises:
             RunFolderError: as `check_unused`.
@@ -111,11 +117,11 @@ class RunFolder:
         self.update_config(config)
 
     @contextlib.contextmanager
-    def held(self) -> Generator[None, None, None]:
-        """Keeps other trainings out of the folder: each would remove what the other is writing.
+    def locked(self) -> Generator[None, None, None]:
+        """Keeps the folder's lock inside a `with` block, so that no two trainings delete each other's files.
 
         Raises:
-            RunFolderError: another process trains in it.
+            RunFolderError: another process trains in the folder.
         """
         with self.log_file.open("a", encoding="utf-8") as log:
             if not take_lock(log):
@@ -126,7 +132,7 @@ class RunFolder:
             yield
 
     def update_config(self, config: Config) -> None:
-        """Writes the configuration, all or nothing: what a resumed run changes (steps, intervals) is kept too."""
+        """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""
         partial = self.path / "config.partial"
         write_config(config, partial)
         os.replace(partial, self.config_file)
@@ -146,15 +152,15 @@ class RunFolder:
         return folder
 
     def read_config(self) -> Config:
-        """Returns the run's configuration; errors as `config.read_config`."""
-        return read_config(self.config_file)
+        """Returns the run's configuration; raises as `read_config` does."""
+        return read_config(self.config_file, of_run=True)
 
     def tokenizers(self) -> TokenizerPair:
-        """Returns the run's tokenizers; errors as `TokenizerPair.load`."""
+        """Returns the run's tokenizers; raises as `TokenizerPair.load` does."""
         return TokenizerPair.load(self.path / "tokenizer")
 
     def write_card(self, card: dict[str, Any]) -> None:
-        """Writes the run card, all or nothing."""
+        """Writes the run card atomically."""
         partial = self.path / "run_card.partial"
         partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, self.card_file)

@@ -1,11 +1,12 @@
-"""The legend of shape letters, and the array containers that travel between rooms.
+"""The legend of shape letters, and array containers that several packages use.
 
-    B batch rows          N attention heads        V vocabulary rows (padded)
+Legend:
+    B batch size          N attention heads        V vocabulary size (padded)
     S source length       H head dim               L layers
     T target length       F feed-forward dim       K beams
     D model dim           U recurrent units
 
-Every signature in the project uses these letters and no others for these things.
+Signatures in all files use these letters for these sizes.
 """
 
 import dataclasses
@@ -13,30 +14,30 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-# The project's one "minus infinity" for scores: finite, so that differences and backward passes give no NaN, and so
-# far below any real score that its exponential is exactly 0.
+# Score of what is excluded, in place of minus infinity. It is finite, so differences and backward passes give no NaN.
+# Its exponential is exactly 0.
 MASKED = -1e30
 
 Container = TypeVar("Container")
 
 
 def is_possible(score: Any) -> Any:
-    """Returns where scores are real ones: sums with `MASKED` in them are not, and neither is a NaN."""
+    """Returns where scores are real ones. NaN is none, and neither is a sum that contains `MASKED`."""
     return score > MASKED / 2
 
 
 class Batch(NamedTuple):
-    """Sentence pairs as fixed-shape int32 arrays: the one interface between data, training and inference.
+    """Sentence pairs as int32 arrays of fixed shapes: the interface between data, training and inference.
 
-    A row holds one pair, or several when packed. Segment 0 is padding; the pieces of the k-th pair of a row carry
-    segment k (1 everywhere when nothing is packed), on the source and on the target side, and positions restart at 0
-    in each segment. Masks are derived from segments alone, so the token id under padding is irrelevant.
+    A row contains one pair, or several when packed. The tokens of the k-th pair of a row have segment k on both sides.
+    Padding has segment 0. Positions restart at 0 in each segment. Masks come from segments alone, so the token id of
+    padding does not matter.
 
     Attributes:
-        source_tokens: [B, S], each sentence closed by the end token.
+        source_tokens: [B, S], each sentence with its end token.
         source_positions: [B, S], 0-based within the segment.
         source_segments: [B, S].
-        target_tokens: [B, T], what the model must predict: each sentence closed by the end token, without start token.
+        target_tokens: [B, T], labels of the model: each sentence with its end token, without a start token.
         target_positions: [B, T].
         target_segments: [B, T].
     """
@@ -50,22 +51,21 @@ class Batch(NamedTuple):
 
 
 def static_field(**arguments: Any) -> Any:
-    """Returns a dataclass field that `array_tree` keeps in the structure of the tree; its value must be hashable.
+    """Returns a dataclass field that `array_tree` keeps in the structure of the tree. Its value must be hashable.
 
     Args:
-        **arguments: of `dataclasses.field`, such as `default`.
+        **arguments: arguments of `dataclasses.field`, such as `default`.
     """
     return dataclasses.field(metadata={"static": True}, **arguments)
 
 
 def array_tree(cls: type[Container]) -> type[Container]:
-    """Registers a frozen dataclass of arrays (or of trees of arrays) as a JAX pytree; returns the class.
+    """Registers a frozen dataclass of arrays, or of trees of arrays, as a JAX pytree. Returns the class.
 
-    `jax.tree_util.register_dataclass` runs `__init__` again on every unflatten, so that shape checks on the fields
-    fail when JAX puts shapes, shardings or None in the place of arrays. Here the fields are checked when a person
-    builds the object, and tree operations rebuild it without `__init__`.
+    Tree operations rebuild the object without `__init__`, since shape checks there would fail. JAX puts shapes,
+    shardings or None in the place of arrays. `jax.tree_util.register_dataclass` does run `__init__`.
 
-    A field that is made by `static_field` is no leaf: programs are compiled anew for each of its values.
+    A field made by `static_field` is no leaf. Programs are compiled anew for each of its values.
 
     Example:
         >>> @array_tree
@@ -76,7 +76,7 @@ def array_tree(cls: type[Container]) -> type[Container]:
         >>> jax.tree.map(lambda a: 2 * a, Point(x=3))
         Point(x=6, unit='m')
     """
-    # A dataclass, since the decorator below has made it one; no public type of Python's can say that of `Container`.
+    # `Container` is a dataclass; Python has no public type to say that.
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [field.name for field in fields if not field.metadata.get("static")]
     static_names = [field.name for field in fields if field.metadata.get("static")]

@@ -14,10 +14,10 @@ data: {kind: number_words, num_train: 300, num_validation: 20, num_test: 24}
 tokenizer: {vocab_size: 60}
 model: {model_dim: 16, num_heads: 2, feed_forward_dim: 32, num_encoder_layers: 1, num_decoder_layers: 1,
         max_source_length: 64, max_target_length: 48}
-batching: {tokens_per_batch: 640, num_shapes: 1}
+batching: {tokens_per_batch: 640, num_buckets: 1}
 optimizer: {warmup_steps: 10}
 training: {steps: 8, log_every_steps: 2, evaluate_every_steps: 4, checkpoint_every_steps: 2, evaluate_sentences: 8}
-decoding: {beam_size: 2, batch_rows: 8, max_length_factor: 1.0, max_length_offset: 4}
+decoding: {beam_size: 2, batch_size: 8, max_length_factor: 1.0, max_length_offset: 4}
 evaluation: {bleu_tokenizer: char}
 mesh: {data: 1}
 """

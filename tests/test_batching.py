@@ -56,10 +56,10 @@ def random_pairs(seed: int, num: int, longest: int = 40) -> TokenizedPairs:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 300), st.integers(1, 6), st.integers(350, 2000))
-def test_an_epoch_holds_every_pair_once_in_shapes_within_the_budget(seed, num, num_shapes, budget):
+def test_an_epoch_holds_every_pair_once_in_shapes_within_the_budget(seed, num, num_buckets, budget):
     pairs = random_pairs(seed, num)
-    shapes = choose_shapes(LengthSummary.of(pairs.lengths), num_shapes, budget)
-    assert len(shapes) <= num_shapes
+    shapes = choose_shapes(LengthSummary.of(pairs.lengths), num_buckets, budget)
+    assert len(shapes) <= num_buckets
     for shape in shapes:
         assert shape.rows % 8 == 0 and shape.rows * max(shape.source_length, shape.target_length) <= budget
     epoch = BucketedPlan(pairs.lengths, shapes, seed=seed).epoch(3)
@@ -109,7 +109,7 @@ def test_shapes_have_the_least_padding_of_all_cuts():
 
 @pytest.mark.parametrize(
     "config",
-    [BatchingConfig(tokens_per_batch=640, num_shapes=3), BatchingConfig("packed", tokens_per_batch=640, row_length=72)],
+    [BatchingConfig(tokens_per_batch=640, num_buckets=3), BatchingConfig(True, tokens_per_batch=640, row_length=72)],
 )
 def test_epochs_differ_and_any_position_can_be_gone_on_from(config):
     pairs = random_pairs(0, 200)
@@ -142,7 +142,7 @@ def test_the_next_epoch_is_planned_while_one_is_trained_on():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 20, 90)
     pairs = TokenizedPairs(random_text(rng, lengths), random_text(rng, lengths), 20, 20)
-    config = BatchingConfig(tokens_per_batch=160, num_shapes=2)
+    config = BatchingConfig(tokens_per_batch=160, num_buckets=2)
     plain, planned = training_plan([pairs], config, 3), []
 
     class Watched(BucketedPlan):
@@ -184,9 +184,9 @@ def test_rows_divide_by_what_a_large_mesh_needs():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 60, 400)
     pairs = TokenizedPairs(random_text(rng, lengths), random_text(rng, lengths), 64, 64)
-    for form, pieces in itertools.product(("bucketed", "packed"), (1, 2)):
-        values = {"form": form, "row_length": 64, "micro_batches": pieces, "row_multiple": 24}
-        config = from_dict(BatchingConfig, values | {"tokens_per_batch": 8192, "num_shapes": 3})
+    for packed, pieces in itertools.product((False, True), (1, 2)):
+        values = {"packing": packed, "row_length": 64, "gradient_accumulation_steps": pieces, "row_multiple": 24}
+        config = from_dict(BatchingConfig, values | {"tokens_per_batch": 8192, "num_buckets": 3})
         shapes = training_plan([pairs], config, 0).shapes
         assert all(shape.rows % (24 * pieces) == 0 for shape in shapes)
         assert all(shape.rows * max(shape[1:]) <= 8192 for shape in shapes)
@@ -232,14 +232,14 @@ def test_lengths_of_several_texts_are_summed_up_as_if_they_were_one():
 def test_a_plan_of_many_variants_keeps_nothing_of_their_pairs():
     """But for the newest epoch: a byte for each pair of the seven others would be 28,000 here."""
     variants = [random_pairs(seed, 4_000) for seed in range(8)]
-    for config in (BatchingConfig(tokens_per_batch=640), BatchingConfig("packed", 640, row_length=72)):
+    for config in (BatchingConfig(tokens_per_batch=640), BatchingConfig(True, 640, row_length=72)):
         kept = []
         for num in (1, 8):
             tracemalloc.start()
             plan = training_plan(variants[:num], config, 0)
             kept.append(tracemalloc.get_traced_memory()[0])
             tracemalloc.stop()
-        assert kept[1] < kept[0] + 8_000, (config.form, kept)
+        assert kept[1] < kept[0] + 8_000, (config.packing, kept)
         ones = [training_plan([variant], config, 0) for variant in variants]
         pairs = [np.concatenate([b.pairs for b in plan.epoch(e)]) for e in (1, 9)]
         assert all(sorted(p.tolist()) == list(range(4_000)) for p in pairs)
@@ -253,7 +253,7 @@ def test_a_plan_of_many_variants_keeps_nothing_of_their_pairs():
 @given(st.integers(0, 10_000), st.integers(1, 200), st.integers(40, 120))
 def test_packed_rows_hold_every_pair_once_whole_and_apart(seed, num, row_length):
     pairs = random_pairs(seed, num)
-    config = BatchingConfig("packed", tokens_per_batch=16 * 120, row_length=row_length)
+    config = BatchingConfig(True, tokens_per_batch=16 * 120, row_length=row_length)
     plan = training_plan([pairs], config, seed)
     (shape,) = plan.shapes
     assert shape.rows % 8 == 0 and max(shape.source_length, shape.target_length) <= round_up(row_length, 4)
@@ -284,8 +284,8 @@ def test_packing_leaves_less_padding_than_buckets():
         padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
         return 1 - pairs.lengths.sum() / padded
 
-    packed = padding(BatchingConfig("packed", tokens_per_batch=2048, row_length=128))
-    assert packed < 0.1 < padding(BatchingConfig(tokens_per_batch=2048, num_shapes=6))
+    packed = padding(BatchingConfig(True, tokens_per_batch=2048, row_length=128))
+    assert packed < 0.1 < padding(BatchingConfig(tokens_per_batch=2048, num_buckets=6))
 
 
 def test_packed_bucketed_and_single_pairs_have_the_same_loss():
@@ -301,9 +301,7 @@ def test_packed_bucketed_and_single_pairs_have_the_same_loss():
 
     bucketed = losses(BucketedPlan(pairs.lengths, choose_shapes(LengthSummary.of(pairs.lengths), 2, 160), 0))
     packed = losses(
-        PackedPlan(
-            pairs.lengths, packed_shape(LengthSummary.of(pairs.lengths), BatchingConfig("packed", 256, 4, 24)), 0
-        )
+        PackedPlan(pairs.lengths, packed_shape(LengthSummary.of(pairs.lengths), BatchingConfig(True, 256, 4, 24)), 0)
     )
     single = losses(BucketedPlan(pairs.lengths, [BatchShape(1, 12, 12)], 0))
     assert bucketed[3] == packed[3] == single[3] == pairs.lengths[:, 1].sum()
@@ -334,9 +332,9 @@ def test_what_is_kept_of_every_pair_is_small():
 
 def test_a_pair_longer_than_a_packed_row_is_explained():
     with pytest.raises(ConfigError, match=r"batching.row_length \(32\) is shorter than the longest pair \(40 tokens"):
-        packed_shape(LengthSummary.of(np.array([[40, 3], [4, 4]])), BatchingConfig("packed", row_length=32))
+        packed_shape(LengthSummary.of(np.array([[40, 3], [4, 4]])), BatchingConfig(True, row_length=32))
 
 
 def test_packing_for_a_model_that_cannot_is_explained():
-    with pytest.raises(ConfigError, match=r"batching.form: packed .* model.kind rnn .* Set batching.form: bucketed"):
-        from_dict(Config, {"model": {"kind": "rnn"}, "batching": {"form": "packed"}})
+    with pytest.raises(ConfigError, match=r"batching.packing: true .* model.kind rnn .* Set batching.packing: false"):
+        from_dict(Config, {"model": {"kind": "rnn"}, "batching": {"packing": True}})

@@ -95,7 +95,7 @@ def exhaustive(logits: np.ndarray, max_length: int, penalty: str) -> list[tuple[
 def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enough: int, stop: str):
     """A search of the same kind in plain Python: what it has found, best first, and how many steps it took.
 
-    By the rule "sure" it looks at every length at which a live hypothesis may still end.
+    By the rule "exact" it looks at every length at which a live hypothesis may still end.
     """
     log_p = float64(logits) - np.log(np.exp(float64(logits)).sum(-1, keepdims=True))
     rule = LengthPenalty.parse(penalty)
@@ -111,9 +111,9 @@ def plain_search(logits: np.ndarray, beams: int, limit: int, penalty: str, enoug
         live = [c for c in candidates if c[0][-1] != END][:beams]
         finished = sorted(finished, key=lambda f: -f[1])[:beams]
         if len(finished) >= enough:
-            lengths = [length] if stop == "likely" else range(length + 1, limit + 1)
+            lengths = [length] if stop == "heuristic" else range(length + 1, limit + 1)
             reachable = max((score / divisor(rule, at) for _, score in live for at in lengths), default=-np.inf)
-            if stop == "finished" or reachable <= finished[enough - 1][1]:
+            if stop == "first_finished" or reachable <= finished[enough - 1][1]:
                 break
     return finished, length
 
@@ -217,7 +217,7 @@ def test_a_search_that_must_be_sure_takes_as_many_steps_as_a_plain_one(penalty):
     beam_search(DecoderFunctions(step, lambda s, _: s, refill), config, start, jnp.full((40,), 10))
     jax.effects_barrier()
     steps = np.bincount(taken, minlength=40).tolist()
-    assert steps == [plain_search(chain, 2, 10, penalty, 2, "sure")[1] for chain in chains]
+    assert steps == [plain_search(chain, 2, 10, penalty, 2, "exact")[1] for chain in chains]
     assert len(set(steps)) >= 5 and sum(count < 10 for count in steps) >= 8
 
 
@@ -273,9 +273,9 @@ class AllWorse:
 @given(CHAINS, PENALTIES)
 def test_with_a_score_adjustment_the_search_is_as_exact_and_stops_no_sooner(chain, penalty):
     expected = sorted(((t, s - 0.7 * t.count(2)) for t, s in exhaustive(chain, 3, penalty)), key=lambda item: -item[1])
-    for patience in (1.0, 1 / 36):  # of the latter only the first is promised
-        found = [o for o in outputs(search(chain, 36, 3, penalty, adjustment=FewerTwos(), patience=patience)) if o[2]]
-        found = found[: 13 if patience == 1.0 else 1]
+    for awaited in (36, 1):  # of the latter only the first is promised
+        found = [o for o in outputs(search(chain, 36, 3, penalty, adjustment=FewerTwos(), num_awaited=awaited)) if o[2]]
+        found = found[: 13 if awaited == 36 else 1]
         scores = [s for _, s in expected][: len(found)]
         np.testing.assert_allclose([s for _, s, _ in found], scores, rtol=1e-4, atol=1e-5)
         assert {t for t, _, _ in found} <= {t for t, _ in expected} and len(found) in (1, 13)
@@ -314,23 +314,22 @@ def test_results_are_sorted_unique_and_scored_as_they_say(chain, penalty):
 @given(CHAINS, PENALTIES)
 def test_stopping_early_changes_nothing(chain, penalty):
     """Against the plain search, which never stops before the limit here."""
-    expected, _ = plain_search(chain, 3, 8, penalty, 1_000, "finished")
+    expected, _ = plain_search(chain, 3, 8, penalty, 1_000, "first_finished")
     found = [o for o in outputs(search(chain, 3, 8, penalty)) if o[2]]
     np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
 @given(CHAINS, PENALTIES)
-def test_the_rules_finished_and_likely_stop_where_a_plain_search_does(chain, penalty):
-    """With a patience of 1 three outputs are awaited, with 1/3 one."""
-    for stop, (patience, enough) in itertools.product(("finished", "likely"), ((1.0, 3), (1 / 3, 1))):
+def test_the_rules_first_finished_and_heuristic_stop_where_a_plain_search_does(chain, penalty):
+    for stop, enough in itertools.product(("first_finished", "heuristic"), (3, 1)):
         expected, _ = plain_search(chain, 3, 8, penalty, enough, stop)
-        found = [o for o in outputs(search(chain, 3, 8, penalty, stop=stop, patience=patience)) if o[2]]
+        found = [o for o in outputs(search(chain, 3, 8, penalty, stop=stop, num_awaited=enough)) if o[2]]
         np.testing.assert_allclose([s for _, s, _ in found], [s for _, s in expected], rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_rule_sure_waits_for_every_later_better_output():
-    stops = ("finished", "likely", "sure")
+def test_only_the_rule_exact_waits_for_every_later_better_output():
+    stops = ("first_finished", "heuristic", "exact")
     # After two steps END, ln(.4) = -0.92, and a END, ln(.06)/2 = -1.41, are there; a a, ln(.54)/2 = -0.31, may go on.
     chain = log_probabilities(np.array([[0, 0.4, 0.6], [0, 1, 0], [0, 0.1, 0.9]]))
     found = [outputs(search(chain, 2, 6, "average:1.0", stop=stop))[0][0] for stop in stops]
@@ -341,7 +340,7 @@ def test_only_the_rule_sure_waits_for_every_later_better_output():
     found = [outputs(search(chain, 2, 12, "average:1.0", stop=stop))[0][0] for stop in stops]
     assert found == [(2, END), (2, END), (2, *[3] * 10, END)]  # ln(.5 * .4 * .9 ** 9 * .1)/12 = -0.41
 
-    worse = search(chain, 2, 12, "average:1.0", stop="likely", adjustment=AllWorse())
+    worse = search(chain, 2, 12, "average:1.0", stop="heuristic", adjustment=AllWorse())
     assert outputs(worse)[0][0] == (2, END)
 
 
@@ -392,17 +391,17 @@ def test_a_slot_costs_nothing_once_its_sentence_is_done():
 
 
 @pytest.mark.slow
-def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
-    """With a quarter of four beams the first output is that of the usual search, with half the first two are."""
+def test_a_search_that_awaits_fewer_stops_sooner_and_is_still_exact_for_those():
+    """The first outputs are those of the usual search, which waits for all four beams."""
     rng = np.random.default_rng(5)
     chains = rng.normal(size=(30, 6, 6)).astype(np.float32)
     usual = search(chains, 4, 12, "average:1.0")
-    for patience, sure in ((0.25, 1), (0.5, 2)):
-        found = search(chains, 4, 12, "average:1.0", patience=patience)
+    for awaited in (1, 2):
+        found = search(chains, 4, 12, "average:1.0", num_awaited=awaited)
         for n in range(30):
-            assert outputs(found, n)[:sure] == outputs(usual, n)[:sure]
+            assert outputs(found, n)[:awaited] == outputs(usual, n)[:awaited]
     steps = {}
-    for patience in (0.25, 1.0):
+    for awaited in (1, 4):
         taken: list[int] = []
 
         def step(tokens, slots, taken=taken):
@@ -410,13 +409,13 @@ def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
             rows = jax.vmap(lambda chain, row: jnp.take(chain, row, axis=0))(jnp.asarray(chains)[slots], tokens)
             return rows, None, slots
 
-        config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), patience=patience)  # one by one
+        config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), num_awaited=awaited)  # one by one
         limits, start = jnp.full((30,), 12), jnp.zeros((1,), jnp.int32)
         functions = DecoderFunctions(step, lambda s, _: s, lambda s, f, n: jnp.where(f, n, s))
         beam_search(functions, config, start, limits)
         jax.effects_barrier()
-        steps[patience] = len(taken)
-    assert steps[0.25] < steps[1.0]
+        steps[awaited] = len(taken)
+    assert steps[1] < steps[4]
 
 
 def test_token_scores_add_up_to_the_score():
@@ -483,5 +482,5 @@ def test_bad_length_penalties_are_explained(text, message):
 def test_bad_sizes_are_explained():
     with pytest.raises(ConfigError, match="beam_size must be at least 1, got 0"):
         BeamSearchConfig(0, 1, 5, START, END, LengthPenalty.parse("none"))
-    with pytest.raises(ConfigError, match="patience must be above 0 and at most 1, got 0"):
-        BeamSearchConfig(2, 1, 5, START, END, LengthPenalty.parse("none"), patience=0.0)
+    with pytest.raises(ConfigError, match=r"num_awaited must lie between 1 and beam_size \(2\), got 3"):
+        BeamSearchConfig(2, 1, 5, START, END, LengthPenalty.parse("none"), num_awaited=3)

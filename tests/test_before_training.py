@@ -31,7 +31,7 @@ def test_a_step_that_does_not_fit_the_memory_is_explained_before_the_first(recip
     assert command("train", "--config", str(recipe), "--run", str(tmp_path / "large")) == 2
     message = capsys.readouterr().err
     assert re.search(r"on batches of 8 rows x 28/44 tokens needs 0.0 GiB on each device, and there are 0.0", message)
-    assert "Raise batching.micro_batches, lower batching.tokens_per_batch" in message
+    assert "Raise batching.gradient_accumulation_steps, lower batching.tokens_per_batch" in message
 
 
 def test_a_beam_that_does_not_fit_the_memory_is_explained_before_the_first_step(recipe, tmp_path, capsys):
@@ -57,7 +57,7 @@ def test_nothing_is_compiled_once_training_has_begun(recipe, tmp_path, monkeypat
 
     monkeypatch.setattr("flax_transformer.experiment.run.train_loop", train_loop)
     jax.clear_caches()  # of what other tests have compiled
-    several = ["--batching.num-shapes", "3", "--batching.tokens-per-batch", "480"]
+    several = ["--batching.num-buckets", "3", "--batching.tokens-per-batch", "480"]
     assert command("train", "--config", str(recipe), "--run", str(tmp_path / "run"), *several) == 0
     assert "3 compiled shapes" in (tmp_path / "run" / "train.log").read_text()
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 2

@@ -94,13 +94,13 @@ def test_a_cpu_keeps_caches_in_float32():
     model = prepared_model(tiny.transformer(compute_dtype="bfloat16"))
 
     def types(state: Any) -> set[Any]:
-        return {leaf.dtype for leaf in jax.tree.leaves((state.per_sentence[0], state.written))}
+        return {leaf.dtype for leaf in jax.tree.leaves((state.per_sentence[0], state.append_only))}
 
     with backend.tracing_for("cpu"):
         state, tokens = start(model)
         program = jax.jit(lambda state: model.decode_step(tokens, state)).lower(state).compile().as_text() or ""
     assert types(state) == {np.dtype("float32")}
-    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.written)}
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.append_only)}
     assert all(f"f32[{shape}]" in program and f"bf16[{shape}]" not in program for shape in shapes)
     with backend.tracing_for("gpu"):
         assert types(start(model)[0]) == {BFLOAT16}

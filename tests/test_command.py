@@ -81,3 +81,10 @@ def test_a_home_that_cannot_be_written_is_explained(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(cli, "use_compilation_cache", lambda: user_cache("compiled"))
     assert cli.run_verb(lambda *_: 0, [], "flax-transformer") == 2
     assert "Set XDG_CACHE_HOME to one that can be written." in capsys.readouterr().err
+
+
+def test_the_help_is_that_of_the_kinds_that_are_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run_verb(cli.verb("train"), ["--data.kind", "parallel_text", "--model.kind=rnn", "--help"], "train.py")
+    shown = capsys.readouterr().out
+    assert not stop.value.code and "--data.train-source" in shown and "--model.cell" in shown

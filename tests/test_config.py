@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from flax_transformer.config.command_line import override
+from flax_transformer.config.old_keys import OLD_KEYS, with_new_keys
 from flax_transformer.config.reading import from_dict, read_config, to_dict, write_config
-from flax_transformer.config.recipe import Config
+from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.errors import ConfigError
@@ -24,6 +25,43 @@ def test_recipes_are_read_and_survive_writing(path, tmp_path):
     write_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
     assert config.run == f"runs/{path.stem}"
+
+
+def test_the_configuration_of_an_earlier_run_folder_is_read():
+    """Written by an earlier version, whose maximum lengths counted the end tokens of source and output."""
+    path = ROOT / "tests/reference/run_config_before_renaming.yaml"
+    found = read_config(path, of_run=True)
+    assert found == dataclasses.replace(
+        read_config(ROOT / "configs/multi30k_en_de.yaml"),
+        run="runs/earlier",
+        data=found.data,
+        tokenizer=dataclasses.replace(found.tokenizer, max_training_pairs=1000),
+        batching=dataclasses.replace(
+            found.batching, packing=True, num_buckets=5, gradient_accumulation_steps=2, tokens_per_batch=4096
+        ),
+        optimizer=dataclasses.replace(
+            found.optimizer, weight_decay_include="(kernel|table)$", weight_decay_exclude="(bias|scale|vector)$"
+        ),
+        training=dataclasses.replace(found.training, best_metric="chrf", early_stopping_patience=3),
+        decoding=DecodingConfig(
+            length_penalty="average:1.0", stop="heuristic", max_length_factor=2.0, max_length_offset=11, force_eos=True,
+            suppress_unknown=True, suppress_sequences=("ein Hund",), suppress_tokens=("\u2581der",), batch_size=16,
+        ),
+    )  # fmt: skip
+    assert from_dict(Config, with_new_keys(to_dict(found))) == found  # today's are left alone
+
+
+@pytest.mark.parametrize("key", OLD_KEYS)
+def test_a_recipe_with_an_old_key_is_refused_and_the_new_one_named(key):
+    (section, name), old = key.split("."), OLD_KEYS[key]
+    new = r"is gone\. A search waits for" if old.new is None else f"is '{old.new}"
+    value = next(iter(old.values), 3)
+    with pytest.raises(ConfigError, match=rf"'{key}.* {new}"):
+        from_dict(Config, {section: {name: value}})
+    with pytest.raises(ConfigError, match=rf"'{key}.* {new}"):
+        override(Config(), [f"--{key.replace('_', '-')}={value}"])
+    with pytest.raises(ConfigError, match=rf"'{key}.* {new}"):
+        override(Config(), [f"--{key.replace('_', '-')}", str(value)])
 
 
 @pytest.mark.parametrize(
@@ -70,14 +108,14 @@ def test_values_that_python_cannot_hold_are_explained(tmp_path, line):
 
 def test_another_kind_comes_with_what_it_needs(capsys):
     """In any order, and though the recipe's other sections contradict the new kind's defaults."""
-    packed = from_dict(Config, {"batching": {"form": "packed"}})
-    kind, form = ["--model.kind", "rnn"], ["--batching.form", "bucketed"]
+    packed = from_dict(Config, {"batching": {"packing": True}})
+    kind, form = ["--model.kind", "rnn"], ["--batching.no-packing"]
     for flags in (kind + form, form + kind):
         assert override(packed, flags).model.kind == "rnn"
     with pytest.raises(SystemExit):
         override(packed, kind)
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "cannot tell them apart. Set batching.form: bucketed" in message
+    assert "cannot tell them apart. Set batching.packing: false" in message
     assert packed.model.kind == "transformer"
 
 

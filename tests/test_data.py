@@ -184,7 +184,7 @@ def test_line_ends_and_halves_of_characters():
     assert tokenizer.decode([*one, tokenizer._processor.piece_to_id("<0x0A>"), *two]).split("one")[1].strip() == "two"
     assert tokenizer._processor.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == "\n"
     assert tokenizer.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == " "
-    with pytest.raises(InputError, match=r"not valid Unicode: 'a\\udcff' holds bytes or halves of characters"):
+    with pytest.raises(InputError, match=r"not valid Unicode: 'a\\udcff' holds bytes or lone surrogates"):
         tokenizer.encode(["one", "a\udcff"])
 
 

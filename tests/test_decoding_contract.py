@@ -1,6 +1,7 @@
 """The contract of decoding (docs/decoding.md) on small models with random parameters: each sentence has a test."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -81,6 +82,17 @@ def test_how_many_sentences_a_call_takes_changes_no_bit(translators):
     ]
 
 
+@pytest.mark.parametrize("stop", ["exact", "first_finished"])
+def test_fewer_hypotheses_are_the_first_of_more(translators, stop):
+    """By the rule "exact" a search of fewer also stops sooner."""
+    texts = SOURCES[:40]
+    found = {n: translators["transformer"].translate(texts, num_hypotheses=n, stop=stop) for n in (1, 2, 3)}
+    for n, sentence in itertools.product((1, 2), range(len(texts))):
+        more = found[3][sentence].hypotheses
+        if sum(h.finished for h in more) >= n:  # unfinished ones are those of the step at which a search stopped
+            assert found[n][sentence].hypotheses == more[:n]
+
+
 def test_no_composition_of_a_batch_changes_a_bit(translator):
     """1,200 translations in random compositions: each n-best list, scores included, is that of the sentence alone."""
     alone = {s: translator.translate([s], num_hypotheses=3)[0] for s in SOURCES[:24]}
@@ -102,7 +114,7 @@ def test_no_small_composition_changes_a_bit_on_one_device_or_two(translators, de
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     params, pool, rng = translators["transformer"].params, SOURCES[:40], np.random.default_rng(devices)
-    for stop in ("sure", "finished"):
+    for stop in ("exact", "first_finished"):
         decoding = dataclasses.replace(DECODING, stop=stop)
         translator = Translator.from_params(
             MODELS["transformer"], TOKENIZERS, params, decoding, mesh, side_by_side=True
@@ -116,7 +128,7 @@ def test_no_small_composition_changes_a_bit_on_one_device_or_two(translators, de
 
 
 def test_samples_hold_neither_padding_nor_start(translators):
-    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_rows=4, temperature=5.0))
+    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_size=4, temperature=5.0))
     for found in sampler.translate(ALIKE[:4], num_hypotheses=16):
         assert not {"<pad>", "<s>"} & {token for h in found.hypotheses for token in h.tokens}
 
@@ -127,7 +139,7 @@ def test_a_sentence_without_any_output_says_why_and_costs_the_others_nothing(met
     tokenizers = TokenizerPair.train(["ab ba"] * 3, ["ab ba"] * 3, TokenizerConfig("char", 8))
     assert tokenizers.target.vocab_size == 7
     model, mesh = MODELS["transformer"], make_mesh(MeshConfig(), jax.devices()[:1])
-    decoding = DecodingConfig(method, length_penalty="average:1.0", batch_rows=2)
+    decoding = DecodingConfig(method, length_penalty="average:1.0", batch_size=2)
     translator = Translator.from_params(model, tokenizers, params_of(model, 1, tokenizers), decoding, mesh)
     spoilt = translator.with_params(jax.tree.map(lambda leaf: leaf * np.nan, translator.params))
     rules: dict[str, Any] = {"min_length": 20, "no_repeat_ngram": 1}
@@ -163,12 +175,12 @@ def test_what_one_sentence_cannot_have_leaves_the_others_as_they_are(translators
     assert [halves[0], halves[2]] == usual[:2] and "not valid Unicode" in str(halves[1].reason)
 
     # Of two tokens, each once and in one order alone: an output that begins with the wrong one has no second.
-    sampler = translator.with_decoding(DecodingConfig("sampling", batch_rows=4, temperature=9.0))
+    sampler = translator.with_decoding(DecodingConfig("sampling", batch_size=4, temperature=9.0))
     begin, end = TOKENIZERS.target.pieces(TOKENIZERS.target.encode(["neun"])[0])
     others = set(TOKENIZERS.target.pieces(range(4, TOKENIZERS.target.vocab_size))) - {begin, end}
-    rules = {"min_length": 2, "ban_unknown": True, "no_repeat_ngram": 1, "banned_phrases": ("neun",)}
+    rules = {"min_length": 2, "suppress_unknown": True, "no_repeat_ngram": 1, "suppress_sequences": ("neun",)}
     found = sampler.translate(
-        text[:2], num_hypotheses=16, prefixes=["", [begin]], banned_tokens=tuple(sorted(others)), **rules
+        text[:2], num_hypotheses=16, prefixes=["", [begin]], suppress_tokens=tuple(sorted(others)), **rules
     )
     assert found[0].tokens == [end, begin]
     with pytest.raises(ConfigError, match="has no translation: .* the rules that are set .* leave no token to go on"):
@@ -212,7 +224,7 @@ def test_a_prefix_may_be_pieces_by_their_names(translators):
 
 
 def test_samples_do_not_depend_on_the_batch(translators):
-    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_rows=4, seed=5))
+    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_size=4, seed=5))
     together = sampler.translate(ALIKE[:7], num_hypotheses=4)
     alone = [sampler.translate([s], num_hypotheses=4)[0] for s in ALIKE[:3]]
     assert together[:3] == alone
@@ -231,7 +243,7 @@ def test_the_output_that_the_others_agree_with_comes_first(translators):
         assert found[2] < min(found[:2])
     # By hand: the same text is 100, so drawn once of four it has a quarter of that from itself.
     assert expected_utilities(["ab", "xy"], [3, 1], "chrf") == pytest.approx([75.0, 25.0])
-    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_rows=4, top_k=2))
+    sampler = translators["transformer"].with_decoding(DecodingConfig("sampling", batch_size=4, top_k=2))
     for by_score, chosen in zip(
         sampler.translate(ALIKE[:3], num_hypotheses=8),
         sampler.translate(ALIKE[:3], num_hypotheses=2, mbr_samples=8),
@@ -247,7 +259,7 @@ def test_the_output_that_the_others_agree_with_comes_first(translators):
 
 
 def test_numbers_of_rows_agree_on_tokens(translator):
-    few, many = translator.translate(ALIKE[:60]), translator.translate(ALIKE[:60], batch_rows=16)
+    few, many = translator.translate(ALIKE[:60]), translator.translate(ALIKE[:60], batch_size=16)
     alike = [(a.score, b.score) for a, b in zip(few, many, strict=True) if a.tokens == b.tokens]
     assert len(alike) >= 59  # a near tie may be decided the other way
     np.testing.assert_allclose(*zip(*alike, strict=True), rtol=1e-5)
@@ -318,8 +330,8 @@ def test_what_translate_makes_of_an_empty_and_of_a_long_line_is_scored_as_it_was
 
 
 def test_a_forced_end_costs_nothing_and_score_counts_it(translators):
-    translator, limits = translators["transformer"], {"max_length_factor": 0.0, "max_length_offset": 5}
-    found = translator.translate(ALIKE[:12], force_end=True, **limits)
+    translator, limits = translators["transformer"], {"max_length_factor": 0.0, "max_length_offset": 4}
+    found = translator.translate(ALIKE[:12], force_eos=True, **limits)
     forced = [len(each.tokens) == 4 for each in found]
     assert 0 < sum(forced) < len(found) and all(each.hypotheses[0].finished for each in found)
     targets = [ids_of(each.hypotheses[0]) for each in found]
@@ -355,11 +367,11 @@ def test_outputs_obey_what_is_asked(translators):
             assert len(set(pairs)) == len(pairs)
 
     common = usual[0].hypotheses[0].tokens[0].replace("\u2581", " ").strip() or "a"
-    banned = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([common])[0])
-    for found in translator.translate(ALIKE[:8], num_hypotheses=3, banned_phrases=(common,)):
+    suppressed = TOKENIZERS.target.pieces(TOKENIZERS.target.encode([common])[0])
+    for found in translator.translate(ALIKE[:8], num_hypotheses=3, suppress_sequences=(common,)):
         for hypothesis in found.hypotheses:
             tokens = hypothesis.tokens
-            assert all(tokens[i : i + len(banned)] != banned for i in range(len(tokens)))
+            assert all(tokens[i : i + len(suppressed)] != suppressed for i in range(len(tokens)))
 
     # A prefix that is longer than the limit of its sentence makes room for itself, and changes nothing for others.
     long_prefix = "dreihunderteinundzwanzigtausend"
@@ -383,10 +395,10 @@ def test_outputs_obey_what_is_asked(translators):
 @pytest.mark.slow
 def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(translators):
     translator = translators["transformer"]
-    limits: dict[str, Any] = {"max_length_factor": 0.0, "max_length_offset": 5}
+    limits: dict[str, Any] = {"max_length_factor": 0.0, "max_length_offset": 4}
     text, prefixes = ALIKE[:8], ["ein", ""] * 4
     cut = translator.translate(text, num_hypotheses=3, prefixes=prefixes, **limits)
-    closed = translator.translate(text, num_hypotheses=3, prefixes=prefixes, force_end=True, **limits)
+    closed = translator.translate(text, num_hypotheses=3, prefixes=prefixes, force_eos=True, **limits)
     assert any(not h.finished for t in cut for h in t.hypotheses)
     hypotheses = [h for t in closed for h in t.hypotheses]
     assert all(h.finished and len(h.tokens) < 5 for h in hypotheses)
@@ -395,11 +407,11 @@ def test_an_output_that_reaches_its_limit_is_closed_if_that_is_asked_for(transla
     assert all(h.token_scores[-1] < 0.0 for h in hypotheses if len(h.tokens) < 4)
     pieces = TOKENIZERS.target.pieces(TOKENIZERS.target.encode(["ein"])[0])
     assert all(h.tokens[: len(pieces)] == pieces for t in closed[::2] for h in t.hypotheses)
-    sampler = translator.with_decoding(DecodingConfig("sampling", batch_rows=4, force_end=True, **limits))
+    sampler = translator.with_decoding(DecodingConfig("sampling", batch_size=4, force_eos=True, **limits))
     assert all(h.finished for t in sampler.translate(text[:4], num_hypotheses=8) for h in t.hypotheses)
     # One that must hold phrases is not closed, since it may lack some.
     required, growing = [["neunhundert", "zwanzig"]] * 2, limits | {"max_length_factor": 0.01}
-    assert translator.translate(text[:2], required=required, force_end=True, **growing) == translator.translate(
+    assert translator.translate(text[:2], required=required, force_eos=True, **growing) == translator.translate(
         text[:2], required=required, **growing
     )
 
@@ -430,7 +442,7 @@ def with_probable_unknown(translator: Translator, factor: float) -> Translator:
 def test_unknown_tokens_are_banned(translators):
     unsure = with_probable_unknown(translators["transformer"], -9.0)
     assert any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30]))
-    assert not any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30], ban_unknown=True))
+    assert not any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30], suppress_unknown=True))
 
 
 def test_coverage_lowers_the_scores_by_what_the_attention_missed(translators):
@@ -502,12 +514,13 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ({"coverage_penalty": -0.1}, "decoding.coverage_penalty must not be negative"),
         ({"no_repeat_ngram": -1}, "decoding.no_repeat_ngram must not be negative"),
         ({"repetition_penalty": 0.5}, "decoding.repetition_penalty must be at least 1, got 0.5"),
-        ({"patience": 0.0}, "decoding.patience must be above 0 and at most 1, got 0.0"),
-        ({"banned_phrases": (" ",)}, "an empty text cannot be banned"),
+        ({"suppress_sequences": (" ",)}, "an empty text cannot be suppressed"),
         ({"temperature": 0.5}, r"decoding.temperature \(0.5\) and decoding.method: beam contradict each other"),
         ({"mbr_samples": 4}, r"decoding.mbr_samples \(4\) and decoding.method: beam contradict each other"),
-        ({"method": "sampling", "stop": "finished"}, r"stop \(finished\) and decoding.method: sampling contradict"),
-        ({"method": "sampling", "patience": 0.5}, r"patience \(0.5\) and decoding.method: sampling contradict"),
+        (
+            {"method": "sampling", "stop": "first_finished"},
+            r"stop \(first_finished\) and decoding.method: sampling contradict",
+        ),
         ({"min_length": 48}, r"decoding.min_length \(48\) is more than the 47 tokens"),
         ({"prefixes": ["a"]}, "prefixes must be a list with one for each of the 2 sentences"),
         ({"prefixes": ["", "\u4e2d"]}, "prefix '\u4e2d' has characters that the target vocabulary does not hold"),
@@ -517,15 +530,15 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
         ),
         ({"prefixes": ["", " "]}, "prefix ' ' has no token that an output could begin with: leave it out"),
         (
-            {"max_length_factor": 0.0, "max_length_offset": 6, "min_length": 6},
+            {"max_length_factor": 0.0, "max_length_offset": 5, "min_length": 6},
             r"min_length \(6\) is more than the 5 tokens .*decoding.max_length_offset with max_length_factor 0",
         ),
         (
-            {"max_length_factor": 0.0, "max_length_offset": 4, "prefixes": ["", "ein" * 5]},
+            {"max_length_factor": 0.0, "max_length_offset": 3, "prefixes": ["", "ein" * 5]},
             r"prefix 'ein.*' has \d+ tokens, and outputs have at most 3 \(decoding.max_length_offset with",
         ),
         (
-            {"max_length_factor": 0.0, "max_length_offset": 4, "required": [["ein" * 5], []]},
+            {"max_length_factor": 0.0, "max_length_offset": 3, "required": [["ein" * 5], []]},
             r"the required phrases have \d+ .* at most 3 \(decoding.max_length_offset with max",
         ),
         ({"min_length": -1}, "decoding.min_length must not be negative, got -1"),
@@ -537,7 +550,7 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             {"method": "sampling", "mbr_samples": 2, "num_hypotheses": 3},
             r"num_hypotheses \(3\) and decoding.mbr_samples \(2\) contradict each other",
         ),
-        ({"banned_phrases": ("\u200b",)}, "has no token that could be banned"),
+        ({"suppress_sequences": ("\u200b",)}, "has no token that could be suppressed"),
         ({"required": [["ein"]]}, "required must be a list with one for each of the 2 sentences"),
         ({"required": [[], "ein"]}, r"required phrases of sentence 2: give a list, not one text \('ein'\)"),
         ({"required": [[], [" "]]}, "required phrase ' ' is empty"),
@@ -554,8 +567,8 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             "required phrases and decoding.method: sampling contradict",
         ),
         (
-            {"required": [["ein"], []], "banned_phrases": ("ein",)},
-            r"required phrase 'ein' and decoding.banned_phrases \('ein'\) contradict each other",
+            {"required": [["ein"], []], "suppress_sequences": ("ein",)},
+            r"required phrase 'ein' and decoding.suppress_sequences \('ein'\) contradict each other",
         ),
         (
             {"required": [[], ["neun neun"]], "no_repeat_ngram": 2},
@@ -567,18 +580,14 @@ def test_an_ensemble_averages_probabilities(translators, tmp_path):
             r"prefix 'neun neun' and decoding.no_repeat_ngram \(2\) contradict each other, since it holds",
         ),
         (
-            {"prefixes": ["ein", ""], "banned_phrases": ("ein",)},
-            r"prefix 'ein' and decoding.banned_phrases \('ein'\) contradict each other: leave out one of them",
+            {"prefixes": ["ein", ""], "suppress_sequences": ("ein",)},
+            r"prefix 'ein' and decoding.suppress_sequences \('ein'\) contradict each other: leave out one of them",
         ),
         (
-            {"banned_phrases": ("ein", "ein\u4e2d")},
-            "decoding.banned_phrases: 'ein\u4e2d' has characters that the target vocabulary does not hold",
+            {"suppress_sequences": ("ein", "ein\u4e2d")},
+            "decoding.suppress_sequences: 'ein\u4e2d' has characters that the target vocabulary does not hold",
         ),
         ({"num_hypotheses": 4}, r"num_hypotheses \(4\) must lie between 1 and beam_size \(3\)"),
-        (
-            {"num_hypotheses": 3, "patience": 0.5},
-            r"num_hypotheses \(3\) and decoding.patience \(0.5\) contradict each other: .* waits for 2 finished",
-        ),
     ],
 )
 def test_bad_options_are_explained(translators, changes, message):

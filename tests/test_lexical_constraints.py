@@ -40,21 +40,21 @@ def holds(tokens, phrase) -> bool:
 
 
 @functools.cache
-def compiled(config: BeamSearchConfig, constrained: bool, banned: tuple[int, ...]):
+def compiled(config: BeamSearchConfig, constrained: bool, suppressed: tuple[int, ...]):
     @jax.jit
     def run(chains, limits, phrases):
-        suppress = SuppressTokens(jnp.isin(jnp.arange(chains.shape[1]), jnp.array(banned, jnp.int32)))
+        suppress = SuppressTokens(jnp.isin(jnp.arange(chains.shape[1]), jnp.array(suppressed, jnp.int32)))
         constraints = LexicalConstraints(phrases, END) if constrained else None
         state = chain_state(chains, config.num_slots)
-        return beam_search(chain_functions(), config, state, limits, (suppress,) if banned else (), constraints)
+        return beam_search(chain_functions(), config, state, limits, (suppress,) if suppressed else (), constraints)
 
     return run
 
 
-def search(chains, phrases, beam, length, slots=None, constrained=True, banned=()):
+def search(chains, phrases, beam, length, slots=None, constrained=True, suppressed=()):
     config = BeamSearchConfig(beam, slots or len(chains), length, START, END, LengthPenalty.parse("none"))
     limits = jnp.full((len(chains),), length)
-    found = jax.device_get(compiled(config, constrained, banned)(jnp.asarray(chains, jnp.float32), limits, phrases))
+    found = jax.device_get(compiled(config, constrained, suppressed)(jnp.asarray(chains, jnp.float32), limits, phrases))
     return found, [
         [
             (tuple(tokens[:length].tolist()), float(score), bool(finished))
@@ -154,5 +154,9 @@ def test_what_does_not_fit_is_unfinished_and_what_is_banned_is_not_required():
     table = chains(4, 1, 6)
     _, (cut,) = search(table, padded([[[2, 3, 4, 5]]]), 3, 4)  # no room for the end
     assert cut and not any(finished for _, _, finished in cut)
-    _, (banned,) = search(table, padded([[[3]]]), 3, 6, banned=(3,))
-    assert banned and not any(finished for _, _, finished in banned) and not any(3 in tokens for tokens, _, _ in banned)
+    _, (suppressed,) = search(table, padded([[[3]]]), 3, 6, suppressed=(3,))
+    assert (
+        suppressed
+        and not any(finished for _, _, finished in suppressed)
+        and not any(3 in tokens for tokens, _, _ in suppressed)
+    )

@@ -66,8 +66,10 @@ def test_no_ngram_is_repeated(size, seed):
 def test_phrases_are_banned(seed):
     phrases = [[3], [1, 2], [4, 4, 0], [2, 5]]
     for _, so_far, left in allowed(SuppressSequences.of(phrases), seed):
-        banned = {p[-1] for p in phrases if len(p) - 1 <= len(so_far) and so_far[len(so_far) - len(p) + 1 :] == p[:-1]}
-        assert left == EVERY - banned, so_far
+        suppressed = {
+            p[-1] for p in phrases if len(p) - 1 <= len(so_far) and so_far[len(so_far) - len(p) + 1 :] == p[:-1]
+        }
+        assert left == EVERY - suppressed, so_far
 
 
 def test_tokens_are_banned_and_the_end_waits_for_the_minimum():
@@ -80,9 +82,9 @@ def test_tokens_are_banned_and_the_end_waits_for_the_minimum():
 
 def test_a_prefix_is_forced_and_the_other_rules_come_after_it():
     prefixes = jnp.array([[3, 3, 3, -1], [-1] * 4, [2, -1, -1, -1], [5, 4, 3, 2], [1, 2, -1, -1]])
-    banned = SuppressTokens(jnp.asarray(np.arange(VOCAB) == 3))
+    suppressed = SuppressTokens(jnp.asarray(np.arange(VOCAB) == 3))
     for seed in range(4):
-        for sentence, so_far, left in allowed(ForcePrefix(prefixes, (banned,)), seed):
+        for sentence, so_far, left in allowed(ForcePrefix(prefixes, (suppressed,)), seed):
             prefix = [t for t in prefixes[sentence].tolist() if t >= 0]
             assert left == ({prefix[len(so_far)]} if len(so_far) < len(prefix) else EVERY - {3})
 

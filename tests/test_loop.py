@@ -14,7 +14,7 @@ from flax_transformer.training import loop
 from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
 from flax_transformer.training.step import StepMetrics
-from flax_transformer.training.throughput import FlopFigures, ProductCost
+from flax_transformer.training.throughput import FlopFigures, ModelFlops
 from tests import tiny
 
 
@@ -32,7 +32,7 @@ def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) 
             evaluate=lambda params, step: 0.0,
             history=[],
         ),
-        FlopFigures(ProductCost(1, 1), None),
+        FlopFigures(ModelFlops(1, 1), None),
     )
 
 
@@ -91,7 +91,7 @@ def test_divergence_is_noticed_however_far_apart_progress_lines_are(one_device):
 
     with pytest.raises(DivergenceError, match="10 steps in a row were skipped, the last is step 30: "):
         train(step, one_device, log=log)
-    assert started <= 30 + loop.MOST_UNDER_WAY
+    assert started <= 30 + loop.MAX_STEPS_IN_FLIGHT
     assert [int(call.args[0].split()[2]) for call in log.say.call_args_list] == list(range(21, 31))
 
 
@@ -117,4 +117,4 @@ def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch
     monkeypatch.setattr(loop.jax, "device_get", wait)
     trained = train(step, one_device)
     assert (int(trained.state.step), trained.signal) == (60, None)
-    assert most == loop.MOST_UNDER_WAY + 1
+    assert most == loop.MAX_STEPS_IN_FLIGHT + 1

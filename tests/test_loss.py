@@ -8,7 +8,7 @@ import pytest
 
 from flax_transformer import backend
 from flax_transformer.ops.cross_entropy import (
-    Chunking,
+    Blocking,
     LossSums,
     LossTerms,
     cross_entropy,
@@ -19,11 +19,11 @@ from flax_transformer.ops.vocabulary import OutputProjection
 
 
 def loss_sums(elements: int | None, hidden, projection, targets, mask, smoothing, divergence_weight=0.0) -> LossSums:
-    """The sums, in chunks of so many logits that skip padding; None is the reference."""
+    """The sums, in blocks of so many logits that skip padding; None is the reference."""
     if elements is None:
         return reference_cross_entropy(hidden, projection, targets, mask, smoothing, divergence_weight)
     terms = LossTerms(projection.num_real_rows, smoothing, divergence_weight)
-    return fused_cross_entropy(hidden, projection, targets, mask, terms, Chunking(elements, True))
+    return fused_cross_entropy(hidden, projection, targets, mask, terms, Blocking(elements, True))
 
 
 def float64(x) -> np.ndarray:
@@ -169,8 +169,8 @@ def test_masked_positions_count_for_nothing(elements):
     assert not np.asarray(gradient)[~np.asarray(mask)].any()
 
 
-def test_chunks_that_are_padding_alone_are_left_out():
-    """Of 2 x 8 tokens in chunks of 3, the 7 that are not padding fill three chunks of six; a NaN after them is not met.
+def test_blocks_that_are_padding_alone_are_left_out():
+    """Of 2 x 8 tokens in blocks of 3, the 7 that are not padding fill three blocks of six; a NaN after them is not met.
 
     What is summed shows that tokens go back where they came from.
     """
@@ -178,12 +178,12 @@ def test_chunks_that_are_padding_alone_are_left_out():
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 4)), jnp.float32)
     kernel = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
     targets = jnp.arange(16).reshape(2, 8) % 5
-    far = jnp.zeros((2, 8), bool).at[1, 7].set(True)  # last in its order: in the sixth chunk
+    far = jnp.zeros((2, 8), bool).at[1, 7].set(True)  # last in its order: in the sixth block
 
     def gradient(hidden: jax.Array, skips_padding: bool) -> jax.Array:
         def loss(h):
-            terms, chunking = LossTerms(5, 0.1, 0.0), Chunking(3 * 5, skips_padding)
-            return fused_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, terms, chunking).loss
+            terms, blocking = LossTerms(5, 0.1, 0.0), Blocking(3 * 5, skips_padding)
+            return fused_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, terms, blocking).loss
 
         return jax.grad(loss)(hidden)
 
@@ -196,7 +196,7 @@ def test_chunks_that_are_padding_alone_are_left_out():
 
 
 @pytest.mark.parametrize("platform, is_fixed", [("cpu", False), ("gpu", True), ("tpu", True)])
-def test_on_an_accelerator_the_number_of_chunks_is_fixed(platform, is_fixed):
+def test_on_an_accelerator_the_number_of_blocks_is_fixed(platform, is_fixed):
     """A loop of unknown length makes a GPU wait for the host in each of its turns."""
     hidden, kernel, bias, targets, mask = example()
 

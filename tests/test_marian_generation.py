@@ -30,31 +30,35 @@ def ids_of(text: str) -> list[int]:
     [
         ({}, {}),
         ({"num_beams": 6, "length_penalty": 0.5}, {"beam_size": 6, "length_penalty": "average:0.5"}),
-        ({"early_stopping": True}, {"stop": "finished"}),
-        ({"early_stopping": "never"}, {"stop": "sure"}),
-        ({"max_length": 20}, {"max_length_offset": 19}),
-        ({"max_length": 512}, {"max_length_offset": LONGEST}),
-        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 19}),
-        ({"max_length": None, "max_new_tokens": 19}, {"max_length_offset": 19}),
+        ({"early_stopping": True}, {"stop": "first_finished"}),
+        ({"early_stopping": "never"}, {"stop": "exact"}),
+        ({"max_length": 20}, {"max_length_offset": 18}),
+        ({"max_length": 512}, {"max_length_offset": LONGEST - 1}),
+        ({"max_length": 512, "max_new_tokens": 19}, {"max_length_offset": 18}),
+        ({"max_length": None, "max_new_tokens": 19}, {"max_length_offset": 18}),
         ({"min_length": 5}, {"min_length": 4}),
         ({"min_length": 0}, {"min_length": 0}),
         ({"min_length": 9, "min_new_tokens": 4}, {"min_length": 4}),
         ({"no_repeat_ngram_size": 3}, {"no_repeat_ngram": 3}),
         ({"num_beams": 2, "repetition_penalty": 1.5}, {"beam_size": 2, "repetition_penalty": 1.5}),
-        ({"forced_eos_token_id": 0}, {"force_end": True}),
-        ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_end": True}),
+        ({"forced_eos_token_id": 0}, {"force_eos": True}),
+        ({"forced_eos_token_id": [0], "eos_token_id": [0]}, {"force_eos": True}),
         ({"bad_words_ids": [[59], [58], [0]]}, {}),  # padding, <unused>, and the end, which they leave out themselves
         (
             {"bad_words_ids": [[59], [1], ids_of("neun"), ids_of("thirty"), [INSIDE]]},
-            {"ban_unknown": True, "banned_phrases": ("neun",), "banned_tokens": ("\u2581thirty", "neun")},
+            {"suppress_unknown": True, "suppress_sequences": ("neun",), "suppress_tokens": ("\u2581thirty", "neun")},
         ),
         ({"temperature": 0.5, "do_sample": False, "forced_bos_token_id": None, "suppress_tokens": []}, {}),
-        ({"renormalize_logits": True}, {}),  # nothing is banned whose probability could be shared out
+        ({"renormalize_logits": True}, {}),  # nothing is suppressed whose probability could be shared out
     ],
 )
 def test_settings_of_generate_become_those_of_a_run(theirs, ours):
     neutral = DecodingConfig(
-        beam_size=1, length_penalty="average:1.0", stop="likely", max_length_factor=0.0, max_length_offset=LONGEST
+        beam_size=1,
+        length_penalty="average:1.0",
+        stop="heuristic",
+        max_length_factor=0.0,
+        max_length_offset=LONGEST - 1,
     )
     expected = dataclasses.replace(neutral, **ours)
     assert read_generation(LIMIT | theirs, ORDER, TOKENIZERS.target, LONGEST) == (expected, False, [])
@@ -112,7 +116,8 @@ def test_settings_of_generate_without_an_equivalent_are_named(theirs, lost):
     assert found == lost and not start_excluded
     neutral = DecodingConfig(
         beam_size=theirs.get("num_beams", 1), length_penalty=decoding.length_penalty,
-        stop="sure" if "early_stopping" in theirs else "likely", max_length_factor=0.0, max_length_offset=LONGEST,
+        stop="exact" if "early_stopping" in theirs else "heuristic", max_length_factor=0.0,
+        max_length_offset=LONGEST - 1,
     )  # fmt: skip
     assert decoding == neutral and decoding.length_penalty in ("average:1.0", "average:0.0")
 
@@ -124,27 +129,36 @@ def test_a_maximum_length_that_is_not_given_is_ours_and_named(theirs):
     ours = DecodingConfig()
     assert decoding.max_length_factor == ours.max_length_factor
     assert decoding.max_length_offset == ours.max_length_offset
-    assert lost == ["max_length: none given, which is 20 tokens there, and here our default"]
+    assert lost == ["max_length: none given; generate makes 20 tokens then, this run has its own default"]
 
 
 @pytest.mark.parametrize(
     "changes, lost",
     [
         ({}, []),
-        ({"stop": "finished", "min_length": 3, "force_end": True, "no_repeat_ngram": 2, "repetition_penalty": 1.2}, []),
-        ({"ban_unknown": True, "banned_phrases": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
-        ({"banned_tokens": ("neun", "\u2581hundred")}, []),
-        ({"stop": "likely"}, []),
         (
-            {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "patience": 0.5, "coverage_penalty": 0.2},
-            ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2", "patience: 0.5"],
+            {
+                "stop": "first_finished",
+                "min_length": 3,
+                "force_eos": True,
+                "no_repeat_ngram": 2,
+                "repetition_penalty": 1.2,
+            },
+            [],
+        ),
+        ({"suppress_unknown": True, "suppress_sequences": ("neun", "einhundert"), "length_penalty": "average:0.5"}, []),
+        ({"suppress_tokens": ("neun", "\u2581hundred")}, []),
+        ({"stop": "heuristic"}, []),
+        (
+            {"length_penalty": "gnmt:0.6", "max_length_factor": 2.0, "coverage_penalty": 0.2},
+            ["length_penalty: gnmt:0.6", "max_length_factor: 2.0", "coverage_penalty: 0.2"],
         ),
         ({"length_penalty": "gnmt:0.6", "beam_size": 1, "repetition_penalty": 1.2}, ["repetition_penalty: 1.2"]),
         ({"method": "sampling", "top_k": 5, "beam_size": 5}, ["method: sampling", "top_k: 5"]),
     ],
 )
 def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
-    plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=20)
+    plain = DecodingConfig(beam_size=3, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=19)
     decoding = dataclasses.replace(plain, **changes)
     made, found = export_generation(decoding, ORDER, TOKENIZERS.target, LONGEST)
     assert found == lost and made["max_length"] == (49 if decoding.max_length_factor else 21)
@@ -160,13 +174,13 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "first") == 0
     warning = "warning: outputs may be other than Hugging Face's, since these settings of .* have no equivalent here: "
     assert re.fullmatch(f"{warning}num_beam_groups: 2.\n", capsys.readouterr().err)
-    assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 8
+    assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 7
 
     (folder / "generation_config.json").write_text('{"num_beams": 2, "top_p": 0.5, "max_length": 7}')
     assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "second") == 0
     assert not capsys.readouterr().err
     decoding = RunFolder.open(tmp_path / "second").read_config().decoding
-    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_end) == (2, 6, False)
+    assert (decoding.beam_size, decoding.max_length_offset, decoding.force_eos) == (2, 5, False)
 
     run = make_run(tmp_path / "ours", MODEL, 1)
     assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0
@@ -177,5 +191,5 @@ def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
     assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
     started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True, embedding_dropout=0.4), 1)
     assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
-    expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from there has its "
-    assert capsys.readouterr().err == f"{expected}dropout, 0.1) (of section 'model').\n"
+    expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from that folder uses "
+    assert capsys.readouterr().err == f"{expected}0.1) (of section 'model').\n"

@@ -43,8 +43,8 @@ def pair(tmp_path_factory):
     # Random models hardly ever end: a bias makes them, at many lengths.
     params = params | {"output_bias": params["output_bias"].at[SPECIAL.end].set(3.0)}
     decoding = dataclasses.replace(
-        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
-        force_end=True,
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST - 1,
+        force_eos=True,
     )  # fmt: skip
     ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
     folder = tmp_path_factory.mktemp("marian") / "model"
@@ -143,8 +143,8 @@ def lively(share: Literal["target_output", "none"], seed: int) -> tuple[Transfor
         table = params["output_embedding"]["table"]
         params = params | {"output_embedding": {"table": table.at[jnp.array([SPECIAL.pad, SPECIAL.start])].set(0.0)}}
     decoding = dataclasses.replace(
-        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=12,
-        stop="finished", force_end=True,
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=11,
+        stop="first_finished", force_eos=True,
     )  # fmt: skip
     return model, Translator.from_params(model, SEPARATE, params, decoding, make_mesh(MeshConfig()))
 
@@ -197,8 +197,8 @@ def test_ctranslate2_reads_what_is_written_for_hugging_face(tmp_path):
     table = params["target_embedding"]["table"]
     params = params | {"target_embedding": {"table": table.at[SPECIAL.end].multiply(2.0)}}
     decoding = dataclasses.replace(
-        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST,
-        stop="finished",
+        DECODING, beam_size=4, length_penalty="average:1.0", max_length_factor=0.0, max_length_offset=LONGEST - 1,
+        stop="first_finished",
     )  # fmt: skip
     ours = Translator.from_params(model, TOKENIZERS, params, decoding, make_mesh(MeshConfig()))
     write_marian(ours, model, tmp_path / "marian")
@@ -229,7 +229,7 @@ def foreign(tmp_path_factory):
     theirs.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
     run, lost = read_marian(saved, folder.parent / "run")
-    assert run.read_config().decoding.force_end and lost == []
+    assert run.read_config().decoding.force_eos and lost == []
     ours = Translator.load(run.path, make_mesh(MeshConfig()))
     words = json.loads((saved / "vocab.json").read_text())
     order, _ = our_order(words, theirs.config.pad_token_id, 0)
@@ -328,8 +328,8 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
     source, target = loaded.tokenizers.source, loaded.tokenizers.target
     text = [s for s, ids in zip(SOURCES, source.encode(SOURCES), strict=True) if 17 <= len(ids) + 1 <= 24]
     decoding = dataclasses.replace(
-        loaded.decoding, beam_size=4, stop="finished", max_length_factor=0.0, max_length_offset=7, min_length=3,
-        force_end=True, no_repeat_ngram=2, repetition_penalty=1.3, ban_unknown=True,
+        loaded.decoding, beam_size=4, stop="first_finished", max_length_factor=0.0, max_length_offset=6, min_length=3,
+        force_eos=True, no_repeat_ngram=2, repetition_penalty=1.3, suppress_unknown=True,
     )  # fmt: skip
     usual = loaded.with_decoding(decoding).translate(text)
     # What outputs like to say, one piece or two in a row, as far as a text is cut into them.
@@ -337,7 +337,7 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
     often = collections.Counter(target.decode(processor(target).piece_to_id(pieces)) for pieces in said)
     phrases = [text for text, _ in often.most_common() if target.pieces(target.encode([text])[0]) in said][:4]
     inside = next(pieces[0] for pieces in said if len(pieces) == 1 and pieces[0].isalpha())
-    bans = {"banned_phrases": tuple(phrases), "banned_tokens": (inside,)}
+    bans = {"suppress_sequences": tuple(phrases), "suppress_tokens": (inside,)}
     ours = loaded.with_decoding(dataclasses.replace(decoding, **bans))
     assert any(" " in phrase for phrase in phrases)
     assert write_marian(ours, run.read_config().model, tmp_path / "marian") == []
@@ -358,12 +358,12 @@ def test_generate_does_what_was_written_of_the_settings(tmp_path):
 
 
 @pytest.mark.parametrize("forced", [None, 0])
-@pytest.mark.parametrize("stop, early_stopping", [("sure", "never"), ("likely", False), ("finished", True)])
+@pytest.mark.parametrize("stop, early_stopping", [("exact", "never"), ("heuristic", False), ("first_finished", True)])
 def test_a_model_of_theirs_finds_the_same(foreign, stop, early_stopping, forced):
     ours, theirs, tokenizer, order = foreign
     decoding = dataclasses.replace(
         ours.decoding, beam_size=4, length_penalty="average:1.0", stop=stop, max_length_factor=0.0,
-        max_length_offset=LONGEST, force_end=forced == 0,
+        max_length_offset=LONGEST - 1, force_eos=forced == 0,
     )  # fmt: skip
     assert_alike(
         ours.with_decoding(decoding), theirs, tokenizer, order, SOURCES, num_beams=4, length_penalty=1.0,

@@ -146,11 +146,13 @@ def test_a_parameter_that_no_rule_or_both_match_is_named():
     with pytest.raises(ConfigError, match=r"of 1 they do not: gate \(neither\)"):
         decays(OptimizerConfig(), params)
     with pytest.raises(ConfigError, match=r"of 2 they do not: gate \(neither\), up/bias \(both\)"):
-        decays(OptimizerConfig(decaying="up"), params)
+        decays(OptimizerConfig(weight_decay_include="up"), params)
 
 
 def test_muon_refuses_to_let_anything_but_kernels_decay():
-    config = OptimizerConfig("muon", weight_decay=0.1, decaying="(kernel|table)$", constant="(bias|scale)$")
+    config = OptimizerConfig(
+        "muon", weight_decay=0.1, weight_decay_include="(kernel|table)$", weight_decay_exclude="(bias|scale)$"
+    )
     parameter_info = {"target": {"table": ParameterInfo((8, 4), ("vocab", "embed"))}, "up": LINEAR}
     with pytest.raises(ConfigError, match=r"muon lets weight decay act on kernels alone, .* matches target/table"):
         make_optimizer(config, make_schedule(config, 16), parameter_info)
@@ -249,7 +251,7 @@ def test_adafactor_of_a_stack_of_layers_is_that_of_each_layers_matrices():
         ({"schedule": "constant", "learning_rate": 1.0, "decay_steps": 9000}, "has no end; leave out"),
         ({"learning_rate": 1.0}, "learning_rate is not used by the schedule noam"),
         ({"weight_decay": 0.1}, "adam has no weight decay. Set optimizer.name: adamw"),
-        ({"decaying": "("}, "optimizer.decaying is not a regular expression"),
+        ({"weight_decay_include": "("}, "optimizer.weight_decay_include is not a regular expression"),
     ],
 )
 def test_options_that_contradict_are_explained(values, message):

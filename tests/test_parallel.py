@@ -50,7 +50,7 @@ def prepared(
     mesh: Mesh,
     model: ModelConfig = MODEL,
     seed: int = 0,
-    micro_batches: int = 1,
+    gradient_accumulation_steps: int = 1,
     ema_decay: float = 0.0,
     objective: Objective = SMOOTHED,
     optimizer_config: OptimizerConfig = WARM,
@@ -58,7 +58,7 @@ def prepared(
     schedule = make_schedule(optimizer_config, model.model_dim)
     optimizer = make_optimizer(optimizer_config, schedule, describe_parameters(model, VOCABULARY))
     layout = make_layout(model, VOCABULARY, optimizer, mesh, ema_decay)
-    return layout, jit_train_step(layout, schedule, objective, seed, mesh, micro_batches)
+    return layout, jit_train_step(layout, schedule, objective, seed, mesh, gradient_accumulation_steps)
 
 
 def losses(mesh: Mesh, layout, step, steps: int = 4) -> tuple[list[float], list[float]]:
@@ -114,8 +114,8 @@ def test_gradients_summed_over_pieces_equal_those_of_the_whole_batch(one_device)
     """
     model = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     made = []
-    for mesh, micro_batches in ((one_device, 1), (make_mesh(MeshConfig(2, 2, 2)), 4)):
-        layout, step = prepared(mesh, model, micro_batches=micro_batches)
+    for mesh, gradient_accumulation_steps in ((one_device, 1), (make_mesh(MeshConfig(2, 2, 2)), 4)):
+        layout, step = prepared(mesh, model, gradient_accumulation_steps=gradient_accumulation_steps)
         state = init_state(model, VOCABULARY, layout, seed=0)
         with jax.set_mesh(mesh):
             for i in range(2):
@@ -148,7 +148,7 @@ def test_r_drop_computes_each_row_twice_and_has_the_same_losses_on_eight_devices
     model = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     alike = []
     for mesh, objective, pieces in ((one_device, Objective(0.1), 1), (one_device, Objective(0.1, 5.0), 2)):
-        layout, step = prepared(mesh, model, micro_batches=pieces, objective=objective)
+        layout, step = prepared(mesh, model, gradient_accumulation_steps=pieces, objective=objective)
         state = init_state(model, VOCABULARY, layout, seed=0)
         with jax.set_mesh(mesh):
             _, metrics = step(state, jax.device_put(random_batch(0), batch_sharding(mesh)))
@@ -188,7 +188,7 @@ def test_the_average_follows_the_parameters(decay):
     layout, step = prepared(mesh, ema_decay=decay)
     plain_layout, plain_step = prepared(mesh)
     state, plain = init_state(MODEL, VOCABULARY, layout, seed=0), init_state(MODEL, VOCABULARY, plain_layout, seed=0)
-    assert plain.usable is plain.params and state.usable is state.average
+    assert plain.eval_params is plain.params and state.eval_params is state.average
     expected = jax.device_get(state.params)
     with jax.set_mesh(mesh):
         for i in range(4):
@@ -324,6 +324,6 @@ def test_a_mesh_that_rows_do_not_divide_over_says_what_to_set(tmp_path):
         "mesh": {"data": 8},
     }
     config = from_dict(Config, values | {"run": str(folder)})
-    with pytest.raises(ConfigError, match=r"a batch, or a piece .* = 8; nearest: .*Set batching.row_multiple: 8\."):
+    with pytest.raises(ConfigError, match=r"a batch, or a micro-batch .* = 8; .*Set batching.row_multiple: 8\."):
         run_experiment(config)
     assert not folder.exists()

@@ -202,7 +202,7 @@ def test_what_is_left_out_is_told_with_its_place():
     (long,) = prepare_training_pairs((last,), TOKENIZERS, FilterConfig(), 200, 200)
     tokens = int(long.lengths.max())
     with pytest.raises(ConfigError, match=rf"longest pair \({tokens} tokens on one side, long.tsv, line 4\)"):
-        training_plan([long], BatchingConfig("packed", row_length=16), 0)
+        training_plan([long], BatchingConfig(True, row_length=16), 0)
     for variants in ([long], [pairs, long], [long, pairs]):
         with pytest.raises(ConfigError, match=r"tokens on one side, for the pair of long.tsv, line 4. Give at least"):
             training_plan(variants, BatchingConfig(tokens_per_batch=100), 0)
@@ -212,7 +212,7 @@ def test_a_started_run_tells_what_the_validation_loss_leaves_out(one_device):
     text = ParallelText(["", *SOURCE[:5]], ["a", *TARGET[:5]], "dev.tsv")
     corpus = Corpus((TEXT,), text, TEXT)
     (train,) = prepare_training_pairs(corpus.train, TOKENIZERS, FilterConfig(), 64, 64)
-    plan = training_plan([train], BatchingConfig(tokens_per_batch=640, num_shapes=2), 0)
+    plan = training_plan([train], BatchingConfig(tokens_per_batch=640, num_buckets=2), 0)
     config = Config(data=ParallelTextConfig())
     for held_out, expected in (
         (held_out_pairs(text, TOKENIZERS, 64, 64), "400 training pairs, 6 validation (1 empty left out of the loss), "),
@@ -271,12 +271,12 @@ def test_without_fractions_an_epoch_is_one_shuffle():
             np.testing.assert_array_equal(planned.pairs, of_batch)
 
 
-@pytest.mark.parametrize("form", ["bucketed", "packed"])
-def test_plans_follow_the_mixture(form):
+@pytest.mark.parametrize("packing", [False, True])
+def test_plans_follow_the_mixture(packing):
     lengths = np.random.default_rng(0).integers(2, 9, (90, 2))
     mixture = Mixture((30, 90), (3.0, 0.5))
     shape = BatchShape(8, 16, 16)
-    plan = BucketedPlan(lengths, [shape], 1, mixture) if form == "bucketed" else PackedPlan(lengths, shape, 1, mixture)
+    plan = PackedPlan(lengths, shape, 1, mixture) if packing else BucketedPlan(lengths, [shape], 1, mixture)
     counts = np.bincount(np.concatenate([batch.pairs for batch in plan.epoch(0)]), minlength=90)
     assert (counts[:30] == 3).all() and counts[30:].sum() == 30
     again = np.concatenate([batch.pairs for batch in plan.epoch(0)])
@@ -415,7 +415,7 @@ def test_sampled_segmentations_differ_and_come_back(algorithm):
         assert [tokenizers.target.decode(line) for line in lines] == list(TEXT.target)
         assert pairs.lengths.sum() > best.lengths.sum()
     # The epochs take turns, in the same shapes, and a position says which variant it stands in.
-    plan = training_plan(variants, BatchingConfig(tokens_per_batch=640, num_shapes=2), 0)
+    plan = training_plan(variants, BatchingConfig(tokens_per_batch=640, num_buckets=2), 0)
     per_epoch = [len(plan.epoch(e)) for e in range(4)]
     stream = training_batches(variants, plan, Position(0, 0))
     seen = list(itertools.islice(stream, sum(per_epoch)))
@@ -520,7 +520,7 @@ def test_prepare_makes_what_training_takes(tmp_path, capsys, monkeypatch, one_de
     recipe.write_text(
         "data: {kind: number_words, num_train: 300, num_validation: 20, num_test: 24}\n"
         "tokenizer: {vocab_size: 60}\nmodel: {max_source_length: 20, max_target_length: 20}\n"
-        "batching: {tokens_per_batch: 640, num_shapes: 2}\nfilters: {drop_duplicates: true}\n"
+        "batching: {tokens_per_batch: 640, num_buckets: 2}\nfilters: {drop_duplicates: true}\n"
     )
     assert cli.run_verb(cli.verb("prepare"), ["--config", str(recipe)], "flax-transformer prepare") == 0
     said = capsys.readouterr().out

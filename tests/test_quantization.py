@@ -149,7 +149,7 @@ def test_an_ensemble_of_two_models_has_the_scales_of_each(one_device):
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "padding", "integers", "integers and bias"])
 def test_no_step_of_a_search_turns_its_logits_round(kind):
-    """A pass over all of them in another order took as long as the product (docs/lab_book.md, 2026-11-26)."""
+    """A pass in another order takes as long as the product (docs/lab_book.md, "Scales of 8-bit logits")."""
     vocab, dim = 1200, 16
     kernel = jnp.asarray(RNG.normal(size=(vocab, dim)).astype(np.float32))
     weights = quantize(kernel, (1,)) if "integers" in kind else kernel

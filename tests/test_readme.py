@@ -1,5 +1,6 @@
-"""The README says what is there."""
+"""The README and the documents say what is there."""
 
+import inspect
 import re
 import shlex
 import shutil
@@ -13,7 +14,9 @@ import yaml
 from flax_transformer.cli import main as cli
 from flax_transformer.cli import train
 from flax_transformer.config.reading import from_dict
-from flax_transformer.config.recipe import Config
+from flax_transformer.config.recipe import Config, DecodingConfig
+from flax_transformer.inference.translation import EMPTY
+from flax_transformer.inference.translator import Translator, changed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,13 +29,13 @@ def blocks(language: str, file: str = "README.md") -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def commands() -> list[list[str]]:
-    """The words of every command of ours in the README's blocks, from the program's name on."""
-    lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+def commands(file: str = "README.md") -> list[list[str]]:
+    """The words of every command of ours in a file's blocks, from the program's name on."""
+    lines = "".join(blocks("", file)).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
-        words = shlex.split(line, comments=True) if ".venv/bin/" in line else []
-        names = [i for i, word in enumerate(words) if word.endswith(("/flax-transformer", "train.py"))]
+        words = shlex.split(line, comments=True) if re.search(r"\.venv/bin/|^flax-transformer ", line) else []
+        names = [i for i, word in enumerate(words) if word.endswith(("flax-transformer", "train.py"))]
         if names:
             end = next((i for i, word in enumerate(words) if word in "<>"), len(words))  # of redirected streams
             found.append([words[names[0]].removeprefix(".venv/bin/"), *words[names[0] + 1 : end]])
@@ -40,6 +43,8 @@ def commands() -> list[list[str]]:
 
 
 COMMANDS = commands()
+OF_DECODING, OF_TRAINING = commands("docs/decoding.md"), commands("docs/training.md")
+ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING]
 
 
 class Parsed(Exception):
@@ -64,7 +69,7 @@ def only_parsed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tyro, "cli", parse)
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=map(" ".join, COMMANDS))
+@pytest.mark.parametrize("words", ALL, ids=map(" ".join, ALL))
 def test_every_command_is_understood(words, only_parsed):
     program, *arguments = words
     with pytest.raises(Parsed):
@@ -78,13 +83,14 @@ def test_every_verb_but_prepare_has_its_command():
     assert {words[1] for words in COMMANDS if words[0] == "flax-transformer"} == cli.VERBS.keys() - {"train", "prepare"}
 
 
-def test_every_recipe_is_one_once_it_names_its_text():
-    texts = blocks("yaml", "docs/data.md")
+@pytest.mark.parametrize("file", ["docs/data.md", "docs/training.md"])
+def test_every_recipe_is_one_once_it_names_its_text(file):
+    texts = blocks("yaml", file)
     assert texts
+    named = {side: "text" for side in ("validation_source", "validation_target", "test_source", "test_target")}
     for text in texts:
         read = yaml.safe_load(text)
-        named = {side: "text" for side in ("validation_source", "validation_target", "test_source", "test_target")}
-        from_dict(Config, {**read, "data": {**named, **read["data"]}})
+        from_dict(Config, read | ({"data": named | read["data"]} if "data" in read else {}))
 
 
 def test_the_two_commands_set_everything_up():
@@ -114,9 +120,28 @@ def test_named_files_exist(file):
         assert (ROOT / name).exists(), name
 
 
-def test_each_test_that_the_promises_of_decoding_name_is_there():
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_each_test_that_a_table_names_is_there(file):
     there = set()
-    for file in (ROOT / "tests").glob("test_*.py"):
-        there |= {file.stem, *re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)}
-    named = set(re.findall(r"\btest_\w+", (ROOT / "docs" / "decoding.md").read_text(encoding="utf-8")))
-    assert len(named) > 30 and named <= there
+    for path in (ROOT / "tests").glob("test_*.py"):
+        there |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)}
+    rows = re.findall(r"^\|.*$", (ROOT / "docs" / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = set(re.findall(r"`(test_\w+)`", "\n".join(rows)))
+    assert named <= there, named - there
+    assert len(named) > {"decoding.md": 50, "training.md": 25}.get(file, -1)
+
+
+def test_the_python_of_decoding_is_understood(monkeypatch):
+    """With a translator that checks what it is asked for and finds nothing."""
+    signature, asked = inspect.signature(Translator.translate), []
+
+    def translate(self, *sentences, **named):
+        settings = signature.bind(self, *sentences, **named).arguments
+        changed(DecodingConfig(), settings.get("changes", {}))
+        asked.append(named)
+        return [EMPTY] * len(*sentences)
+
+    monkeypatch.setattr(Translator, "translate", translate)
+    monkeypatch.setattr(Translator, "load", lambda run: object.__new__(Translator))
+    exec("".join(blocks("python", "docs/decoding.md")), {})
+    assert len(asked) >= 3 and len(OF_DECODING) >= 15

@@ -29,7 +29,7 @@ def programs(platform: backend.Platform, compute_dtype: str = "bfloat16") -> Rec
         abstract_device=backend.abstract_device(platform),
     )
     return RecipePrograms(
-        Config(model=model, decoding=DecodingConfig(beam_size=3, batch_rows=16)), tiny.VOCABULARY, mesh
+        Config(model=model, decoding=DecodingConfig(beam_size=3, batch_size=16)), tiny.VOCABULARY, mesh
     )
 
 
@@ -56,7 +56,7 @@ def narrow_products(found: list[Any]) -> list[bool]:
 def test_the_train_step_has_a_cpu_s_forms_on_a_cpu_alone(platform):
     found = list(equations(programs(platform).traced_train_step(BatchShape(16, 8, 8)).jaxpr))
     loops = {e.primitive.name for e in found} & {"while", "scan"}
-    # The chunks of the loss: a CPU leaves out those of padding alone, so their number is not known before.
+    # The blocks of the loss: a CPU leaves out those of padding alone, so their number is not known before.
     assert ("while" in loops) == (platform == "cpu")
     assert ("scan" in loops) == (platform != "cpu")
     assert any(narrow_products(found)) == (platform != "cpu")
@@ -89,6 +89,6 @@ def test_rows_must_divide_over_the_mesh():
     small = programs("tpu")
     with pytest.raises(ConfigError, match=r"a batch \(6 rows\) must divide evenly over the mesh axes data x fsdp = 4"):
         small.traced_train_step(BatchShape(6, 8, 8))
-    config = dataclasses.replace(small.config, decoding=DecodingConfig(batch_rows=12))
-    with pytest.raises(ConfigError, match=r"decoding.batch_rows \(12 rows\)"):
+    config = dataclasses.replace(small.config, decoding=DecodingConfig(batch_size=12))
+    with pytest.raises(ConfigError, match=r"decoding.batch_size \(12 rows\)"):
         dataclasses.replace(small, config=config).traced_search(8, 20)

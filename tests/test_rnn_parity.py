@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from flax_transformer.models.recurrent import RecurrentConfig, RecurrentDecoder, RecurrentEncoder
-from flax_transformer.models.seq2seq import Memory
+from flax_transformer.models.seq2seq import EncoderOutput
 from tests import tiny
 
 pytestmark = pytest.mark.parity
@@ -141,7 +141,7 @@ def test_decoder_equals_torch_under_teacher_forcing(kind, attention):
     kernel, bias = (torch.tensor(np.asarray(p[...])) for p in (decoder.readout.kernel, decoder.readout.bias))
     expected = torch.tanh(expected @ kernel + bias)
 
-    memory = decoder.read(Memory(jnp.asarray(states), jnp.asarray(segments), None))
+    encoded = decoder.read(EncoderOutput(jnp.asarray(states), jnp.asarray(segments), None))
     layers = [tuple(jnp.asarray(start[i, layer]) for i in range(num_states)) for layer in range(2)]
-    found = decoder(jnp.asarray(embedded), decoder.start(layers, 1), memory, None)
+    found = decoder(jnp.asarray(embedded), decoder.start(layers, 1), encoded, None)
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)

@@ -123,8 +123,8 @@ def test_the_progress_line_says_all_that_is_asked_of_it(run):
 
 @pytest.mark.slow
 def test_packed_batches_in_pieces_train_resume_and_are_described(recipe, tmp_path):
-    packed = ["--batching.form", "packed", "--batching.row-length", "96", "--batching.tokens-per-batch", "1600"]
-    arguments = ["--config", str(recipe), *packed, "--batching.micro-batches", "2"]
+    packed = ["--batching.packing", "--batching.row-length", "96", "--batching.tokens-per-batch", "1600"]
+    arguments = ["--config", str(recipe), *packed, "--batching.gradient-accumulation-steps", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert command("train", *arguments, "--run", str(whole)) == 0
     assert re.search(
@@ -258,7 +258,7 @@ def test_training_on_files_with_separate_vocabularies(recipe, tmp_path, capsys):
         "data": {"kind": "parallel_text", "folder": str(tmp_path)}
         | {f"{name}_target": f"{name}.target.gz" for name in ("train", "validation", "test")},
         "tokenizer": {"vocab_size": 50, "joint": False},
-        "batching": {"tokens_per_batch": 640, "num_shapes": 1},
+        "batching": {"tokens_per_batch": 640, "num_buckets": 1},
         "filters": {"max_length_ratio": 3, "drop_identical": True, "drop_duplicates": True},
     }
     values["model"]["share_embeddings"] = "none"
@@ -426,9 +426,9 @@ def test_commands_take_8_bit_weights_and_evaluate_another_search(monkeypatch, ca
     output = ["--output", str(tmp_path / "output")]
     assert command("evaluate", "--run", str(run), "--quantize", "int8", *arguments, *output) == 0
     assert (tmp_path / "output").read_text() == "".join(expected)
-    changed = ["--stop", "finished", "--beam-size", "1", "--length-penalty", "none"]
+    changed = ["--stop", "first_finished", "--beam-size", "1", "--length-penalty", "none"]
     assert command("evaluate", "--run", str(run), *changed, *arguments, *output) == 0
-    found = Translator.load(run).translate(text, stop="finished", beam_size=1, length_penalty="none")
+    found = Translator.load(run).translate(text, stop="first_finished", beam_size=1, length_penalty="none")
     assert (tmp_path / "output").read_text() == "".join(t.text + "\n" for t in found)
 
 
@@ -492,10 +492,10 @@ def test_the_best_checkpoint_is_kept_tested_and_translated_with(recipe, tmp_path
     monkeypatch.setattr(Validation, "quality", lambda self, record: qualities[record["step"]])
     folder = tmp_path / "best"
     arguments = ["--config", str(recipe), "--run", str(folder), "--training.evaluate-every-steps", "2"]
-    arguments += ["--training.patience", "2", "--training.keep-newest", "1", "--training.steps", "12"]
+    arguments += ["--training.early_stopping_patience", "2", "--training.keep-newest", "1", "--training.steps", "12"]
     assert command("train", *arguments) == 0
     printed = capsys.readouterr().out
-    assert "no better evaluation for 2 in a row: the training ends at step 8" in printed
+    assert "no new best in 2 evaluations in a row: the training ends at step 8" in printed
     assert "the best evaluation was at step 8" not in printed  # an equal one does not end the search, but is later
     card = json.loads((folder / "run_card.json").read_text())
     assert (card["steps"], card["tested_step"]) == (8, 8)

@@ -30,8 +30,8 @@ def test_a_resumed_run_must_keep_its_recipe(run, recipe, capsys):
     assert command("train", "--config", str(recipe), "--run", str(run), "--resume", "--model.num-heads", "4") == 2
     assert "made with other settings in 'model'" in capsys.readouterr().err
     before = (run / "config.yaml").read_bytes()
-    assert command("train", "--run", str(run), "--resume", "--training.best-by", "loss") == 2
-    assert "made with other settings in 'training.best_by'" in capsys.readouterr().err
+    assert command("train", "--run", str(run), "--resume", "--training.best-metric", "loss") == 2
+    assert "made with other settings in 'training.best_metric'" in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
 
 
@@ -67,12 +67,12 @@ def test_a_checkpoint_that_does_not_fit_is_explained(run, tmp_path):
 def test_a_folder_is_trained_by_one_process_at_a_time(run, capsys):
     """Two would remove what the other is writing."""
     before = (run / "metrics.jsonl").read_bytes()
-    with RunFolder(run).held():
+    with RunFolder(run).locked():
         assert command("train", "--run", str(run), "--resume", "--training.steps", "10") == 2
     message = "is being trained by another process. Wait for it to end, or stop it and go on by --resume"
     assert message in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_bytes() == before and read_config(run / "config.yaml").training.steps == 8
-    with RunFolder(run).held():
+    with RunFolder(run).locked():
         pass  # it is free again
 
 

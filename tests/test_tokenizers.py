@@ -76,7 +76,7 @@ MODEL = TransformerConfig(
     model_dim=16, num_heads=2, feed_forward_dim=32, num_encoder_layers=1, num_decoder_layers=1, max_source_length=24,
     max_target_length=24, share_embeddings="all",
 )  # fmt: skip
-DECODING = DecodingConfig(beam_size=3, batch_rows=4, max_length_factor=0.0, max_length_offset=12)
+DECODING = DecodingConfig(beam_size=3, batch_size=4, max_length_factor=0.0, max_length_offset=11)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def bytes_pair() -> TokenizerPair:
 def translator(bytes_pair, tmp_path_factory, one_device) -> Translator:
     """Of a run folder, after some steps of training."""
     pairs = prepare_training_pairs((TEXT,), bytes_pair, FilterConfig(), 24, 24)
-    plan = training_plan(pairs, BatchingConfig(tokens_per_batch=24 * 24, num_shapes=1), 0)
+    plan = training_plan(pairs, BatchingConfig(tokens_per_batch=24 * 24, num_buckets=1), 0)
     vocabulary, config = vocabulary_info(bytes_pair), OptimizerConfig(warmup_steps=4)
     schedule = make_schedule(config, MODEL.model_dim)
     optimizer = make_optimizer(config, schedule, describe_parameters(MODEL, vocabulary))
@@ -155,13 +155,13 @@ def test_a_model_without_start_or_end_is_explained():
 
 
 def test_outputs_and_their_scores(translator):
-    """With a prefix as text or as pieces, a banned token and alignments."""
+    """With a prefix as text or as pieces, a suppressed token and alignments."""
     target, text = translator.tokenizers.target, ["twenty-one", "three", ""]
 
-    def translated(banned: str) -> list[Translation]:
+    def translated(suppressed: str) -> list[Translation]:
         return translator.translate(
-            text, num_hypotheses=3, prefixes=["ein", ["<7A>", "<77>"], ""], banned_tokens=(banned,), attention=True,
-            length_penalty="none",
+            text, num_hypotheses=3, prefixes=["ein", ["<7A>", "<77>"], ""], suppress_tokens=(suppressed,),
+            attention=True, length_penalty="none",
         )  # fmt: skip
 
     counts = collections.Counter(token for found in translated("<00>") for h in found.hypotheses for token in h.tokens)
@@ -183,17 +183,17 @@ def test_outputs_and_their_scores(translator):
 
 
 def test_what_is_banned_by_its_ids(translator, one_device):
-    def banned(**changes) -> list[int]:
+    def suppressed(**changes) -> list[int]:
         other = translator.with_decoding(dataclasses.replace(DECODING.with_method(changes.pop("method")), **changes))
         reader = other.requests
         request = reader.read("one")
         inputs = other.programs(reader).inputs([request], request.shape, one_device)
         assert np.asarray(inputs.tokens)[0, :4].tolist() == [*b"one", 256]
-        return np.flatnonzero(inputs.banned).tolist()
+        return np.flatnonzero(inputs.suppressed).tolist()
 
-    assert banned(method="sampling") == [257, 258]
-    assert banned(method="beam", ban_unknown=True) == []  # there is no unknown text
-    assert banned(method="beam", banned_tokens=("<0A>",)) == [10]
+    assert suppressed(method="sampling") == [257, 258]
+    assert suppressed(method="beam", suppress_unknown=True) == []  # there is no unknown text
+    assert suppressed(method="beam", suppress_tokens=("<0A>",)) == [10]
 
 
 def test_other_tokenizers_are_no_marian_model(translator, tmp_path):

@@ -130,9 +130,9 @@ def test_of_checkpoints_of_an_earlier_version_the_settings_say_which_are_newest_
     with Checkpoints(folder) as checkpoints:
         assert averaging._chosen_steps("newest", 2, checkpoints, config) == [5, 4]
         assert averaging._chosen_steps("best", 1, checkpoints, config) == [2]
-        with pytest.raises(RunFolderError, match=r"promises no more than its 2 newest .*, or train with .*newest: 3"):
+        with pytest.raises(RunFolderError, match=r"only its 2 newest .* are known .*, or train with .*newest: 3"):
             averaging._chosen_steps("newest", 3, checkpoints, config)
-        with pytest.raises(RunFolderError, match=r"promises no more than its 1 best .*, or train with .*best: 2"):
+        with pytest.raises(RunFolderError, match=r"only its 1 best .* are known .*, or train with .*best: 2"):
             averaging._chosen_steps("best", 2, checkpoints, config)
 
 

@@ -253,13 +253,16 @@ def test_several_runs_translate_as_an_ensemble(monkeypatch, capsys, run, tmp_pat
 def test_a_method_is_asked_for_nothing_that_the_run_says_of_the_other(monkeypatch, capsys, tmp_path):
     run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"])
     config = RunFolder.open(run).config_file
-    config.write_text(config.read_text().replace("stop: sure", "stop: finished"))
-    assert Translator.load(run).decoding.stop == "finished"
+    config.write_text(config.read_text().replace("stop: exact", "stop: first_finished"))
+    assert Translator.load(run).decoding.stop == "first_finished"
     code, out, err = command(monkeypatch, capsys, ["translate", "--run", str(run), "--method", "sampling"], b"one\n")
     assert (code, len(out.splitlines())) == (0, 1), err
     assert len(Translator.load(run).translate(["one"], method="sampling", mbr_samples=3)) == 1
     code, _, err = command(
-        monkeypatch, capsys, ["translate", "--run", str(run), "--method", "sampling", "--stop", "finished"], b"one\n"
+        monkeypatch,
+        capsys,
+        ["translate", "--run", str(run), "--method", "sampling", "--stop", "first_finished"],
+        b"one\n",
     )
     assert code == 2 and "contradict each other" in err.replace("\n", " ")
     with pytest.raises(ConfigError, match="decoding.mbr_utility .bleu. compares the samples of decoding.mbr_samples"):
@@ -309,12 +312,12 @@ def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys,
     folder = RunFolder.open(run)
     config = folder.read_config()
     # Few tokens are left, so an output of many that are all different is none.
-    rules = {"banned_tokens": tuple(pieces[5:]), "no_repeat_ngram": 1, "min_length": 9}
+    rules = {"suppress_tokens": tuple(pieces[5:]), "no_repeat_ngram": 1, "min_length": 9}
     folder.update_config(dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **rules)))
     code, out, err = command(monkeypatch, capsys, arguments)
     assert code == 4 and out.startswith("BLEU 0.00") and (tmp_path / "out").read_text() == "\n"
     assert f"warning: {tmp_path / 'text'}, line 1 has no output: the search found no output at all" in err
-    named = "the rules that are set (decoding.min_length: 9, decoding.no_repeat_ngram: 1, decoding.banned_tokens:"
+    named = "the rules that are set (decoding.min_length: 9, decoding.no_repeat_ngram: 1, decoding.suppress_tokens:"
     assert named in err
     (tmp_path / "text").write_text("one\ntwo\n")  # a text without any output is an error
     code, out, err = command(monkeypatch, capsys, arguments)

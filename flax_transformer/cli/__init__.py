@@ -1,1 +1,1 @@
-"""One file a verb, each thin."""
+"""The command line: one file for each verb."""

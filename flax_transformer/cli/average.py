@@ -1,4 +1,4 @@
-"""average: the mean of several checkpoints of a run, as a run folder of its own."""
+"""average: a new run folder with the mean of several checkpoints of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,16 @@ from flax_transformer.training.averaging import average_checkpoints
 
 @dataclass(frozen=True)
 class AverageOptions:
-    """Averages the parameters of checkpoints of a run and writes a run folder to translate with or to start from.
+    """Averages the parameters of several checkpoints of a run, and writes them to a new run folder.
 
-    A run keeps few checkpoints unless training.keep_newest or training.keep_best says more; where one of those that are
-    asked for is gone, nothing is averaged.
+    The run must still have all of these checkpoints. A training keeps only a few, as training.keep_newest and
+    training.keep_best say.
 
     Attributes:
         run: run folder.
-        output: the folder to make.
-        num: how many checkpoints.
-        of: the newest that the run has saved, or those that were best on validation text.
+        output: new run folder.
+        num: number of checkpoints.
+        of: "newest" averages the newest checkpoints, "best" the best ones on validation text.
     """
 
     run: Path
@@ -33,8 +33,8 @@ def main(arguments: list[str], program: str) -> int:
     """Returns the exit code.
 
     Raises:
-        InputError: a bad run folder, too few checkpoints, some of the newest or best no longer kept, or an output
-            folder that is in use.
+        InputError: an invalid run folder, too few checkpoints, some that are no longer kept, or an output folder that
+            is in use.
     """
     options = tyro.cli(AverageOptions, args=arguments, prog=program)
     steps = average_checkpoints(options.run, options.output, options.num, options.of)

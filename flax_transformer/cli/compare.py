@@ -1,4 +1,4 @@
-"""compare: finished runs to one table and two pictures."""
+"""compare: a table and two pictures of finished runs."""
 
 import sys
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ class CompareOptions:
 
     Attributes:
         runs: run folders.
-        output: folder for comparison.md, quality_over_time.png and bleu_by_length.png; made if need be. A picture is
-            an SVG where no font of the machine has its letters.
-        quality: validation BLEU, the time to which is shown; the highest whole one that all runs reached when left out.
+        output: folder for comparison.md, quality_over_time.png and bleu_by_length.png; created if it does not exist.
+            A picture is an SVG if no font of the machine has its letters.
+        quality: validation BLEU; the table shows the time to reach it. None is the highest whole BLEU that all runs
+            reached.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -31,7 +32,7 @@ def main(arguments: list[str], program: str) -> int:
     """Returns the exit code.
 
     Raises:
-        InputError: runs that are missing, unfinished or not comparable.
+        InputError: runs that do not exist, are not finished, or cannot be compared.
     """
     options = tyro.cli(CompareOptions, args=arguments, prog=program)
     runs = read_runs(options.runs)

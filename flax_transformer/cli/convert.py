@@ -1,4 +1,4 @@
-"""convert: a run as another system's model, and the other way round."""
+"""convert: a run to a MarianMT model of Hugging Face, or a MarianMT model to a run."""
 
 import sys
 from collections.abc import Callable
@@ -20,12 +20,12 @@ USAGE = "flax-transformer convert to-hf RUN --output FOLDER, or flax-transformer
 
 @dataclass(frozen=True)
 class ToHfOptions:
-    """Writes a run as a folder that Hugging Face's MarianMTModel and MarianTokenizer load.
+    """Writes a run as a folder for Hugging Face's MarianMTModel and MarianTokenizer.
 
     Attributes:
         run: run folder of a Transformer.
-        output: folder to write; it must not be there yet.
-        checkpoint: the one that was best on validation text, or the last.
+        output: new folder.
+        checkpoint: "best" is the best one on validation text, "last" the newest.
     """
 
     run: tyro.conf.Positional[Path]
@@ -35,11 +35,12 @@ class ToHfOptions:
 
 @dataclass(frozen=True)
 class FromHfOptions:
-    """Makes a run folder of a MarianMT model's folder.
+    """Writes a run folder from the folder of a MarianMT model.
 
     Attributes:
-        folder: with config.json, model.safetensors (or pytorch_model.bin), vocab.json, source.spm and target.spm.
-        output: run folder to make; it must not be there yet.
+        folder: folder with config.json, model.safetensors (or pytorch_model.bin), vocab.json, source.spm and
+            target.spm.
+        output: new run folder.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -47,7 +48,7 @@ class FromHfOptions:
 
 
 def to_hf(arguments: list[str], program: str) -> None:
-    """Writes a run as a MarianMT folder."""
+    """Writes the MarianMT folder of a run."""
     options = tyro.cli(ToHfOptions, args=arguments, prog=program)
     model = RunFolder.open(options.run).read_config().model
     lost = write_marian(Translator.load(options.run, checkpoint=options.checkpoint), model, options.output)
@@ -73,7 +74,7 @@ def to_hf(arguments: list[str], program: str) -> None:
 
 
 def from_hf(arguments: list[str], program: str) -> None:
-    """Makes a run of a MarianMT folder."""
+    """Writes the run folder of a MarianMT folder."""
     options = tyro.cli(FromHfOptions, args=arguments, prog=program)
     run, lost = read_marian(options.folder, options.output)
     if lost:
@@ -92,7 +93,7 @@ def main(arguments: list[str], program: str) -> int:
     """Returns the exit code.
 
     Raises:
-        InputError: a bad folder, or a model that cannot be converted.
+        InputError: an invalid folder, or a model that cannot be converted.
     """
     direction = arguments[0] if arguments else ""
     if direction in ("-h", "--help"):

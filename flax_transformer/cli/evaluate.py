@@ -1,4 +1,4 @@
-"""evaluate: translate a file and score it against a reference."""
+"""evaluate: BLEU and chrF of a run on a source and a reference file."""
 
 import sys
 from dataclasses import dataclass
@@ -21,19 +21,20 @@ from flax_transformer.training.checkpoint import Choice
 class EvaluateOptions:
     """Translates a source file and prints BLEU and chrF against a reference file, with their signatures.
 
-    A line without any output counts as an empty one.
+    A line for which the search finds no output counts as empty.
 
     Attributes:
         run: run folder of the model.
-        source: text to translate, plain or .gz, one sentence a line; or .tsv or .jsonl, in the run's columns or keys.
-        reference: its translation, line by line.
-        checkpoint: the one that was best on validation text, or the last.
-        beam_size: hypotheses kept at each step; the run's own setting when left out.
-        length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
-        stop: when a sentence stops, sure, likely or finished; the run's own setting when left out.
-        quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them;
-            "bfloat16" computes in bfloat16, which is faster on an accelerator, and on a CPU with AMX.
-        output: where to write the translations; nowhere when left out.
+        source: text to translate, one sentence a line, plain or .gz. A .tsv or .jsonl file is read by the column or key
+            that the run was trained with.
+        reference: translations of these lines, in the same formats.
+        checkpoint: "best" is the best one on validation text, "last" the newest.
+        beam_size: number of hypotheses kept at each step; 1 is greedy search. None takes the run's own setting.
+        length_penalty: gnmt:0.6, average:1.0 or none, with any exponent. None takes the run's own setting.
+        stop: rule that ends the search of a sentence; see translate --help. None takes the run's own setting.
+        quantize: "int8" makes weights 8-bit integers. It is faster on a CPU with instructions for them. "bfloat16"
+            computes in bfloat16. It is faster on an accelerator, and on a CPU with AMX.
+        output: file for the translations. None writes no file.
     """
 
     run: Path
@@ -48,11 +49,11 @@ class EvaluateOptions:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened or have no output.
+    """Returns the exit code: 0, or 4 if a line was cut or has no output.
 
     Raises:
-        InputError: a bad run folder, setting or file.
-        DivergenceError: no line has any output, since the model's scores are not finite.
+        InputError: an invalid run folder, setting or file.
+        DivergenceError: no line has an output, since the model's scores are not finite.
     """
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()

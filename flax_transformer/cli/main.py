@@ -1,12 +1,12 @@
-"""The command `flax-transformer VERB ...`: sets up the process, dispatches verbs, words a user's mistakes.
+"""The command `flax-transformer VERB ...`. It sets up the process, calls the verb, and prints a user's mistakes.
 
 Exit codes:
-    0    done
-    1    failed
-    2    wrong usage or bad input
-    3    a signal stopped a training, and its state was saved
-    4    done, but some lines were shortened, lack a required phrase, or have no output
-    130  something else was interrupted
+    0: done.
+    1: failed.
+    2: wrong usage or invalid input.
+    3: a signal stopped a training, and its state was saved.
+    4: done, but some lines were cut, lack a required phrase, or have no output.
+    130: another command was interrupted.
 """
 
 import importlib
@@ -23,25 +23,25 @@ from flax_transformer.user_cache import user_cache
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
 VERBS = {
-    "prepare": "learn the tokenizers and tokenise the text of a configuration, ahead of its training",
-    "train": "train as a configuration says, then evaluate",
-    "translate": "translate standard input to standard output, line by line",
-    "score": "the log-probability of translations that exist already",
+    "prepare": "train the tokenizers and tokenise the text of a configuration, before the training",
+    "train": "train as a configuration says, then test",
+    "translate": "translate a file or standard input, line by line",
+    "score": "print the log-probability of existing translations",
     "evaluate": "translate a file and score it against a reference",
-    "average": "the mean of several checkpoints as a run folder of its own",
-    "convert": "a run as a model of Hugging Face (MarianMT), or one of those as a run",
-    "compare": "finished runs to one table and two pictures",
+    "average": "average several checkpoints of a run into a new run folder",
+    "convert": "convert a run to a MarianMT model of Hugging Face, or such a model to a run",
+    "compare": "compare finished runs in a table and two pictures",
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, text in VERBS.items())
 
 
 def verb(name: str) -> Verb:
-    """Returns the verb of this name; its module, and the libraries that it needs, are imported now."""
+    """Returns the verb of this name. Its module and the libraries that it needs are imported now."""
     return importlib.import_module(f"flax_transformer.cli.{name}").main
 
 
-# XLA's devices warn after five minutes that they wait for each other, and give up after a day.
+# XLA's devices warn after five minutes of waiting for each other, and abort after a day.
 PATIENT_COLLECTIVES = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=86400"
 )
@@ -57,14 +57,14 @@ def use_compilation_cache() -> None:
 
 
 def use_every_core() -> None:
-    """Makes each CPU core a device of its own, unless the user has set their number; no effect beside an accelerator.
+    """Makes each CPU core a device, unless the user has set the number of devices. Accelerators are not affected.
 
     The rows of a batch are then split over the cores. That is faster than splitting each operation. Each core works on
     smaller arrays in its own cache, and no core waits for another after each operation. The number of devices is a
     power of two, at most `ROW_MULTIPLE`, since that divides the rows of every batch.
 
     By default XLA aborts the process if its devices wait for each other for long. Other processes may keep a core busy
-    for longer than that, so the limit is raised to a day.
+    for a longer time, so the limit is raised to a day.
     """
     import jax
 
@@ -80,7 +80,7 @@ def use_every_core() -> None:
     jax.config.update("jax_num_cpu_devices", min(1 << (cores.bit_length() - 1), ROW_MULTIPLE))
 
 
-# For glibc's allocator: memory is kept once the process has it, in pages of 2 MiB where the kernel gives them.
+# Settings of glibc's allocator: the process keeps its memory, in huge pages where the kernel has them.
 KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 1 << 40, "top_pad": 1 << 26}.items()
@@ -88,12 +88,12 @@ KEPT_MEMORY = ":".join(
 
 
 def keep_memory() -> None:
-    """Starts this process anew with `KEPT_MEMORY`, once, unless the user has set GLIBC_TUNABLES; elsewhere no effect.
+    """Starts this process again with `KEPT_MEMORY`, on Linux with glibc, unless the user has set GLIBC_TUNABLES.
 
-    XLA for CPU allocates its temporaries anew in every step. By default glibc returns such large blocks to the system
-    at once. The system hands them out again in small pages and clears each, which takes much of a training step
-    (docs/lab_book.md, "memory that comes and goes"). The allocator reads its settings only when a process starts. So
-    call this before slow imports.
+    XLA for CPU allocates its temporary arrays anew in every step. By default, glibc returns such large blocks to the
+    system at once. The system then clears each small page again, which takes much of a training step
+    (docs/lab_book.md, "Temporaries kept by the allocator"). The allocator reads its settings only when a process
+    starts. So this function is called before slow imports.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return
@@ -103,8 +103,8 @@ def keep_memory() -> None:
 
 
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
-    """Returns the exit code of a verb; a user's mistake is printed without a traceback."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its ordinary workings as warnings
+    """Returns the exit code of a verb. A user's mistake is printed without a traceback."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs normal events as warnings
     try:
         use_compilation_cache()
         use_every_core()
@@ -115,13 +115,13 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
     except DivergenceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # a training has saved its state before it comes to this
+    except KeyboardInterrupt:  # a training catches the signal itself and saves its state
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of standard output has ended
         sys.stderr.close()
         return 1
-    except OSError as error:  # a folder that cannot be written, a file that cannot be read, a full disk
+    except OSError as error:  # such as a file that cannot be read, a folder that cannot be written, or a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -130,7 +130,7 @@ def main() -> int:
     """Runs the verb that the command line names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + "\n\nflax-transformer VERB --help tells the options of a verb.")
+        print(USAGE + "\n\nflax-transformer VERB --help prints the options of a verb.")
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
         print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
@@ -139,7 +139,7 @@ def main() -> int:
 
 
 def command() -> int:
-    """Is the command `flax-transformer`: `main`, in a process that keeps its memory."""
+    """Runs the command `flax-transformer`: `main` in a process that keeps its memory."""
     keep_memory()
     return main()
 

@@ -1,4 +1,4 @@
-"""A file that gets its name when it is whole, and can be gone on with until then."""
+"""An output file that has a temporary name until it is complete, and can be resumed until then."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from flax_transformer.locks import take_lock
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an output is.
+    """The progress of an output.
 
     Attributes:
-        lines: done and written.
-        source: SHA-256 of the lines that they were made from.
-        faulty: whether one of them was shortened, lacks a phrase that was required, or has no output.
-        settings: all else that makes them what they are.
+        lines: number of complete lines.
+        source: SHA-256 of their input lines.
+        faulty: whether an input line was cut, or an output is missing or lacks a required phrase.
+        settings: settings that determine the output.
     """
 
     lines: int
@@ -29,7 +29,7 @@ class Progress:
 
 
 def digest_of(lines: list[str], digest: Any = None) -> Any:
-    """Returns a digest of lines, or of those of another and these."""
+    """Returns the digest of lines; with `digest`, that one is updated."""
     digest = hashlib.sha256() if digest is None else digest
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
@@ -37,7 +37,7 @@ def digest_of(lines: list[str], digest: Any = None) -> Any:
 
 
 class StandardOutput:
-    """Writes lines to a stream that is not ours; nothing of it can be gone on with."""
+    """Writes lines to standard output, which cannot be resumed."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -50,25 +50,25 @@ class StandardOutput:
         pass
 
     def write(self, lines: list[str], source: str, faulty: bool) -> None:
-        """Writes lines. For the rest see `PartialOutput.write`."""
-        self.stream.write("".join(f"{line}\n" for line in lines).encode())  # UTF-8 whatever the locale, as the input is
+        """Writes lines. The other arguments are not used."""
+        self.stream.write("".join(f"{line}\n" for line in lines).encode())  # UTF-8 in every locale, like the input
         self.stream.flush()
 
 
 class PartialOutput:
-    """Writes lines to NAME.partial, and keeps beside them in NAME.partial.json how far they are.
+    """Writes lines to NAME.partial, and the progress to NAME.partial.json.
 
-    Use it in a `with` statement: NAME exists once that ends without an error. After an error the output can be resumed
-    from the last complete `write`, with the same settings and the same source.
+    Use it in a `with` statement. If that ends without an error, NAME.partial becomes NAME. After an error the output
+    can be resumed after the last complete `write`, with the same settings and the same source.
 
     Args:
-        path: the file.
-        settings: JSON of the settings that determine the output.
-        resume: whether to continue an incomplete output.
+        path: the file NAME.
+        settings: settings that determine the output, as JSON values.
+        resume: whether to resume an incomplete output.
 
     Raises:
-        InputError: the file exists already, or an incomplete one exists and `resume` is not set. Or it was made by
-            other settings, its record cannot be read, or another process is writing it.
+        InputError: the file exists already, or an incomplete one exists and `resume` is not set. Or other settings made
+            it, its record cannot be read, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool):
@@ -96,7 +96,7 @@ class PartialOutput:
             )
 
     def _recorded(self) -> Progress:
-        """Returns how far the output is by its record."""
+        """Returns the progress that is recorded."""
         nothing = Progress(0, digest_of([]).hexdigest(), False, self._settings)
         if not (self._record.exists() and self._partial.exists() and self._partial.stat().st_size):
             return nothing
@@ -104,7 +104,7 @@ class PartialOutput:
             return Progress(**json.loads(self._record.read_text()))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"--resume: {self._record} cannot be read ({error}), so nobody knows how far {self._partial} is. "
+                f"--resume: {self._record} cannot be read ({error}), so the progress of {self._partial} is not known. "
                 "Remove both to begin anew."
             ) from error
 
@@ -114,7 +114,7 @@ class PartialOutput:
             locked = take_lock(self._file)
             if not locked or self._moved():
                 if locked and os.fstat(self._file.fileno()).st_size == 0:
-                    self._partial.unlink(missing_ok=True)  # opening has just made it
+                    self._partial.unlink(missing_ok=True)  # `open` has just created it
                 raise InputError(
                     f"another process is writing {self._partial}. Wait for it, or choose another --output."
                 )
@@ -127,11 +127,11 @@ class PartialOutput:
         except InputError:
             self._file.close()
             raise
-        self._file.truncate(self._file.tell())  # what was written after the last that is known to be whole
+        self._file.truncate(self._file.tell())  # removes lines of an incomplete `write`
         return self
 
     def _moved(self) -> bool:
-        """Returns whether another process ended or went on between our looking and our lock."""
+        """Returns whether another process has written the output since its progress was read."""
         if self.path.exists() or self._recorded() != self.progress:
             return True
         return not (self._partial.exists() and os.path.samestat(os.fstat(self._file.fileno()), self._partial.stat()))
@@ -139,19 +139,19 @@ class PartialOutput:
     def __exit__(self, kind: Any, *_) -> None:
         if kind is None:
             os.replace(self._partial, self.path)
-        elif self.progress.lines == 0:  # nothing that could be gone on with
+        elif self.progress.lines == 0:  # there is nothing to resume
             self._partial.unlink()
         if kind is None or self.progress.lines == 0:
             self._record.unlink(missing_ok=True)
-        self._file.close()  # and with it the lock: whoever waits for it finds all of this done
+        self._file.close()  # last, since this releases the lock
 
     def write(self, lines: list[str], source: str, faulty: bool) -> None:
-        """Writes lines, and that they are whole.
+        """Writes lines, and records that they are complete.
 
         Args:
-            lines: without their ends.
-            source: SHA-256 of what these and all before them were made from.
-            faulty: whether one of these was shortened, lacks a phrase that was required, or has no output.
+            lines: lines without line ends.
+            source: SHA-256 of all input lines so far.
+            faulty: see `Progress`, for these lines.
         """
         before = self.progress
         self._file.write("".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""prepare: learn the tokenizers and tokenise the training text of a recipe, ahead of the training."""
+"""prepare: train the tokenizers and tokenise the training text of a recipe, before the training."""
 
 from flax_transformer.cli.train import read_recipe
 from flax_transformer.data.corpus import load_corpus
@@ -14,10 +14,10 @@ def main(arguments: list[str], program: str) -> int:
 
     Args:
         arguments: `--config FILE [--section.field value ...]`, as for training.
-        program: name in the help.
+        program: name of the program in the help.
 
     Raises:
-        InputError: bad files or a bad configuration.
+        InputError: invalid files or an invalid configuration.
     """
     config, resume = read_recipe(arguments, program)
     if resume:

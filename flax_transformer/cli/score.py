@@ -1,4 +1,4 @@
-"""score: the log-probability of translations that exist already."""
+"""score: the log-probability of existing translations."""
 
 import itertools
 import json
@@ -24,22 +24,24 @@ PAIRS_AT_ONCE = 4_096
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Prints a score for each pair of a source and a target file, one a line, and sums them up on standard error.
+    """Prints the score of each pair of lines of two files, and the totals on standard error.
 
-    Files may be of any length: a piece of them is in memory.
+    The score is the log-probability (nats, end token included) divided by the length penalty. It equals the score that
+    translate prints for the same output, with three exceptions:
+    1. A repetition penalty, a coverage penalty or force_eos changed the score of translate.
+    2. The output was cut at its maximum length.
+    3. The tokenizer cuts the text into other tokens than the search found.
 
-    The score of a pair is its log-probability (nats, end token included) divided by the length penalty. That is the
-    number that translate prints for an output that has ended, unless a repetition penalty, a coverage penalty or a
-    forced end had a part in it, or the output's text is cut into other tokens than it was made of. For a pair that has
-    no score, such as one whose target is longer than any output, nan is printed, and an object that says why.
+    A pair without a score is printed as nan, and a warning says why. With --json its object says why.
 
     Attributes:
         run: run folder of the model, or several as an ensemble.
-        source: one sentence a line, plain or .gz; or .tsv or .jsonl, in the run's columns or keys.
-        target: its translation, line by line.
-        checkpoint: the one that was best on validation text, or the last.
-        length_penalty: such as gnmt:0.6, average:1.0 or none; the run's own setting when left out.
-        quantize: "int8" makes 8-bit integers of the weights, "bfloat16" computes in bfloat16, as translate does.
+        source: source sentences, one a line, plain or .gz. A .tsv or .jsonl file is read by the column or key that the
+            run was trained with.
+        target: translations of these lines, in the same formats.
+        checkpoint: "best" is the best one on validation text, "last" the newest.
+        length_penalty: gnmt:0.6, average:1.0 or none, with any exponent. None takes the run's own setting.
+        quantize: "int8" makes weights 8-bit integers, "bfloat16" computes in bfloat16; see translate --help.
         json: print an object for each pair, with the log-probability of every token.
     """
 
@@ -54,14 +56,14 @@ class ScoreOptions:
 
 @dataclass
 class Total:
-    """What all pairs so far come to.
+    """The totals of all pairs so far.
 
     Attributes:
-        pairs: how many there were.
-        without: how many of them have no score.
-        tokens: of the targets of the others, end tokens included.
-        log_prob: of these targets, nats.
-        shortened: whether a source was.
+        pairs: number of pairs.
+        without: number of pairs without a score.
+        tokens: number of target tokens of the scored pairs, end tokens included.
+        log_prob: log-probability of these targets, in nats.
+        shortened: whether a source was cut.
     """
 
     pairs: int = 0
@@ -71,7 +73,7 @@ class Total:
     shortened: bool = False
 
     def add(self, score: PairScore | NoScore) -> None:
-        """Takes over one more."""
+        """Adds a pair."""
         self.pairs += 1
         if isinstance(score, NoScore):
             self.without += 1
@@ -82,7 +84,7 @@ class Total:
 
     @property
     def text(self) -> str:
-        """All of it in a line; the perplexity is exp(- log-probability / tokens)."""
+        """The totals as a line. The perplexity is exp(-log-probability / tokens)."""
         perplexity = math.exp(-self.log_prob / self.tokens) if self.tokens else math.nan
         pairs = "1 pair has" if self.without == 1 else f"{self.without:,} pairs have"
         without = f"; {pairs} no score" if self.without else ""
@@ -93,11 +95,11 @@ class Total:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened or pairs have no score.
+    """Returns the exit code: 0, or 4 if a source was cut or a pair has no score.
 
     Raises:
-        InputError: a bad run folder, setting or file; the pairs before a bad line are scored.
-        DivergenceError: no pair has a score, since none is finite.
+        InputError: an invalid run folder, setting or file. The pairs before an invalid line are scored.
+        DivergenceError: no pair has a score, since the model's scores are not finite.
     """
     options = tyro.cli(ScoreOptions, args=arguments, prog=program)
     if not options.run:
@@ -105,18 +107,18 @@ def main(arguments: list[str], program: str) -> int:
     config = RunFolder.open(options.run[0]).read_config()
     columns = config.data if isinstance(config.data, ParallelTextConfig) else ParallelTextConfig()
     pairs = ParallelFiles(options.source, options.target, columns).pairs()
-    pairs = itertools.chain([next(pairs)], pairs)  # says what is wrong with the files, before a model is loaded
+    pairs = itertools.chain([next(pairs)], pairs)  # reads the first pair, so that bad files fail before a model loads
     scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
     total, error = Total(), None
     while error is None:
-        piece: list[tuple[str, str]] = []
+        chunk: list[tuple[str, str]] = []
         try:
-            piece.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
+            chunk.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
         except InputError as bad_line:
             error = bad_line
-        if not piece:
+        if not chunk:
             break
-        sources, targets = zip(*piece, strict=True)
+        sources, targets = zip(*chunk, strict=True)
         scores = scorer.score(sources, targets, options.length_penalty)
         if not total.tokens:
             raise_if_diverged(scores)
@@ -128,7 +130,7 @@ def main(arguments: list[str], program: str) -> int:
                 longest = scorer.translator.model.max_source_length
                 warning = cut_line(f"{options.source}, line {total.pairs}", longest, "read")
                 print(f"warning: {warning}", file=sys.stderr)
-            sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 whatever the locale
+            sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 in every locale
         sys.stdout.buffer.flush()
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""train: a configuration to a run folder."""
+"""train: from a configuration to a run folder."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from flax_transformer.run_folder import RunFolder
 
 
 def read_recipe(arguments: list[str], program: str, default_config: Path | None = None) -> tuple[Config, bool]:
-    """Returns the configuration that a command line describes, and whether it asks to go on with a run.
+    """Returns the configuration that a command line describes, and whether it resumes a run.
 
     Args:
         arguments: `[--config FILE] [--section.field value ...]`, or `--run FOLDER --resume [--section.field ...]`.
-        program: name in the help.
-        default_config: recipe used without --config; when None there is none.
+        program: name of the program in the help.
+        default_config: recipe used without --config; None if one must be given.
 
     Raises:
-        ConfigError: a bad configuration, or none.
+        ConfigError: an invalid configuration, or no configuration.
     """
     path, run, resume, rest = None, None, False, []
     position = 0
@@ -42,21 +42,21 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
             rest.append(arguments[position])
         position += 1
     if path is None and any(name in rest for name in ("-h", "--help")):
-        return override(Config(), ["--help"], program), resume  # which ends by it
-    if path is None and resume and run:  # the run folder alone is enough to go on
+        return override(Config(), rest, program), resume  # prints the help and exits
+    if path is None and resume and run:  # the run folder has the configuration
         path = RunFolder.open(run).config_file
     elif path is None:
         path = default_config
     if path is None:
         raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
-    return override(read_config(path), rest, program), resume
+    return override(read_config(path, of_run=resume), rest, program), resume
 
 
 def main(arguments: list[str], program: str = "train.py", default_config: Path | None = None) -> int:
-    """Returns the exit code of a training run; arguments as `read_recipe`.
+    """Returns the exit code of a training run. The arguments are those of `read_recipe`.
 
     Raises:
-        InputError: bad files, a bad configuration, or a run folder in the wrong state.
+        InputError: invalid files, an invalid configuration, or a run folder in the wrong state.
     """
     config, resume = read_recipe(arguments, program, default_config)
     outcome = run_experiment(config, resume)

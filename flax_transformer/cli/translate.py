@@ -1,4 +1,4 @@
-"""translate: lines to lines, one out for each one in."""
+"""translate: one output line for each input line."""
 
 import gzip
 import hashlib
@@ -25,35 +25,36 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 
-# Lines read, translated and written together: enough to fill batches of like length, few enough to hold in memory.
+# Lines that are read, translated and written together. More lines fill batches better; fewer take less memory.
 LINES_AT_ONCE = 4_096
 
 
 @dataclass(frozen=True)
 class TranslateOptions:
-    """Translates line by line: one line out for each line in, in order, empty for empty.
+    """Translates line by line and writes one line for each input line, in order. An empty line stays empty.
 
-    A line that has no output is written as an empty line, with --json as an object that says why; a warning names it.
+    If the search finds no output for a line, an empty line is written, and a warning says why. With --json the object
+    of the line says why. From --method on, options that are left out take the run's own settings.
 
     Attributes:
         run: run folder of the model, or several as an ensemble.
-        checkpoint: the one that was best on validation text, or the last.
-        input: file to translate, plain or .gz; standard input when left out.
-        output: file to write; standard output when left out.
-        resume: go on with an --output that was interrupted, with the same input and options; warnings are of the rest
-            alone, and the exit code is of all.
-        scores: put the score and a tab before each line.
+        checkpoint: "best" is the best one on validation text, "last" the newest.
+        input: file to translate, plain or .gz. None reads standard input.
+        output: file to write. None writes standard output.
+        resume: continue an interrupted --output, with the same input and options. Warnings concern the new lines, and
+            the exit code all lines.
+        scores: write the score and a tab before each line.
         json: write an object for each line, with all hypotheses, their tokens and token scores.
-        num_hypotheses: at most so many of each line; more than one needs --json.
-        alignment: add to each output which source word each target word was made from (Moses format); needs --json.
-        attention: add to each output its attention, a row for each of its token scores and a column for each source
-            token and the end token, and to each object the source tokens; needs --json.
-        quantize: "int8" makes 8-bit integers of the weights, which is faster on a CPU with instructions for them;
-            "bfloat16" computes in bfloat16, which is faster on an accelerator, and on a CPU with AMX.
-        prefix: what every output begins with.
-        required: file with as many lines as the input: the phrases, separated by tabs, that the output of the same line
-            must hold.
-        decoding: how to translate; the run's own settings when left out.
+        num_hypotheses: most outputs for each line; more than one needs --json.
+        alignment: add the aligned words to each output, as pairs of source and target word (Moses format); needs
+            --json.
+        attention: add the attention to each output, and the source tokens to each object; needs --json. The attention
+            has a row for each token score, and a column for each source token and the end token.
+        quantize: "int8" makes weights 8-bit integers. It is faster on a CPU with instructions for them. "bfloat16"
+            computes in bfloat16. It is faster on an accelerator, and on a CPU with AMX.
+        prefix: text that every output begins with.
+        required: file with a line for each input line: the phrases that the output must contain, separated by tabs.
+        decoding: how to translate.
     """
 
     run: tuple[Path, ...]
@@ -77,9 +78,9 @@ class TranslateOptions:
             if value and not self.json:
                 raise ConfigError(f"--{name} needs --json: a line of text holds one translation and nothing else.")
         if self.scores and self.json:
-            raise ConfigError("--scores and --json contradict each other: the objects hold scores already.")
+            raise ConfigError("--scores and --json contradict each other: the objects have scores already.")
         if self.resume and (self.output is None or self.input is None):
-            raise ConfigError("--resume needs --input and --output: it goes on behind the lines in the output.")
+            raise ConfigError("--resume needs --input and --output: it continues after the lines in the output.")
 
 
 def read_lines(stream: Any, name: str) -> Iterator[str]:
@@ -102,7 +103,7 @@ def read_lines(stream: Any, name: str) -> Iterator[str]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{name}, after line {number}: not a whole gzip file ({error}). The {number} lines before were translated. "
-            "Fetch it again, or drop .gz from its name."
+            "Get it again, or remove .gz from its name if it is plain text."
         ) from error
 
 
@@ -165,7 +166,7 @@ def as_line(options: TranslateOptions, translation: Translation | NoTranslation)
 
 
 def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
-    """Returns where translations go.
+    """Returns the output that translations are written to.
 
     Raises:
         InputError: see `PartialOutput`.
@@ -174,10 +175,10 @@ def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
         return StandardOutput(sys.stdout.buffer)
     settings: dict[str, Any] = asdict(options)
     settings |= settings.pop("decoding")
-    for name in ("input", "output", "resume"):  # the input is known by its lines
+    for name in ("input", "output", "resume"):  # a digest of its lines stands for the input
         del settings[name]
     settings["run"] = []
-    for run in options.run:  # a run may be trained on in the meantime
+    for run in options.run:  # a training may have changed the run since
         folder = RunFolder.open(run)
         with Checkpoints(folder.checkpoints) as checkpoints:
             step = checkpoints.choose(options.checkpoint)
@@ -190,7 +191,7 @@ def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
 
 
 def values_of(arguments: list[str], option: str) -> list[str]:
-    """Returns the values of an option, nothing when it is not there."""
+    """Returns the values of an option; an empty list if it is not given."""
     for position, argument in enumerate(arguments):
         if argument.startswith(f"{option}="):
             return [argument.removeprefix(f"{option}=")]
@@ -200,17 +201,17 @@ def values_of(arguments: list[str], option: str) -> list[str]:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code: 0, or 4 when lines were shortened, lack a required phrase or have no output.
+    """Returns the exit code: 0, or 4 if a line was cut, lacks a required phrase or has no output.
 
     Raises:
-        InputError: a bad run folder, setting or file.
-        DivergenceError: no line has any output, since the model's scores are not finite.
+        InputError: an invalid run folder, setting or file.
+        DivergenceError: no line has an output, since the model's scores are not finite.
     """
     defaults = TranslateOptions(run=())
-    if runs := values_of(arguments, "--run"):  # the run says what is used where nothing is said
+    if runs := values_of(arguments, "--run"):  # the run's own settings are the defaults
         decoding = RunFolder.open(runs[0]).read_config().decoding
         if (method := "".join(values_of(arguments, "--method"))) in METHOD_FIELDS:
-            decoding = decoding.with_method(method)  # what the run says of the other is not asked of this one
+            decoding = decoding.with_method(method)  # without settings of the other method
         defaults = replace(defaults, run=tuple(map(Path, runs)), decoding=decoding)
     options = tyro.cli(TranslateOptions, args=arguments, prog=program, default=defaults)
     if not options.run:
@@ -229,7 +230,7 @@ def main(arguments: list[str], program: str) -> int:
 
 
 def warnings_of(number: int, translation: Translation | NoTranslation, max_source_length: int) -> Iterator[str]:
-    """Yields what is to be said of a line: that it has no output, that it was cut, which required phrases it lacks."""
+    """Yields the warnings about a line: it has no output, it was cut, or its output lacks required phrases."""
     if isinstance(translation, NoTranslation):
         yield f"line {number} has no output: {translation.reason}"
     else:
@@ -243,13 +244,13 @@ def warnings_of(number: int, translation: Translation | NoTranslation, max_sourc
 
 @dataclass
 class Total:
-    """What all lines of this call so far come to.
+    """The totals of all lines of this call so far.
 
     Attributes:
-        lines: how many.
-        tokens: of their outputs.
-        unfinished: outputs that were cut at their maximum length.
-        without: lines that have no output.
+        lines: number of lines.
+        tokens: number of tokens of the best outputs.
+        unfinished: number of best outputs that were cut at their maximum length.
+        without: number of lines without an output.
     """
 
     lines: int = 0
@@ -258,7 +259,7 @@ class Total:
     without: int = 0
 
     def add(self, translations: Sequence[Translation | NoTranslation]) -> None:
-        """Takes over more of them."""
+        """Adds lines."""
         self.lines += len(translations)
         for translation in translations:
             if isinstance(translation, NoTranslation):
@@ -268,7 +269,7 @@ class Total:
                 self.unfinished += not translation.hypotheses[0].finished
 
     def text(self, seconds: float) -> str:
-        """All of it in a line."""
+        """Returns the totals as a line."""
         lines = "1 line has" if self.without == 1 else f"{self.without:,} lines have"
         without = f"; {lines} no output" if self.without else ""
         cut = f"; {self.unfinished:,} outputs were cut at their maximum length" if self.unfinished else ""
@@ -282,7 +283,7 @@ def skip_translated(lines: Iterator[str], name: str, output: PartialOutput | Sta
     """Reads the lines that have been translated before, and returns their digest.
 
     Raises:
-        InputError: the output was made of other lines.
+        InputError: the output is a translation of other lines.
     """
     done, digest = output.progress.lines, digest_of([])
     for start in range(0, done, LINES_AT_ONCE):
@@ -299,11 +300,11 @@ def check_phrases(options: TranslateOptions, phrases: list[list[str]], name: str
     """Raises an `InputError` if --required has more or fewer lines than the text.
 
     Args:
-        options: of the command.
-        phrases: of each line of --required.
-        name: of the text.
-        done: lines of it that have been read.
-        ended: whether these are all.
+        options: options of the command.
+        phrases: phrases of each line of --required.
+        name: name of the text.
+        done: number of lines of the text that have been read.
+        ended: whether these are all lines of the text.
     """
     if done > len(phrases) or ended and done < len(phrases):
         raise InputError(
@@ -319,14 +320,14 @@ def translate_stream(
     source: Any,
     output: PartialOutput | StandardOutput,
 ) -> int:
-    """Translates a stream piece by piece, and returns the exit code.
+    """Translates a stream chunk by chunk, and returns the exit code.
 
     Raises:
-        InputError: a line that cannot be read; what stands before it is translated. More or fewer lines of phrases. A
-            prefix that no output can have. An output that was made of another text.
-        DivergenceError: nothing has any output, since the model's scores are not finite.
+        InputError: a line that cannot be read; the lines before it are translated. Or --required has another number of
+            lines, the prefix is impossible, or the output is a translation of another text.
+        DivergenceError: no line has an output, since the model's scores are not finite.
     """
-    translator.requests.demands.prefix(options.prefix or "")  # of every line: it is no fault of one
+    translator.requests.constraints.prefix(options.prefix or "")  # an impossible prefix concerns every line
     at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
     name = "standard input" if options.input is None else str(options.input)
     lines = read_lines(source, name)
@@ -336,7 +337,7 @@ def translate_stream(
         chunk: list[str] = []
         try:
             chunk.extend(itertools.islice(lines, at_once))
-        except InputError as bad_line:  # what was read before it is still translated
+        except InputError as bad_line:  # the lines before it are still translated
             error = bad_line
         if phrases is not None:
             check_phrases(options, phrases, name, done + len(chunk), ended=not chunk and error is None)

@@ -1,1 +1,1 @@
-"""The configuration of a run: what it says, how it is read from YAML, how the command line changes it."""
+"""The configuration of a run: its sections, its YAML form, and the flags of the command line."""

@@ -1,4 +1,4 @@
-"""A configuration changed by the flags of a command line."""
+"""Flags of a command line, which change a configuration."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -6,23 +6,24 @@ from typing import Any, get_type_hints
 
 import tyro
 
+from flax_transformer.config.old_keys import explain_old_key
 from flax_transformer.config.reading import section_class
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
 
 
 def override(config: Config, arguments: list[str], program: str = "train.py") -> Config:
-    """Returns `config` with the fields replaced that dotted flags name: ["--model.num-heads", "8"].
+    """Returns `config` with the values of dotted flags, such as ["--model.num-heads", "8"].
 
     `--data.kind` and `--model.kind` choose another kind of section, with that kind's defaults.
 
     Raises:
-        ConfigError: an unknown kind.
-        SystemExit: code 2, after tyro's message, for an unknown flag, a value of the wrong type or a contradiction
-            between fields; 0 after --help.
+        ConfigError: an unknown kind, or a key that has another name now.
+        SystemExit: with code 2, after tyro's message, an unknown flag, a value of the wrong type, or fields that
+            contradict each other. With code 0 after --help.
     """
     hints = get_type_hints(Config)
-    # No `Config` yet: a section of the new kind may contradict the others until all flags have been read.
+    # This is no `Config` yet, since a section of a new kind may contradict the others until all flags are read.
     sections: Any = SimpleNamespace(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     rest, position = [], 0
     while position < len(arguments):
@@ -38,7 +39,10 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
             if not isinstance(getattr(sections, section), chosen):
                 setattr(sections, section, chosen())
         else:
+            given = value if equals else "".join(arguments[position + 1 : position + 2])
+            if name.startswith("--") and (explained := explain_old_key(name[2:].replace("-", "_"), given)):
+                raise ConfigError(explained)
             rest.append(arguments[position])
         position += 1
-    # Of its default tyro reads one attribute for each field, whatever has them.
+    # Tyro reads one attribute of its default for each field, so the default need not be a `Config`.
     return tyro.cli(Config, default=sections, args=rest, config=(tyro.conf.AvoidSubcommands,), prog=program)

@@ -1,4 +1,4 @@
-"""A configuration from YAML, strictly, and to YAML, completely."""
+"""Reading a configuration from YAML, strictly, and writing it to YAML, completely."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from flax_transformer.config.old_keys import explain_old_key, with_new_keys
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, did_you_mean
 
@@ -21,13 +22,13 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
     """Returns a `cls` made from a nested dict, strictly.
 
     Raises:
-        ConfigError: an unknown key (the nearest known ones are named), or a value of the wrong type.
+        ConfigError: an unknown key, or a value of the wrong type. The message names the nearest known keys.
     """
     where = f"section '{path}'" if path else "the configuration"
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of fields to values, got {values!r}.")
     hints = get_type_hints(cls)
-    # Every section is a dataclass, which no public type of Python's can say of `Section`.
+    # Every section is a dataclass; Python has no public type to say that of `Section`.
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     kind = getattr(cls, "kind", None)
     given = {}
@@ -36,13 +37,15 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
             continue
         if key not in known:
             full = f"{path}.{key}" if path else str(key)
+            if explained := explain_old_key(full, value):
+                raise ConfigError(explained)
             raise ConfigError(f"unknown key '{full}' in the configuration.{did_you_mean(str(key), known)}")
         given[key] = _convert(hints[key], value, f"{path}.{key}" if path else key)
     return cls(**given)
 
 
 def section_class(hint: Any, values: Any, path: str) -> Any:
-    """Returns the dataclass that a section is read into, chosen by its `kind` where there are several."""
+    """Returns the dataclass of a section; where there are several, the one of its `kind`."""
     if dataclasses.is_dataclass(hint):
         choices = [hint]
     else:
@@ -67,12 +70,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         choices = get_args(hint)
         if value in choices and type(value) in {type(c) for c in choices}:
             return value
-        raise ConfigError(f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}.")
+        explained = explain_old_key(path, value) if isinstance(value, str) else ""
+        raise ConfigError(explained or f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}.")
     if get_origin(hint) in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
         return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path)
-    if get_origin(hint) is tuple:  # of any length, all of one type; a single value stands for a tuple of one
+    if get_origin(hint) is tuple:  # of any length and one type; a single value is read as a tuple of one
         values = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(get_args(hint)[0], each, path) for each in values)
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
@@ -84,13 +88,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML, but a key that stands twice in a mapping is an error: the first would silently be forgotten."""
+    """Loader of plain YAML that refuses a key which occurs twice in a mapping; PyYAML silently forgets the first."""
 
     def construct_mapping(self, node, deep=False):
         """Returns the mapping of a node.
 
         Raises:
-            yaml.YAMLError: a key stands in it twice, or is no plain text.
+            yaml.YAMLError: a key occurs twice, or is not plain text.
         """
         seen = set()
         for key, _ in node.value:
@@ -104,14 +108,20 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: Path) -> Config:
-    """Returns the configuration in a YAML file; what it does not mention has its default.
+def read_config(path: Path, of_run: bool = False) -> Config:
+    """Returns the configuration in a YAML file. Fields that the file leaves out get their defaults.
+
+    Args:
+        path: the file.
+        of_run: whether the file belongs to a run folder, whose old keys are translated. In a recipe they are errors.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, a value of the wrong type or out of range, a contradiction.
+        ConfigError: no such file, no YAML, an unknown key, a value of the wrong type or out of range, or fields that
+            contradict each other.
     """
     try:
-        return from_dict(Config, _read_yaml(path))
+        values = _read_yaml(path)
+        return from_dict(Config, with_new_keys(values) if of_run and isinstance(values, dict) else values)
     except ConfigError as error:
         raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
 
@@ -130,7 +140,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a nested dict of every field, with the `kind` of each section that has one."""
+    """Returns a nested dict of all fields, with the `kind` of each section that has one."""
     values = {"kind": config.kind} if hasattr(config, "kind") else {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -140,5 +150,5 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes every field as YAML, defaults included, so that the file alone says what was run."""
+    """Writes all fields as YAML, with the defaults, so that the file alone describes the run."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What a configuration says: nested frozen dataclasses, the whole one last.
+"""The configuration of a run, as nested frozen dataclasses; `Config` is the whole.
 
-Each section is defined beside what it configures; this file composes them, and defines those that belong to a
-run as a whole. A section that comes in kinds (data, model) names its kind by the key `kind`.
+Each section is defined beside what it configures. This file joins the sections, and defines those of a run as a whole.
+Sections `data` and `model` have several kinds. The key `kind` names the kind.
 """
 
 import dataclasses
@@ -28,24 +28,26 @@ from flax_transformer.parallel.mesh import MeshConfig
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train, and what to do on the way.
+    """Length and loss of a training, and what it logs, evaluates and saves.
 
     Attributes:
-        steps: updates in all.
-        seed: of the parameters, the order of the data and dropout.
+        steps: number of updates.
+        seed: seed of the first parameters, of the order of the data, and of dropout.
         label_smoothing: share of the target distribution that is uniform over the vocabulary, in [0, 1).
-        r_drop: weight of R-Drop (Liang et al. 2021): each row is computed twice, with different dropout, and the
-            divergence between both predictions is added to the loss; 0 computes each row once.
-        ema_decay: of an exponential moving average of the parameters, which is what is evaluated, kept as the best, and
-            translated with; in [0, 1), 0 keeps none.
-        log_every_steps: distance of progress lines.
-        evaluate_every_steps: distance of evaluations (loss and beam search) on validation text.
-        evaluate_sentences: validation sentences translated at each, at most.
-        best_by: what makes one evaluation better than another: "bleu", "chrf", or "loss" (the lower).
-        patience: evaluations in a row without a new best after which the training ends; 0 never ends it.
-        checkpoint_every_steps: distance of checkpoints; every evaluation and the last step have one, too.
-        keep_newest: so many of the newest checkpoints are kept.
-        keep_best: so many of the best are kept beside them.
+        r_drop: weight of R-Drop in the loss (Liang et al. 2021); 0 turns it off. R-Drop computes each pair twice with
+            different dropout, and adds the divergence of both predictions to the loss.
+        ema_decay: decay of an exponential moving average of the parameters, in [0, 1); 0 keeps no average. Evaluations
+            and translations use the average where there is one.
+        log_every_steps: number of steps between progress lines.
+        evaluate_every_steps: number of steps between evaluations. An evaluation computes the loss of the validation
+            text, translates it and scores the translations.
+        evaluate_sentences: maximum number of validation sentences to translate in an evaluation.
+        best_metric: metric that decides which evaluation is the best: "bleu", "chrf" or "loss" (lowest).
+        early_stopping_patience: number of evaluations in a row without a new best that ends the training; 0 turns early
+            stopping off.
+        checkpoint_every_steps: number of steps between checkpoints. Every evaluation and the last step save one, too.
+        keep_newest: number of newest checkpoints to keep.
+        keep_best: number of best checkpoints to keep beside the newest.
     """
 
     steps: int = 2_000
@@ -56,8 +58,8 @@ class TrainingConfig:
     log_every_steps: int = 50
     evaluate_every_steps: int = 500
     evaluate_sentences: int = 512
-    best_by: Literal["bleu", "chrf", "loss"] = "bleu"
-    patience: int = 0
+    best_metric: Literal["bleu", "chrf", "loss"] = "bleu"
+    early_stopping_patience: int = 0
     checkpoint_every_steps: int = 500
     keep_newest: int = 2
     keep_best: int = 1
@@ -69,8 +71,11 @@ class TrainingConfig:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}.")
-        if self.patience < 0:
-            raise ConfigError(f"training.patience must not be negative (0 turns it off), got {self.patience}.")
+        if self.early_stopping_patience < 0:
+            raise ConfigError(
+                f"training.early_stopping_patience must not be negative (0 turns it off), got "
+                f"{self.early_stopping_patience}."
+            )
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
@@ -81,64 +86,67 @@ class TrainingConfig:
 
 Method = Literal["beam", "sampling"]
 
-# Fields of `DecodingConfig` that one method alone looks at.
+# Fields of `DecodingConfig` that only one method uses.
 METHOD_FIELDS: dict[Method, tuple[str, ...]] = {
-    "beam": ("beam_size", "coverage_penalty", "stop", "patience"),
+    "beam": ("beam_size", "coverage_penalty", "stop"),
     "sampling": ("temperature", "top_k", "top_p", "min_p", "mbr_samples", "mbr_utility", "seed"),
 }
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How to translate.
+    """Settings of beam search and sampling.
 
     Attributes:
-        method: "beam" (the best outputs that a beam search finds) or "sampling" (outputs drawn at random).
-        beam_size: hypotheses kept at each step; 1 is greedy search.
-        length_penalty: "gnmt:0.6", "average:1.0" or "none"; see `decoding/length_penalty.py`.
-        coverage_penalty: weight of a penalty on source tokens that got little attention (0.2 is usual); 0 turns it off.
-        stop: when the search of a sentence ends: "sure", once nothing can beat what it has found; "likely", once no
-            unfinished output, scored as it stands, beats it, as Hugging Face does unless told otherwise; "finished", as
-            soon as so many hypotheses have ended, as CTranslate2, and Hugging Face with early_stopping, do. Each ends
-            no later than the one before, and by the last two a longer output might score better; "finished" is much
-            faster with a penalty like "average:1.0".
-        patience: share of the beam that must be sure, likely or finished before a sentence stops; with less than 1 it
-            stops sooner, and only the first of the n-best list, at least one, are what the stop rule promises.
-        max_length_factor, max_length_offset: an output has at most factor * source tokens + offset tokens, end tokens
-            included, whatever stands beside it in the batch; where that is less than min_length, a prefix or required
-            phrases need, it has as many as they need.
-        min_length: fewest tokens of an output, end token not counted.
-        force_end: whether an output that reaches its maximum length is closed there by the end token, which then costs
-            nothing, as Hugging Face's forced_eos_token_id does; without it such an output is unfinished.
-        no_repeat_ngram: no sequence of so many tokens occurs twice in an output; 0 allows all.
-        repetition_penalty: factor on the log-probabilities of tokens that have occurred, at least 1; part of the score.
-        ban_unknown: whether outputs may not hold the unknown token.
-        banned_phrases: texts whose tokens never occur one after the other in an output.
-        banned_tokens: tokens that no output holds, by the names of pieces: "\u2581the" begins a word, "ing" does not.
-        temperature, top_k, top_p, min_p: of sampling; see `decoding/sampling.py`.
-        mbr_samples: of sampling: draw so many outputs and put those first that agree best with all that were drawn
-            (minimum Bayes risk); 0 puts the most probable first.
-        mbr_utility: what agreement is: sacreBLEU's "chrf" or "bleu" of single sentences. The latter always takes the
-            tokenizer "13a", so "chrf" is better where no spaces stand between words.
-        seed: of sampling; with a sentence's text it decides what is drawn for it.
-        batch_rows: sentences decoded together; a part-full batch is filled up with padding.
+        method: "beam" for beam search, or "sampling" for outputs drawn at random.
+        beam_size: number of hypotheses kept at each step of a beam search; 1 is greedy search.
+        length_penalty: divisor of an output's log-probability: "gnmt:0.6", "average:1.0" or "none". A larger exponent
+            favours longer outputs.
+        coverage_penalty: weight of a penalty on source tokens that got little attention, in a beam search; 0 turns it
+            off. GNMT uses 0.2.
+        stop: rule that ends the beam search of a sentence. "exact" ends it when no unfinished output can beat the
+            finished ones (Hugging Face: early_stopping "never"). "heuristic" compares unfinished outputs by their
+            present score (early_stopping False). "first_finished" ends it when beam_size outputs are finished (as
+            early_stopping True and CTranslate2). The last two are faster, and may miss a longer, better output.
+        max_length_factor: factor in the maximum length of an output. The maximum is max_length_factor * source tokens +
+            max_length_offset. It grows where min_length, a prefix or required phrases need more tokens.
+        max_length_offset: offset in the maximum length of an output; see max_length_factor.
+        min_length: minimum length of an output. The lengths of this section do not count the end token.
+        force_eos: whether the end token closes an output at its maximum length, and costs nothing there (Hugging Face:
+            forced_eos_token_id). Otherwise such an output is unfinished.
+        no_repeat_ngram: size of the n-grams that occur at most once in an output; 0 allows repetition.
+        repetition_penalty: factor, at least 1, on the log-probability of each token that the output already contains.
+            It is part of the score.
+        suppress_unknown: whether the unknown token is excluded from outputs.
+        suppress_sequences: texts that are excluded from outputs, each as the tokens that the tokenizer cuts it into.
+        suppress_tokens: tokens that are excluded from outputs, by their pieces. "\u2581the" begins a word, "ing" does
+            not.
+        temperature: divisor of the logits in sampling; below 1 it favours probable tokens.
+        top_k: number of most probable tokens to sample from; 0 allows all.
+        top_p: probability mass in sampling. It keeps the fewest most probable tokens that have this mass; 1 allows all.
+        min_p: minimum probability in sampling, as a share of the highest probability; 0 allows all.
+        mbr_samples: number of samples for minimum Bayes risk, which puts first the sample that agrees best with all
+            samples. With 0 the most probable sample comes first.
+        mbr_utility: measure of agreement for mbr_samples: sacreBLEU's "chrf" or "bleu" of single sentences. BLEU takes
+            the tokenizer "13a" here, so "chrf" is better for text without spaces between words.
+        seed: seed of sampling. What is drawn for a sentence depends on the seed and on its text alone.
+        batch_size: number of sentences decoded together. Padding fills up a smaller batch.
     """
 
     method: Method = "beam"
     beam_size: int = 5
     length_penalty: str = "gnmt:0.6"
     coverage_penalty: float = 0.0
-    stop: StopRule = "sure"
-    patience: float = 1.0
+    stop: StopRule = "exact"
     max_length_factor: float = 2.0
     max_length_offset: int = 10
     min_length: int = 0
-    force_end: bool = False
+    force_eos: bool = False
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
-    ban_unknown: bool = False
-    banned_phrases: tuple[str, ...] = ()
-    banned_tokens: tuple[str, ...] = ()
+    suppress_unknown: bool = False
+    suppress_sequences: tuple[str, ...] = ()
+    suppress_tokens: tuple[str, ...] = ()
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -146,30 +154,25 @@ class DecodingConfig:
     mbr_samples: int = 0
     mbr_utility: Literal["chrf", "bleu"] = "chrf"
     seed: int = 0
-    batch_rows: int = 32
+    batch_size: int = 32
 
     def __post_init__(self):
         check_finite("decoding", self)
         check_seed("decoding.seed", self.seed)
         LengthPenalty.parse(self.length_penalty)
-        for name in ("beam_size", "batch_rows"):
+        for name in ("beam_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"decoding.{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("coverage_penalty", "min_length", "no_repeat_ngram", "mbr_samples"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"decoding.{name} must not be negative, got {getattr(self, name)}.")
-        if not 0 < self.patience <= 1:
-            raise ConfigError(
-                f"decoding.patience must be above 0 and at most 1, got {self.patience}: no more hypotheses are kept "
-                "than the beam holds."
-            )
         if self.repetition_penalty < 1:
             raise ConfigError(
                 f"decoding.repetition_penalty must be at least 1, got {self.repetition_penalty}: a smaller one would "
                 "make what has occurred more probable."
             )
-        if not all(phrase.strip() for phrase in self.banned_phrases):
-            raise ConfigError("decoding.banned_phrases: an empty text cannot be banned.")
+        if not all(phrase.strip() for phrase in self.suppress_sequences):
+            raise ConfigError("decoding.suppress_sequences: an empty text cannot be suppressed.")
         if (
             self.max_length_factor < 0
             or self.max_length_offset < 0
@@ -182,7 +185,7 @@ class DecodingConfig:
         self._check_method()
 
     def _check_method(self) -> None:
-        """Raises a `ConfigError` if a field is set that the method does not look at."""
+        """Raises a `ConfigError` if a field is set that the method does not use."""
         SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         if self.mbr_utility != defaults["mbr_utility"] and not self.mbr_samples:
@@ -198,14 +201,14 @@ class DecodingConfig:
                 )
 
     def with_method(self, method: Method) -> "DecodingConfig":
-        """Returns these settings for a method, without those that the other one alone looks at."""
+        """Returns these settings for `method`; fields that only the other method uses get their defaults."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         others = [name for other, names in METHOD_FIELDS.items() if other != method for name in names]
         return dataclasses.replace(self, method=method, **{name: defaults[name] for name in others})
 
     @property
     def sampling(self) -> SamplingConfig | None:
-        """How to draw, or None for a beam search."""
+        """The settings of sampling, or None for a beam search."""
         if self.method == "beam":
             return None
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -213,10 +216,10 @@ class DecodingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How translations are scored.
+    """Settings of the scores of translations.
 
     Attributes:
-        bleu_tokenizer: the name of a tokenizer of sacreBLEU, by which BLEU finds words; `sacrebleu --help` lists all.
+        bleu_tokenizer: name of a tokenizer of sacreBLEU, which finds the words for BLEU; `sacrebleu --help` lists all.
             Its default, "13a", and "intl" split at spaces and punctuation. For Chinese there is "zh", for Japanese
             there is "ja-mecab", for Korean "ko-mecab", and for any language "flores200". With "char", each character is
             a word. With "none", text stays as it is, which is right for text that is tokenised already.
@@ -237,19 +240,19 @@ class Config:
     """A complete recipe.
 
     Attributes:
-        run: the run folder; all that the run writes lies in it.
-        init_from: run folder whose best parameters and whose tokenizer the training starts from; None starts anew.
-        data: which corpus.
-        filters: which training pairs are left out.
-        tokenizer: how its text becomes ids.
-        subword_sampling: whether training text is cut into subwords at random.
-        model: which model.
-        batching: how pairs become batches.
-        optimizer: how parameters change.
-        training: how long, and what on the way.
-        decoding: how to translate.
-        evaluation: how translations are scored.
-        mesh: how devices are used.
+        run: run folder, which gets all files that the run writes.
+        init_from: run folder to start from, with its best parameters and its tokenizer; None starts anew.
+        data: the corpus.
+        filters: rules that leave out training pairs.
+        tokenizer: the tokenizer, and how it is learnt.
+        subword_sampling: random segmentations of the training text.
+        model: the model, and its sizes.
+        batching: the batches of a training.
+        optimizer: the optimiser, and the schedule of its learning rate.
+        training: length and loss of a training, and what it logs, evaluates and saves.
+        decoding: settings of beam search and sampling.
+        evaluation: settings of the scores of translations.
+        mesh: the mesh of devices.
     """
 
     run: str = "runs/number_words"
@@ -268,10 +271,10 @@ class Config:
 
     def __post_init__(self):
         self.subword_sampling.check_algorithm(self.tokenizer.algorithm)
-        if self.batching.form == "packed" and not self.model.supports_packing:
+        if self.batching.packing and not self.model.supports_packing:
             raise ConfigError(
-                f"batching.form: packed puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
-                "them apart. Set batching.form: bucketed."
+                f"batching.packing: true puts several pairs into a row, and model.kind {self.model.kind} cannot tell "
+                "them apart. Set batching.packing: false."
             )
         if self.training.r_drop and not any(
             getattr(self.model, f.name) for f in dataclasses.fields(self.model) if f.name.endswith("dropout")

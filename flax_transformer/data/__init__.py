@@ -1,1 +1,1 @@
-"""Text to batches of ids; NumPy alone, no JAX."""
+"""Text to batches of token ids, with NumPy and without JAX."""

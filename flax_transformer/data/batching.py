@@ -1,13 +1,14 @@
-"""What a batch is made of: which pairs stand in which row, of which shape.
+"""Batches of sentence pairs: their plan and their arrays.
 
-A plan says for every epoch, ahead of time, which pairs make which batch (`data/bucketing.py`, `data/packing.py`). The
-position in the data is then two integers, exact, and independent of the number of devices and processes.
+A plan assigns the pairs of an epoch to batches before the epoch starts (`data/bucketing.py`, `data/packing.py`). Two
+integers, the epoch and the batch, then give an exact position in the data. The position does not depend on the number
+of devices or processes.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,45 +17,44 @@ from flax_transformer.data.tokenizer import TokenizedText
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.shapes import Batch
 
-# Rows of a batch divide by this, unless more is asked for, whatever the number of devices, so that the plan does not
-# depend on it.
+# Default of `batching.row_multiple`. It does not depend on the number of devices, so neither does the plan.
 ROW_MULTIPLE = 8
-# Lengths are rounded up to this, so that a corpus with one long line more does not change a shape.
+# Lengths are rounded up to a multiple of this. So a slightly longer line rarely changes a shape.
 LENGTH_MULTIPLE = 4
 
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """How sentence pairs are put into batches.
+    """Settings of the batches of a training.
 
     Attributes:
-        form: "bucketed" (one pair a row, in a few shapes) or "packed" (several pairs a row, in one shape; for models
-            that support it). Packed batches have the least padding and compile once, but attention looks at whole rows.
-        tokens_per_batch: padded tokens of a batch at most, on the longer side.
-        num_shapes: of bucketed batches: shapes to choose, each of which is compiled once.
-        row_length: of packed batches: padded tokens of a row on the longer side.
-        micro_batches: gradients of a batch are summed up over so many equal pieces of it, one after the other; the
-            update is that of the whole batch, and the activations of one piece at a time need memory.
-        row_multiple: rows of a piece divide by this; mesh.data x mesh.fsdp must divide it. The batches depend on it and
-            not on the mesh, so a run can go on with fewer devices or more.
+        packing: whether a row holds several pairs; recurrent models have no packing. Packed batches have one shape and
+            hardly any padding, but attention computes whole rows.
+        tokens_per_batch: maximum number of tokens of a batch, padding included, on its longer side.
+        num_buckets: maximum number of batch shapes without packing. Each shape is compiled once.
+        row_length: number of tokens of a packed row, padding included, on its longer side.
+        gradient_accumulation_steps: number of micro-batches that a batch is divided into. A step computes them one
+            after the other, in less memory, and sums their gradients. The update is that of the whole batch.
+        row_multiple: number that divides the rows of every micro-batch, a multiple of mesh.data * mesh.fsdp. The
+            batches do not depend on the mesh, so a run can be resumed on another number of devices.
     """
 
-    form: Literal["bucketed", "packed"] = "bucketed"
+    packing: bool = False
     tokens_per_batch: int = 4_096
-    num_shapes: int = 4
+    num_buckets: int = 4
     row_length: int = 256
-    micro_batches: int = 1
+    gradient_accumulation_steps: int = 1
     row_multiple: int = ROW_MULTIPLE
 
     def __post_init__(self):
-        for name in ("tokens_per_batch", "num_shapes", "row_length", "micro_batches", "row_multiple"):
+        for name in ("tokens_per_batch", "num_buckets", "row_length", "gradient_accumulation_steps", "row_multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")
 
     @property
     def rows_divide_by(self) -> int:
-        """What the rows of a batch divide by, so that each of its pieces divides by `row_multiple`."""
-        return self.row_multiple * self.micro_batches
+        """Number that divides the rows of every batch, so that `row_multiple` divides those of every micro-batch."""
+        return self.row_multiple * self.gradient_accumulation_steps
 
 
 class BatchShape(NamedTuple):
@@ -66,7 +66,7 @@ class BatchShape(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where in the data a run is: the next batch to take."""
+    """A position in the data: the next batch of a run."""
 
     epoch: int
     batch: int
@@ -74,12 +74,12 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several corpora that stand one after the other, and how often an epoch holds the pairs of each.
+    """Corpora in a fixed order, each with a weight.
 
     Attributes:
-        ends: index of the pair after the last of each corpus.
-        weights: see `TextPart.weight`.
-        names: what messages call them; no part of the data, since files may be moved.
+        ends: for each corpus, the index after its last pair.
+        weights: for each corpus, the number of times that an epoch contains its pairs; see `TextPart.weight`.
+        names: names of the corpora in messages. They are not compared, because files may be moved.
     """
 
     ends: tuple[int, ...]
@@ -87,7 +87,7 @@ class Mixture:
     names: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def name_of(self, corpus: int) -> str:
-        """Returns what messages call a corpus, counted from 0."""
+        """Returns the name of a corpus in messages; `corpus` is its 0-based number."""
         number = f"corpus {corpus + 1} of {len(self.ends)}"
         if not self.names:
             return number
@@ -96,9 +96,12 @@ class Mixture:
     def pairs_of_epoch(self, seed: int, epoch: int) -> np.ndarray:
         """Returns the pairs of an epoch, corpus by corpus, the same at every call.
 
-        Epochs take the fraction of a weight from one permutation of the corpus after the other, each where the one
-        before it stopped, so that every pair has been seen once before any is seen twice. (Variants of the text that
-        keep different numbers of pairs, see `SubwordSamplingConfig`, have permutations of their own.)
+        The fraction of a weight takes pairs from a permutation of the corpus. Each epoch continues where the epoch
+        before it stopped. A new permutation begins when all pairs have been taken. So every pair occurs once before any
+        pair occurs twice.
+
+        Variants of the text that keep different numbers of pairs have different permutations (see
+        `SubwordSamplingConfig`).
         """
         dtype = index_dtype(self.ends[-1])
         chosen, start = [], 0
@@ -107,7 +110,7 @@ class Mixture:
             chosen.append(np.tile(np.arange(start, end, dtype=dtype), whole))
             first, last = (int(e * (weight - whole) * size + 0.5) for e in (epoch, epoch + 1))
             for cycle in range(first // size, -(-last // size)):
-                # The last number is not 0, else the stream might be that of the epoch's own shuffle.
+                # The third number is never 0, so this generator differs from the one that shuffles the epoch.
                 permutation = np.random.default_rng((seed, cycle, corpus + 1)).permutation(size)
                 share = permutation[max(first - cycle * size, 0) : last - cycle * size]
                 chosen.append(share.astype(dtype) + start)
@@ -116,29 +119,29 @@ class Mixture:
 
 
 def index_dtype(num: int) -> type[np.signedinteger]:
-    """Returns the smaller integer type that holds indices of so many: there is an array entry for each pair."""
+    """Returns the integer type for indices of `num` pairs: int32 if it is large enough, else int64."""
     return np.int32 if num < 2**31 else np.int64
 
 
 class TokenizedPairs:
-    """Tokenized sentence pairs that fit a model, in an order that never changes.
+    """Tokenized sentence pairs within the length limits of a model, in a fixed order.
 
     Attributes:
-        source, target: the two sides.
+        source, target: tokenized text of the two sides, including pairs that are left out.
         kept: [number of pairs kept] indices into the original lines.
-        dropped: how many pairs were left out for which reason.
-        first_too_long: where the first of those stands that are beyond the model's lengths; "" if none is.
-        mixture: of the corpora that they come from.
+        dropped: number of pairs left out for each reason.
+        first_too_long: place of the first pair beyond the model's lengths; "" if there is none.
+        mixture: corpora of the kept pairs.
 
     Args:
-        source, target: the two sides.
-        max_source_length, max_target_length: of the model.
-        filters: what to leave out beside empty and too long pairs; nothing when left out.
-        marks: what filters must know of the text.
-        mixture: of the corpora, over the original lines; one of weight 1 when left out.
+        source, target: tokenized text of the two sides.
+        max_source_length, max_target_length: limits of the model, in tokens.
+        filters: further reasons to leave out pairs; None adds none to "empty" and "too long".
+        marks: properties of the text that filters read.
+        mixture: corpora of the original lines; None means one corpus of weight 1.
 
     Raises:
-        InputError: no pair is left, of one of the corpora, or less than one in an epoch.
+        InputError: a corpus has no pair left, or gives less than one pair to an epoch.
     """
 
     def __init__(
@@ -179,7 +182,7 @@ class TokenizedPairs:
                 loosen = "" if filters == FilterConfig() else ", or loosen section 'filters'"
                 raise InputError(
                     f"no sentence pair of {name} is left: of its {lines.stop - lines.start} pairs, left out were "
-                    f"{counts}. Pairs are empty when a side is, and too long beyond model.max_source_length "
+                    f"{counts}. A pair is empty if one side is empty. It is too long beyond model.max_source_length "
                     f"({max_source_length}) or model.max_target_length ({max_target_length}) tokens. Check the files, "
                     f"or raise the limits{loosen}."
                 )
@@ -189,12 +192,12 @@ class TokenizedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all ids and lengths: positions in the data mean the same only while it is the same."""
+        """SHA-256 of ids, lengths and mixture. A position is valid only for pairs with the same fingerprint."""
         digest = hashlib.sha256()
         if self.mixture != Mixture((len(self),), (1.0,)):
             digest.update(repr(self.mixture).encode())
         if any(weight % 1 for weight in self.mixture.weights):
-            digest.update(b"slices of permutations")  # each epoch drew its share anew once, so positions differ
+            digest.update(b"slices of permutations")  # distinguishes it from an older scheme, whose positions differ
         for array in (self.source.ids, self.source.offsets, self.target.ids, self.target.offsets):
             digest.update(np.ascontiguousarray(array).data)
         digest.update(self.kept.astype(np.int64).data)
@@ -202,7 +205,7 @@ class TokenizedPairs:
 
     @property
     def text_fingerprint(self) -> str:
-        """SHA-256 of the text, however it was cut; only of pairs that have marks."""
+        """SHA-256 of the text, whatever its segmentation. It is computed from the marks of the pairs."""
         assert self._marks is not None, "text that is cut in several ways comes from a cache, which has them"
         digest = hashlib.sha256(repr((self._lines.ends, self._lines.weights)).encode())
         digest.update(np.ascontiguousarray(self._marks.digests).data)
@@ -210,15 +213,15 @@ class TokenizedPairs:
 
     @property
     def left_out(self) -> str:
-        """How many pairs were left out for which reason, as in "1,203 empty, 2 identical"; "" when none was.
+        """The number of pairs left out for each reason, as in "1,203 empty, 2 identical"; "" if there are none.
 
-        Of those that are too long it says where the first stands, and what limits them.
+        For pairs that are too long it also names the first one and the fields that set the limits.
         """
         where = {TOO_LONG: f" (the first: {self.first_too_long}; see model.max_source_length and max_target_length)"}
         return ", ".join(f"{n:,} {reason}{where.get(reason, '')}" for reason, n in self.dropped.items() if n)
 
     def place(self, pair: int) -> str:
-        """Returns what messages call the place of a kept pair: its corpus, and the line there."""
+        """Returns the place of a kept pair for messages: its corpus and its line there."""
         return self._place_of_line(int(self.kept[pair]))
 
     def _place_of_line(self, line: int) -> str:
@@ -227,21 +230,22 @@ class TokenizedPairs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[number of pairs, 2], source and target lengths with the end token."""
+        """[number of pairs, 2], source and target lengths, end tokens included."""
         sides = [self.source.lengths[self.kept], self.target.lengths[self.kept]]
         return np.stack(sides, axis=1, dtype=np.int32)
 
 
 def _counts(reason: np.ndarray, reasons: list[str]) -> dict[str, int]:
-    """Returns how many pairs were left out for which reason; arguments as `filter_pairs` returns them."""
+    """Returns the number of pairs left out for each reason, from the results of `filter_pairs`."""
     return dict(zip(reasons, np.bincount(reason, minlength=len(reasons) + 1)[1:].tolist(), strict=True))
 
 
 def data_fingerprint(variants: Sequence[TokenizedPairs], drawn: bool) -> str:
-    """Returns the fingerprint of training pairs; where they were cut at random "TEXT:DRAWS", of what was cut and how.
+    """Returns the fingerprint of training pairs.
 
-    SentencePiece, from 0.2.2 on, draws otherwise in every process, whatever its seed; so what was drawn once and is no
-    longer in the cache cannot be had again.
+    For pairs that were cut at random (`drawn`) it is "TEXT:DRAWS": a hash of the text, and one of its segmentations.
+    Another process may draw other segmentations (docs/lab_book.md, "SentencePiece draws differently in each process").
+    So a segmentation that the cache has lost cannot be drawn again.
     """
     if not drawn:
         (pairs,) = variants
@@ -251,17 +255,17 @@ def data_fingerprint(variants: Sequence[TokenizedPairs], drawn: bool) -> str:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Returns whether fingerprints are of the same text, though it may have been cut at random once more."""
+    """Returns whether two fingerprints belong to the same text, even if its random segmentations differ."""
     return one.partition(":")[0] == other.partition(":")[0]
 
 
 class PlannedBatch(NamedTuple):
-    """Which pairs make a batch.
+    """The pairs of one batch.
 
     Attributes:
-        shape: of the batch.
+        shape: size of the batch.
         pairs: [number of pairs] indices into the kept pairs.
-        rows: [number of pairs] the row of each, ascending; pairs of one row stand one after the other.
+        rows: [number of pairs] row of each pair, ascending, so that the pairs of one row are neighbours.
     """
 
     shape: BatchShape
@@ -275,22 +279,28 @@ class Plan(Protocol):
 
     @property
     def shapes(self) -> list[BatchShape]:
-        """Every shape that a batch may have."""
+        """All shapes that a batch may have."""
         ...
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
-        """Returns the batches of an epoch, the same at every call; every pair occurs as often as its corpus weighs."""
+        """Returns the batches of an epoch, the same at every call.
+
+        The weight of a corpus says how often each of its pairs occurs.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LengthSummary:
-    """What the shapes of batches are chosen by, of any number of pairs; those of several texts can be added.
+    """Statistics of sentence lengths, from which the shapes of batches are chosen.
+
+    Pairs are grouped by the length of their longer side, in steps of `LENGTH_MULTIPLE`. Summaries of several texts can
+    be added.
 
     Attributes:
-        counts: [groups], pairs whose longer side, rounded up, is so many times `LENGTH_MULTIPLE`.
-        longest: [groups, 2], the longest source and the longest target of each group.
-        total: [2], tokens of each side.
+        counts: [groups], number of pairs in each group.
+        longest: [groups, 2], length of the longest source and the longest target of each group.
+        total: [2], number of tokens of each side.
     """
 
     counts: np.ndarray
@@ -299,7 +309,7 @@ class LengthSummary:
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> "LengthSummary":
-        """Returns the summary of [number of pairs, 2]."""
+        """Returns the summary of lengths [number of pairs, 2]."""
         group = (lengths.max(axis=1) + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE
         counts = np.bincount(group)
         longest = np.zeros((len(counts), 2), np.int64)
@@ -317,16 +327,16 @@ class LengthSummary:
 
 
 def rows_within(budget: int, length: int, multiple: int, place: Callable[[], str] | None = None) -> int:
-    """Returns how many rows of `length` tokens a budget holds.
+    """Returns the number of rows of `length` tokens that a budget allows.
 
     Args:
-        budget: padded tokens of a batch.
-        length: of a row, in tokens.
-        multiple: rows divide by this.
-        place: returns where the pair stands that makes rows so long, for the message.
+        budget: most padded tokens of a batch.
+        length: tokens of a row.
+        multiple: the number of rows is a multiple of this.
+        place: returns the place of the pair that sets the length, for the message.
 
     Raises:
-        ConfigError: not even one such multiple.
+        ConfigError: the budget allows fewer than `multiple` rows.
     """
     rows = budget // length // multiple * multiple
     if rows < multiple:
@@ -341,14 +351,14 @@ def rows_within(budget: int, length: int, multiple: int, place: Callable[[], str
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Returns the least multiple that is not below `value`."""
+    """Returns `value` rounded up to a multiple."""
     return -(-value // multiple) * multiple
 
 
 def _side(text: TokenizedText, lines: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Returns tokens, positions and segments [rows, length] of sentences, each after the one before it in its row."""
+    """Returns tokens, positions and segments, [rows, length] each. The sentences of a row follow one another."""
     lengths = text.offsets[lines + 1] - text.offsets[lines]
-    first_of_row = np.searchsorted(rows, rows)  # index of the first sentence in the row of each
+    first_of_row = np.searchsorted(rows, rows)  # index of the first sentence in each one's row
     starts = np.cumsum(lengths) - lengths
     columns = starts - starts[first_of_row]
     within = np.arange(lengths.sum()) - np.repeat(starts, lengths)  # position of each token in its sentence
@@ -361,7 +371,7 @@ def _side(text: TokenizedText, lines: np.ndarray, rows: np.ndarray, shape: tuple
 
 
 def make_batch(pairs: TokenizedPairs, planned: PlannedBatch) -> Batch:
-    """Returns the batch that was planned; what no pair fills is padding."""
+    """Returns the arrays of a planned batch; places without a token are padding."""
     shape, lines = planned.shape, pairs.kept[planned.pairs]
     return Batch(
         *_side(pairs.source, lines, planned.rows, (shape.rows, shape.source_length)),

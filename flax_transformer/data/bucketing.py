@@ -1,7 +1,7 @@
-"""Batches with one pair a row, in few fixed shapes.
+"""Batches with one pair in each row, in a few fixed shapes.
 
-Every shape is one compiled program, so there are few; every padded token costs as much as a real one, so they are
-chosen from the lengths that the corpus has.
+Each shape needs a compiled program, so there are few shapes. Each padded token costs as much as a real one, so the
+shapes are chosen from the lengths in the corpus.
 """
 
 from collections.abc import Callable
@@ -27,34 +27,34 @@ def choose_shapes(
     multiple: int = ROW_MULTIPLE,
     place: Callable[[], str] | None = None,
 ) -> list[BatchShape]:
-    """Returns at most `most` shapes, shortest first, with the least padding that so many shapes allow.
+    """Returns at most `most` shapes, shortest first, with the least padding.
 
-    Pairs are ordered by their longer side; a shape holds a range of that order and is as long, on each side, as the
-    longest pair in it. Of all cuts into ranges, dynamic programming finds the one with the fewest padded tokens.
+    Pairs are ordered by the length of their longer side. Each shape holds a range of that order. Its length on each
+    side is that of the longest pair in the range. Dynamic programming finds the ranges with the fewest padded tokens.
 
     Args:
-        lengths: of all pairs.
-        most: number of shapes.
-        tokens_per_batch: padded tokens at most, on the longer side.
-        multiple: rows divide by this.
-        place: returns where the longest pair stands, for messages.
+        lengths: summary of all pairs.
+        most: largest number of shapes.
+        tokens_per_batch: most padded tokens of a batch, on the longer side.
+        multiple: the number of rows is a multiple of this.
+        place: returns the place of the longest pair, for messages.
 
     Raises:
-        ConfigError: the budget does not hold `multiple` of the longest pairs.
+        ConfigError: the budget allows fewer than `multiple` rows of the longest shape.
     """
     groups = np.flatnonzero(lengths.counts)
     counts, longest = lengths.counts[groups], lengths.longest[groups]
     rounded = (longest + LENGTH_MULTIPLE - 1) // LENGTH_MULTIPLE * LENGTH_MULTIPLE
 
     num_groups = len(groups)
-    num_shapes = min(most, num_groups)
+    num_buckets = min(most, num_groups)
     # least[k][j]: fewest padded tokens for the first j groups in k shapes; cut[k][j]: where the last shape begins.
-    least = np.full((num_shapes + 1, num_groups + 1), np.inf)
-    cut = np.zeros((num_shapes + 1, num_groups + 1), np.int64)
+    least = np.full((num_buckets + 1, num_groups + 1), np.inf)
+    cut = np.zeros((num_buckets + 1, num_groups + 1), np.int64)
     least[0, 0] = 0
     for j in range(1, num_groups + 1):
         sizes = [rounded[i:j].max(axis=0).sum() * counts[i:j].sum() for i in range(j)]
-        for k in range(1, num_shapes + 1):
+        for k in range(1, num_buckets + 1):
             totals = least[k - 1, :j] + np.array(sizes)
             cut[k, j] = int(totals.argmin())
             least[k, j] = totals[cut[k, j]]
@@ -70,10 +70,10 @@ def choose_shapes(
 
 
 def assign_shapes(lengths: np.ndarray, shapes: list[BatchShape]) -> np.ndarray:
-    """Returns [number of pairs], the index of the first shape that holds each pair.
+    """Returns [number of pairs]: for each pair, the index of the first shape that holds it.
 
     Raises:
-        InputError: a pair that no shape holds.
+        InputError: no shape holds a pair.
     """
     fits = np.stack([(lengths[:, 0] <= s.source_length) & (lengths[:, 1] <= s.target_length) for s in shapes])
     if not fits.any(axis=0).all():
@@ -84,13 +84,13 @@ def assign_shapes(lengths: np.ndarray, shapes: list[BatchShape]) -> np.ndarray:
 
 
 class BucketedPlan:
-    """Batches with one pair a row, each pair in the smallest shape that holds it; satisfies `Plan`.
+    """Batches with one pair in each row; satisfies `Plan`. Each pair goes to the first shape that holds it.
 
     Args:
-        lengths: [number of pairs, 2].
-        shapes: as `choose_shapes` gives them.
-        seed: of the shuffle; None leaves the pairs of each shape in order of the text (for evaluation).
-        mixture: of the corpora that the pairs come from; a shuffled plan has one.
+        lengths: [number of pairs, 2] tokens.
+        shapes: result of `choose_shapes`.
+        seed: seed of the shuffle; None leaves the pairs of each shape in the order of the text (for evaluation).
+        mixture: corpora of the pairs, for a shuffled plan; None means one corpus of weight 1.
     """
 
     def __init__(self, lengths: np.ndarray, shapes: list[BatchShape], seed: int | None, mixture: Mixture | None = None):
@@ -100,7 +100,7 @@ class BucketedPlan:
         self._shape_of_pair = assign_shapes(lengths, shapes)
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
-        """Returns the batches of an epoch; the last of each shape may be part full."""
+        """Returns the batches of an epoch. For each shape, one batch may be partly filled."""
         if self.seed is None:
             rng, order = None, np.arange(len(self._shape_of_pair))
         else:

@@ -1,4 +1,4 @@
-"""The one place that knows which kinds of corpus there are."""
+"""The list of all kinds of corpus."""
 
 from flax_transformer.data.parallel_text import Corpus, ParallelTextConfig, read_corpus
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
@@ -10,7 +10,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Returns the corpus that `config` describes, generated or read.
 
     Raises:
-        InputError: a file that is missing, malformed, empty, or not parallel.
+        InputError: a file is missing, malformed or empty, or two files are not parallel.
     """
     if isinstance(config, NumberWordsConfig):
         return number_words_corpus(config)

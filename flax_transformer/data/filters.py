@@ -1,7 +1,7 @@
-"""Which training pairs are left out.
+"""Filters of training pairs.
 
-Validation and test text is never filtered, whatever is left out of the training text. Of the validation loss alone,
-empty pairs and those beyond the model's lengths are no part.
+Validation and test text is never filtered. Only the validation loss leaves out empty pairs and pairs beyond the model's
+lengths.
 """
 
 import itertools
@@ -18,13 +18,13 @@ TOO_LONG = "too long"
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What else to leave out of the training text beside empty pairs and pairs beyond the model's lengths.
+    """Settings of the filters of training text, beside those of empty and of too long pairs.
 
     Attributes:
-        max_length_ratio: pairs in which one side has more than so many times the other's tokens; 0 leaves none out.
-        drop_identical: pairs whose two sides are the same text.
-        drop_duplicates: pairs that occur elsewhere, too: each is kept once, in the corpus with the largest weight
-            (`data.train_weights`), of equal weights in the first, and there at its first place.
+        max_length_ratio: maximum ratio of the number of tokens of the two sides; 0 sets no maximum.
+        drop_identical: whether pairs with the same text on both sides are left out.
+        drop_duplicates: whether only one of equal pairs is kept. It is the first one in the corpus with the largest
+            weight (`data.train_weights`). Among corpora of equal weight the first counts.
     """
 
     max_length_ratio: float = 0.0
@@ -39,7 +39,7 @@ class FilterConfig:
 
 
 class PairMarks(NamedTuple):
-    """What filters must know of the text of each pair.
+    """Properties of each pair's text that filters read.
 
     Attributes:
         identical: [number of pairs] bool, whether both sides are the same text.
@@ -59,16 +59,17 @@ def filter_pairs(
     ends: Sequence[int] = (),
     weights: Sequence[float] = (),
 ) -> tuple[np.ndarray, list[str]]:
-    """Returns for each pair why it is left out, [number of pairs] uint8, and what these numbers mean.
+    """Returns the reason why each pair is left out, and the names of the reasons.
 
-    0 is for pairs that stay, n for the n-th of the reasons that are returned beside; of several the first that holds.
+    The first result is [number of pairs] uint8: 0 for a pair that stays, n for the n-th name. If several reasons apply,
+    the first one counts.
 
     Args:
         lengths: [number of pairs, 2] in tokens, end tokens included.
-        marks: may be None when neither identical pairs nor duplicates are looked for.
-        max_source_length, max_target_length: of the model.
-        config: what else to leave out.
-        ends, weights: of the corpora, as in `Mixture`; one corpus when left out.
+        marks: properties of the text; may be None if neither identical pairs nor duplicates are dropped.
+        max_source_length, max_target_length: limits of the model, in tokens.
+        config: further reasons to leave out pairs.
+        ends, weights: corpora, as in `Mixture`; one corpus if they are empty.
     """
     reason = np.zeros(len(lengths), np.uint8)
     reasons: list[str] = []
@@ -92,15 +93,15 @@ def filter_pairs(
 
 
 def _kept_of_equals(digests: np.ndarray, ends: Sequence[int], weights: Sequence[float]) -> np.ndarray:
-    """Returns [number of pairs] bool, whether each is the one that stays of those that equal it."""
+    """Returns [number of pairs] bool: whether each pair is the one that stays among its duplicates."""
     corpora = [slice(*bounds) for bounds in itertools.pairwise((0, *ends))]
-    looked_at = [corpora[i] for i in sorted(range(len(corpora)), key=lambda i: -weights[i])]  # equal ones as they stand
+    looked_at = [corpora[i] for i in sorted(range(len(corpora)), key=lambda i: -weights[i])]  # the sort is stable
     values = np.concatenate([digests[corpus] for corpus in looked_at])
     order = np.argsort(values, kind="stable")
     values = values[order]
-    first = np.ones(len(values), bool)  # of its equals, in order of value
+    first = np.ones(len(values), bool)  # whether a sorted value is the first of its kind
     first[1:] = values[1:] != values[:-1]
-    stays = np.empty_like(first)  # in the order that was looked at
+    stays = np.empty_like(first)  # in the order of `looked_at`
     stays[order] = first
     kept, start = np.empty_like(first), 0
     for corpus in looked_at:

@@ -1,4 +1,4 @@
-"""Batches in order, from any position on."""
+"""Iterators over batches, from any position in the data."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,13 @@ from flax_transformer.shapes import Batch
 
 
 class AlternatingPlan:
-    """Several plans with the same shapes, one for each variant of the pairs; the epochs take turns through them.
+    """One plan for each variant of the pairs, all with the same shapes. The epochs use the variants in turn.
 
     Args:
-        shapes: every shape that a batch may have.
-        num_variants: of the pairs.
-        make: returns the plan of a variant by its number. It is made for each epoch, since it holds something of every
-            pair, and there may be many variants of many pairs.
+        shapes: all shapes that a batch may have.
+        num_variants: number of variants.
+        make: returns the plan of a variant, given its number. It is called anew for each epoch, because the plans of
+            all variants may need much memory.
     """
 
     def __init__(self, shapes: list[BatchShape], num_variants: int, make: Callable[[int], Plan]):
@@ -41,7 +41,7 @@ class AlternatingPlan:
         self._newest: tuple[int, list[PlannedBatch]] | None = None
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
-        """Returns the batches of an epoch, as its variant plans them; the newest are kept for who asks again."""
+        """Returns the batches of an epoch, from the plan of its variant. The newest result is cached."""
         newest = self._newest
         if newest is None or newest[0] != epoch:
             newest = self._newest = epoch, self._make(epoch % self._num_variants).epoch(epoch)
@@ -49,12 +49,12 @@ class AlternatingPlan:
 
 
 def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, seed: int) -> Plan:
-    """Returns shuffled batches in the form that the configuration names.
+    """Returns the plan of shuffled training batches, packed or bucketed.
 
     Args:
-        variants: the training pairs, once or in several segmentations.
-        config: form and budget.
-        seed: of the shuffle.
+        variants: the training pairs, in one or several segmentations.
+        config: form and size of the batches.
+        seed: seed of the shuffle.
 
     Raises:
         ConfigError: the budget is too small for the longest pairs.
@@ -62,12 +62,12 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
     first, *others = (LengthSummary.of(pairs.lengths) for pairs in variants)
     lengths = sum(others, first)
 
-    def place() -> str:  # of the longest pair
+    def place() -> str:  # the place of the longest pair
         longest = [pairs.lengths.max(axis=1).max() for pairs in variants]
         pairs = variants[int(np.argmax(longest))]
         return pairs.place(int(pairs.lengths.max(axis=1).argmax()))
 
-    if config.form == "packed":
+    if config.packing:
         row = packed_shape(lengths, config, place)
         shapes = [row]
 
@@ -75,7 +75,7 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
             pairs = variants[variant]
             return PackedPlan(pairs.lengths, row, seed, pairs.mixture)
     else:
-        shapes = choose_shapes(lengths, config.num_shapes, config.tokens_per_batch, config.rows_divide_by, place)
+        shapes = choose_shapes(lengths, config.num_buckets, config.tokens_per_batch, config.rows_divide_by, place)
 
         def make(variant: int) -> Plan:
             pairs = variants[variant]
@@ -85,11 +85,15 @@ def training_plan(variants: Sequence[TokenizedPairs], config: BatchingConfig, se
 
 
 def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: int = 1) -> Plan:
-    """Returns batches of one shape in order of the text, whatever the form of training, about as large as one piece.
+    """Returns a plan with one shape, in the order of the text, for packed and bucketed training alike.
 
-    Rows are a multiple of `row_multiple`, the number of parts that they are split into.
+    A batch is about as large as a micro-batch of training. Its number of rows is a multiple of `row_multiple`, the
+    number of shards of a batch.
     """
-    budget = max(config.tokens_per_batch // config.micro_batches, ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE))
+    budget = max(
+        config.tokens_per_batch // config.gradient_accumulation_steps,
+        ROW_MULTIPLE * int(lengths.max() + LENGTH_MULTIPLE),
+    )
     (shape,) = choose_shapes(LengthSummary.of(lengths), 1, budget)
     return BucketedPlan(lengths, [shape._replace(rows=round_up(shape.rows, row_multiple))], None)
 
@@ -97,9 +101,10 @@ def evaluation_plan(lengths: np.ndarray, config: BatchingConfig, row_multiple: i
 def training_batches(
     variants: Sequence[TokenizedPairs], plan: Plan, start: Position
 ) -> Iterator[tuple[Batch, Position]]:
-    """Yields batches for ever, from `start` on, each with the position after it (what a checkpoint keeps).
+    """Yields batches without end from `start` on, each with the position after it, which a checkpoint stores.
 
-    In the middle of an epoch the next one is planned in the background: to pack a hundred million pairs takes minutes.
+    In the middle of an epoch a thread begins to plan the next epoch. Packing a large corpus takes long
+    (docs/lab_book.md, "Epochs planned in the background").
     """
     epoch, first = start
     batches = plan.epoch(epoch)
@@ -116,13 +121,13 @@ def training_batches(
 
 
 def _planned_in_background(plan: Plan, epoch: int) -> Callable[[], list[PlannedBatch]]:
-    """Starts to plan an epoch in a thread, which a program that ends does not wait for; returns what waits for it."""
+    """Starts to plan an epoch in a daemon thread. Returns a function that waits for the batches and returns them."""
     made: Future[list[PlannedBatch]] = Future()
 
     def run() -> None:
         try:
             made.set_result(plan.epoch(epoch))
-        except BaseException as error:  # whoever waits gets it
+        except BaseException as error:  # the waiting caller gets it
             made.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -130,6 +135,6 @@ def _planned_in_background(plan: Plan, epoch: int) -> Callable[[], list[PlannedB
 
 
 def evaluation_batches(pairs: TokenizedPairs, plan: Plan) -> Iterator[Batch]:
-    """Yields every pair once."""
+    """Yields batches that contain every pair once."""
     for planned in plan.epoch(0):
         yield make_batch(pairs, planned)

@@ -1,4 +1,4 @@
-"""Batches with several pairs a row, told apart by their segments: one shape, hardly any padding.
+"""Batches with several pairs in each row, separated by segments: one shape, hardly any padding.
 
 References:
     Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (segments and restarting positions).
@@ -21,23 +21,26 @@ from flax_transformer.data.batching import (
 )
 from flax_transformer.errors import ConfigError
 
-# Rows that are filled side by side. More would leave less padding and draw pairs of one row from farther apart.
+# Number of rows that are filled at the same time. More rows would leave less padding, but their pairs would come from
+# farther apart in the order.
 OPEN_ROWS = 32
-# Pairs whose lengths are Python's integers at the same time.
+# Number of pairs whose lengths are converted to Python's integers at a time.
 PAIRS_AT_ONCE = 65_536
 
 
 def packed_shape(lengths: LengthSummary, config: BatchingConfig, place: Callable[[], str] | None = None) -> BatchShape:
-    """Returns the one shape of packed batches: rows are as long as asked on the longer side, and on the other side as
-    much shorter as that side is in the whole corpus.
+    """Returns the one shape of packed batches.
+
+    A row has `batching.row_length` tokens on the side with more tokens in the corpus. The other side is shorter in
+    proportion, but holds at least its longest sentence.
 
     Args:
-        lengths: of all pairs.
-        config: budget and length of a row.
-        place: returns where the longest pair stands, for messages.
+        lengths: summary of all pairs.
+        config: size of a batch and length of a row.
+        place: returns the place of the longest pair, for messages.
 
     Raises:
-        ConfigError: a pair is longer than a row, or the budget does not hold as many rows as divide by what they must.
+        ConfigError: a pair is longer than a row, or the budget allows too few rows (see `rows_within`).
     """
     longest = lengths.longest.max(axis=0)
     if longest.max() > config.row_length:
@@ -55,16 +58,16 @@ def packed_shape(lengths: LengthSummary, config: BatchingConfig, place: Callable
 
 
 def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:
-    """Returns [number of pairs], the row of each pair, rows counted from 0 in the order in which they are closed.
+    """Returns [number of pairs], the row of each pair. Rows are numbered from 0 in the order in which they are closed.
 
-    Pairs are taken in order. Each goes into the fullest of `OPEN_ROWS` open rows that has room on both sides; if none
-    has, the fullest is closed and a new one is opened (best fit).
+    Pairs are taken in order, and placed by best fit. Each pair goes into the fullest of `OPEN_ROWS` open rows with room
+    on both sides. If no row has room, the fullest row is closed and a new one is opened.
 
     Args:
-        lengths: [number of pairs, 2].
-        shape: of a batch; a row holds `source_length` and `target_length` tokens.
+        lengths: [number of pairs, 2] tokens.
+        shape: size of a batch; a row holds `source_length` and `target_length` tokens.
     """
-    # Plain integers: over 32 rows a loop is five times as fast as NumPy's calls.
+    # Plain integers: over so few rows a loop is faster than calls of NumPy (docs/lab_book.md, "Packing by best fit").
     source_room, target_room = [shape.source_length] * OPEN_ROWS, [shape.target_length] * OPEN_ROWS
     members: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
     row_of_pair = np.empty(len(lengths), index_dtype(len(lengths)))
@@ -92,7 +95,7 @@ def pack(lengths: np.ndarray, shape: BatchShape) -> np.ndarray:
 
 
 def _plain(lengths: np.ndarray) -> Iterator[list[int]]:
-    """Yields the rows of an array as lists of integers, of which few are in memory."""
+    """Yields the rows of an array as lists of integers; `PAIRS_AT_ONCE` of them are in memory at a time."""
     for start in range(0, len(lengths), PAIRS_AT_ONCE):
         yield from lengths[start : start + PAIRS_AT_ONCE].tolist()
 
@@ -101,10 +104,10 @@ class PackedPlan:
     """Batches of packed rows; satisfies `Plan`.
 
     Args:
-        lengths: [number of pairs, 2].
-        shape: as `packed_shape` gives it.
-        seed: of the shuffle.
-        mixture: of the corpora that the pairs come from.
+        lengths: [number of pairs, 2] tokens.
+        shape: result of `packed_shape`.
+        seed: seed of the shuffle.
+        mixture: corpora of the pairs; None means one corpus of weight 1.
     """
 
     def __init__(self, lengths: np.ndarray, shape: BatchShape, seed: int, mixture: Mixture | None = None):
@@ -114,7 +117,7 @@ class PackedPlan:
         self.seed = seed
 
     def epoch(self, epoch: int) -> list[PlannedBatch]:
-        """Returns the batches of an epoch, of which the last may be part full."""
+        """Returns the batches of an epoch; one of them may be partly filled."""
         (shape,) = self.shapes
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.mixture.pairs_of_epoch(self.seed, epoch))

@@ -15,17 +15,19 @@ from flax_transformer.errors import ConfigError, InputError
 
 @runtime_checkable
 class TextPart(Protocol):
-    """One of the corpora that make up the training text; it can be read again and again, and need not fit in memory."""
+    """One of the corpora of the training text. It can be read repeatedly and need not fit in memory."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         ...
 
     @property
     def weight(self) -> float:
-        """How many times an epoch holds its pairs; the fraction is another share of them in every epoch, until all have
-        been taken."""
+        """Number of times that an epoch contains the pairs.
+
+        Its fraction selects other pairs in each epoch, until all have been selected.
+        """
         ...
 
     @property
@@ -34,12 +36,12 @@ class TextPart(Protocol):
         ...
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields its sentence pairs in order."""
+        """Yields the sentence pairs in order."""
         ...
 
 
 class ParallelText(NamedTuple):
-    """Sentences and their translations in memory, equally many; satisfies `TextPart`."""
+    """Sentences and their translations in memory, in lists of the same length; satisfies `TextPart`."""
 
     source: list[str]
     target: list[str]
@@ -60,7 +62,7 @@ class ParallelText(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """The three parts of a corpus; only `train` is ever learnt from, tokenizers included."""
+    """The three parts of a corpus. Models and tokenizers learn from `train` alone."""
 
     train: tuple[TextPart, ...]
     validation: ParallelText
@@ -69,23 +71,26 @@ class Corpus(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelTextConfig:
-    """Where the text lies: UTF-8, by the name of a file (each may be compressed by gzip and then ends in .gz, too):
+    """Settings of parallel text: files in UTF-8.
 
-        *.tsv      a pair a line, its sides in columns with a tab between them
-        *.jsonl    a JSON object a line, its sides under two keys; line breaks in them are read as spaces
-        others     a sentence a line, the other side in a file of its own
-
-    A .tsv or .jsonl file is named on both sides.
+    Each line of a text file is a sentence; the other side is another file. Each line of a .tsv file is a pair, in
+    columns. Each line of a .jsonl file is a JSON object with both sides of a pair, where line breaks become spaces.
+    A .tsv or .jsonl file is named on both sides. The name of a file that gzip has compressed ends in .gz, too.
 
     Attributes:
-        folder: where the files lie that are not given with an absolute path; relative to the working directory.
-        train_source, train_target: training text, one file or several.
-        train_weights: one for each of several training files: 2 has every pair twice in an epoch, 0.25 another quarter
-            of them in each, so that four epochs hold all; all 1 when left out.
-        validation_source, validation_target: text for choosing and watching.
-        test_source, test_target: text for the final figures.
-        source_column, target_column: of .tsv files, from 1.
-        source_key, target_key: of .jsonl files.
+        folder: folder of the files, relative to the working directory. A file with an absolute path does not need it.
+        train_source: files of training text, source side.
+        train_target: files of training text, target side, in the same order.
+        train_weights: weight of each training file; 1 for all if left out. A file of weight 2 occurs twice in an epoch.
+            Weight 0.25 adds another quarter of the file to each epoch, so four epochs contain it once.
+        validation_source: file of validation text, source side.
+        validation_target: file of validation text, target side.
+        test_source: file of test text, source side.
+        test_target: file of test text, target side.
+        source_column: column of the source side in .tsv files, counted from 1.
+        target_column: column of the target side in .tsv files, counted from 1.
+        source_key: key of the source side in .jsonl files.
+        target_key: key of the target side in .jsonl files.
     """
 
     kind: ClassVar[str] = "parallel_text"
@@ -119,7 +124,7 @@ class ParallelTextConfig:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
 
 
-# Some programs begin a file of UTF-8 by it; it is no part of the text.
+# Some programs write it at the start of a UTF-8 file. It is not part of the text.
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -127,11 +132,11 @@ def iterate_lines(path: Path) -> Iterator[str]:
     """Yields the lines of a text file, plain or .gz, without their line ends ("\\n" or "\\r\\n").
 
     Raises:
-        InputError: the file is missing, is not what its name says, or holds a line that is not UTF-8.
+        InputError: the file is missing, is not a gzip file although its name ends in .gz, or is not UTF-8.
     """
     if not path.is_file():
         raise InputError(f"no text file at {path} (looked in {path.parent.resolve()}). Check the path.")
-    number = 0  # of the line being read, for the messages below
+    number = 0  # number of the line being read
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
@@ -150,10 +155,10 @@ def iterate_lines(path: Path) -> Iterator[str]:
 
 
 def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
-    """Yields the sentences of one side of a file, which is read as its name says, see `ParallelTextConfig`.
+    """Yields the sentences of one side of a file. The name of the file gives its format, see `ParallelTextConfig`.
 
     Raises:
-        InputError: a line without that column or key; or as `iterate_lines`.
+        InputError: a line lacks the column or the key; see also `iterate_lines`.
     """
     suffix = Path(path.name.removesuffix(".gz")).suffix
     lines = iterate_lines(path)
@@ -170,7 +175,7 @@ def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
             try:
                 sentence = json.loads(line)[key]
-                sentence.encode()  # JSON may hold halves of characters, which are no text
+                sentence.encode()  # fails for lone surrogates, which JSON may contain
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 sentence = None
             if not isinstance(sentence, str):
@@ -188,8 +193,8 @@ class ParallelFiles:
     """Sentence pairs in two files, or in one; satisfies `TextPart`.
 
     Attributes:
-        source, target: files.
-        config: what says how they are read.
+        source, target: paths of the files.
+        config: names of the columns and keys.
         weight: see `TextPart`.
     """
 
@@ -200,18 +205,18 @@ class ParallelFiles:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         return str(self.source) if self.source == self.target else f"{self.source} and {self.target}"
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files, and of what says how to read them; the files are read for it once."""
+        """SHA-256 of the files and of the settings that say how to read them. It is computed once."""
         config = self.config
         how = ("no byte order mark", config.source_column, config.target_column, config.source_key, config.target_key)
         digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())
         for path in (self.source, self.target):
             if not path.is_file():
-                next(iterate_lines(path))  # says what is wrong
+                next(iterate_lines(path))  # raises an error that says why
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
@@ -220,7 +225,7 @@ class ParallelFiles:
         """Yields the sentence pairs in order.
 
         Raises:
-            InputError: the sides have different numbers of sentences, or none; or as `iterate_sentences`.
+            InputError: the two sides have different numbers of sentences, or none; see also `iterate_sentences`.
         """
         config = self.config
         sides = (
@@ -246,26 +251,29 @@ class ParallelFiles:
             raise InputError(f"{self.name}: no line; at least one sentence pair is needed.")
 
     def read(self) -> ParallelText:
-        """Returns all pairs; errors as `pairs`."""
+        """Returns all pairs in memory. It raises the errors of `pairs`."""
         pairs = list(self.pairs())
         return ParallelText([source for source, _ in pairs], [target for _, target in pairs], self.name)
 
 
 def read_parallel_text(source: Path, target: Path, config: ParallelTextConfig | None = None) -> ParallelText:
-    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file given twice; errors as `ParallelFiles`.
+    """Returns the sentence pairs of two files, or of one .tsv or .jsonl file that is given twice.
 
     Args:
-        source, target: files.
-        config: what says which columns and keys hold the sides; the defaults when left out.
+        source, target: paths of the files.
+        config: names of the columns and keys; None means the defaults.
+
+    Raises:
+        InputError: see `ParallelFiles.pairs`.
     """
     return ParallelFiles(source, target, config or ParallelTextConfig()).read()
 
 
 def read_corpus(config: ParallelTextConfig) -> Corpus:
-    """Returns the training text that `config` names, unread, and the validation and test text.
+    """Returns the corpus that `config` names. Training text is not read yet; validation and test text is.
 
     Raises:
-        InputError: as `ParallelFiles`; a training file that is not there.
+        InputError: a file is missing; see also `ParallelFiles.pairs`.
     """
     folder = Path(config.folder)
 
@@ -275,7 +283,7 @@ def read_corpus(config: ParallelTextConfig) -> Corpus:
     weights = config.train_weights or (1.0,) * len(config.train_source)
     train = tuple(part(*each) for each in zip(config.train_source, config.train_target, weights, strict=True))
     for path in (path for files in train for path in (files.source, files.target) if not path.is_file()):
-        next(iterate_lines(path))  # says what is wrong
+        next(iterate_lines(path))  # raises an error that says why
     return Corpus(
         train=train,
         validation=part(config.validation_source, config.validation_target).read(),

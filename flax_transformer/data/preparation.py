@@ -1,4 +1,4 @@
-"""From training text to what batches are made of: tokenizers learnt, text tokenised, pairs filtered."""
+"""Preparation of training text: tokenizers are learnt, text is tokenised, pairs are filtered."""
 
 import contextlib
 import dataclasses
@@ -26,26 +26,28 @@ from flax_transformer.user_cache import user_cache
 
 
 def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> TokenizerPair:
-    """Returns tokenizers learnt from the training text, or those that were learnt from it before in the same way.
+    """Returns tokenizers learnt from the training text.
+
+    They are kept in the user's cache, and learnt once for the same text and configuration.
 
     Raises:
-        InputError: bad text, or as `SentencePieceTokenizer.train`.
+        InputError: bad text; see also `SentencePieceTokenizer.train`.
     """
     content = [[part.fingerprint for part in parts], dataclasses.asdict(config), VERSION]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = user_cache("tokenizers")
     if (folder / key).is_dir():
-        with contextlib.suppress(RunFolderError):  # damaged: it is learnt again
+        with contextlib.suppress(RunFolderError):  # a damaged tokenizer is learnt again
             return TokenizerPair.load(folder / key)
         shutil.rmtree(folder / key, ignore_errors=True)
     names = ", ".join(part.name for part in parts)
-    tokenizers = TokenizerPair.train(*_sample(parts, config.training_pairs), config, names)
+    tokenizers = TokenizerPair.train(*_sample(parts, config.max_training_pairs), config, names)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
     try:
         tokenizers.save(partial)
         partial.rename(folder / key)
     except OSError:
-        if not (folder / key).is_dir():  # else another process was quicker, and made the same
+        if not (folder / key).is_dir():  # else another process has made the same folder
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -53,7 +55,10 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
 
 
 def _sample(parts: Sequence[TextPart], most: int) -> tuple[list[str], list[str]]:
-    """Returns the two sides of at most `most` pairs, spread evenly: all, or more than half as many."""
+    """Returns the two sides of at most `most` pairs, spread evenly over the text.
+
+    If the text has more pairs, more than half of `most` are returned.
+    """
     chosen, stride, number = [], 1, 0
     for part in parts:
         for pair in part.pairs():
@@ -74,20 +79,20 @@ def prepare_training_pairs(
     max_target_length: int,
     sampling: SubwordSamplingConfig | None = None,
 ) -> list[TokenizedPairs]:
-    """Returns the training pairs, from the user's cache, where they are put if need be.
+    """Returns the training pairs, with tokenised text from the user's cache, where it is written if need be.
 
     Args:
         parts: the text.
-        tokenizers: of the two sides.
+        tokenizers: tokenizers of both sides.
         filters: which pairs are left out.
-        max_source_length, max_target_length: of the model.
-        sampling: of subwords; none when left out.
+        max_source_length, max_target_length: limits of the model, in tokens.
+        sampling: random segmentation; None or an alpha of 0 turns it off.
 
     Returns:
-        As many times as there are variants of the segmentation; once when subwords are not sampled.
+        One item for each variant of the random segmentation; one item without it.
 
     Raises:
-        InputError: bad text, a damaged cache, or no pair that is left.
+        InputError: bad text, a damaged cache, or no pair left.
     """
     samples: list[SubwordSample | None] = [None]
     if sampling is not None and sampling.alpha:
@@ -107,10 +112,12 @@ def prepare_training_pairs(
 def held_out_pairs(
     text: ParallelText, tokenizers: TokenizerPair, max_source_length: int, max_target_length: int
 ) -> TokenizedPairs:
-    """Returns pairs of validation or test text; of its loss alone, empty and too long ones are no part (`dropped`).
+    """Returns the pairs of validation or test text that have a loss.
+
+    Empty pairs and pairs beyond the model's lengths have none; `dropped` counts them.
 
     Raises:
-        InputError: no pair that is left.
+        InputError: no pair is left.
     """
     return TokenizedPairs(
         TokenizedText.from_lines(text.source, tokenizers.source),

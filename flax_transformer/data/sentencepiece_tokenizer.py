@@ -1,4 +1,4 @@
-"""A tokenizer over one SentencePiece model, learnt from the training text or brought along by another's model."""
+"""A tokenizer over one SentencePiece model, which is learnt from training text or read from a MarianMT folder."""
 
 import functools
 import hashlib
@@ -14,20 +14,21 @@ import sentencepiece
 from flax_transformer.data.tokenizer import SpecialIds, SubwordSample, TokenizerConfig
 from flax_transformer.errors import InputError, RunFolderError
 
-# What is learnt depends on the version.
+# Another version may learn another tokenizer from the same text.
 VERSION = sentencepiece.__version__
-# The special ids of a model that is learnt here. What was learnt elsewhere may have others.
+# Special ids of the models that this project learns. Other models may have others.
 SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)
-# What SentencePiece puts in place of the space before a word.
+# SentencePiece's mark for the space before a word.
 WORD_START = "\u2581"
-# Where this piece stands a vocabulary ends: text may be cut into the pieces after it, but they are unknown to a model.
+# This piece ends the vocabulary. SentencePiece may also cut text into the pieces after it; they become the unknown
+# token.
 END_OF_VOCABULARY = "<end of vocabulary>"
-# What stands before a text that is meant for a model of many languages, such as ">>deu<<".
+# A language token, such as ">>deu<<". A text for a model of many languages starts with one.
 LANGUAGE = re.compile(">>.*?<<", re.DOTALL)
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-# A unigram model depends on the number of threads that trained it; a fixed number makes it reproducible.
+# A unigram model depends on the number of training threads. A fixed number makes it reproducible.
 TRAINING_THREADS = 1
 
 
@@ -45,7 +46,7 @@ class SentencePieceTokenizer:
     def __init__(self, model: bytes):
         self.model = model
         try:
-            if not model:  # which SentencePiece takes for none
+            if not model:  # SentencePiece would accept it
                 raise RuntimeError("it is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -63,11 +64,11 @@ class SentencePieceTokenizer:
 
         Args:
             lines: the text.
-            config: how to learn.
-            name: what messages call the text.
+            config: settings of the tokenizer.
+            name: name of the text in messages.
 
         Raises:
-            InputError: the text holds fewer pieces than `vocab_size` asks for, or nothing at all.
+            InputError: the text is empty, or has fewer pieces than `vocab_size`.
         """
         buffer = io.BytesIO()
         try:
@@ -90,17 +91,17 @@ class SentencePieceTokenizer:
             reason = str(error).split("] ")[-1].strip()
             raise InputError(
                 f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from {name}: "
-                f"{reason} Give it more text, or a vocab_size between its number of distinct characters and the limit "
-                "it names."
+                f"{reason} Give more text, or a vocab_size between the number of distinct characters and the limit "
+                "that SentencePiece names."
             ) from error
         return cls(buffer.getvalue())
 
     @functools.cached_property
     def special(self) -> SpecialIds:
-        """The ids that stand for no text, as the model names them.
+        """The ids that stand for no text, as the model defines them.
 
         Raises:
-            RunFolderError: a model without a start or an end token.
+            RunFolderError: the model has no start token or no end token.
         """
         start, end, pad = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
         if start < 0 or end < 0:
@@ -112,7 +113,7 @@ class SentencePieceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
+        """Number of ids, special ids included."""
         return self._vocab_size
 
     @property
@@ -123,11 +124,12 @@ class SentencePieceTokenizer:
     def encode(self, lines: Sequence[str], sample: SubwordSample | None = None) -> list[list[int]]:
         """Returns the ids of each line, without start and end token: the best segmentation, or a random one.
 
-        Where the vocabulary has language tokens that no text is cut into, one that a line begins with is taken off
-        before the line is cut; one that the vocabulary does not have is a single unknown token.
+        Some vocabularies have language tokens, which SentencePiece itself never produces. Such a token at the start of
+        a line becomes one id, and the rest of the line is cut. A language token outside the vocabulary becomes the
+        unknown token.
 
         Raises:
-            InputError: text with halves of characters (surrogates), which no UTF-8 holds.
+            InputError: a line contains lone surrogates, which UTF-8 cannot encode.
         """
         languages = [LANGUAGE.match(line) for line in lines] if self._languages else []
         if any(languages):
@@ -141,8 +143,8 @@ class SentencePieceTokenizer:
             if not wrong:
                 raise
             raise InputError(
-                f"not valid Unicode: {ascii(wrong[0][:80])} holds bytes or halves of characters that no UTF-8 has. "
-                "Give it in UTF-8, or without them."
+                f"not valid Unicode: {ascii(wrong[0][:80])} holds bytes or lone surrogates, which UTF-8 cannot "
+                "encode. Convert the text to UTF-8, or remove them."
             ) from error
         unknown = self._processor.unk_id()
         if self._vocab_size < self._num_pieces:
@@ -153,21 +155,21 @@ class SentencePieceTokenizer:
         return encoded
 
     def _drawn(self, lines: Sequence[str], sample: SubwordSample) -> list[list[int]]:
-        """Returns a random segmentation of each line, whatever the number of cores that they are cut on."""
+        """Returns a random segmentation of each line. It does not depend on the number of CPU cores."""
 
         def cut(start: int) -> list[list[int]]:
             part = list(lines[start : start + sample.num_lines])
             how = {"enable_sampling": True, "nbest_size": -1, "alpha": sample.alpha, "num_threads": 1}
             return self._processor.encode(part, out_type=int, **how)
 
-        sentencepiece.set_random_generator_seed(sample.seed)  # from which each call below begins a generator of its own
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SentencePiece lets go of the interpreter
+        sentencepiece.set_random_generator_seed(sample.seed)  # each call below starts a generator from it
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # SentencePiece releases Python's lock
             return [ids for part in pool.map(cut, range(0, len(lines), sample.num_lines)) for ids in part]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, one line; special ids other than unknown give nothing.
+        """Returns the text of ids, in one line. Special ids other than unknown add no text.
 
-        A line end, which pieces of bytes can spell, is a space.
+        Byte pieces can spell a line end, which becomes a space.
         """
         return self._processor.decode(list(ids)).replace("\n", " ")
 
@@ -176,14 +178,14 @@ class SentencePieceTokenizer:
         return [self._processor.id_to_piece(i) for i in ids]
 
     def id_of(self, piece: str) -> int | None:
-        """Returns the id of the piece with a surface form, or None if there is none or it is special."""
+        """Returns the id of a piece by its surface form, or None if it does not exist or is special."""
         if SURROGATE.search(piece):
             return None
         number = self._processor.piece_to_id(piece)
         return number if number < self._vocab_size and number not in self.special.ids else None
 
     def encoded_spans(self, line: str) -> list[tuple[int, int]]:
-        """Returns which bytes (of UTF-8) of a line each of its ids, as of `encode`, stands for: begin and end."""
+        """Returns begin and end, in bytes of UTF-8, of the part of `line` that each id of `encode` stands for."""
         found = LANGUAGE.match(line) if self._languages else None
         language = found[0] if found else ""
         size = len(language.encode())
@@ -191,14 +193,14 @@ class SentencePieceTokenizer:
         return [(0, size)] * bool(found) + [(begin + size, end + size) for begin, end in spans]
 
     def decoded_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Returns which bytes (of UTF-8) of the text of ids, as of `decode`, each of them became: begin and end."""
+        """Returns begin and end, in bytes of UTF-8, of the part of the decoded text that each id becomes."""
         return _spans(self._processor.decode(list(ids), out_type="serialized_proto"))
 
 
 def _spans(serialized: bytes) -> list[tuple[int, int]]:
-    """Returns begin and end of each piece of what SentencePiece has done."""
+    """Returns begin and end of each piece in a serialised result of SentencePiece."""
     from sentencepiece import sentencepiece_pb2 as made_by_protobuf
 
-    sentencepiece_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
+    sentencepiece_pb2: Any = made_by_protobuf  # type checkers do not know its members
     text = sentencepiece_pb2.SentencePieceText.FromString(serialized)
     return [(piece.begin, piece.end) for piece in text.pieces]

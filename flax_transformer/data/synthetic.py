@@ -1,7 +1,8 @@
-"""A generated corpus: English number words to German number words, 0 to 999,999.
+"""A generated corpus: English number words and their German translations, 0 to 999,999.
 
-A real translation problem in small: the order of tens and units turns round ("twenty-one" -> "einundzwanzig"), German
-writes a number as one compound, and thousands hold a number of their own. It needs no file and no download.
+It is a small but real translation problem. German puts the unit before the ten ("twenty-one" -> "einundzwanzig") and
+writes a number as one compound. Thousands are counted by a number of their own. The corpus needs no file and no
+download.
 """
 
 from dataclasses import dataclass
@@ -29,15 +30,15 @@ MAX_DIGITS = 6
 
 @dataclass(frozen=True)
 class NumberWordsConfig:
-    """How many numbers to generate.
+    """Settings of generated number words.
 
-    Numbers are stratified by their count of digits: drawn uniformly, 90 % would have six.
+    Each count of digits gets an equal share. Numbers drawn uniformly would nearly all have six digits.
 
     Attributes:
-        num_train: training pairs aimed at; strata with few numbers repeat them, at most 20 times each.
-        num_validation: distinct numbers for choosing and watching, none of them in training.
-        num_test: distinct numbers for the final figures, none of them in training or validation.
-        seed: of the generator; other seeds give other splits.
+        num_train: number of training pairs. A count of digits with few numbers repeats them, at most 20 times each.
+        num_validation: number of validation pairs; none of them is in training.
+        num_test: number of test pairs; none of them is in training or validation.
+        seed: seed of the generator, which decides how the numbers are split.
     """
 
     kind: ClassVar[str] = "number_words"
@@ -73,7 +74,7 @@ def english_number_words(number: int) -> str:
 def german_number_words(number: int) -> str:
     """Returns the German word for `number` in [0, 999,999]: 21 -> "einundzwanzig", 101 -> "einhunderteins"."""
 
-    def compound(n: int) -> str:  # as it stands before another part: "ein", not "eins"
+    def compound(n: int) -> str:  # the form before another part: "ein", not "eins"
         if n >= 1000:
             return f"{compound(n // 1000)}tausend{compound(n % 1000) if n % 1000 else ''}"
         if n >= 100:
@@ -87,7 +88,7 @@ def german_number_words(number: int) -> str:
 
 
 def _held_out_counts(available: list[int], wanted: int) -> list[int]:
-    """Splits `wanted` over strata as evenly as they allow, taking at most a tenth of each."""
+    """Splits `wanted` evenly over the strata. Each gives at most a tenth of its numbers."""
     counts, left = [], wanted
     for stratum, size in enumerate(available):
         counts.append(min(size // 10, left // (len(available) - stratum)))
@@ -96,9 +97,9 @@ def _held_out_counts(available: list[int], wanted: int) -> list[int]:
 
 
 def number_words_corpus(config: NumberWordsConfig) -> Corpus:
-    """Returns training, validation and test pairs with no number in common, each stratified by digits.
+    """Returns training, validation and test pairs, each stratified by digits. They have no number in common.
 
-    Zero is always trained on: "null" occurs in no other number, so nobody could translate it unseen.
+    Zero is always in training. Its word "null" is part of no other number, so a model cannot translate it unseen.
     """
     rng = np.random.default_rng(config.seed)
     strata = [np.arange(1, 10)] + [np.arange(10 ** (d - 1), 10**d) for d in range(2, MAX_DIGITS + 1)]

@@ -1,7 +1,7 @@
-"""Tokenised training text on disk, memory-mapped: made once, whole or not at all.
+"""Tokenised training text on disk, memory-mapped.
 
-A cache is a folder named by a hash of the text's content and of the tokenizers. It is written under another name and
-renamed when it is whole, so that what bears the final name is never a part of it, whenever the writing was killed.
+A cache is a folder, named by a hash of the text and of the tokenizers. It is written under another name, and renamed
+when it is complete. So a process that is killed never leaves a partial cache under the final name.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokeni
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError
 
-# Of the files in a cache; another number makes all older caches be made anew.
+# Version of the files in a cache. A new number makes older caches unused.
 FORMAT = 1
 
-# Pairs that are tokenised together, by as many threads as there are cores.
+# Number of pairs that are tokenised together, on all CPU cores.
 PAIRS_AT_ONCE = 16_384
 
-# What was left by a writer that was killed is removed when it has not been written to for so long.
+# A killed process leaves a partial cache. It is removed when it has not changed for this time.
 ABANDONED_SECONDS = 3_600
 
-# How often a log is told how far the work is.
+# Time between two lines of progress in a log.
 SECONDS_BETWEEN_LINES = 30.0
 
 DTYPES = {
@@ -51,13 +51,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TokenizedParts:
-    """The tokenised training text, its parts one after the other.
+    """The tokenised training text; its parts follow one another.
 
     Attributes:
         source, target: the two sides.
-        marks: what filters must know of the text.
-        ends: index of the pair after the last of each part.
-        folder: where it lies.
+        marks: properties of the text that filters read.
+        ends: for each part, the index after its last pair.
+        folder: folder of the cache.
     """
 
     source: TokenizedText
@@ -68,7 +68,7 @@ class TokenizedParts:
 
 
 def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: SubwordSample | None) -> str:
-    """Returns a hash of the content of text and tokenizers, and of how the text is cut."""
+    """Returns a hash of the text, the tokenizers and the random segmentation."""
     content: list[Any] = [
         FORMAT,
         [part.fingerprint for part in parts],
@@ -83,16 +83,16 @@ def cache_key(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subw
 def tokenized_parts(
     parts: Sequence[TextPart], tokenizers: TokenizerPair, folder: Path, sample: SubwordSample | None = None
 ) -> TokenizedParts:
-    """Returns the tokenised text from its cache in `folder`, which is made when it is not there.
+    """Returns the tokenised text from its cache in `folder`. The cache is made if it does not exist.
 
     Args:
         parts: the text.
-        tokenizers: of the two sides.
-        folder: of all caches.
-        sample: how to cut the text at random; in the best way when None.
+        tokenizers: tokenizers of both sides.
+        folder: folder of all caches.
+        sample: a random segmentation; None means the best one.
 
     Raises:
-        InputError: bad text, or a cache that has been damaged.
+        InputError: bad text, or a damaged cache.
     """
     made = folder / cache_key(parts, tokenizers, sample)
     if not made.is_dir():
@@ -104,7 +104,7 @@ def tokenized_parts(
             try:
                 partial.rename(made)
             except OSError:
-                if not made.is_dir():  # else another process was quicker, and made the same
+                if not made.is_dir():  # else another process has made the same folder
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +122,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: SubwordSample | None, folder: Path) -> None:
-    """Writes the arrays as flat files, and last `meta.json`, which says how long they are."""
+    """Writes the arrays as flat files, and then `meta.json` with their lengths."""
     counts = dict.fromkeys(DTYPES, 0)
     ends, pairs_done = [], 0
     files = {name: (folder / name).open("wb") for name in DTYPES}
@@ -138,11 +138,11 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
             for side in starts:
                 write(f"{side}_offsets", np.zeros(1))
             for part in parts:
-                for chunk in _chunks(part.pairs()):
+                for group in _groups(part.pairs()):
                     for number, (side, tokenizer, lines) in enumerate(
                         (
-                            ("source", tokenizers.source, [source for source, _ in chunk]),
-                            ("target", tokenizers.target, [target for _, target in chunk]),
+                            ("source", tokenizers.source, [source for source, _ in group]),
+                            ("target", tokenizers.target, [target for _, target in group]),
                         )
                     ):
                         here = None if sample is None else sample.at(number, pairs_done)
@@ -150,9 +150,9 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
                         write(f"{side}_ids", ids)
                         write(f"{side}_offsets", starts[side] + np.cumsum(lengths))
                         starts[side] += len(ids)
-                    write("identical", np.array([source == target for source, target in chunk]))
-                    write("digests", np.array([_digest(pair) for pair in chunk], np.uint64))
-                    pairs_done += len(chunk)
+                    write("identical", np.array([source == target for source, target in group]))
+                    write("digests", np.array([_digest(pair) for pair in group], np.uint64))
+                    pairs_done += len(group)
                     progress.update(pairs_done)
                 ends.append(pairs_done)
         for file in files.values():
@@ -165,9 +165,9 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
 
 
 class _Progress:
-    """Tells on standard error how many pairs are done.
+    """Shows on standard error how many pairs are done.
 
-    On a terminal by a line that renews itself, elsewhere by one line every `SECONDS_BETWEEN_LINES`.
+    A terminal shows a progress bar. Other outputs get a line every `SECONDS_BETWEEN_LINES`.
     """
 
     def __init__(self):
@@ -191,20 +191,20 @@ class _Progress:
         self._bar.stop()
 
     def update(self, pairs: int) -> None:
-        """Takes over how many are done."""
+        """Sets the number of pairs that are done."""
         self._bar.update(self._task, completed=pairs)
         if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
             self._told = time.monotonic()
             print(f"tokenising: {pairs:,} pairs are done", file=sys.stderr, flush=True)
 
 
-def _chunks(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    while chunk := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
-        yield chunk
+def _groups(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    while group := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
+        yield group
 
 
 def _encode(tokenizer: Tokenizer, lines: list[str], sample: SubwordSample | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of all lines one after the other, each closed by the end token, and their lengths."""
+    """Returns the ids of all lines in one array, with an end token after each line, and the lengths."""
     text = TokenizedText.from_lines(lines, tokenizer, sample)
     return text.ids, text.lengths
 
@@ -214,10 +214,10 @@ def _digest(pair: tuple[str, str]) -> int:
 
 
 def _open(folder: Path) -> TokenizedParts:
-    """Maps the arrays of a cache.
+    """Maps the arrays of a cache into memory.
 
     Raises:
-        InputError: a file is missing or not as long as it was written.
+        InputError: a file is missing or has the wrong length.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

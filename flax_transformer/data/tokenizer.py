@@ -1,6 +1,6 @@
-"""What a tokenizer is: text to ids and back, with special ids of its own.
+"""The interface of a tokenizer, and tokenized text.
 
-`sentencepiece_tokenizer.py` holds the one that is learnt from training text, `tokenizer_pair.py` knows all kinds.
+`sentencepiece_tokenizer.py` implements the interface. `tokenizer_pair.py` lists all kinds of tokenizer.
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ class SpecialIds:
     """The ids of a tokenizer that stand for no text.
 
     Attributes:
-        start: what a decoder reads first. It may be one of the others, as in models that start with padding.
-        end: what closes a sentence.
-        pad: what a tokenizer has for padding. Nothing here reads it, since padding is segment 0; no output may hold it.
-            None for a tokenizer without such an id.
-        unknown: what text becomes that the vocabulary does not hold. None for a tokenizer that holds any text.
+        start: first input of a decoder. It may equal another id here, as in models that start with padding.
+        end: id that closes a sentence.
+        pad: id of padding, or None. Batches do not need it, since padding is segment 0. No output may contain it.
+        unknown: id of text outside the vocabulary; None for a tokenizer that encodes any text.
     """
 
     start: int
@@ -35,36 +34,40 @@ class SpecialIds:
             raise ValueError(f"special ids must not be negative (None stands for one that is not there), got {self}.")
         if self.end == self.unknown:
             raise ValueError(
-                f"the unknown token may be banned from outputs, so it cannot be the end token; got {self}. Give None "
+                f"the unknown token may be suppressed in outputs, so it cannot be the end token; got {self}. Give None "
                 "if the tokenizer has no unknown token."
             )
 
     @property
     def ids(self) -> frozenset[int]:
-        """All of them."""
+        """All special ids."""
         return frozenset(i for i in dataclasses.astuple(self) if i is not None)
 
     @property
     def never_in_outputs(self) -> frozenset[int]:
-        """Padding and start: no sentence of a training text holds them, unless one of them closes it."""
+        """Padding and start, without those that are also the end token or the unknown token.
+
+        No sentence of a training text contains them.
+        """
         return self.ids - {self.end, self.unknown}
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How to learn the subwords.
+    """Settings of a tokenizer that is learnt from the training text.
 
     Attributes:
-        algorithm: "unigram", "bpe", "word" (what stands between spaces; rare words are unknown) or "char".
-        vocab_size: pieces to learn, the four special ones included; "word" and "char" learn fewer where the text
-            has no more.
-        joint: one vocabulary for both languages; needed by `model.share_embeddings: all`.
-        character_coverage: share of the training text's characters that get a piece; the rest become unknown.
-        normalization: of the text, before it is cut: "nmt_nfkc" (SentencePiece's default: Unicode NFKC with changes for
-            translation) or "identity" (none, for text that has been tokenised already).
-        training_pairs: sentence pairs to learn from at most, spread evenly over the training text (of a larger one more
-            than half as many are taken), which must fit in memory; lines above 4,192
-            bytes are not learnt from (SentencePiece's default).
+        algorithm: kind of pieces: "unigram" or "bpe" for subwords, "word" for what stands between spaces, or "char".
+            With "word" rare words become unknown tokens.
+        vocab_size: number of pieces, with the four special ones. "word" and "char" learn fewer pieces if the text has
+            fewer words or characters.
+        joint: whether both languages share one vocabulary. `model.share_embeddings: all` needs a shared one.
+        character_coverage: share of the characters of the training text that get a piece, from 0.98 to 1. Other
+            characters become unknown tokens.
+        normalization: normalisation of the text before it is cut. "nmt_nfkc" is SentencePiece's default, a variant of
+            Unicode NFKC. "identity" changes nothing, for text that is tokenised already.
+        max_training_pairs: maximum number of sentence pairs to learn from, spread evenly over the training text. They
+            must fit in memory. SentencePiece leaves out very long lines.
     """
 
     algorithm: Literal["unigram", "bpe", "word", "char"] = "unigram"
@@ -72,11 +75,11 @@ class TokenizerConfig:
     joint: bool = True
     character_coverage: float = 1.0
     normalization: Literal["nmt_nfkc", "identity"] = "nmt_nfkc"
-    training_pairs: int = 500_000
+    max_training_pairs: int = 500_000
 
     def __post_init__(self):
-        if self.training_pairs < 1:
-            raise ConfigError(f"tokenizer.training_pairs must be at least 1, got {self.training_pairs}.")
+        if self.max_training_pairs < 1:
+            raise ConfigError(f"tokenizer.max_training_pairs must be at least 1, got {self.max_training_pairs}.")
         num_special = len(dataclasses.fields(SpecialIds))
         if self.vocab_size <= num_special:
             raise ConfigError(f"tokenizer.vocab_size must be above {num_special}, got {self.vocab_size}.")
@@ -86,14 +89,14 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class SubwordSamplingConfig:
-    """Training text cut into subwords at random, so that a model meets many segmentations of a word.
+    """Settings of subword regularisation, which cuts the training text into subwords at random.
 
     Attributes:
-        alpha: 0 turns it off. For "bpe" the share of merges that are left out, below 1 (0.1 in the paper); for
-            "unigram" the exponent on the probabilities that segmentations are drawn by (0.1 to 0.5 in the paper; the
-            larger, the closer to the best one).
-        variants: segmentations of the whole training text, each kept on disk; the epochs take turns through them. A
-            run that is resumed where they are lost goes on with others, and says so.
+        alpha: amount of randomness; 0 turns it off. For "bpe" it is the share of merges that are left out, below 1; the
+            paper uses 0.1. For "unigram" it is the exponent of the probabilities of segmentations; the paper uses 0.1
+            to 0.5, and a larger exponent stays closer to the best segmentation.
+        variants: number of segmentations of the training text. The cache on disk keeps them, and the epochs take turns.
+            If they are lost, a resumed run draws new ones and says so.
 
     References:
         Kudo 2018, "Subword Regularization"; Provilkov, Emelianenko and Voita 2020, "BPE-Dropout".
@@ -110,7 +113,7 @@ class SubwordSamplingConfig:
             raise ConfigError(f"subword_sampling.variants must be at least 1, got {self.variants}.")
 
     def check_algorithm(self, algorithm: str) -> None:
-        """Raises a `ConfigError` unless text can be cut at random by a tokenizer's algorithm."""
+        """Raises a `ConfigError` unless a tokenizer's algorithm can cut text at random in this way."""
         if self.alpha and algorithm not in ("unigram", "bpe"):
             raise ConfigError(
                 f"subword_sampling.alpha ({self.alpha}) needs tokenizer.algorithm unigram or bpe: {algorithm!r} cuts a "
@@ -124,15 +127,16 @@ class SubwordSamplingConfig:
 
 @dataclass(frozen=True)
 class SubwordSample:
-    """One random segmentation: in one process the same text and the same sample give the same ids.
+    """One random segmentation. In one process the same text and the same sample give the same ids.
 
-    In another process they may not: SentencePiece salts its generator, from 0.2.2 on. So what was drawn is kept.
+    Another process may give other ids, so a random segmentation is kept on disk (docs/lab_book.md, "SentencePiece draws
+    differently in each process").
 
     Attributes:
         alpha: see `SubwordSamplingConfig`.
-        seed: not negative.
-        num_lines: lines that are cut by one generator. Each such part of a longer text draws the same numbers, for
-            other words.
+        seed: at least 0.
+        num_lines: number of lines that one generator cuts. The generators of a text draw the same numbers, for
+            different words.
     """
 
     alpha: float
@@ -140,18 +144,17 @@ class SubwordSample:
     num_lines: int = 2_048
 
     def at(self, *place: int) -> "SubwordSample":
-        """Returns a sample with a seed of its own for a part of the text."""
+        """Returns a sample for a part of the text, with a seed of its own."""
         seed = int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0])
         return dataclasses.replace(self, seed=seed)
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. The ids are 0 to `vocab_size` - 1, and those of no text are `special`.
+    """Text to ids and back. Ids are 0 to `vocab_size` - 1; `special` holds those that stand for no text.
 
     Attributes:
-        suffix: what the name of the file ends with that such a tokenizer is kept in. It says the kind of the tokenizer
-            (see `tokenizer_pair.KINDS`).
+        suffix: end of the name of a tokenizer's file. It identifies the kind of tokenizer (see `tokenizer_pair.KINDS`).
     """
 
     suffix: ClassVar[str]
@@ -163,12 +166,12 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
+        """Number of ids, special ids included."""
         ...
 
     @property
     def model(self) -> bytes:
-        """The contents of the file that the tokenizer is kept in."""
+        """The contents of the tokenizer's file."""
         ...
 
     @property
@@ -180,12 +183,12 @@ class Tokenizer(Protocol):
         """Returns the ids of each line, without start and end token: the best segmentation, or a random one.
 
         Raises:
-            InputError: text that is no valid Unicode.
+            InputError: text that is not valid Unicode.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, one line without a line end; special ids other than unknown give nothing."""
+        """Returns the text of ids, in one line without a line end. Special ids other than unknown add no text."""
         ...
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -193,21 +196,21 @@ class Tokenizer(Protocol):
         ...
 
     def id_of(self, piece: str) -> int | None:
-        """Returns the id of the piece with a surface form, or None if there is none or it is special."""
+        """Returns the id of a piece by its surface form, or None if it does not exist or is special."""
         ...
 
     def encoded_spans(self, line: str) -> list[tuple[int, int]]:
-        """Returns which bytes (of UTF-8) of a line each of its ids, as of `encode`, stands for: begin and end."""
+        """Returns begin and end, in bytes of UTF-8, of the part of `line` that each id of `encode` stands for."""
         ...
 
     def decoded_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Returns which bytes (of UTF-8) of the text of ids, as of `decode`, each of them became: begin and end."""
+        """Returns begin and end, in bytes of UTF-8, of the part of the decoded text that each id becomes."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Sentences as one flat array of ids, each sentence closed by the end token.
+    """Sentences as one flat array of ids. The end token closes each sentence.
 
     Attributes:
         ids: [sum of lengths] int32.
@@ -221,7 +224,7 @@ class TokenizedText:
     def from_lines(
         cls, lines: Sequence[str], tokenizer: Tokenizer, sample: SubwordSample | None = None
     ) -> "TokenizedText":
-        """Returns the ids of `lines`; `sample` as for `Tokenizer.encode`."""
+        """Returns the ids of `lines`; see `Tokenizer.encode` for `sample`."""
         sentences = tokenizer.encode(lines, sample)
         lengths = np.fromiter((len(s) + 1 for s in sentences), np.int64, len(sentences))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -232,5 +235,5 @@ class TokenizedText:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[number of sentences], end token included."""
+        """[number of sentences], end tokens included."""
         return np.diff(self.offsets)

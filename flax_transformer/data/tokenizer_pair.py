@@ -1,4 +1,4 @@
-"""The tokenizers of both languages, and the one place that knows which kinds of tokenizer there are."""
+"""The tokenizers of both languages, and the list of all kinds of tokenizer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from flax_transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig
 from flax_transformer.errors import RunFolderError
 
-# What makes a tokenizer of the contents of its file, by what the name of the file ends with (`Tokenizer.suffix`).
+# For each `Tokenizer.suffix`, a function that makes a tokenizer from the contents of its file.
 KINDS: dict[str, Callable[[bytes], Tokenizer]] = {SentencePieceTokenizer.suffix: SentencePieceTokenizer}
 
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """The tokenizers of the source and the target language; the same object when they share a vocabulary."""
+    """The tokenizers of the source and the target language. A shared vocabulary is one object in both places."""
 
     source: Tokenizer
     target: Tokenizer
@@ -26,7 +26,7 @@ class TokenizerPair:
 
     @property
     def fingerprint(self) -> str:
-        """Of both; see `Tokenizer.fingerprint`."""
+        """The fingerprints of both tokenizers; see `Tokenizer.fingerprint`."""
         return f"{self.source.fingerprint}-{self.target.fingerprint}"
 
     @classmethod
@@ -43,9 +43,10 @@ class TokenizerPair:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes a file named joint, or two named source and target, into `folder`; `Tokenizer.suffix` ends the names.
+        """Writes the tokenizers to `folder`: one file named joint, or two files named source and target.
 
-        So SentencePiece models lie in joint.model, or in source.model and target.model.
+        The names end with `Tokenizer.suffix`. So SentencePiece models are written to joint.model, or to source.model
+        and target.model.
         """
         folder.mkdir(parents=True, exist_ok=True)
         named = {"joint": self.source} if self.joint else {"source": self.source, "target": self.target}
@@ -72,7 +73,7 @@ class TokenizerPair:
 
 
 def _read(folder: Path, name: str) -> Tokenizer | None:
-    """Returns the tokenizer that lies in a folder under a name, whatever its kind, or None if there is none."""
+    """Returns the tokenizer that a folder contains under a name, or None if there is none."""
     for suffix, make in KINDS.items():
         if (file := folder / f"{name}.{suffix}").is_file():
             return make(file.read_bytes())

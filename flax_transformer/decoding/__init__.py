@@ -1,1 +1,1 @@
-"""Search over a decode step; knows no model and no text."""
+"""Search over a decode step. This package knows no model and no text."""

@@ -1,33 +1,38 @@
 """Beam search inside XLA, over any decode step.
 
-The search is three functions over a state (`BeamState`). `start` makes a state, `advance` takes it some steps further,
-and `finish` reads the results. `beam_search` is the loop that drives them. A server may also drive them. It compiles
-`advance` once, keeps the state on the device, and checks between calls what is done.
+A search is three functions over a `BeamState`:
+    start: makes the state of a search before its first step.
+    advance: takes the state some steps further.
+    finish: reads the results.
 
-Slots. A program searches N sentences in B slots. A sentence that is done leaves its slot, and the next one takes it
-while the others go on. So a slot costs a step only for a sentence that needs it. Shapes are fixed, and each slot has
-its own position and limit. So a result depends neither on its slot nor on other sentences.
+The loop `beam_search` calls all three. A server may call them by itself. It compiles `advance` once, keeps the state on
+the device, and checks between calls which sentences are done.
 
-Candidates. A candidate finishes only when it ranks among the best K candidates of its step. A beam of 1 is greedy
-search: it ends with its first finished hypothesis. Hypotheses that reach the maximum length are returned as unfinished,
-behind the finished ones.
+Slots. A program searches N sentences in B slots. When a sentence is done, the next one takes its slot. The other slots
+do not wait for that. All shapes are fixed, and each slot has its own step number and maximum length. So the result of a
+sentence depends neither on its slot nor on other sentences.
 
-Stop rules. A sentence stops once enough hypotheses are finished (K, or a share of them) and its rule allows it:
-    sure: no unfinished hypothesis can still beat the worst of these. Its best reachable score is known, since a
+Candidates. The candidates of a step are the best 2K extensions of the live hypotheses by one token. A candidate with
+the end token becomes finished if it is among the best K. The best K candidates without the end token live on. A beam of
+1 is greedy search. A hypothesis that reaches the maximum length is returned as unfinished, behind the finished ones.
+
+Stop rules. A sentence stops if it has `num_awaited` finished hypotheses and its rule allows it:
+    exact: no live hypothesis can still beat the worst of these. An upper bound of its final score is known: a
         log-probability never rises, the score adjustment is never positive, and the divisor is monotone.
-    likely: no unfinished hypothesis, scored at its present length, beats the worst of these.
-    finished: always. A longer hypothesis might still be better.
+    heuristic: no live hypothesis beats the worst of these, if it is scored at its present length.
+    first_finished: always. A live hypothesis may still become better.
+
+A sentence also stops when it has no live hypothesis, and at its maximum length.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
 
 References:
-    Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `sure`: Huang, Zhao and Ma 2017. Rule `finished`
-    and patience: Kasai et al. 2022. Their patience may exceed 1; ours may not.
+    Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `exact`: Huang, Zhao and Ma 2017. Rule
+    `first_finished`: Kasai et al. 2022, with a patience of 1.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -58,29 +63,24 @@ from flax_transformer.decoding.logits_processors import LogitsProcessor, Progres
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, is_possible
 
-StopRule = Literal["sure", "likely", "finished"]
-
-
-def num_awaited(beam_size: int, patience: float) -> int:
-    """Returns the number of finished hypotheses that a search of one sentence waits for."""
-    return math.ceil(beam_size * patience)
+StopRule = Literal["exact", "heuristic", "first_finished"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearchConfig:
-    """Everything static about a search.
+    """The static settings of a search.
 
     Attributes:
-        beam_size: hypotheses kept at each step, K.
-        num_slots: sentences searched at the same time, B.
+        beam_size: number of live hypotheses of a sentence, K.
+        num_slots: number of sentences searched at the same time, B.
         max_length: most tokens of a hypothesis, end token included, T. Sentences may have lower limits.
         start_token: token that the first step reads.
         end_token: token that ends a hypothesis.
         length_penalty: makes scores of different lengths comparable.
-        stop: the stop rule, "sure", "likely" or "finished"; see the module's docstring.
-        patience: share of the beam that must be finished. With `sure` and 1, all K results are the best the search can
-            find; with 1/K, only the first is.
-        refill_at: number of done slots at which they are refilled, while sentences wait.
+        stop: the stop rule, "exact", "heuristic" or "first_finished"; see the module's docstring.
+        num_awaited: number of finished hypotheses that a sentence waits for; None waits for K. With `exact`, the first
+            `num_awaited` results are the best that the search can find.
+        refill_at: number of slots that must be done before sentences that wait take them.
     """
 
     beam_size: int
@@ -89,26 +89,21 @@ class BeamSearchConfig:
     start_token: int
     end_token: int
     length_penalty: LengthPenalty
-    stop: StopRule = "sure"
-    patience: float = 1.0
+    stop: StopRule = "exact"
+    num_awaited: int | None = None
     refill_at: int = 1
 
     def __post_init__(self):
         for name in ("beam_size", "num_slots", "max_length", "refill_at"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.patience <= 1:
+        if self.num_awaited is not None and not 1 <= self.num_awaited <= self.beam_size:
             raise ConfigError(
-                f"patience must be above 0 and at most 1, got {self.patience}: no more hypotheses are kept than the "
-                "beam holds."
+                f"num_awaited must lie between 1 and beam_size ({self.beam_size}), got {self.num_awaited}: no more "
+                "hypotheses are kept than the beam holds."
             )
         if self.refill_at > self.num_slots:
             raise ConfigError(f"refill_at ({self.refill_at}) is more than all of the {self.num_slots} slots.")
-
-    @property
-    def num_awaited(self) -> int:
-        """Number of finished hypotheses that a sentence waits for."""
-        return num_awaited(self.beam_size, self.patience)
 
 
 # --- the search: start, advance, finish, and the loop that drives them
@@ -127,13 +122,13 @@ def start(
 
     Args:
         functions: the decoder.
-        config: everything static.
+        config: static settings.
         decoder: a state of the decoder with B slots and K beams; its values are not read.
         max_lengths: most tokens of each sentence's output, end token included, at most `config.max_length`. 0 marks
-            padding, which yields nothing and is free at the end.
-        processors: change log-probabilities before candidates are chosen, applied in this order.
-        selector: chooses the candidates of a step; `best_candidates` when None. With another selector, the "best K"
-            candidates are the first K in its order.
+            padding, which has no output. Padding after the last sentence costs no step.
+        processors: change log-probabilities before candidates are chosen; applied in this order.
+        selector: chooses the candidates of a step; None is `best_candidates`. The "best K" candidates are the first K
+            in the selector's order.
         score_adjustment: added to scores, never above 0; None adds nothing.
     """
     num_rows, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
@@ -180,17 +175,17 @@ def advance(
 ) -> BeamState:
     """Returns the state after at most `max_steps` steps.
 
-    First, slots that are done store their results and take the next sentences. Steps run until `refill_at` slots are
-    done, or all of them. The split of steps over calls changes no result.
+    First, the results of slots that are done are stored, and the next sentences take these slots. Then steps run until
+    `refill_at` slots are done, or until all are done if no sentence waits. Results do not depend on `max_steps`.
 
     Args:
         functions: the decoder.
-        config: everything static.
+        config: static settings.
         state: returned by `start` or by this function.
-        max_steps: most steps to run; None for any number.
+        max_steps: most steps to run; None sets no limit.
 
-    Donation deletes the arrays of the state, and with them arrays of the caller that `start` took over as they were. A
-    state that a jitted `start` returns has arrays of its own.
+    Donation of the state deletes its arrays. A jitted `start` gives the state arrays of its own. Without `jax.jit`,
+    they may be the caller's arrays.
 
     Example: a server that keeps the state on the device.
         >>> state = jax.jit(functools.partial(start, functions, config))(decoder, max_lengths, processors)
@@ -212,10 +207,10 @@ def advance(
 
 
 def finish(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
-    """Returns the K best outputs of each of N sentences, as far as they are done.
+    """Returns the K best outputs of each of the N sentences.
 
-    The function may be called between two calls of `advance`. A sentence is done once it has left its slot, or its slot
-    is not `active`; the others have no output yet (length 0). Call it under `jax.jit`: scores then equal those of
+    The function may be called between two calls of `advance`. A sentence is done if it has left its slot, or if its
+    slot is not `active`. Other sentences have no output yet (length 0). Under `jax.jit`, scores equal those of
     `beam_search` to the bit.
     """
     num_rows = state.request.max_lengths.shape[0] - 1
@@ -231,7 +226,7 @@ def beam_search(
     selector: CandidateSelector | None = None,
     score_adjustment: ScoreAdjustment | None = None,
 ) -> Hypotheses:
-    """Returns the K best outputs of each of N sentences; the arguments are those of `start`.
+    """Returns the K best outputs of each of the N sentences; the arguments are those of `start`.
 
     Example: a Markov chain, whose row k holds the logits after token k.
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
@@ -264,7 +259,7 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
 
     ends = candidates.tokens == config.end_token
 
-    # --- 2. those that end and rank among the best K join the finished ones
+    # --- 2. those among the best K that end become finished
     may_finish = ends & (jnp.arange(2 * beams) < beams)[None, :] & is_possible(candidates.scores)
     finished = _with_finished(config, state, candidates.scores, extended, may_finish)
 
@@ -275,7 +270,7 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
     live = LiveHypotheses(gather_hypotheses(extended, alive), live_scores)
     decoder = functions.reorder(decoder, gather_beams(candidates.parents, alive))
 
-    # --- 4. a slot that is done keeps its hypotheses
+    # --- 4. a slot that is not active keeps its hypotheses
     before = state.steps, state.live, state.finished
     steps, live, finished = select_slots(state.active, (state.steps + 1, live, finished), before)
     state = dataclasses.replace(state, steps=steps, live=live, finished=finished, decoder=decoder)
@@ -311,11 +306,11 @@ def _adjusted(
 
 
 def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array, "B"]) -> Bool[Array, "B"]:
-    """Returns which slots must go on, by the stop rule; their hypotheses have at most `limits` tokens."""
-    awaited = state.finished.scores[:, config.num_awaited - 1]
-    if config.stop == "finished" or config.beam_size == 1:  # greedy search stops at its first
-        return awaited < MASKED / 2  # False once an entry is finished; also False for NaN
-    if config.stop == "likely":
+    """Returns which slots must go on by the stop rule; `limits` are their maximum lengths."""
+    awaited = state.finished.scores[:, (config.num_awaited or config.beam_size) - 1]
+    if config.stop == "first_finished" or config.beam_size == 1:  # greedy search stops at its first
+        return awaited < MASKED / 2  # False if the place is taken, and for NaN
+    if config.stop == "heuristic":
         lengths = jnp.maximum(state.steps, 1)
         as_they_stand = state.live.scores / config.length_penalty.divisor(lengths)[:, None]
         as_they_stand = _adjusted(state, as_they_stand, state.live.buffer.auxiliary, lengths)
@@ -326,29 +321,29 @@ def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array,
 def best_reachable(
     live_scores: Float[Array, "B K"], steps: Int[Array, "B"], max_lengths: Int[Array, "B"], penalty: LengthPenalty
 ) -> Float[Array, "B"]:
-    """Returns the best score that any live hypothesis of each slot can still finish with.
+    """Returns an upper bound of the final score of any live hypothesis, for each slot.
 
-    A log-probability can only fall, and it is not positive. The bound is the current log-probability divided by the
-    largest divisor still possible. A monotone divisor is largest at one end of the possible lengths.
+    A log-probability can only fall, and it is not positive. So the bound is the highest log-probability divided by the
+    largest divisor that is still possible. A monotone divisor is largest for the shortest or for the longest output.
     """
     best = jnp.max(live_scores, axis=1)
     return best / jnp.maximum(penalty.divisor(steps + 1), penalty.divisor(max_lengths))
 
 
 def _is_uninterrupted(config: BeamSearchConfig, state: BeamState) -> Bool[Array, ""]:
-    """Returns whether more steps run before slots are exchanged."""
+    """Returns whether another step runs before sentences are exchanged."""
     idle = jnp.sum(~state.active)
     waiting = state.next_sentence < state.request.num_sentences
     return jnp.where(waiting, idle < config.refill_at, idle < config.num_slots)
 
 
-# --- between steps: sentences leave their slots and others take them
+# --- between steps: the next sentences take the slots of those that are done
 
 
 def _exchange(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamState) -> BeamState:
     """Stores the results of slots that are done, and puts the next sentences into them."""
     request, empty = state.request, ~state.active
-    none = request.max_lengths.shape[0] - 1  # the sentence of an empty slot
+    none = request.max_lengths.shape[0] - 1  # number that an empty slot has in place of a sentence's
     number = state.next_sentence + jnp.cumsum(empty) - 1
     sentences = jnp.where(empty, jnp.where(number < request.num_sentences, number, none), state.sentences)
     auxiliary = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[3:], x.dtype), state.live.buffer.auxiliary)
@@ -376,7 +371,7 @@ def _stored(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
 
 
 def _collected(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
-    """Returns the K best of each slot: the finished hypotheses, then the live ones that were cut at their limit."""
+    """Returns the K best of each slot: finished hypotheses, then live ones that have reached the maximum length."""
     live, finished, beams = state.live, state.finished, config.beam_size
     max_lengths = state.request.max_lengths[state.sentences]
     lengths = jnp.broadcast_to(max_lengths[:, None], live.scores.shape)
@@ -386,7 +381,7 @@ def _collected(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
     cut_scores = jnp.where(there, cut_scores, MASKED)
     scores = jnp.concatenate([finished.scores, cut_scores], axis=1)  # [B, 2K]
     has_ended = jnp.concatenate([finished.lengths > 0, jnp.zeros_like(there)], axis=1)
-    # Finished before unfinished, by score within each: a stable sort by two keys.
+    # Finished ones come before unfinished ones. Within each group the order is by score.
     order = jnp.lexsort((-scores, ~has_ended), axis=-1)[:, :beams]
     lengths = jnp.concatenate([finished.lengths, jnp.where(there, lengths, 0)], axis=1)
     buffer = gather_hypotheses(concatenate_hypotheses(finished.buffer, live.buffer), order)

@@ -1,6 +1,6 @@
-"""The state of a beam search: everything dynamic about it, as one tree of arrays.
+"""The state of a beam search, as one tree of arrays.
 
-A program that takes and returns the state can keep it on a device, and overwrite it in place (donation).
+A program that takes and returns the state can keep it on a device and overwrite it in place (donation).
 
 Legend: N sentences, B slots, K beams, M hypotheses, V vocabulary, T maximum length.
 """
@@ -20,7 +20,7 @@ from flax_transformer.shapes import MASKED, array_tree
 
 @runtime_checkable
 class ScoreAdjustment(Protocol):
-    """A summand of the scores that rank hypotheses. An adjustment that holds arrays is an `array_tree`."""
+    """A summand of the scores that rank hypotheses. An adjustment that has arrays is an `array_tree`."""
 
     def __call__(self, auxiliary: Any, sentences: Int[Array, "B"], lengths: Int[Array, "B"]) -> Float[Array, "B M"]:
         """Returns the summands, none above 0.
@@ -28,7 +28,7 @@ class ScoreAdjustment(Protocol):
         Args:
             auxiliary: auxiliary values of M hypotheses, a tree of [B, M, T, ...].
             sentences: number of the sentence in each slot.
-            lengths: number of tokens of each slot's hypotheses; entries after them are to be ignored.
+            lengths: number of tokens of each slot's hypotheses. Entries of T after these tokens are unspecified.
         """
         ...
 
@@ -52,7 +52,7 @@ class HypothesisBuffer:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class LiveHypotheses:
-    """The unfinished hypotheses of each slot. Each has one token for each step of its slot.
+    """The hypotheses of each slot that have not ended. Each gets one token at each step of its slot.
 
     Attributes:
         buffer: their tokens, [B, K, T].
@@ -71,7 +71,7 @@ class FinishedHypotheses:
     Attributes:
         buffer: their tokens, [B, K, T].
         lengths: [B, K], 0 for an empty place.
-        scores: [B, K], divided by the length penalty and adjusted; MASKED for an empty place.
+        scores: [B, K], log-probabilities, divided by the length penalty and adjusted; MASKED for an empty place.
     """
 
     buffer: HypothesisBuffer
@@ -82,14 +82,15 @@ class FinishedHypotheses:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SearchRequest:
-    """The inputs of a search: arrays that no step changes.
+    """The inputs of a search. No step changes them.
 
     Attributes:
-        num_sentences: number of the N sentences that are searched; the others, at the end, are padding.
-        max_lengths: [N + 1], most tokens of each sentence's outputs; the last entry, 0, serves empty slots.
-        processors: see `LogitsProcessor`; applied in this order.
-        selector: see `CandidateSelector`; `best_candidates` when None.
-        score_adjustment: see `ScoreAdjustment`; None adds nothing.
+        num_sentences: number of sentences to search; the other ones of the N, at the end, are padding.
+        max_lengths: [N + 1], most tokens of each sentence's outputs, end token included; the last entry, 0, is for
+            empty slots.
+        processors: logits processors, applied in this order.
+        selector: chooses the candidates of a step; None is `best_candidates`.
+        score_adjustment: added to scores; None adds nothing.
     """
 
     num_sentences: Int[Array, ""]
@@ -102,17 +103,17 @@ class SearchRequest:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class BeamState:
-    """Everything dynamic about a search.
+    """The state of a search between two steps.
 
     Attributes:
         request: inputs of the search.
         next_sentence: number of the first sentence that has not been in a slot yet.
         sentences: [B], number of the sentence in each slot; N in an empty slot.
-        steps: [B], tokens decoded so far.
-        active: [B], False once a slot is done or empty.
-        live: unfinished hypotheses.
-        finished: finished hypotheses.
-        decoder: the state of the step function, for the live hypotheses.
+        steps: [B], number of tokens decoded so far.
+        active: [B], False if the sentence of a slot is done, or if the slot is empty.
+        live: hypotheses that have not ended.
+        finished: hypotheses that have ended.
+        decoder: state of the decoder for the live hypotheses.
         results: [N + 1, ...], results of the sentences that have left their slots; the last row is never read.
     """
 
@@ -156,7 +157,7 @@ def empty_hypotheses(
         auxiliary: see `empty_buffer`.
     """
     slots, beams, _ = shape
-    # Not weakly typed, or the program would be compiled again.
+    # A weak type here would differ from the type after a step, and the program would be compiled again.
     scores = jnp.where(jnp.arange(beams) == 0, 0.0, MASKED).astype(jnp.float32)
     live = LiveHypotheses(empty_buffer(shape, end_token, auxiliary), jnp.broadcast_to(scores, (slots, beams)))
     finished = FinishedHypotheses(
@@ -195,7 +196,7 @@ def append_tokens(
         buffer: the live hypotheses, [B, K, T].
         steps: number of their tokens.
         candidates: M extensions of them.
-        auxiliary: values to store beside the new token, a tree of [B, K, ...]. They do not depend on that token.
+        auxiliary: values of this step, a tree of [B, K, ...]. They are stored beside the new token.
     """
 
     def put(history: Shaped[Array, "B M T *rest"], new: Shaped[Array, "B M *rest"]) -> Shaped[Array, "B M T *rest"]:

@@ -1,4 +1,4 @@
-"""Candidates of a step: the extensions of live hypotheses that a beam search considers.
+"""Candidates of a step: the extensions of live hypotheses among which a beam search chooses.
 
 Legend: B slots, K beams, M candidates, V vocabulary.
 """
@@ -19,7 +19,7 @@ from flax_transformer.shapes import MASKED, array_tree, is_possible
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Live hypotheses with one more token, in the search's order of preference.
+    """Live hypotheses with one more token, in order of preference.
 
     Attributes:
         scores: [B, M], log-probabilities of all tokens; MASKED where there is no candidate.
@@ -36,7 +36,7 @@ class Candidates:
 
 @runtime_checkable
 class CandidateSelector(Protocol):
-    """Chooses the candidates of a step. A selector that holds arrays is an `array_tree`."""
+    """Chooses the candidates of a step. A selector that has arrays is an `array_tree`."""
 
     def __call__(
         self,
@@ -51,9 +51,9 @@ class CandidateSelector(Protocol):
         Args:
             live_scores: log-probabilities of the live hypotheses, MASKED where there is none.
             logits: logits of the next token.
-            num: M.
+            num: number of candidates, M.
             progress: tokens decoded so far.
-            processors: applied in this order.
+            processors: logits processors, applied in this order.
         """
         ...
 
@@ -67,9 +67,9 @@ def best_candidates(
 ) -> Candidates:
     """Returns the `num` most probable extensions of all beams, best first (a `CandidateSelector`).
 
-    Each beam's best tokens are found first, then the best of those. So without processors log-probabilities are
-    computed only for these tokens, not for the vocabulary. Processors remove tokens but do not renormalise. Ties go to
-    the lower beam, then to the lower token.
+    The best tokens of each beam are found first, then the best of all beams. Without processors, log-probabilities are
+    computed only for the best tokens of each beam. Log-probabilities are not normalised again after processors. Ties
+    go to the lower beam, then to the lower token.
     """
     per_beam = min(num, logits.shape[-1])
     if processors:
@@ -83,7 +83,7 @@ def best_candidates(
         highest = jnp.max(top, axis=-1, keepdims=True)  # not top[..., :1]: XLA would then sort everything
         log_probs = (top - highest) - jnp.log(sum_of_exponentials(logits, highest))
     scores = live_scores[:, :, None] + log_probs
-    scores = jnp.where(is_possible(top), scores, MASKED)  # a banned token is no candidate
+    scores = jnp.where(is_possible(top), scores, MASKED)  # a suppressed token is no candidate
     best, flat = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num)  # [B, K * per_beam] -> [B, num]
 
     def chosen(x: Array) -> Array:

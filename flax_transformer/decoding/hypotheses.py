@@ -14,13 +14,12 @@ class Hypotheses:
     """The K best outputs of each sentence, best first: finished ones by score, then unfinished ones by score.
 
     Attributes:
-        tokens: [B, K, T]; padding (the end token) follows after `lengths` tokens. A finished output ends with the end
-            token.
-        lengths: [B, K], end token included; 0 for an empty place, if there are fewer than K hypotheses.
+        tokens: [B, K, T]. A finished output includes its end token. End tokens fill the rest.
+        lengths: [B, K], number of tokens, end token included; 0 for an empty place.
         scores: [B, K], log-probability divided by the length penalty, plus the score adjustment if there is one.
         finished: [B, K], False for an output that was cut at the maximum length.
         log_probs: [B, K, T], natural log-probability of each token; unspecified after `lengths` tokens.
-        auxiliary: tree of arrays [B, K, T, ...], the step's auxiliary values of each token; None if it has none.
+        auxiliary: tree of [B, K, T, ...], auxiliary values of the step that chose each token; None without any.
     """
 
     tokens: Int[Array, "B K T"]

@@ -1,4 +1,4 @@
-"""Length penalties: they make log-probabilities of hypotheses of different lengths comparable."""
+"""Length penalties make log-probabilities of hypotheses of different lengths comparable."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ NAMES = ("gnmt", "average", "none")
 
 @dataclass(frozen=True)
 class LengthPenalty:
-    """A divisor of log-probabilities, positive and monotone in the length; lengths count the end token.
+    """A divisor of log-probabilities, positive and monotone in the length. The length includes the end token.
 
         gnmt:a     ((5 + length) / 6) ** a
         average:a  length ** a
         none       1
 
-    A larger exponent favours longer hypotheses.
+    A larger exponent a favours longer hypotheses.
 
     References:
         Wu et al. 2016 (GNMT), equation 14, without its coverage term.

@@ -1,17 +1,21 @@
-"""Lexical constraints: outputs that contain given phrases, wherever the model finds them least improbable.
+"""Lexical constraints: a search for outputs that contain given phrases.
 
-The bank of a hypothesis is the number of its sentence's phrase tokens that it has. It counts all tokens of each
-contained phrase, and the beginning of a phrase that the hypothesis ends with. Each step's candidates are the most
-probable tokens and the tokens that continue a phrase. Each bank has a share of the beam. Places that a bank cannot fill
-go to the other banks, the highest first. If the beam has more places than the phrases have tokens, the model chooses
-where phrases stand. A smaller beam places them at once. An output may end once it contains all phrases. An output that
-is cut before is unfinished.
+Candidates. The candidates of a step are the most probable tokens of each beam, and the tokens that continue a phrase.
+
+Banks. The bank of a hypothesis is the number of phrase tokens that it has. It counts all tokens of each contained
+phrase. It also counts the first tokens of another phrase, if the hypothesis ends with them. The banks share the beam
+equally. Places that a bank cannot fill go to the other banks, the highest first.
+
+Places of phrases. If the beam is larger than the number of phrase tokens, the model chooses where phrases stand. In a
+smaller beam, phrases come as soon as possible.
+
+End. An output may end only if it contains all phrases. An output that reaches its maximum length before is unfinished.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length, Q phrases, P tokens of a phrase.
 
 References:
-    Post and Vilar 2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation", section 3. Difference:
-    the tokens tell whether a phrase is contained, so phrases may overlap.
+    Post and Vilar 2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation", section 3. One thing
+    differs: each step searches the tokens for the phrases, so phrases may overlap.
 """
 
 import dataclasses
@@ -26,14 +30,14 @@ from flax_transformer.decoding.logits_processors import ANY, LogitsProcessor, Pr
 from flax_transformer.ops.vocabulary import best_of_vocabulary, log_probabilities
 from flax_transformer.shapes import MASKED, array_tree, is_possible, static_field
 
-# Marks positions before the beginning of an output; equal to no token.
+# Marks positions before the beginning of an output. No token has this id.
 NOTHING = ANY - 1
 
 
 def contained_phrases(
     tokens: Int[Array, "B K T"], steps: Int[Array, "B"], phrases: Int[Array, "B Q P"]
 ) -> Bool[Array, "B K Q"]:
-    """Returns which phrases the first `steps` tokens contain. An empty phrase is always contained."""
+    """Returns which phrases the first `steps` tokens contain. They always contain an empty phrase."""
     length, longest = tokens.shape[2], phrases.shape[2]
     sizes = jnp.sum(phrases != ANY, axis=2)  # [B, Q]
     tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, longest)), constant_values=NOTHING)
@@ -46,7 +50,7 @@ def contained_phrases(
 
 
 def begun_phrases(tail: Int[Array, "B M P"], phrases: Int[Array, "B Q P"]) -> Int[Array, "B M Q"]:
-    """Returns the length of the longest beginning of each phrase that `tail` ends with."""
+    """Returns how many first tokens of each phrase stand at the end of `tail`: the largest such number, or 0."""
     longest = phrases.shape[2]
     sizes = jnp.sum(phrases != ANY, axis=2)[:, None, :]
     most = jnp.zeros((*tail.shape[:2], phrases.shape[1]), jnp.int32)
@@ -63,9 +67,9 @@ def allocate_beam(
 
     Args:
         scores: scores of the candidates.
-        banks: banks of the candidates, at most `most`.
-        most: number of tokens of all phrases; there are `most` + 1 banks.
-        beams: number of places. Banks share them equally; the remainder goes to the highest bank.
+        banks: banks of the candidates, from 0 to `most`.
+        most: number of tokens of all phrases.
+        beams: number of places. Banks share them equally; the highest bank gets the remainder.
 
     Example: scores [-1, -2, -3, -4] in banks [0, 0, 1, 1] and 2 places give [2, 0, 3, 1].
     """
@@ -84,7 +88,7 @@ def allocate_beam(
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class LexicalConstraints:
-    """Selects candidates such that finished outputs contain the phrases of their sentence (a `CandidateSelector`).
+    """Selects candidates so that finished outputs contain the phrases of their sentence (a `CandidateSelector`).
 
     Attributes:
         phrases: [N, Q, P], `ANY` after each phrase's end; a phrase of `ANY` alone is empty.
@@ -102,7 +106,7 @@ class LexicalConstraints:
         progress: Progress,
         processors: Sequence[LogitsProcessor],
     ) -> Candidates:
-        """Returns the `num` candidates that share the beam."""
+        """Returns the first `num` candidates in the order of `allocate_beam`."""
         slots, beams, vocab_size = logits.shape
         phrases = jnp.take(self.phrases, progress.sentences, axis=0, mode="clip")  # [B, Q, P]
         sizes = jnp.sum(phrases != ANY, axis=2)  # [B, Q]
@@ -172,7 +176,7 @@ def _wanted_tokens(
 def _wanted_log_probs(
     log_probs: Float[Array, "B K V"], likely: Int[Array, "B K M"], wanted: Int[Array, "B K Q"]
 ) -> Float[Array, "B K Q"]:
-    """Returns log-probabilities of the wanted tokens, MASKED for duplicates of likely or earlier wanted ones."""
+    """Returns log-probabilities of the wanted tokens, MASKED for those that `likely` or `wanted` has before."""
     others = jnp.concatenate([likely, wanted], axis=2)
     number = jnp.arange(others.shape[2])
     left = (number[None, :] < number[likely.shape[2] :, None])[None, None]

@@ -1,11 +1,11 @@
 """Logits processors: rules on the next token, applied to the log-probabilities of each step.
 
-A processor takes the log-probabilities of the next token, and the tokens decoded so far. It returns log-probabilities
-that are lower or the same; MASKED forbids a token. Processors do not renormalise, so a score stays the model's own.
-Only a forced end token is raised: it costs nothing.
+A processor takes the log-probabilities of the next token and the tokens decoded so far. It returns equal or lower
+log-probabilities; MASKED forbids a token. Only `ForceEos` raises one. Processors do not normalise, so a score remains
+the model's own.
 
-Each processor is a tree of arrays that the state of a search carries. A program is compiled for the kinds of processors
-and the shapes of their arrays. It serves all values of the arrays. Static fields are constants of the program.
+The arrays of a processor are part of a search's state. One program serves all values of these arrays. Static fields are
+constants of the program.
 
 Legend: N sentences, B slots, K hypotheses a slot, V vocabulary, T maximum length, P prefix length, Q sequences.
 """
@@ -43,7 +43,7 @@ class Progress:
 
 @runtime_checkable
 class LogitsProcessor(Protocol):
-    """Lowers the log-probabilities of tokens. A processor is an `array_tree`, since a search carries it."""
+    """Lowers the log-probabilities of tokens. A processor is an `array_tree`, since it is part of a search's state."""
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
         """Returns the log-probabilities of the next token after this processor."""
@@ -63,7 +63,7 @@ class SuppressTokens:
     """Some tokens never occur.
 
     Attributes:
-        suppressed: [V] or shorter, True for tokens that never occur. Padding of the vocabulary needs no entry.
+        suppressed: [V], True for tokens that never occur. Entries for the padding of the vocabulary may be left out.
     """
 
     suppressed: Bool[Array, "V"]
@@ -125,12 +125,12 @@ class NoRepeatNgram:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty:
-    """The log-probability of every token that has occurred is multiplied by a factor of at least 1.
+    """A factor of at least 1 multiplies the log-probability of every token that has occurred.
 
     The penalty is part of the score.
 
     References:
-        Keskar et al. 2019 (CTRL), section 4.1, on log-probabilities.
+        Keskar et al. 2019 (CTRL), section 4.1, here with log-probabilities in place of logits.
     """
 
     factor: float = static_field()
@@ -185,10 +185,10 @@ class SuppressSequences:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class ForceEos:
-    """The end token ends an output at its sentence's maximum length, and costs nothing there.
+    """An output that reaches its maximum length ends there with the end token, at no cost.
 
-    There the end token's log-probability is 0, whatever earlier processors return, and all other tokens are MASKED. So
-    this processor comes after all others.
+    The log-probability of the end token is 0 there, and all other tokens are MASKED. This processor comes after all
+    others, since it overrides them.
 
     Attributes:
         lengths: [N], the maximum lengths, end token included.
@@ -199,7 +199,7 @@ class ForceEos:
     end_token: int = static_field()
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
-        """Returns the log-probabilities; at the maximum length those of a certain end."""
+        """Returns the log-probabilities; the last token of the maximum length can only be the end token."""
         limits = jnp.take(self.lengths, progress.sentences, mode="fill", fill_value=0)
         is_last = (progress.steps + 1 == limits)[:, None, None]
         is_end = (jnp.arange(log_probs.shape[-1]) == self.end_token)[None, None, :]
@@ -209,18 +209,18 @@ class ForceEos:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class ForcePrefix:
-    """The outputs of each sentence begin with its prefix; the other processors apply after it.
+    """The outputs of each sentence begin with its prefix.
 
     Attributes:
         prefixes: [N, P], `ANY` after each prefix's end; P is at least 1.
-        others: processors that apply after the prefix, but not inside it.
+        others: processors of the tokens after the prefix; they do not apply to the prefix.
     """
 
     prefixes: Int[Array, "N P"]
     others: tuple[LogitsProcessor, ...] = ()
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
-        """Returns the log-probabilities with all but the prefix's token MASKED, or after it those of `others`."""
+        """Returns the log-probabilities: inside the prefix, all other tokens are MASKED; after it, `others` apply."""
         prefixes = self.prefixes
         place = jnp.minimum(progress.steps, prefixes.shape[1] - 1)
         sentences = jnp.minimum(progress.sentences, prefixes.shape[0] - 1)

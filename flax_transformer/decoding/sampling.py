@@ -1,7 +1,7 @@
 """Sampling: outputs drawn from a model's distribution, over the same decode step as beam search.
 
-Each sample of a sentence is drawn independently, from the sentence's own seed. So it depends neither on the batch nor
-on the sentence's place in it.
+Each sentence has its own seed, and its samples are drawn independently. So they depend neither on the batch nor on the
+sentence's place in it.
 
 Legend: B sentences, K samples, V vocabulary, T maximum length.
 """
@@ -35,8 +35,9 @@ class SamplingConfig:
 
     Attributes:
         temperature: divisor of the logits; below 1 it favours probable tokens.
-        top_k: number of most probable tokens to draw from; 0 allows all.
-        top_p: draw from the fewest most probable tokens whose probabilities sum to at least this; 1 allows all.
+        top_k: draw from this number of most probable tokens; 0 allows all.
+        top_p: draw from the smallest set of most probable tokens whose probabilities sum to at least this; 1 allows
+            all.
         min_p: draw from tokens with at least this share of the highest probability; 0 allows all.
 
     References:
@@ -51,8 +52,8 @@ class SamplingConfig:
     def __post_init__(self):
         if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise ConfigError(
-                f"temperature must be at least {LEAST_TEMPERATURE:g}, got {self.temperature}; for the most probable, "
-                "use a beam."
+                f"temperature must be at least {LEAST_TEMPERATURE:g}, got {self.temperature}. For the most probable "
+                "outputs, set decoding.method: beam."
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k must not be negative (0 is all tokens), got {self.top_k}.")
@@ -63,9 +64,9 @@ class SamplingConfig:
 
 
 def keep_probable(log_probs: Float[Array, "B K V"], config: SamplingConfig) -> Float[Array, "B K V"]:
-    """Returns log-probabilities with excluded tokens MASKED; the most probable token is always kept.
+    """Returns log-probabilities with excluded tokens MASKED. The most probable token is always kept.
 
-    Temperature comes first, then each limit is applied to the same distribution.
+    The temperature is applied first. Then each limit is applied to the same distribution.
     """
     log_probs = jax.nn.log_softmax(log_probs / jnp.float32(config.temperature), axis=-1)
     kept = jnp.ones(log_probs.shape, bool)
@@ -87,17 +88,17 @@ def keep_probable(log_probs: Float[Array, "B K V"], config: SamplingConfig) -> F
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SamplingState:
-    """Everything dynamic about sampling.
+    """The state of sampling between two steps. No step changes the first three attributes.
 
     Attributes:
-        max_lengths: [B], most tokens of each sentence's outputs; no step changes them.
-        keys: [B, K], random keys; no step changes them.
-        processors: see `LogitsProcessor`; no step changes them.
-        step: tokens drawn so far.
+        max_lengths: [B], most tokens of each sentence's outputs, end token included.
+        keys: [B, K], random keys.
+        processors: logits processors, applied in this order.
+        step: number of tokens drawn so far.
         tokens, log_probs: [B, K, T].
-        lengths: [B, K], 0 while a sample goes on. A sample with no allowed token left has ended, but is no output.
+        lengths: [B, K], 0 until a sample ends. A sample without any allowed token ends, but is no output.
         auxiliary: tree of [B, K, T, ...].
-        decoder: the state of the step function.
+        decoder: state of the decoder.
     """
 
     max_lengths: Int[Array, "B"]
@@ -120,18 +121,18 @@ def sample(
     seeds: Int[Array, "B"],
     processors: Sequence[LogitsProcessor] = (),
 ) -> Hypotheses:
-    """Returns K outputs of each sentence, drawn independently, best score first; some may be equal.
+    """Returns K outputs of each sentence, drawn independently: finished ones by score, then unfinished ones by score.
 
-    If the processors leave no token for a sample, it is no output. It then has length 0 and stands last.
+    Samples may be equal. A sample for which the processors allow no token is no output. It has length 0 and comes last.
 
     Args:
         functions: the decoder; only its step is called.
         config: sizes, tokens and length penalty; there is a slot for each sentence, and a beam for each sample.
         sampling: how tokens are drawn.
-        decoder: the state before the first token, with K beams.
-        max_lengths: most tokens of each sentence's output; 0 marks padding.
+        decoder: state of the decoder before the first token, with K beams.
+        max_lengths: most tokens of each sentence's outputs, end token included; 0 marks padding.
         seeds: seed of each sentence.
-        processors: change log-probabilities before tokens are drawn, applied in this order.
+        processors: change log-probabilities before tokens are drawn; applied in this order.
     """
     shape = (*max_lengths.shape, config.beam_size, config.max_length)
     auxiliary = jax.eval_shape(functions.step, jnp.zeros(shape[:2], jnp.int32), decoder)[1]
@@ -153,14 +154,14 @@ def sample(
 
 
 def _runs(state: SamplingState) -> Bool[Array, "B K"]:
-    """Returns which samples go on."""
+    """Returns which samples have not ended."""
     return (state.lengths == 0) & (state.step < state.max_lengths)[:, None]
 
 
 def _draw(
     functions: DecoderFunctions, config: BeamSearchConfig, sampling: SamplingConfig, state: SamplingState
 ) -> SamplingState:
-    """Returns the state with one more token for each sample that goes on."""
+    """Returns the state with one more token for each sample that has not ended."""
     last = jax.lax.dynamic_index_in_dim(state.tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False)
     logits, auxiliary, decoder = functions.step(jnp.where(state.step == 0, config.start_token, last), state.decoder)
     allowed = log_probabilities(logits)
@@ -172,7 +173,7 @@ def _draw(
     drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, keep_probable(allowed, sampling))
     runs = _runs(state)
     drawn = jnp.where(runs, drawn, config.end_token).astype(jnp.int32)
-    chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED where nothing was allowed
+    chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED if no token was allowed
     ends = (drawn == config.end_token) | (chosen <= MASKED / 2)  # a NaN does not end
 
     def put(history: Shaped[Array, "B K T *rest"], new: Shaped[Array, "B K *rest"]) -> Shaped[Array, "B K T *rest"]:

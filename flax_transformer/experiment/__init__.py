@@ -1,1 +1,1 @@
-"""A whole run: its text and programs, its start or resumption, its validation, and its report."""
+"""A whole run: its text, its programs, its start, its validation and its report."""

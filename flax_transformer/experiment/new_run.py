@@ -1,4 +1,4 @@
-"""How a run begins: anew, or from the parameters of another run."""
+"""The start of a new run, with new parameters or those of another run."""
 
 import contextlib
 from collections.abc import Generator
@@ -21,14 +21,14 @@ from flax_transformer.training.state import StateLayout, TrainState, init_state
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training starts.
+    """The start of a training.
 
     Attributes:
-        checkpoints: of the run, open for as long as it is trained.
-        state: the first one.
-        position: the next batch to take.
-        compiled: all programs of the run; None where no step is left to take.
-        notes: what the log should tell of the start.
+        checkpoints: checkpoints of the run, open during the training.
+        state: first state.
+        position: next batch to train on.
+        compiled: all programs of the run, or None if no step is left.
+        notes: lines for the log.
     """
 
     checkpoints: Checkpoints
@@ -43,10 +43,10 @@ class NewRun:
 
     Args:
         config: the recipe.
-        folder: where it will lie.
+        folder: folder that the run will get.
 
     Raises:
-        RunFolderError: there is a run already, or something else.
+        RunFolderError: the folder contains a run or other files.
     """
 
     def __init__(self, config: Config, folder: RunFolder):
@@ -58,33 +58,33 @@ class NewRun:
         """Returns the tokenizers of the run.
 
         Raises:
-            InputError: as `tokenizers_of_new_run`.
+            InputError: as `tokenizers_of_new_run` does.
         """
         return tokenizers_of_new_run(self.config, corpus)
 
     @contextlib.contextmanager
     def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:
-        """Makes the run's folder and keeps others out of it; yields where the training starts.
+        """Makes the run's folder, keeps its lock, and yields the start of the training.
 
-        The folder is made once everything that the user can get wrong has been looked at.
+        The folder is made last. So a mistake in the input leaves no folder behind.
 
         Raises:
-            InputError: a run that cannot be started from, or programs that do not fit the memory.
+            InputError: the training cannot start from the run of `init_from`, or programs do not fit the memory.
         """
         params = initial_params(self.config, text.tokenizers, programs.layout)
         compiled = programs.compile(text)
         self.folder.create(self.config, text.tokenizers)
-        with self.folder.held(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
+        with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             state = initial_state(self.config, text.tokenizers, programs.layout, params)
-            checksums_of(state)  # compiles what every checkpoint will need
+            checksums_of(state)  # compiles the checksums that every checkpoint needs
             yield Start(checkpoints, state, Position(0, 0), compiled)
 
 
 def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:
-    """Returns the tokenizers of the run that a new one starts from, or those of the training text.
+    """Returns the tokenizers of the run of `init_from`, or those that are learnt from the training text.
 
     Raises:
-        InputError: bad text, or a run that cannot be started from.
+        InputError: the text is bad, or the training cannot start from the run of `init_from`.
     """
     if config.init_from is not None:
         return _parent(config.init_from, config).tokenizers()
@@ -92,16 +92,16 @@ def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:
 
 
 def training_checkpoints(config: Config, folder: RunFolder, tokenizers: TokenizerPair) -> Checkpoints:
-    """Returns the checkpoints of a run, of which as many are kept as its configuration says."""
+    """Returns the checkpoints of a run; its configuration says how many are kept."""
     keep = config.training.keep_newest, config.training.keep_best
     return Checkpoints(folder.checkpoints, keep, tokenizers.fingerprint)
 
 
 def initial_params(config: Config, tokenizers: TokenizerPair, layout: StateLayout) -> Any:
-    """Returns the best parameters of the run that this one starts from, in the shardings of `layout`, or None.
+    """Returns the best parameters of the run of `init_from`, in the shardings of `layout`, or None without such a run.
 
     Raises:
-        RunFolderError: a run that cannot be started from, or with other tokenizers.
+        RunFolderError: the training cannot start from that run, or its tokenizers are others.
     """
     if config.init_from is None:
         return None
@@ -111,16 +111,16 @@ def initial_params(config: Config, tokenizers: TokenizerPair, layout: StateLayou
 
 
 def initial_state(config: Config, tokenizers: TokenizerPair, layout: StateLayout, params: Any) -> TrainState:
-    """Returns the state before the first step, with `params` unless they are None."""
+    """Returns the state before the first step, with `params` or, if they are None, new parameters."""
     state = init_state(config.model, vocabulary_info(tokenizers), layout, config.training.seed)
     return state if params is None else state.starting_from(params)
 
 
 def _parent(path: str, config: Config) -> RunFolder:
-    """Returns the run at `path`, from which the one of `config` starts.
+    """Returns the run at `path`, which the run of `config` starts from.
 
     Raises:
-        RunFolderError: it is none, or its tokenizer was made by other settings.
+        RunFolderError: there is no run, or its tokenizer was learnt with other settings.
     """
     parent = RunFolder.open(path)
     if parent.read_config().tokenizer != config.tokenizer:

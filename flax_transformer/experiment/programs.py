@@ -1,4 +1,4 @@
-"""The programs of a run: its model, its train step, its validation and its translations."""
+"""The programs of a run: train step, validation and translation."""
 
 import time
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from flax_transformer.parallel.memory import needed_bytes
 from flax_transformer.training.loop import CompiledSteps, compile_steps
 from flax_transformer.training.state import StateLayout, describe_parameters, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
-from flax_transformer.training.throughput import FlopFigures, ProductCost, peak_flops
+from flax_transformer.training.throughput import FlopFigures, ModelFlops, peak_flops
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The programs of a run, made from shapes: no parameter exists yet, and nothing is compiled.
+    """The programs of a run, made from shapes. No parameter exists yet, and nothing is compiled.
 
     Attributes:
         mesh: the devices.
         layout: layout of the training state.
-        step: the jitted train step.
-        translator: gets parameters when some are evaluated, and gives them back.
-        validation: evaluates parameters during the training.
-        flops: figures for the throughput.
+        step: jitted train step.
+        translator: translator without parameters; `with_params` gives it some.
+        validation: evaluation of parameters during the training.
+        flops: costs for the throughput.
     """
 
     mesh: Mesh
@@ -41,15 +41,15 @@ class Programs:
     flops: FlopFigures
 
     def compile(self, text: PreparedText) -> "CompiledPrograms":
-        """Compiles all that the run will need.
+        """Compiles all programs that the run needs.
 
         Raises:
-            ConfigError: something needs more memory than a device has.
+            ConfigError: a program needs more memory than a device has.
         """
         clock = time.monotonic()
         steps = compile_steps(self.step, self.layout.abstract, text.plan.shapes, self.mesh)
         self.validation.compile()
-        self.translator.compile(text.corpus.test.source, self.validation.held)
+        self.translator.compile(text.corpus.test.source, self.validation.reserved_bytes)
         return CompiledPrograms(CompiledSteps(steps, self.mesh), time.monotonic() - clock)
 
 
@@ -58,8 +58,8 @@ class CompiledPrograms:
     """The compiled programs of a run.
 
     Attributes:
-        steps: the train step; validation and translator keep their programs themselves.
-        seconds: how long it took.
+        steps: compiled train step. Validation and translator keep their programs themselves.
+        seconds: duration of the compilation.
     """
 
     steps: CompiledSteps
@@ -67,7 +67,7 @@ class CompiledPrograms:
 
     @property
     def text(self) -> str:
-        """What was compiled, how long it took, and how much memory a step needs."""
+        """Line for the log, with the number of shapes, the duration, and the memory of a step."""
         largest = max(needed_bytes(program) for program in self.steps.programs.values())
         return (
             f"compiled {len(self.steps.programs)} shapes, and evaluation, in {self.seconds:.1f} s; a step needs at "
@@ -79,7 +79,7 @@ def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
     """Returns the programs of a run.
 
     Raises:
-        ConfigError: sizes that the mesh does not divide, or settings that contradict the parameters of the model.
+        ConfigError: the mesh does not divide a size, or settings contradict the parameters of the model.
     """
     vocabulary = vocabulary_info(text.tokenizers)
     parameter_info = describe_parameters(config.model, vocabulary)
@@ -87,9 +87,11 @@ def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
     optimizer = make_optimizer(config.optimizer, schedule, parameter_info)
     layout = make_layout(config.model, vocabulary, optimizer, mesh, config.training.ema_decay)
     objective = Objective(config.training.label_smoothing, config.training.r_drop)
-    step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
+    step = jit_train_step(
+        layout, schedule, objective, config.training.seed, mesh, config.batching.gradient_accumulation_steps
+    )
     translator = Translator.from_params(config.model, text.tokenizers, layout.abstract.params, config.decoding, mesh)
     validation = Validation(config, text, translator, layout)
-    cost = ProductCost.of(parameter_info, objective.num_passes)
+    cost = ModelFlops.of(parameter_info, objective.num_passes)
     flops = FlopFigures(cost, peak_flops(mesh, config.model.compute_dtype))
     return Programs(mesh, layout, step, translator, validation, flops)

@@ -1,7 +1,7 @@
-"""The programs of a recipe, the train step and the search, traced and compiled for hardware that may only be described.
+"""The train step and the search of a recipe, traced and compiled for hardware that may only be described.
 
 They are made from shapes alone, by the functions that a training and a translator call. The search is a plain beam
-search: what a recipe suppresses, forces or penalises beside it is left out.
+search, without the recipe's logits processors.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
 from flax_transformer.inference.programs import ProgramOptions
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+from flax_transformer.inference.requests import num_awaited
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, jit_search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
-from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, batch_sharding, check_rows, replicated_sharding
 from flax_transformer.parallel.topology import Program
 from flax_transformer.shapes import Batch
@@ -38,7 +39,7 @@ class RecipePrograms:
     Attributes:
         config: the recipe.
         vocabulary: sizes and special ids of its tokenizers.
-        mesh: mesh of devices that are present or described. For an abstract mesh programs are traced, but not compiled.
+        mesh: mesh of devices that are present or described. Programs for an abstract mesh can be traced, not compiled.
     """
 
     config: Config
@@ -49,7 +50,7 @@ class RecipePrograms:
         """Returns the train step on batches of one shape, before it is compiled.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh.
+            ConfigError: the mesh does not divide the rows.
         """
         config, mesh = self.config, self.mesh
         check_rows(shape.rows, mesh, ("data", "fsdp"), "a batch")
@@ -57,7 +58,9 @@ class RecipePrograms:
         optimizer = make_optimizer(config.optimizer, schedule, describe_parameters(config.model, self.vocabulary))
         layout = make_layout(config.model, self.vocabulary, optimizer, mesh, config.training.ema_decay)
         objective = Objective(config.training.label_smoothing, config.training.r_drop)
-        step = jit_train_step(layout, schedule, objective, config.training.seed, mesh, config.batching.micro_batches)
+        step = jit_train_step(
+            layout, schedule, objective, config.training.seed, mesh, config.batching.gradient_accumulation_steps
+        )
         source, target = (
             jax.ShapeDtypeStruct((shape.rows, length), "int32", sharding=batch_sharding(mesh))
             for length in (shape.source_length, shape.target_length)
@@ -69,12 +72,12 @@ class RecipePrograms:
         """Returns the train step on batches of one shape, compiled.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
+            ConfigError: the mesh does not divide the rows, or a device has too little memory.
         """
         return self._compiled("train step", self.traced_train_step(shape), "Lower batching.tokens_per_batch.")
 
     def prepared(self) -> InferenceParams:
-        """Returns the graph, and the shapes of the parameters, as a search reads them."""
+        """Returns the graph definition, and the shapes of the parameters, in the form that a search reads."""
         graphdef, params = abstract_model(self.config.model, self.vocabulary)
 
         def prepare(params: Any) -> InferenceParams:
@@ -87,38 +90,38 @@ class RecipePrograms:
         """Returns the beam search of sentences of one length, before it is compiled.
 
         Args:
-            source_length: tokens of each sentence, end token included.
-            max_length: tokens of an output at most, end token included.
+            source_length: number of tokens of each sentence, end token included.
+            max_length: maximum number of tokens of an output, end token included.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh.
+            ConfigError: the mesh does not divide the rows.
         """
         decoding, mesh = self.config.decoding, self.mesh
-        check_rows(decoding.batch_rows, mesh, tuple(mesh.axis_names), "decoding.batch_rows")
+        check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
         beam = BeamSearchConfig(
             decoding.beam_size,
-            decoding.batch_rows // mesh.size,
+            decoding.batch_size // mesh.size,
             max_length,
             self.vocabulary.start_token,
             SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
-            decoding.patience,
-            refill_at=ProgramOptions().refill_at(decoding.batch_rows // mesh.size),
+            num_awaited(decoding, 1),
+            refill_at=ProgramOptions().refill_at(decoding.batch_size // mesh.size),
         )
         sharding = replicated_sharding(mesh)  # a copy on every device
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
-        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_rows, source_length)
-        return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
+        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length)
+        return jit_search(graphdef, SearchConfig(beam), mesh).trace(params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
-        """Returns the beam search of sentences of one length, compiled; arguments as `traced_search`.
+        """Returns the beam search of sentences of one length, compiled. The arguments are those of `traced_search`.
 
         Raises:
-            ConfigError: rows that do not divide over the mesh, or a device's memory does not suffice.
+            ConfigError: the mesh does not divide the rows, or a device has too little memory.
         """
-        return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_rows.")
+        return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_size.")
 
     @property
     def _abstract_mesh(self) -> AbstractMesh:
@@ -127,10 +130,10 @@ class RecipePrograms:
     def _compiled(self, name: str, traced: Traced, advice: str) -> Program:
         mesh = self.mesh
         assert isinstance(mesh, Mesh), "of an abstract mesh programs are traced only: it has no devices to compile for"
-        return Program.of(name, lambda: compiled_within_memory(traced.lower(), mesh, f"the {name}", advice))
+        return Program.of(name, lambda: compile_checked(traced.lower(), mesh, f"the {name}", advice))
 
     def _inputs(self, num_sentences: int, source_length: int) -> SearchInputs:
-        """Returns the shapes of a plain search's inputs: no prefix, no phrase, no token that is excluded."""
+        """Returns the shapes of a plain search's inputs: no prefix, no required phrase, no suppressed token."""
 
         def rows(*shape: int, num: int = num_sentences) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((num, *shape), "int32", sharding=all_devices_sharding(self.mesh))
@@ -143,5 +146,5 @@ class RecipePrograms:
             prefixes=rows(0),
             required=rows(0, 0),
             seeds=rows(),
-            banned=jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(self.mesh)),
+            suppressed=jax.ShapeDtypeStruct((0,), "bool", sharding=replicated_sharding(self.mesh)),
         )

@@ -1,4 +1,4 @@
-"""What a run says of itself: what it is about to do, how good its translations are, and what it was."""
+"""Reports of a run: its description, the scores of its test part, its pictures and its run card."""
 
 import platform
 import time
@@ -31,12 +31,12 @@ PACKAGES = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sen
 
 
 def describe_pairs(pairs: TokenizedPairs) -> str:
-    """Returns how many training pairs there are, and how many were left out for which reason."""
+    """Returns a text with the number of training pairs, and the numbers that were left out by reason."""
     return f"{len(pairs):,} training pairs" + (f" ({pairs.left_out} left out)" if pairs.left_out else "")
 
 
 def describe_tokens(pairs: TokenizedPairs, tokenizers: TokenizerPair) -> str:
-    """Returns how many tokens the pairs have, and of how many different ones."""
+    """Returns a text with the numbers of tokens, and the sizes of the vocabularies."""
     sizes = f"{tokenizers.source.vocab_size:,}"
     if not tokenizers.joint:
         sizes += f" and {tokenizers.target.vocab_size:,}"
@@ -45,7 +45,7 @@ def describe_tokens(pairs: TokenizedPairs, tokenizers: TokenizerPair) -> str:
 
 
 def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
-    """Returns the shapes of the batches, how many make an epoch, and the share of padding in them."""
+    """Returns a text with the shapes of the batches, the number of batches in an epoch, and their share of padding."""
     batches = plan.epoch(0)
     padded = sum(b.shape.rows * (b.shape.source_length + b.shape.target_length) for b in batches)
     lengths = pairs.lengths.sum(axis=1)
@@ -58,7 +58,7 @@ def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
 
 
 def describe_run(config: Config, text: PreparedText, num_parameters: int, mesh: Mesh) -> str:
-    """Returns the description of a run before it starts: its text, model, devices and batches."""
+    """Returns the description of a run before it starts, with its text, model, devices and batches."""
     train, validation = text.train[0], text.validation
     without = f" ({validation.left_out} left out of the loss)" if validation.left_out else ""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -76,11 +76,11 @@ def describe_run(config: Config, text: PreparedText, num_parameters: int, mesh: 
 
 @dataclass(frozen=True)
 class ScoredTestPart:
-    """How the test part was translated.
+    """Scores of the translated test part.
 
     Attributes:
-        scores: of all translations.
-        samples: indices of the lines that were shown.
+        scores: scores of all translations.
+        samples: indices of the samples in the log.
     """
 
     scores: Scores
@@ -89,12 +89,12 @@ class ScoredTestPart:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What a training came to.
+    """Figures of a training for the run card.
 
     Attributes:
-        steps: updates made, in all.
+        steps: number of updates of the whole training.
         tested_step: step of the parameters that were tested.
-        seconds: how long it took, since the run was last resumed.
+        seconds: duration of the training since its start, or since it was last resumed.
     """
 
     steps: int
@@ -105,7 +105,7 @@ class TrainingSummary:
 def score_test_part(
     config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, log: RunLog
 ) -> ScoredTestPart:
-    """Translates and scores the test part, writes its translations, and shows samples."""
+    """Translates and scores the test part, writes its translations, and logs samples."""
     clock = time.monotonic()
     translations = translator.translate(corpus.test.source)
     seconds = time.monotonic() - clock
@@ -135,7 +135,7 @@ def score_test_part(
 def draw_pictures(
     config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int], log: RunLog
 ) -> None:
-    """Draws the course of the training, and the attention of one of the samples, of middle length."""
+    """Draws the curves of the training, and the attention of the sample of middle length."""
     from flax_transformer.plots.attention import plot_attention  # Matplotlib is needed at the end of a training alone
     from flax_transformer.plots.curves import plot_curves
     from flax_transformer.plots.picture import missing_letters_note
@@ -156,7 +156,7 @@ def draw_pictures(
 def run_card(
     config: Config, text: PreparedText, programs: Programs, training: TrainingSummary, scores: Scores
 ) -> dict[str, Any]:
-    """Returns what was run, on what, and what came out."""
+    """Returns the summary of a run: versions, devices, figures of the training, and scores of the test part."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""How a run goes on: what it must keep of its recipe, and where its training stopped."""
+"""Resuming a run: checks of its recipe, and the place at which its training goes on."""
 
 import contextlib
 from collections.abc import Generator
@@ -15,20 +15,20 @@ from flax_transformer.experiment.text import PreparedText
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
 
-# What a resumed run must have as it was: whole sections, and fields of section training.
+# Settings that a resumed run must keep: whole sections, and fields of section training.
 SECTIONS_KEPT = (
     "init_from", "data", "filters", "tokenizer", "subword_sampling", "model", "batching", "optimizer", "decoding",
     "evaluation",
 )  # fmt: skip
-TRAINING_FIELDS_KEPT = ("seed", "label_smoothing", "r_drop", "ema_decay", "best_by", "evaluate_sentences")
+TRAINING_FIELDS_KEPT = ("seed", "label_smoothing", "r_drop", "ema_decay", "best_metric", "evaluate_sentences")
 
 
 class ResumedRun:
-    """A run that goes on from its newest checkpoint, or from the start if it has none.
+    """A run that is resumed from its newest checkpoint, or from the start if it has none.
 
     Args:
         config: the recipe.
-        folder: the run's.
+        folder: the run's folder.
 
     Raises:
         RunFolderError: there is no run, or it was made by another recipe.
@@ -43,7 +43,7 @@ class ResumedRun:
         """Returns the tokenizers of the run.
 
         Raises:
-            RunFolderError: they are missing, or not those that the newest checkpoint was saved with.
+            RunFolderError: they are missing, or the newest checkpoint was saved with others.
         """
         tokenizers = self.folder.tokenizers()
         with Checkpoints(self.folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
@@ -52,15 +52,15 @@ class ResumedRun:
 
     @contextlib.contextmanager
     def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:
-        """Keeps others out of the run's folder; yields where the training goes on.
+        """Keeps the lock of the run's folder, and yields the place at which the training goes on.
 
-        The run gets the new configuration once everything that the user can get wrong has been looked at.
+        The new configuration is written last. So a mistake in the input changes nothing in the folder.
 
         Raises:
-            InputError: another process trains the run, a checkpoint is damaged or of other text, or programs do not fit
-                the memory.
+            InputError: another process trains the run, a checkpoint is damaged or belongs to other text, or programs do
+                not fit the memory.
         """
-        with self.folder.held(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
+        with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             position, redrawn = Position(0, 0), False
             if checkpoints.latest_step() is None:  # stopped before its first checkpoint
                 params = initial_params(self.config, text.tokenizers, programs.layout)
@@ -70,23 +70,23 @@ class ResumedRun:
                 state, redrawn = restored.state, restored.data != text.fingerprint
                 position = _position(self.folder, restored, text)
             step = int(state.step)
-            checksums_of(state)  # compiles what every checkpoint will need
+            checksums_of(state)  # compiles the checksums that every checkpoint needs
             compiled = None
             if step < self.config.training.steps:
                 compiled = programs.compile(text)
-                self.folder.card_file.unlink(missing_ok=True)  # it tells of a training that was shorter
+                self.folder.card_file.unlink(missing_ok=True)  # it describes the shorter training
             self.folder.update_config(self.config)
             notes = [f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}"]
             if redrawn:
                 notes.append(
                     "the random segmentations of this run are no longer in the cache and were drawn anew: this epoch "
-                    "has other batches than the one that it goes on with"
+                    "has other batches than before"
                 )
             yield Start(checkpoints, state, position, compiled, tuple(notes))
 
 
 def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> Position:
-    """Returns the position of a checkpoint in the text as it is now.
+    """Returns the position of a checkpoint in the present text.
 
     Raises:
         RunFolderError: the run was trained on other text.
@@ -99,7 +99,7 @@ def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> Posi
     position = restored.position
     if restored.data == text.fingerprint:
         return position
-    # Random segmentations were drawn anew, and an epoch may have fewer batches than it had.
+    # Random segmentations were drawn anew, and an epoch may now have fewer batches.
     return position._replace(batch=min(position.batch, len(text.plan.epoch(position.epoch)) - 1))
 
 

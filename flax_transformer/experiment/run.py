@@ -22,12 +22,12 @@ from flax_transformer.training.run_log import RunLog
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
         folder: the run folder.
-        scores: on the test part; None when a signal stopped the training.
-        signal: which one did, or None.
+        scores: scores of the test part, or None if a signal stopped the training.
+        signal: signal that stopped the training, or None.
     """
 
     folder: RunFolder
@@ -36,17 +36,18 @@ class Outcome:
 
 
 def run_experiment(config: Config, resume: bool = False) -> Outcome:
-    """Trains as `config` says, evaluates on the test part, and leaves everything in the run folder.
+    """Trains by a recipe, evaluates on the test part, and leaves everything in the run folder.
 
-    The course of a run stands in one function, with banners, so that it can be read from top to bottom.
+    A run is one function with banners, which can be read from top to bottom.
 
     Args:
-        config: the recipe; `config.run` names the folder.
-        resume: go on from the newest checkpoint of that folder. Everything but the number of steps, the intervals,
-            patience and the mesh must be as it was.
+        config: the recipe. `config.run` names the folder.
+        resume: whether to go on from the newest checkpoint of that folder. Then only the number of steps, intervals,
+            patience, numbers of kept checkpoints and the mesh may change.
 
     Raises:
         InputError: bad files, a bad configuration, or a run folder in the wrong state.
+        DivergenceError: too many updates in a row were not finite.
     """
     started = time.monotonic()
     folder = RunFolder(config.run)
@@ -54,14 +55,14 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     bleu_metric(config.evaluation.bleu_tokenizer)  # what is missing is told before the training
     run = ResumedRun(config, folder) if resume else NewRun(config, folder)
 
-    # --- the text, and what is computed with it
+    # --- text and programs
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data)
     text = prepare_text(config, corpus, run.tokenizers(corpus), mesh)
     programs = make_programs(config, text, mesh)
 
     with run.start(text, programs) as start, RunLog(folder, int(start.state.step)) as log:
-        # --- what is about to happen
+        # --- description
         log.say(describe_run(config, text, programs.layout.num_parameters, mesh))
         for note in start.notes:
             log.say(note)
@@ -94,7 +95,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
 
         # --- test
         best = start.checkpoints.choose("best")
-        tested = trained.state.usable
+        tested = trained.state.eval_params
         if best != step:
             log.say(f"\nthe best evaluation was at step {best}: its parameters are tested")
             tested = start.checkpoints.restore_params(best, programs.layout.abstract.params)
@@ -110,10 +111,10 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
 
 
 def _check_trainable(config: Config) -> None:
-    """Raises a `ConfigError` where parameters are kept in a type in which they would not move."""
+    """Raises a `ConfigError` for parameters in a type that rounds most updates away."""
     if config.model.param_dtype != "float32":
         raise ConfigError(
-            f"model.param_dtype: {config.model.param_dtype} cannot be trained in: most updates, and those of the "
-            "optimiser's averages, are below its rounding and would be lost. Keep model.param_dtype: float32 and set "
+            f"model.param_dtype: {config.model.param_dtype} cannot be trained in: most updates of parameters and of "
+            "the optimiser's averages are smaller than its rounding. Keep model.param_dtype: float32 and set "
             f"model.compute_dtype: {config.model.param_dtype}."
         )

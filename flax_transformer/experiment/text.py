@@ -1,4 +1,4 @@
-"""The text of a run as its training reads it: cut into tokens, with batches planned."""
+"""The text of a run, tokenised and planned as batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from flax_transformer.parallel.mesh import check_rows
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A corpus, and what has been made of it.
+    """A corpus, its tokens and its batches.
 
     Attributes:
         corpus: the text.
-        tokenizers: of both sides.
-        train: variants of the training pairs, that epochs take turns through.
+        tokenizers: tokenizers of both sides.
+        train: training pairs, once for each segmentation. The epochs take turns.
         validation: pairs of the validation part.
         plan: batches of the training pairs.
         validation_plan: batches of the validation pairs.
-        fingerprint: of the training pairs; positions in `plan` mean something only with the same.
+        fingerprint: fingerprint of the training pairs. A position in `plan` is valid only for the same fingerprint.
     """
 
     corpus: Corpus
@@ -38,10 +38,10 @@ class PreparedText:
 
 
 def prepare_text(config: Config, corpus: Corpus, tokenizers: TokenizerPair, mesh: Mesh) -> PreparedText:
-    """Returns a corpus cut into tokens, from the user's cache where it lies there, with batches that fit the mesh.
+    """Returns a tokenised corpus, from the user's cache if it is there, with batches that fit the mesh.
 
     Raises:
-        InputError: bad text, sizes of batches that do not suffice, or rows that the mesh does not divide.
+        InputError: the text is bad, batches are too small, or the mesh does not divide their rows.
     """
     limits = config.model.max_source_length, config.model.max_target_length
     train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits, config.subword_sampling)
@@ -51,10 +51,10 @@ def prepare_text(config: Config, corpus: Corpus, tokenizers: TokenizerPair, mesh
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])
     for shape in plan.shapes:
         check_rows(
-            shape.rows // config.batching.micro_batches,
+            shape.rows // config.batching.gradient_accumulation_steps,
             mesh,
             ("data", "fsdp"),
-            "a batch, or a piece of it if it is cut",
+            "a batch, or a micro-batch of it",
             f" Set batching.row_multiple: {mesh.shape['data'] * mesh.shape['fsdp']}.",
         )
     return PreparedText(corpus, tokenizers, train, validation, plan, validation_plan, fingerprint)

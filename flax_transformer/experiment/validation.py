@@ -1,4 +1,4 @@
-"""The validation of a run: how good parameters are, on text that they are not trained on."""
+"""The evaluation of parameters on validation text, during a training."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translation import no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
-from flax_transformer.parallel.memory import held_bytes
+from flax_transformer.parallel.memory import stored_bytes
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.loop import compile_steps, shape_of
@@ -22,7 +22,7 @@ from flax_transformer.training.step import Objective, jit_evaluation_step
 
 
 class Validation:
-    """Evaluates parameters on the validation part: loss by teacher forcing, scores by beam search."""
+    """Evaluates parameters on the validation part: loss by teacher forcing, scores of translations."""
 
     def __init__(
         self,
@@ -34,37 +34,39 @@ class Validation:
         num = config.training.evaluate_sentences
         self.source, self.target = text.corpus.validation.source[:num], text.corpus.validation.target[:num]
         self.pairs, self.plan = text.validation, text.validation_plan
-        self.params = layout.abstract.usable
-        # Of a training: what an evaluation does not read stays on the devices beside it.
-        self.held = held_bytes(layout.abstract) - held_bytes(self.params)
+        self.params = layout.abstract.eval_params
+        # Arrays of a training that an evaluation does not read stay on the devices.
+        self.reserved_bytes = stored_bytes(layout.abstract) - stored_bytes(self.params)
         self.step = jit_evaluation_step(layout, Objective(config.training.label_smoothing), translator.mesh)
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.translator = translator
         self.bleu_tokenizer = config.evaluation.bleu_tokenizer
-        self.best_by = config.training.best_by
+        self.best_metric = config.training.best_metric
 
     def quality(self, record: dict[str, Any]) -> float:
-        """Returns the quality of an evaluation by `training.best_by`, the higher the better."""
-        return -record["loss"] if self.best_by == "loss" else record[self.best_by]
+        """Returns the quality of an evaluation by `training.best_metric`. Higher is better."""
+        return -record["loss"] if self.best_metric == "loss" else record[self.best_metric]
 
     def history(self, folder: RunFolder) -> list[float]:
-        """Returns the qualities of the evaluations that a run has had so far."""
+        """Returns the qualities of all evaluations of a run so far."""
         return [self.quality(r) for r in read_metrics(folder.metrics_file) if r["kind"] == "validation"]
 
     def compile(self) -> None:
-        """Compiles all that an evaluation needs.
+        """Compiles all programs of an evaluation.
 
         Raises:
-            ConfigError: it needs more memory than a device has.
+            ConfigError: a program needs more memory than a device has.
         """
-        self.compiled = compile_steps(self.step, self.params, self.plan.shapes, self.translator.mesh, self.held)
-        self.translator.compile(self.source, self.held)
+        self.compiled = compile_steps(
+            self.step, self.params, self.plan.shapes, self.translator.mesh, self.reserved_bytes
+        )
+        self.translator.compile(self.source, self.reserved_bytes)
 
     def __call__(self, log: RunLog, params: Any, step: int) -> float:
         """Logs loss and scores of `params`, and returns their quality."""
         clock = time.monotonic()
         sharding = batch_sharding(self.translator.mesh)
-        sums = [  # one after the other: see `MOST_UNDER_WAY` of the training loop
+        sums = [  # one after the other: see `MAX_STEPS_IN_FLIGHT` of the training loop
             jax.device_get(self.compiled[shape_of(batch)](params, jax.device_put(batch, sharding)))
             for batch in evaluation_batches(self.pairs, self.plan)
         ]

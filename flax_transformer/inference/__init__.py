@@ -1,1 +1,1 @@
-"""Text to text with a trained model, and its scores."""
+"""Translation of text with a trained model, and scores of translations."""

@@ -1,4 +1,4 @@
-"""Which source word each target word was made from, read off the attention."""
+"""Alignments of target words to source words, computed from the attention."""
 
 import bisect
 import re
@@ -8,13 +8,13 @@ import numpy as np
 
 
 def word_numbers(text: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Returns for each piece of a text the numbers of its words, from 0; a word is what stands between spaces (U+0020).
+    """Returns the numbers of the words that each piece of a text belongs to.
 
-    A piece without a character of a word, such as a space alone, belongs to the word that follows, if any does. One
-    that is unknown may stand for several words in a row.
+    Words are separated by spaces (U+0020), and counted from 0. A piece without a character of a word, such as a single
+    space, belongs to the next word, if there is one. An unknown piece may belong to several words.
 
     Args:
-        text: the line that was cut into the pieces, or the output that they were put together to.
+        text: the line that was tokenised, or the output that was detokenised.
         spans: begin and end of each piece, in bytes of UTF-8; see `Tokenizer.encoded_spans` and `decoded_spans`.
 
     Example:
@@ -25,20 +25,20 @@ def word_numbers(text: str, spans: Sequence[tuple[int, int]]) -> list[list[int]]
     begins, ends = [begin for begin, _ in words], [end for _, end in words]
     numbers = []
     for begin, end in spans:
-        first = bisect.bisect_right(ends, begin)  # of the words that end behind the piece's begin
-        behind = bisect.bisect_left(begins, end)  # the first word that begins behind the piece
+        first = bisect.bisect_right(ends, begin)  # the first word that ends after the begin of the piece
+        behind = bisect.bisect_left(begins, end)  # the first word that begins after the piece
         numbers.append(list(range(first, min(max(behind, first + 1), len(words)))))
     return numbers
 
 
 def word_alignment(source: Sequence[Sequence[int]], target: Sequence[Sequence[int]], attention: np.ndarray) -> str:
-    """Returns pairs "source word-target word" in Moses format, in order of the target.
+    """Returns pairs "source word-target word" in Moses format, in the order of the target.
 
-    Each target piece is aligned to the source piece that it looked at most; the end tokens have no part in it.
+    Each target piece is aligned to the source piece with its highest attention weight. End tokens are left out.
 
     Args:
-        source, target: numbers of the words of each piece (see `word_numbers`), without the end tokens.
-        attention: [target pieces or more, source pieces or more].
+        source, target: word numbers of each piece (see `word_numbers`), without the end tokens.
+        attention: [T, S] attention weights of the pieces; further rows and columns are not read.
     """
     if not source or not target:
         return ""

@@ -1,4 +1,4 @@
-"""The attention of a decoder over a source sentence, while it is fed a given output."""
+"""The attention of a decoder over a source sentence, while it reads a given output."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from flax_transformer.inference.translator import Translator
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """How much each target token looked at each source token.
+    """The attention weights of each target token over the source tokens.
 
     Attributes:
         source: source pieces with the end token.
         target: target pieces with the end token.
-        weights: [L, N, T, S], each row sums to 1.
+        weights: [L, N, T, S], for L layers and N heads; each row sums to 1.
     """
 
     source: list[str]
@@ -27,7 +27,7 @@ class AttentionMap:
 
 
 def attention_map(translator: Translator, source: str, target: str) -> AttentionMap | None:
-    """Returns the attention over `source` while the model is fed `target`; None for a model without attention."""
+    """Returns the attention over `source` while the model reads `target`; None for a model without attention."""
     tokenizers, graphdef = translator.tokenizers, translator.parameters.graphdef
 
     def closed(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
@@ -40,8 +40,8 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
     def run(params, tokens, inputs):
         model = nnx.merge(graphdef, params)
         positions = jnp.arange(tokens.shape[1])[None, :]
-        memory = model.encode(tokens, positions, jnp.ones_like(tokens))
-        state = model.init_decode_state(memory, 1, inputs.shape[0])
+        encoded = model.encode(tokens, positions, jnp.ones_like(tokens))
+        state = model.init_decode_state(encoded, 1, inputs.shape[0])
 
         def step(state, token):
             output, state = model.decode_step(token[None, None], state)

@@ -1,4 +1,4 @@
-"""Chunks of work: which sentences one call of a search takes, and which device makes it."""
+"""Chunks of work: the sentences that one call of a search takes, and the device that runs it."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,21 +10,21 @@ import jax
 
 Found = TypeVar("Found")
 
-# A chunk has this share of one worker's part of the sentences left. So a slow worker does not hold up the end. Chunks
-# are still few, since slots are empty near the end of each.
+# A chunk has this share of the remaining sentences of one worker. A smaller share shortens the wait for a slow worker.
+# A larger share makes fewer chunks, and slots are empty near the end of each.
 SHARE = 0.75
-# Least sentences of a chunk for each slot. A chunk has fewer if its group, the number of workers or `most` requires it.
+# Fewest sentences of a chunk for each slot. The size of the group, the number of workers and `most` may lower it.
 LEAST_SENTENCES_A_SLOT = 4
 
 
 class Shape(NamedTuple):
-    """The padded lengths that decide which program serves a sentence.
+    """The padded lengths that decide which program searches a sentence.
 
     Attributes:
         source: padded length of the source.
         prefix: padded length of the prefix of the outputs, 0 without one.
         phrases: padded number of required phrases, 0 without any.
-        phrase: padded length of each phrase.
+        phrase: padded length of each required phrase.
     """
 
     source: int
@@ -36,9 +36,9 @@ class Shape(NamedTuple):
 def length_bucket(length: int, longest: int) -> int:
     """Returns the padded length for a sentence: 16, 32, 48, 64, 96, 128, ... but at most `longest`.
 
-    It depends on the sentence alone, so the rest of a batch does not change the program. Each length adds a program to
-    compile, and slots are empty near the end of its calls. More lengths would cost more than the padding they save
-    (docs/lab_book.md, "passes over logits that nobody asked for").
+    It depends on the sentence alone, so the rest of a batch does not change the program. Each padded length adds a
+    program to compile, and slots are empty near the end of its calls. More padded lengths would cost more than they
+    save (docs/lab_book.md, "Length buckets of sources").
     """
     bucket = 16 if length <= 16 else 32
     while bucket < length:
@@ -60,10 +60,10 @@ class Chunk:
 
 
 def cut_into_chunks(groups: dict[Shape, list[int]], workers: int, slots: int, most: int) -> list[Chunk]:
-    """Returns all sentences in chunks. A free worker takes the next chunk in this order.
+    """Returns all sentences in chunks, in the order in which free workers take them.
 
     Long sentences come first, and chunks get smaller towards the end (guided self-scheduling). So all workers end at
-    about the same time, even if their speeds differ. For one worker there are as few chunks as possible.
+    about the same time, even if their speeds differ. One worker gets the smallest possible number of chunks.
 
     Args:
         groups: indices of sentences by shape; chunks keep their order.
@@ -92,16 +92,16 @@ def run_on_workers(
 ) -> Iterator[tuple[Chunk, Found]]:
     """Yields each chunk with its values as soon as they are available.
 
-    A worker gets its next chunk before its values are yielded. A worker that ends while the caller is busy waits for
-    the caller.
+    A worker gets its next chunk before the values of the last one are yielded. A worker that ends while the caller is
+    busy waits for the caller.
 
     Args:
         chunks: chunks in the order in which workers take them.
-        workers: number of workers. A single worker holds two chunks, one running and one waiting. Several workers hold
-            one each, so that no chunk waits for a slow worker while a fast one is free.
+        workers: number of workers. A single worker has two chunks, one running and one waiting. Several workers have
+            one chunk each. So no chunk waits for a slow worker while a fast one is free.
         launch: takes the number of a worker and a chunk, and returns a tree of arrays that are still being computed. It
-            runs in the caller's thread, so JAX's thread-local settings hold and a worker's programs run in turn. Only
-            waiting for values happens in other threads.
+            runs in the caller's thread, so JAX's thread-local settings apply, and a worker's programs run in turn.
+            Other threads only wait for values.
 
     Raises:
         Exception: the error of a chunk's computation, raised before any other chunk is launched.
@@ -120,7 +120,7 @@ def run_on_workers(
             give(worker)
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            found = [(*running.pop(future), future.result()) for future in done]  # an error of any is raised here
+            found = [(*running.pop(future), future.result()) for future in done]  # raises the error of a chunk
             for worker, _, _ in found:
                 give(worker)
             yield from ((chunk, values) for _, chunk, values in found)

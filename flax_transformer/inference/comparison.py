@@ -1,4 +1,4 @@
-"""Several finished runs side by side: what each model costs and what it gives. Reads run folders, loads no model."""
+"""Several finished runs side by side: cost and quality of each model. This reads run folders and loads no model."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.run_log import read_metrics
 
 MOST_LENGTH_GROUPS = 8
-NUM_RESAMPLES = 300  # of the bootstrap behind the intervals of BLEU by length
+NUM_RESAMPLES = 300  # bootstrap resamples for the confidence intervals of BLEU by length
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class RunSummary:
     """One finished run.
 
     Attributes:
-        name: the run folder's.
+        name: name of the run folder.
         model: the model in a few words.
-        parameters: how many.
-        target_tokens: non-pad target tokens trained on.
-        tokens_per_second: of them, median over progress lines; compilation and evaluation are left out.
-        training_minutes: time of all updates; compilation and evaluation are left out.
+        parameters: number of parameters.
+        target_tokens: number of target tokens trained on, without padding.
+        tokens_per_second: median target tokens per second over progress lines, without compilation and evaluation.
+        training_minutes: time of all updates, without compilation and evaluation.
         curve: (training minutes, validation BLEU) at each evaluation.
-        scores: on the test part.
-        sources, references, hypotheses: of the test part, line by line.
-        bleu_tokenizer: as `evaluation.bleu_tokenizer`.
+        scores: scores on the test part.
+        sources, references, hypotheses: lines of the test part.
+        bleu_tokenizer: see `evaluation.bleu_tokenizer`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class RunSummary:
         """Returns the summary of a run folder.
 
         Raises:
-            RunFolderError: not a run folder, a run that has not ended, or files that do not hold what a run writes.
+            RunFolderError: not a run folder, a run that has not ended, or files that are missing or damaged.
         """
         folder = RunFolder.open(path)
         config = folder.read_config()
@@ -69,7 +69,7 @@ class RunSummary:
             raise RunFolderError(
                 f"{path} cannot be compared, since {folder.card_file.name}, {folder.metrics_file.name} or the files of "
                 f"its test part are missing or damaged: {type(error).__name__}, {error}. `flax-transformer train --run "
-                f"{path} --resume` tests once more; a log that is damaged means another training."
+                f"{path} --resume` tests once more. If the log is damaged, train again."
             ) from error
 
     @classmethod
@@ -110,13 +110,13 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class LengthGroup:
-    """BLEU over the test sentences of like source length.
+    """BLEU over the test sentences of similar source length.
 
     Attributes:
-        shortest, longest: source words.
-        num_sentences: how many.
-        bleu: of them, as a corpus.
-        margin: half the 95 % bootstrap interval.
+        shortest, longest: fewest and most source words.
+        num_sentences: number of sentences.
+        bleu: corpus BLEU of these sentences.
+        margin: half the width of BLEU's bootstrap confidence interval.
     """
 
     shortest: int
@@ -130,9 +130,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
     """Returns the summaries of runs that can be compared.
 
     Raises:
-        InputError: no run, one run twice, or runs that were tested on different text or scored in different ways.
-        ConfigError: as `bleu_metric`.
-        RunFolderError: as `RunSummary.read`.
+        InputError: no run, two runs of the same name, or runs with different test text or different BLEU.
+        ConfigError: see `bleu_metric`.
+        RunFolderError: see `RunSummary.read`.
     """
     if not paths:
         raise InputError("give at least one run folder to compare.")
@@ -142,8 +142,8 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
     for path, run in zip(paths, runs, strict=True):
         if (run.sources, run.references) != (first.sources, first.references):
             raise InputError(
-                f"{paths[0]} and {path} were tested on different sentences, so their scores say nothing about each "
-                "other. Compare runs of one corpus."
+                f"{paths[0]} and {path} were tested on different sentences, so their scores cannot be compared. "
+                "Compare runs of one corpus."
             )
         if run.scores.bleu_signature != first.scores.bleu_signature:
             raise InputError(
@@ -162,9 +162,9 @@ def common_quality(runs: Sequence[RunSummary]) -> float:
 
 
 def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
-    """Returns BLEU over groups of test sentences, from short to long sources, counted in words.
+    """Returns BLEU over groups of test sentences by source length in words, the shortest first.
 
-    Each length is a group if there are at most `MOST_LENGTH_GROUPS` lengths. Otherwise groups have about equally many
+    Each length is a group if there are at most `MOST_LENGTH_GROUPS` lengths. Otherwise groups have similar numbers of
     sentences, and each length belongs to one group.
     """
     lengths = np.array([len(source.split()) for source in run.sources])
@@ -184,7 +184,7 @@ def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
 
 
 def comparison_table(runs: Sequence[RunSummary], quality: float) -> str:
-    """Returns a Markdown table with one row a run."""
+    """Returns a Markdown table with a row for each run."""
     head = (
         "run", "model", "parameters", "target tokens", "target tokens/s", "training", f"to BLEU {quality:g}",
         "BLEU", "chrF", "exact match",

@@ -1,4 +1,4 @@
-"""Scores of translations against references, by sacreBLEU, each with its signature."""
+"""Scores of translations against references, computed by sacreBLEU, with their signatures."""
 
 import copy
 import functools
@@ -21,12 +21,12 @@ class Scores:
     """Corpus-level scores.
 
     Attributes:
-        bleu: sacreBLEU, 0 to 100.
-        bleu_signature: how it was computed.
+        bleu: BLEU, 0 to 100.
+        bleu_signature: sacreBLEU's signature of BLEU.
         chrf: chrF2, 0 to 100.
-        chrf_signature: how it was computed.
-        exact_match: share of sentences that equal their reference, 0 to 100.
-        num_sentences: how many.
+        chrf_signature: sacreBLEU's signature of chrF2.
+        exact_match: percentage of sentences that equal their reference.
+        num_sentences: number of sentences.
     """
 
     bleu: float
@@ -43,7 +43,7 @@ class Scores:
 
     @property
     def text(self) -> str:
-        """The scores as lines for a person."""
+        """The scores as lines of text."""
         return (
             f"BLEU {self.bleu:.2f}   {self.bleu_signature}\n"
             f"chrF {self.chrf:.2f}   {self.chrf_signature}\n"
@@ -57,7 +57,7 @@ def bleu_metric(tokenizer: str) -> BLEU:
     The object notes what it has scored, and its tokenizer may be a large model. So the tokenizer alone is shared.
 
     Args:
-        tokenizer: as `evaluation.bleu_tokenizer`.
+        tokenizer: see `evaluation.bleu_tokenizer`.
 
     Raises:
         ConfigError: an unknown name, or a tokenizer that lacks its package or the model that it downloads.
@@ -90,12 +90,12 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenize
     """Returns the scores of detokenised `hypotheses` against one reference each.
 
     Args:
-        hypotheses, references: equally many sentences.
-        bleu_tokenizer: as `evaluation.bleu_tokenizer`; it stands in the signature.
+        hypotheses, references: equal numbers of sentences.
+        bleu_tokenizer: see `evaluation.bleu_tokenizer`; the signature names it.
 
     Raises:
-        InputError: different numbers of lines, or none.
-        ConfigError: as `bleu_metric`.
+        InputError: different numbers of lines, or no line.
+        ConfigError: see `bleu_metric`.
     """
     if len(hypotheses) != len(references):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Choosing, among outputs that were drawn, the one that the others agree with most.
+"""Minimum Bayes risk: the choice of the sample that agrees best with all samples.
 
 References:
     Kumar and Byrne 2004; Eikema and Aziz 2022, "Sampling-Based Approximations to Minimum Bayes Risk Decoding".
@@ -13,12 +13,12 @@ Utility = Literal["chrf", "bleu"]
 
 
 def expected_utilities(texts: Sequence[str], counts: Sequence[int], utility: Utility) -> list[float]:
-    """Returns for each text the mean over all that were drawn, itself included, of how well it matches them, 0 to 100.
+    """Returns the mean agreement of each text with all samples, itself included, from 0 to 100.
 
     Args:
-        texts: different outputs for one sentence.
-        counts: how often each was drawn.
-        utility: sacreBLEU's sentence-level "chrf" or "bleu" (with the effective order, as for single sentences).
+        texts: distinct samples for one sentence.
+        counts: number of times that each text was drawn.
+        utility: sacreBLEU's sentence-level "chrf" or "bleu" (with effective order).
     """
     metric = CHRF() if utility == "chrf" else BLEU(effective_order=True)
     total = sum(counts)

@@ -1,4 +1,4 @@
-"""The parameters of a translator, in the form of scores and conversions, and in the form of searches."""
+"""The parameters of a translator: as a training keeps them, and as searches read them."""
 
 import functools
 import threading
@@ -17,14 +17,14 @@ Value = TypeVar("Value")
 
 
 class Once(Generic[Value]):
-    """A value that is made once, on the first request, whichever thread asks."""
+    """A value that is made on the first request. Several threads may ask for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: list[Value] = []
 
     def get(self, make: Callable[[], Value]) -> Value:
-        """Returns the value, which `make` makes if it is not there yet."""
+        """Returns the value. The first call makes it by `make`."""
         with self._lock:
             if not self._made:
                 self._made.append(make())
@@ -33,15 +33,15 @@ class Once(Generic[Value]):
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """A model's parameters on the devices of a mesh, and, once a search asks for them, as searches read them.
+    """The parameters of a model or ensemble on the devices of a mesh.
 
     Attributes:
         graphdef: graph of the model.
         num_models: number of an ensemble's models; their parameters are stacked.
-        params: with a copy on every device; or the shapes of some, to compile for.
+        params: parameters with a copy on every device, or their shapes to compile for.
         mesh: all devices.
-        search_meshes: the devices that search together; one mesh, or several that search side by side.
-        programs: what has been compiled, by what it is compiled for. All copies of a translator share it.
+        search_meshes: one mesh whose devices run each search together, or several that search side by side.
+        programs: compiled programs by their settings and shapes. All copies of a translator share them.
     """
 
     graphdef: Any = field(repr=False)
@@ -50,7 +50,7 @@ class Parameters:
     mesh: Mesh
     search_meshes: tuple[Mesh, ...]
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
-    # Each object has its own, also one that `dataclasses.replace` makes.
+    # `dataclasses.replace` makes a new one.
     _prepared: Once[list[InferenceParams]] = field(default_factory=Once, init=False, repr=False)
 
     @property
@@ -64,18 +64,18 @@ class Parameters:
 
     @functools.cached_property
     def are_finite(self) -> bool:
-        """Whether every one of them is a finite number."""
+        """Whether all parameters are finite numbers."""
         return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(self.params))
 
     @functools.cached_property
     def num_bytes(self) -> int:
-        """Bytes that `params` take up on each device."""
+        """Number of bytes of `params` on each device."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
 
     def prepared(self) -> list[InferenceParams]:
-        """Returns the parameters as a search reads them, for each of its meshes; of shapes, the shapes.
+        """Returns the parameters as a search reads them, for each search mesh. If `params` are shapes, so are these.
 
-        They are made for the first search, and kept beside `params`.
+        The first call makes them. They are kept beside `params`.
         """
         return self._prepared.get(self._prepare)
 
@@ -89,7 +89,7 @@ class Parameters:
         abstract = isinstance(jax.tree.leaves(self.params)[0], jax.ShapeDtypeStruct)
         graphdef, params = make.out_info if abstract else make(self.params)
         if len(self.search_meshes) > 1 and not abstract:
-            params = jax.tree.map(np.asarray, params)  # no device makes a copy of it: all read the same memory
+            params = jax.tree.map(np.asarray, params)  # all devices then read the same memory without a copy
         return [InferenceParams(graphdef, replicated(params, mesh)) for mesh in self.search_meshes]
 
 
@@ -99,7 +99,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 def replicated(params: Any, mesh: Mesh) -> Any:
-    """Returns parameters, or the shapes of some, with a copy on every device."""
+    """Returns parameters, or their shapes, with a copy on every device."""
     sharding = replicated_sharding(mesh)
 
     def place(leaf: Any) -> Any:

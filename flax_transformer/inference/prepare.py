@@ -1,7 +1,7 @@
 """Parameters as inference reads them: cast, unstacked, folded, or rounded to 8-bit integers.
 
-A training keeps parameters in float32, one stack for all layers. A search reads each of them at every step. So all
-work that is needed only once is done here, before its program runs.
+A training keeps parameters in float32, with all layers in one stack. A search reads them at every step. Work that is
+needed only once is done here, before the program of the search runs.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from flax_transformer.ops.int8_product import Int8Weights, quantize
 from flax_transformer.ops.vocabulary import fold_bias_into_kernel
 
 # "int8": weights are 8-bit integers, and products are integer products. "bfloat16": activations and products are
-# bfloat16, as with `model.compute_dtype`; the run's parameters keep their dtype.
+# bfloat16, and the parameters of the run keep their dtype.
 Quantize = Literal["none", "int8", "bfloat16"]
 
 
 class InferenceParams(NamedTuple):
-    """A model as a search reads it. Leaves of an ensemble have a leading model axis.
+    """A model as a search reads it. An ensemble's parameters have a leading model axis.
 
     Attributes:
         graphdef: the model without its parameters.
@@ -37,12 +37,12 @@ class InferenceParams(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prepare_for_inference(graphdef: Any, num_models: int, params: Any) -> InferenceParams:
-    """Returns the parameters as a search reads them, for the platform of the mesh in context.
+    """Returns the parameters as a search reads them on the platform of the mesh in context.
 
     Args:
         graphdef: graph of the model.
         num_models: number of an ensemble's models. The parameters of several are stacked on a leading axis.
-        params: parameters of the model or ensemble, as a training keeps them, or quantised.
+        params: parameters of the model or ensemble as a training keeps them, or quantised.
     """
 
     def prepare(params: Any) -> InferenceParams:
@@ -52,11 +52,11 @@ def prepare_for_inference(graphdef: Any, num_models: int, params: Any) -> Infere
 
 
 def prepared_model(model: Any) -> Any:
-    """Returns a copy of a model with its parameters laid out for a search; results change only by rounding.
+    """Returns a copy of a model with its parameters laid out for a search. Results change only by rounding.
 
     Kernels of `Linear` have the compute dtype. XLA for CPU would not move their casts out of a search's loop
-    (docs/lab_book.md, "bfloat16 on a CPU with matrix instructions"). Layers are unstacked. The map to logits is one
-    kernel where that is faster.
+    (docs/lab_book.md, "Casts of kernels in the loop of a search"). Layers are unstacked. Where it is faster, kernel
+    and bias of the output projection are one array.
     """
     model = nnx.clone(model)
     for _, module in list(nnx.iter_modules(model)):
@@ -68,7 +68,7 @@ def prepared_model(model: Any) -> Any:
     plain = model.output_projection()
     kernel = _cast(plain.kernel, jnp.dtype(model.config.compute_dtype))
     projection = fold_bias_into_kernel(plain if kernel is plain.kernel else dataclasses.replace(plain, kernel=kernel))
-    if projection is not plain or model.zeroes_output_row:  # otherwise the embedding table itself is used, stored once
+    if projection is not plain or model.zeroes_output_row:  # otherwise the model uses its embedding table
         model.prepared_projection = nnx.data(nnx.Param(projection))
     return model
 
@@ -79,10 +79,10 @@ def _cast(weights: Any, dtype: jnp.dtype) -> Any:
 
 
 def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
-    """Returns parameters with integers for the weights of every `Linear` and `Embedding`.
+    """Returns parameters with 8-bit integers for the weights of every `Linear` and `Embedding`.
 
     Biases, norms, positions, and the gates of recurrent cells stay floats. An embedding table has a scale for each
-    token, in both of its uses. The arguments are those of `prepare_for_inference`.
+    token. The arguments are those of `prepare_for_inference`.
     """
 
     def of_model(params: Any) -> Any:
@@ -101,5 +101,5 @@ def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
 
 
 def is_quantized(params: Any) -> bool:
-    """Returns whether any parameter holds 8-bit integers."""
+    """Returns whether any parameter is an array of 8-bit integers."""
     return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""The programs of a search: their static settings, their input arrays, and the devices that run them."""
+"""The programs of a search: static settings, input arrays, compilation, and the devices that run them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
-from flax_transformer.inference.demands import Demands
+from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
-from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, jit_search
+from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 
 
@@ -26,9 +26,9 @@ class ProgramOptions:
     """Sizes of a search's programs. They change no result.
 
     Attributes:
-        sentences_per_row: sentences that one call takes, as a multiple of those that are searched at the same time.
-            Near the end of a call slots are empty, so a larger value wastes less. Memory for the results limits it.
-        sentences_per_row_with_attention: the same if results hold attention, which is large.
+        sentences_per_row: most sentences of one call for each slot. Slots are empty near the end of a call, so larger
+            calls waste fewer steps. The memory for their results is the limit.
+        sentences_per_row_with_attention: the same for results with attention, which are larger.
         refill_share: slots are refilled once 1 / `refill_share` of them are empty.
     """
 
@@ -37,12 +37,12 @@ class ProgramOptions:
     refill_share: int = 16
 
     def refill_at(self, num_slots: int) -> int:
-        """Returns how many of the slots stand empty before they are refilled."""
+        """Returns the number of empty slots at which they are refilled."""
         return max(1, num_slots // self.refill_share)
 
 
 class Found(NamedTuple):
-    """The place of one request's results among those of a call.
+    """The results of one request, by their place among those of a call.
 
     Attributes:
         index: number of the request.
@@ -57,74 +57,78 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Programs:
-    """The searches of one set of settings.
+    """The search programs for one set of settings.
 
     Attributes:
         parameters: parameters of the model on its devices, with the programs compiled so far.
-        demands: settings, tokenizer and limits of the outputs.
-        suppress_start: whether a beam search must exclude padding and start tokens, which the model may find probable.
-        num_beams: hypotheses that are kept, or drawn, for each sentence.
+        constraints: settings, tokenizer and limits of the outputs.
+        suppress_start: whether a beam search must exclude padding and start tokens. Some models find these probable.
+        num_beams: number of hypotheses that are kept, or drawn, for each sentence.
+        num_awaited: number of finished hypotheses that a beam search waits for.
         attention: whether the attention over the source is returned.
         options: sizes of the programs.
     """
 
     parameters: Parameters
-    demands: Demands
+    constraints: Constraints
     suppress_start: bool
     num_beams: int
+    num_awaited: int
     attention: bool
     options: ProgramOptions = ProgramOptions()
 
     @property
     def batch_size(self) -> int:
-        """Sentences that each mesh searches at the same time."""
-        return rounded_up(self.demands.decoding.batch_rows, self.parameters.mesh) // len(self.parameters.search_meshes)
+        """Number of sentences that each search mesh searches at the same time."""
+        return rounded_up(self.constraints.decoding.batch_size, self.parameters.mesh) // len(
+            self.parameters.search_meshes
+        )
 
     @property
     def num_sentences(self) -> int:
-        """Sentences that one call of a program takes."""
-        decoding, options = self.demands.decoding, self.options
+        """Most sentences of one call of a program."""
+        decoding, options = self.constraints.decoding, self.options
         if decoding.method == "sampling":
             return self.batch_size
         keeps_attention = self.attention or decoding.coverage_penalty > 0
         multiple = options.sentences_per_row_with_attention if keeps_attention else options.sentences_per_row
         return self.batch_size * multiple
 
-    def spec(self, shape: Shape) -> SearchSpec:
-        """Returns the static settings of a search of requests of one shape."""
-        demands, decoding = self.demands, self.demands.decoding
-        slots, special = self.batch_size // self.parameters.search_meshes[0].size, demands.target.special
-        return SearchSpec(
+    def spec(self, shape: Shape) -> SearchConfig:
+        """Returns the static settings of a search for requests of one shape."""
+        constraints, decoding = self.constraints, self.constraints.decoding
+        slots, special = self.batch_size // self.parameters.search_meshes[0].size, constraints.target.special
+        return SearchConfig(
             BeamSearchConfig(
                 self.num_beams,
                 slots,
-                demands.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
+                constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
                 special.start,
                 special.end,
                 LengthPenalty.parse(decoding.length_penalty),
                 decoding.stop,
-                decoding.patience,
+                self.num_awaited,
                 refill_at=self.options.refill_at(slots),
             ),
             decoding.sampling,
             decoding.no_repeat_ngram,
             decoding.repetition_penalty,
-            tuple(tuple(phrase) for phrase in demands.banned_phrases.values()),
-            decoding.force_end,
+            tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
+            decoding.force_eos,
             decoding.coverage_penalty,
             self.attention,
             self.parameters.num_models,
         )
 
     def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:
-        """Returns the inputs of a search of requests of one shape, in their `places`; other rows are padding.
+        """Returns the inputs of a search for requests of one shape, in the rows of `places`; other rows are padding.
 
         Args:
             requests: at most `num_sentences`.
             shape: shape of each request.
             mesh: devices that run the search.
         """
-        rows, decoding = self.num_sentences, self.demands.decoding
+        rows, decoding = self.num_sentences, self.constraints.decoding
         tokens, segments = np.zeros((2, rows, shape.source), np.int32)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds = np.zeros(rows, np.int32)
@@ -148,77 +152,77 @@ class Programs:
             prefixes=jax.device_put(prefixes, sharded),
             required=jax.device_put(required, sharded),
             seeds=jax.device_put(seeds, sharded),
-            banned=jax.device_put(self._banned(), replicated_sharding(mesh)),
+            suppressed=jax.device_put(self._suppressed(), replicated_sharding(mesh)),
         )
 
-    def _banned(self) -> np.ndarray:
-        """Returns [vocabulary], True for tokens that no output may hold; an empty array if all are allowed."""
-        target, decoding = self.demands.target, self.demands.decoding
-        bans = set(self.demands.banned_tokens.values())
+    def _suppressed(self) -> np.ndarray:
+        """Returns [vocabulary], True for tokens that no output may contain; an empty array if all are allowed."""
+        target, decoding = self.constraints.target, self.constraints.decoding
+        ids = set(self.constraints.suppress_tokens.values())
         # A beam never finds padding or start probable in a trained model, but sampling may draw any token.
         if decoding.method == "sampling" or self.suppress_start:
-            bans |= target.special.never_in_outputs
-        if decoding.ban_unknown and target.special.unknown is not None:
-            bans.add(target.special.unknown)
-        banned = np.zeros(target.vocab_size if bans else 0, bool)
-        banned[list(bans)] = True
-        return banned
+            ids |= target.special.never_in_outputs
+        if decoding.suppress_unknown and target.special.unknown is not None:
+            ids.add(target.special.unknown)
+        suppressed = np.zeros(target.vocab_size if ids else 0, bool)
+        suppressed[list(ids)] = True
+        return suppressed
 
-    def compiled(self, spec: SearchSpec, inputs: SearchInputs, number: int, held: int = 0) -> Any:
+    def compiled(self, spec: SearchConfig, inputs: SearchInputs, number: int, reserved_bytes: int = 0) -> Any:
         """Returns the search for inputs of these shapes, compiled for one mesh.
 
         Args:
             spec: static settings of the search.
             inputs: arrays of the shapes to compile for.
             number: number of the mesh.
-            held: bytes on each device that others keep.
+            reserved_bytes: bytes on each device that other arrays take.
 
         Raises:
-            ConfigError: it needs more memory than a device has.
+            ConfigError: the search needs more memory than a device has.
         """
         parameters, beam = self.parameters, spec.beam
         graphdef, params = parameters.prepared()[number]
         arguments = params, inputs
         key = number, spec, shapes_of(arguments)
         if key not in parameters.programs:
-            parameters.programs[key] = compiled_within_memory(
+            parameters.programs[key] = compile_checked(
                 jit_search(graphdef, spec, parameters.search_meshes[number]).lower(*arguments),
                 parameters.mesh,
                 f"a search of {beam.num_slots * parameters.mesh.size} sentences at a time, with {beam.beam_size} "
                 f"hypotheses of at most {beam.max_length} tokens for each,",
-                "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_rows, or the limits on "
+                "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_size, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
-                held=held + parameters.num_bytes,
+                reserved_bytes=reserved_bytes + parameters.num_bytes,
             )
         return parameters.programs[key]
 
-    def compile(self, shapes: Iterable[Shape], held: int = 0) -> None:
-        """Compiles the searches of requests of some shapes, for every mesh.
+    def compile(self, shapes: Iterable[Shape], reserved_bytes: int = 0) -> None:
+        """Compiles the searches for requests of some shapes, for every mesh.
 
         Args:
             shapes: shapes of the requests.
-            held: bytes on each device that others keep.
+            reserved_bytes: bytes on each device that other arrays take.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
         """
         for shape in sorted(set(shapes)):
             for number, mesh in enumerate(self.parameters.search_meshes):
-                self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, held)
+                self.compiled(self.spec(shape), self.inputs([], shape, mesh), number, reserved_bytes)
 
     def launch(self, requests: Sequence[Request], shape: Shape, number: int) -> Hypotheses:
-        """Starts the search for requests of one shape on mesh `number`; returns its results without waiting."""
+        """Starts the search for requests of one shape on mesh `number`. Returns its results without waiting."""
         inputs = self.inputs(requests, shape, self.parameters.search_meshes[number])
         program = self.compiled(self.spec(shape), inputs, number)
         return program(self.parameters.prepared()[number].params, inputs)
 
     def chunks(self, requests: Mapping[int, Request]) -> list[Chunk]:
-        """Returns the calls that search for all requests, in the order in which they start."""
+        """Returns the chunks of all requests, in the order in which their searches start."""
         groups: dict[Shape, list[int]] = {}
         for index, request in requests.items():
             groups.setdefault(request.shape, []).append(index)
         for members in groups.values():
-            # The longest first: near the end, when slots are empty, only short ones are left.
+            # The longest come first, so only short ones are left near the end, when slots are empty.
             members.sort(key=lambda index: -requests[index].num_tokens)
         return cut_into_chunks(groups, len(self.parameters.search_meshes), self.batch_size, self.num_sentences)
 
@@ -241,5 +245,5 @@ def rounded_up(num_rows: int, mesh: Mesh) -> int:
 
 
 def places(num_sentences: int, rows: int, devices: int) -> list[int]:
-    """Returns the row of each sentence. Devices get sentences in turn, so each device's padding is at its end."""
+    """Returns the row of each sentence. Devices get sentences in turn, so the padding of each device is at its end."""
     return [(n % devices) * (rows // devices) + n // devices for n in range(num_sentences)]

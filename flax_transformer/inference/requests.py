@@ -1,4 +1,4 @@
-"""Requests: each sentence as ids and limits for a search, checked by itself."""
+"""Requests: the ids and limits of each sentence for a search."""
 
 import zlib
 from collections.abc import Sequence
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.decoding.beam_search import num_awaited
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.chunks import Shape, length_bucket
-from flax_transformer.inference.demands import Demands, Prefix
+from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
 from flax_transformer.models.build import ModelConfig
 
@@ -21,13 +20,13 @@ class Request:
     Attributes:
         sentence: the raw text.
         source: ids that the encoder reads, end token included; empty for a sentence without a token.
-        num_tokens: number of tokens of the whole sentence, end token not counted; the model reads the first ones.
+        num_tokens: number of tokens of the whole sentence, without the end token.
         prefix: ids that the outputs begin with.
-        required: phrases that the outputs hold.
+        required: phrases that the outputs must contain.
         phrases: ids of each required phrase.
         seed: seed of sampling.
         max_length: most tokens of an output, end token included.
-        shape: lengths that decide which program serves the sentence.
+        shape: padded lengths that decide which program searches the sentence.
     """
 
     sentence: str
@@ -42,7 +41,7 @@ class Request:
 
     @property
     def truncated(self) -> bool:
-        """Whether the sentence was too long for the model and was cut."""
+        """Whether the sentence was cut because it is too long for the model."""
         return self.num_tokens >= max(len(self.source), 1)
 
 
@@ -52,12 +51,12 @@ class RequestReader:
 
     Attributes:
         source: tokenizer of the sentences.
-        demands: turns prefixes and required phrases into ids.
+        constraints: constraints on the outputs.
         max_source_length: most source tokens of the model, end token included.
     """
 
     source: Tokenizer
-    demands: Demands
+    constraints: Constraints
     max_source_length: int
 
     def read(self, sentence: str, prefix: Prefix = "", required: Sequence[str] = ()) -> Request:
@@ -65,8 +64,8 @@ class RequestReader:
 
         Args:
             sentence: raw text.
-            prefix: text or pieces that its outputs begin with.
-            required: phrases that its outputs hold.
+            prefix: text or piece names that its outputs begin with.
+            required: phrases that its outputs must contain.
 
         Raises:
             InputError: the text is not valid Unicode, or a prefix or phrase is impossible or contradicts a setting.
@@ -74,9 +73,9 @@ class RequestReader:
         return self._read(sentence, self.source.encode([sentence])[0], prefix, required)
 
     def _read(self, sentence: str, ids: list[int], prefix: Prefix, required: Sequence[str]) -> Request:
-        demands, longest = self.demands, self.demands.longest + 1
-        forced = demands.prefix(prefix) if prefix else []
-        phrases = demands.required_phrases(required, forced) if required else []
+        constraints, longest = self.constraints, self.constraints.longest + 1
+        forced = constraints.prefix(prefix) if prefix else []
+        phrases = constraints.required_phrases(required, forced) if required else []
         source = [*ids[: self.max_source_length - 1], self.source.special.end] if ids else []
         shape = Shape(
             length_bucket(len(source), self.max_source_length),
@@ -84,8 +83,8 @@ class RequestReader:
             1 << (len(phrases) - 1).bit_length() if phrases else 0,
             _power_of_two(max(map(len, phrases)), longest) if phrases else 0,
         )
-        max_length = demands.max_length(len(source), len(forced) + sum(map(len, phrases)))
-        seed = _seed(demands.decoding.seed, sentence)
+        max_length = constraints.max_length(len(source), len(forced) + sum(map(len, phrases)))
+        seed = _seed(constraints.decoding.seed, sentence)
         return Request(sentence, source, len(ids), forced, list(required), phrases, seed, max_length, shape)
 
     def read_all(
@@ -97,9 +96,9 @@ class RequestReader:
         """Returns the request for each sentence, or the reason why it has none. Sentences do not affect each other.
 
         Raises:
-            ConfigError: settings that no request can meet, or lists of another length than the sentences.
+            ConfigError: settings that contradict each other, or lists of the wrong length.
         """
-        self.demands.check_settings()
+        self.constraints.check_settings()
         _check_lists(len(sentences), prefixes, required)
         found: list[Request | NoTranslation] = []
         for number, (sentence, ids) in enumerate(zip(sentences, encode_each(self.source, sentences), strict=True)):
@@ -110,13 +109,13 @@ class RequestReader:
                     raise ids
                 found.append(self._read(sentence, ids, prefix, phrases))
             except InputError as reason:
-                # Without its traceback, which would keep the requests of all sentences alive.
+                # A traceback would keep the requests of all sentences in memory.
                 found.append(NoTranslation(sentence, reason.with_traceback(None)))
         return found
 
 
 def encode_each(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int] | InputError]:
-    """Returns the ids of each line, or the error of a line that has none."""
+    """Returns the ids of each line, or the error of a line that cannot be tokenised."""
     try:
         return list(tokenizer.encode(lines))
     except InputError as reason:
@@ -146,20 +145,23 @@ def check_call(
             f"num_hypotheses ({num_hypotheses}) must lie between 1 and beam_size ({beams}): a search finds no "
             "more hypotheses than it has beams."
         )
-    if num_hypotheses > (awaited := num_awaited(beams, decoding.patience)):
-        raise ConfigError(
-            f"num_hypotheses ({num_hypotheses}) and decoding.patience ({decoding.patience}) contradict each other: "
-            f"with so much of it, a search with {beams} beams waits for {awaited} finished hypotheses (beam_size * "
-            "patience, rounded up). Ask for no more, or raise patience or beam_size."
-        )
     if (attention or decoding.coverage_penalty) and not model.has_attention:
         what = "attention" if attention else f"decoding.coverage_penalty ({decoding.coverage_penalty})"
         raise ConfigError(f"{what} needs a model with attention, and this one has none (model.attention: none).")
 
 
 def num_beams(decoding: DecodingConfig, num_hypotheses: int) -> int:
-    """Returns the number of hypotheses that a search keeps or draws to find `num_hypotheses`."""
+    """Returns the number of hypotheses that a search keeps or draws for each sentence."""
     return decoding.beam_size if decoding.method == "beam" else decoding.mbr_samples or num_hypotheses
+
+
+def num_awaited(decoding: DecodingConfig, num_hypotheses: int) -> int:
+    """Returns the number of finished hypotheses that a search waits for.
+
+    The rule "exact" proves that these are the best, so it waits for `num_hypotheses`. The other rules prove nothing.
+    They wait for a whole beam, as other software does.
+    """
+    return num_hypotheses if decoding.stop == "exact" else num_beams(decoding, num_hypotheses)
 
 
 def _check_lists(
@@ -175,10 +177,10 @@ def _check_lists(
 
 
 def _seed(seed: int, sentence: str) -> int:
-    """Returns a sentence's seed, computed from its text. So it depends on no other sentence."""
+    """Returns the seed of a sentence, computed from its text. It depends on no other sentence."""
     return zlib.crc32(sentence.encode("utf-8", "surrogateescape"), seed) & 0x7FFFFFFF
 
 
 def _power_of_two(number: int, most: int) -> int:
-    """Returns the least of 8, 16, 32, 64, ... that is no less than `number`, but at most `most`."""
+    """Returns `number` rounded up to one of 8, 16, 32, 64, ..., but at most `most`."""
     return min(max(1 << (number - 1).bit_length(), 8), most)

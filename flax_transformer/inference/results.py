@@ -1,4 +1,4 @@
-"""The results of a search as text: arrays to hypotheses, and hypotheses to the answer for a sentence."""
+"""The results of a search as text: from arrays to hypotheses, and to the answer for a sentence."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.errors import ConfigError, DivergenceError, shortened
 from flax_transformer.inference.alignment import word_numbers
-from flax_transformer.inference.demands import holds
+from flax_transformer.inference.constraints import contains
 from flax_transformer.inference.minimum_bayes_risk import expected_utilities
 from flax_transformer.inference.parameters import Parameters
 from flax_transformer.inference.requests import Request
@@ -19,7 +19,7 @@ from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslat
 from flax_transformer.shapes import MASKED
 
 # Fields of section 'decoding' that may exclude every next token.
-BANNING = ("min_length", "no_repeat_ngram", "ban_unknown", "banned_phrases", "banned_tokens")
+EXCLUDING = ("min_length", "no_repeat_ngram", "suppress_unknown", "suppress_sequences", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class ResultReader:
         """Returns the answer to a request.
 
         Args:
-            request: request for a sentence that has a token.
-            found: results of a whole call, as arrays of NumPy.
+            request: request for a sentence with at least one token.
+            found: results of a whole call, as NumPy arrays.
             row: row of the sentence.
         """
         hypotheses = self._hypotheses(request, found, row)
         if not hypotheses:
             return NoTranslation(request.sentence, self._reason(found, row), request.truncated)
-        if request.phrases:  # cut outputs are ranked by the phrases that they hold
+        if request.phrases:  # unfinished outputs are ranked by the number of phrases that they lack
             hypotheses = [self._with_missing(hypothesis, request) for hypothesis in hypotheses]
             hypotheses.sort(key=lambda hypothesis: (not hypothesis.finished, len(hypothesis.missing)))
         elif self.decoding.mbr_samples:
@@ -71,7 +71,7 @@ class ResultReader:
     def _hypotheses(self, request: Request, found: Hypotheses, row: int) -> list[Hypothesis]:
         """Returns the distinct outputs of a sentence, best first; an empty list if it has none."""
         results: dict[tuple[Any, ...], Hypothesis] = {}
-        # All are read if they are sorted again, or if some may be equal (samples). Otherwise only the first ones are.
+        # All outputs are read if they are sorted again, or if some may be equal (samples). Otherwise the first suffice.
         sorted_again = request.phrases or self.decoding.method == "sampling"
         for beam in range(found.lengths.shape[1] if sorted_again else self.num_hypotheses):
             length, finished = int(found.lengths[row, beam]), bool(found.finished[row, beam])
@@ -84,7 +84,7 @@ class ResultReader:
                 continue
             target = self.tokenizers.target
             text, attention, words = target.decode(ids), None, []
-            if found.auxiliary is not None:  # copied, so that the array of the whole call can be freed
+            if found.auxiliary is not None:  # a copy, so that the array of the whole call can be freed
                 attention = found.auxiliary["attention"][row, beam, :length, : len(request.source)].copy()
                 words = word_numbers(text, target.decoded_spans(ids))
             results[key] = Hypothesis(
@@ -99,7 +99,7 @@ class ResultReader:
         return list(results.values())
 
     def _by_utility(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """Returns the samples in the order of their agreement with all samples, highest first."""
+        """Returns the samples by their agreement with all samples, the highest first."""
         texts, counts = [h.text for h in hypotheses], [h.count for h in hypotheses]
         utilities = expected_utilities(texts, counts, self.decoding.mbr_utility)
         order = sorted(range(len(hypotheses)), key=lambda number: -utilities[number])
@@ -109,18 +109,18 @@ class ResultReader:
         """Returns the hypothesis with the required phrases that it lacks."""
         pieces = self.tokenizers.target.pieces
         named = zip(request.phrases, request.required, strict=True)
-        missing = [text for ids, text in named if not holds(hypothesis.tokens, pieces(ids))]
+        missing = [text for ids, text in named if not contains(hypothesis.tokens, pieces(ids))]
         return dataclasses.replace(hypothesis, missing=missing)
 
     def _reason(self, found: Hypotheses, row: int) -> ConfigError | DivergenceError:
         """Returns the reason why a sentence has no output: scores are not finite, or rules exclude every output.
 
-        A search's results look the same in both cases. But finite parameters give finite scores, unless these leave the
-        range of float32. So the parameters tell which case it is.
+        The results look the same in both cases, but the parameters differ. Finite parameters give finite scores, unless
+        these leave the range of float32.
         """
         problem = "the search found no output at all, since"
         diverged = "the model's scores are not finite: the training has diverged"
-        rules = [name for name in BANNING if getattr(self.decoding, name) != getattr(DecodingConfig(), name)]
+        rules = [name for name in EXCLUDING if getattr(self.decoding, name) != getattr(DecodingConfig(), name)]
         if rules and self.parameters.are_finite and not np.isnan(found.scores[row]).any():
             named = ", ".join(f"decoding.{name}: {shortened(str(getattr(self.decoding, name)))}" for name in rules)
             return ConfigError(

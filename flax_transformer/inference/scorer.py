@@ -1,4 +1,4 @@
-"""The log-probability that a model gives to pairs of sentences that exist already."""
+"""The scores that a model gives to existing translations."""
 
 import functools
 import math
@@ -27,12 +27,12 @@ class PairScore:
     """The score of a pair.
 
     Attributes:
-        score: `log_prob` divided by the length penalty: the number that `translate` gives the same output.
-        log_prob: of the target given the source, end token included; nats. Of an empty source and an empty target it is
-            0, as in `translate`.
+        score: `log_prob` divided by the length penalty, as in `translate`.
+        log_prob: log-probability of the target given the source, in nats, end token included. It is 0 for an empty
+            source with an empty target.
         tokens: target pieces, without the end token.
-        token_scores: log-probability of each token and of the end token.
-        truncated: whether the source was longer than the model takes and was cut.
+        token_scores: log-probability of each token, end token included.
+        truncated: whether the source was cut because it is too long for the model.
     """
 
     score: float
@@ -47,8 +47,8 @@ class NoScore:
     """The reason why a pair has no score. Reading a number from it raises the reason.
 
     Attributes:
-        target: its text.
-        reason: what no model scores (`InputError`), or a log-probability that is not finite (`DivergenceError`).
+        target: text of the target.
+        reason: an impossible pair (`InputError`), or a log-probability that is not finite (`DivergenceError`).
     """
 
     target: str
@@ -56,7 +56,7 @@ class NoScore:
 
     @property
     def error(self) -> InputError | DivergenceError:
-        """The reason, with the target that it is of."""
+        """The reason, with the target that it concerns."""
         return type(self.reason)(f"{shortened(self.target)!r} has no score: {self.reason}")
 
     def _raised(self) -> NoReturn:
@@ -81,7 +81,7 @@ def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
 def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
     """Returns the log-probability of each target token under teacher forcing.
 
-    That of an ensemble, whose parameters are stacked, is of the mean of its models' probabilities, as in a search.
+    An ensemble averages its models' probabilities, as in a search. Their parameters are stacked.
     """
 
     def of_model(params: Any) -> Float[Array, "B T"]:
@@ -90,7 +90,7 @@ def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) 
 
         def of_row(row: tuple[Float[Array, "T D"], Int[Array, "T"]]) -> Float[Array, "T"]:
             hidden, tokens = row
-            logits = projection.logits(hidden[None])[0]  # one row at a time: [B, T, V] is never made
+            logits = projection.logits(hidden[None])[0]  # one row at a time, since [B, T, V] is large
             return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
 
         return jax.lax.map(of_row, (model(batch), batch.target_tokens))
@@ -121,17 +121,17 @@ class Scorer:
     ) -> list[PairScore | NoScore]:
         """Returns the score of each pair, or the reason why it has none.
 
-        A target is tokenised, and scored as an output that has ended. A pair has no score if its target is longer than
-        the model's outputs, or if only its source is empty. Nor has it one if its text is not valid Unicode.
+        A target is tokenised, and scored as a finished output. A pair has no score if its target is too long for the
+        model. The same holds if only its source is empty, or if its text is not valid Unicode.
 
         Args:
-            sources, targets: equally many lines of raw text. A source that is longer than the model takes is cut, as it
-                is in `translate`; an empty one has an empty target.
-            length_penalty: such as "gnmt:0.6"; the run's own when None.
+            sources, targets: equal numbers of lines of raw text. A source that is too long for the model is cut, as in
+                `translate`.
+            length_penalty: length penalty, such as "gnmt:0.6"; None takes the run's own.
 
         Raises:
             InputError: unequal numbers of lines.
-            ConfigError: a bad length penalty.
+            ConfigError: an invalid length penalty.
         """
         if len(sources) != len(targets):
             raise InputError(
@@ -151,12 +151,15 @@ class Scorer:
         length_penalty: str | None = None,
         end: bool = True,
     ) -> list[PairScore | NoScore]:
-        """Returns the score of each pair of token ids; `end` says whether the end token closes the targets.
+        """Returns the score of each pair of token ids.
 
-        For the rest see `score`.
+        Args:
+            sources, targets: ids of each line, without the end token.
+            length_penalty: see `score`.
+            end: whether the targets are scored with an end token.
 
         Raises:
-            ConfigError: a bad length penalty.
+            ConfigError: an invalid length penalty.
         """
         translator, model = self.translator, self.translator.model
         penalty = LengthPenalty.parse(translator.decoding.length_penalty if length_penalty is None else length_penalty)
@@ -167,7 +170,7 @@ class Scorer:
             fault = self._fault(source, target, end)
             nothing = PairScore(0.0, 0.0, [], [], truncated)
             results.append(nothing if fault is None else NoScore(self._text(target), fault))
-            if fault is not None or not source or not target and not end:  # nothing that could be asked of the model
+            if fault is not None or not source or not target and not end:  # the model has nothing to score
                 continue
             shape = (
                 length_bucket(min(len(source) + 1, model.max_source_length), model.max_source_length),
@@ -187,7 +190,7 @@ class Scorer:
         return self.translator.tokenizers.target.decode(target)
 
     def _fault(self, source: list[int], target: list[int], end: bool) -> InputError | None:
-        """Returns why no model scores a pair, or None."""
+        """Returns the reason why a pair is impossible; None if it is possible."""
         limit = self.translator.model.max_target_length - int(end)
         if len(target) > limit:
             return InputError(
@@ -208,7 +211,7 @@ class Scorer:
         end: bool,
         shape: tuple[int, int],
     ) -> list[np.ndarray]:
-        """Returns the log-probability of each target token of some pairs of one shape."""
+        """Returns the log-probability of each target token, for the pairs of a chunk."""
         tokenizers, room = self.translator.tokenizers, self.translator.model.max_source_length - 1
         closed = [targets[i] + [tokenizers.target.special.end] * end for i in chunk]
         batch = self._batch([sources[i][:room] + [tokenizers.source.special.end] for i in chunk], closed, shape)
@@ -218,7 +221,7 @@ class Scorer:
     def _result(
         self, target: list[int], token_scores: np.ndarray, penalty: LengthPenalty, truncated: bool
     ) -> PairScore | NoScore:
-        """Returns the score that the log-probabilities of a target's tokens come to."""
+        """Returns the score of a pair from the log-probabilities of its target's tokens."""
         log_prob = float(token_scores.sum(dtype=np.float32))
         if math.isnan(log_prob):
             diverged = "the model's scores are not finite: the training has diverged."

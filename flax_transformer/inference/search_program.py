@@ -1,4 +1,4 @@
-"""The search of a model as one XLA program on each device: encode, then search with slots that are refilled.
+"""The search of a model as one XLA program on each device. It encodes sentences and searches their outputs.
 
 Legend: N sentences, B slots, S source length, K beams, T maximum length, P prefix length, V vocabulary, E models.
 """
@@ -22,35 +22,35 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.lexical_constraints import LexicalConstraints
 from flax_transformer.decoding.logits_processors import LogitsProcessor
 from flax_transformer.decoding.sampling import SamplingConfig, sample
-from flax_transformer.models.seq2seq import DecodeState, Memory, reorder_beams
+from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, reorder_beams
 from flax_transformer.shapes import array_tree, static_field
 
 ALL_AXES = ("data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
-class SearchSpec:
-    """Static settings of a search. One program is compiled for each spec and source length.
+class SearchConfig:
+    """Static settings of a search. One program is compiled for each `SearchConfig` and each shape of the inputs.
 
     Attributes:
-        beam: sizes, tokens and length penalty, for sampling too.
-        sampling: how to draw; None searches with a beam.
+        beam: sizes, tokens and length penalty; also for sampling.
+        sampling: how tokens are drawn; None is beam search.
         no_repeat_ngram: size of n-grams that may occur only once; 0 allows all.
         repetition_penalty: factor on log-probabilities of tokens that have occurred, at least 1.
-        banned_phrases: ids of each phrase.
-        force_end: whether the end token ends outputs at their maximum length at no cost. Outputs with required phrases
-            are not ended so, since they may lack some.
+        suppress_sequences: ids of each suppressed phrase.
+        force_eos: whether the end token ends outputs at their maximum length at no cost. It does not apply to outputs
+            with required phrases, since they may lack some.
         coverage_penalty: weight of the penalty on source tokens that got little attention.
         keep_attention: whether the attention over the source is returned.
-        num_models: E, number of an ensemble's models. Several are stacked on a leading axis.
+        num_models: number of an ensemble's models, E.
     """
 
     beam: BeamSearchConfig
     sampling: SamplingConfig | None = None
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
-    banned_phrases: tuple[tuple[int, ...], ...] = ()
-    force_end: bool = False
+    suppress_sequences: tuple[tuple[int, ...], ...] = ()
+    force_eos: bool = False
     coverage_penalty: float = 0.0
     keep_attention: bool = False
     num_models: int = 1
@@ -59,17 +59,17 @@ class SearchSpec:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SearchInputs:
-    """The arrays that a search takes. The same tree also holds shapes and shardings.
+    """The input arrays of a search. The leaves of the tree may also be shapes or shardings.
 
     Attributes:
-        tokens: [N, S].
+        tokens: [N, S], source tokens.
         segments: [N, S], 0 for padding.
-        max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which stand at the end.
+        max_lengths: [N], most tokens of an output, end token included; 0 for rows of padding, which are at the end.
         min_lengths: [N], fewest tokens of an output, end token included.
         prefixes: [N, P], ids that outputs begin with, `logits_processors.ANY` after the end; P may be 0.
-        required: [N, Q, P], phrases that outputs hold, `logits_processors.ANY` after the end of each; Q may be 0.
+        required: [N, Q, P], phrases that outputs must contain, `logits_processors.ANY` after each; Q may be 0.
         seeds: [N], seeds of sampling.
-        banned: [V], True for tokens that no output may hold.
+        suppressed: [V], True for tokens that no output may contain.
     """
 
     tokens: Any
@@ -79,23 +79,23 @@ class SearchInputs:
     prefixes: Any
     required: Any
     seeds: Any
-    banned: Any
+    suppressed: Any
 
 
 @dataclass(frozen=True)
-class Functions:
-    """Functions of a model, or of an ensemble whose probabilities are averaged."""
+class ModelFunctions:
+    """The functions of a model or an ensemble that a search calls."""
 
-    encode: Callable[[jax.Array, jax.Array, jax.Array], Memory]
-    start: Callable[[Memory], DecodeState]
+    encode: Callable[[jax.Array, jax.Array, jax.Array], EncoderOutput]
+    start: Callable[[EncoderOutput], DecodeState]
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
-def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
-    """Returns the functions of a model, or of an ensemble of models with equal sizes.
+def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunctions:
+    """Returns the functions of a model, or of an ensemble, which averages its models' probabilities.
 
-    The parameters are those of `prepare_for_inference`. Leaves of an ensemble's memory and state have a model axis
-    after their leading [B] or [B, K].
+    The parameters are those of `prepare_for_inference`. Arrays of an ensemble's encoder output and state have a model
+    axis after their leading [B] or [B, K].
     """
     beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
     if num_models == 1:
@@ -105,24 +105,24 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
             output, state = model.decode_step(tokens, state)
             return output.logits, output.attention, state
 
-        def one_start(memory: Memory) -> DecodeState:
-            return model.init_decode_state(memory, beam.beam_size, beam.max_length, reordered)
+        def one_start(encoded: EncoderOutput) -> DecodeState:
+            return model.init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
 
-        return Functions(model.encode, one_start, one_step)
+        return ModelFunctions(model.encode, one_start, one_step)
 
-    axes = DecodeState(per_sentence=1, per_beam=2, written=1, positions=None)  # the model axis
+    axes = DecodeState(per_sentence=1, per_beam=2, append_only=1, positions=None)  # the model axis
 
-    def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Memory:
-        def of(params: Any) -> Memory:
+    def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> EncoderOutput:
+        def of(params: Any) -> EncoderOutput:
             return nnx.merge(graphdef, params).encode(tokens, positions, segments)
 
         return jax.vmap(of, out_axes=1)(params)
 
-    def start(memory: Memory) -> DecodeState:
-        def of(params: Any, memory: Memory) -> DecodeState:
-            return nnx.merge(graphdef, params).init_decode_state(memory, beam.beam_size, beam.max_length, reordered)
+    def start(encoded: EncoderOutput) -> DecodeState:
+        def of(params: Any, encoded: EncoderOutput) -> DecodeState:
+            return nnx.merge(graphdef, params).init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
 
-        return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, memory)
+        return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, encoded)
 
     def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
         def of(params: Any, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
@@ -133,66 +133,65 @@ def model_functions(graphdef: Any, params: Any, spec: SearchSpec) -> Functions:
         mean = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(num_models))
         return mean, jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
 
-    return Functions(encode, start, step)
+    return ModelFunctions(encode, start, step)
 
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """The state of a search's slots, and the first states of the next sentences.
+    """The decoder states of the sentences in the slots, and of the sentences that wait.
 
-    Sentences are encoded in pieces of B, when the first sentence of a piece is due. So the number of sentences costs no
-    memory and changes no bit of a result. Slots are refilled in the order of the sentences. So the sentences that are
-    due always lie in the last two pieces.
+    B sentences are encoded together, as soon as a slot needs the first of them. So neither results nor the memory for
+    states depend on N. Slots take sentences in order, so those that wait are among the last 2 B encoded ones.
 
     Attributes:
         decoding: state of the sentences in the slots.
-        waiting: [2 B, ...], states of two pieces before their first token. Sentence n is in row n % 2 B.
-        pieces: number of pieces that have been encoded.
+        waiting: [2 B, ...], states before the first token. Sentence n is in row n % 2 B.
+        num_calls: number of encoder calls so far.
     """
 
     decoding: Any
     waiting: Any
-    pieces: Any
+    num_calls: Any
 
 
 def slot_functions(
-    model: Functions, inputs: SearchInputs, slots: int
+    model: ModelFunctions, inputs: SearchInputs, slots: int
 ) -> tuple[SlotState, Callable[[SlotState, jax.Array, jax.Array], SlotState]]:
-    """Returns a state of empty slots, and the function that puts sentences into some of them (see `Refill`)."""
+    """Returns a state of empty slots, and the function that puts sentences into slots (see `Refill`)."""
     length = inputs.tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), (slots, length))
 
-    def encoded(piece: Int[Array, ""]) -> DecodeState:
+    def encoded(call: Int[Array, ""]) -> DecodeState:
         tokens, segments = (
-            jax.lax.dynamic_slice_in_dim(a, piece * slots, slots) for a in (inputs.tokens, inputs.segments)
+            jax.lax.dynamic_slice_in_dim(a, call * slots, slots) for a in (inputs.tokens, inputs.segments)
         )
         return model.start(model.encode(tokens, positions, segments))
 
-    def add_piece(waiting: DecodeState, pieces: Int[Array, ""]) -> tuple[DecodeState, Int[Array, ""]]:
-        new = dataclasses.replace(encoded(pieces), written=None)
-        start = pieces % 2 * slots
+    def encode_next(waiting: DecodeState, num_calls: Int[Array, ""]) -> tuple[DecodeState, Int[Array, ""]]:
+        new = dataclasses.replace(encoded(num_calls), append_only=None)
+        start = num_calls % 2 * slots
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return jax.tree.map(put, waiting, new), pieces + 1
+        return jax.tree.map(put, waiting, new), num_calls + 1
 
     def refill(state: SlotState, fresh: Bool[Array, "B"], sentences: Int[Array, "B"]) -> SlotState:
         last = jnp.max(jnp.where(fresh, sentences, -1)) // slots
-        waiting, pieces = jax.lax.while_loop(
-            lambda carry: carry[1] <= last, lambda carry: add_piece(*carry), (state.waiting, state.pieces)
+        waiting, num_calls = jax.lax.while_loop(
+            lambda carry: carry[1] <= last, lambda carry: encode_next(*carry), (state.waiting, state.num_calls)
         )
 
         def put(old: jax.Array, all_of: jax.Array) -> jax.Array:
             new = jnp.take(all_of, sentences % (2 * slots), axis=0, mode="clip")
             return jnp.where(fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
-        blank = dataclasses.replace(state.decoding, written=None)
-        decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), written=state.decoding.written)
-        return SlotState(decoding, waiting, pieces)
+        blank = dataclasses.replace(state.decoding, append_only=None)
+        decoding = dataclasses.replace(jax.tree.map(put, blank, waiting), append_only=state.decoding.append_only)
+        return SlotState(decoding, waiting, num_calls)
 
-    # Only the shapes matter: every slot is filled before it is used.
+    # The values do not matter, since every slot is filled before its first step.
     shapes = jax.eval_shape(encoded, jax.ShapeDtypeStruct((), jnp.int32))
     decoding = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    blank = dataclasses.replace(shapes, written=None)
+    blank = dataclasses.replace(shapes, append_only=None)
     waiting = jax.tree.map(lambda a: jnp.zeros((2 * slots, *a.shape[1:]), a.dtype), blank)
     return SlotState(decoding, waiting, jnp.zeros((), jnp.int32)), refill
 
@@ -200,11 +199,13 @@ def slot_functions(
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class CoveragePenalty:
-    """Adjusts scores by weight * sum over source tokens of log(min(attention given to the token, 1)).
+    """Adjusts scores by weight * sum over source tokens of log(min(attention, 1)).
+
+    The attention of a source token is the sum of its weights over all target tokens.
 
     Attributes:
         segments: [N, S], 0 for padding.
-        weight: at least 0.
+        weight: weight of the penalty, at least 0.
 
     References:
         Wu et al. 2016 (GNMT), equation 14.
@@ -223,28 +224,30 @@ class CoveragePenalty:
         return jnp.float32(self.weight) * jnp.sum(jnp.where(real, missed, 0.0), axis=2)
 
 
-def make_processors(spec: SearchSpec, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
-    """Returns the logits processors of the settings. A plain search has none, so it pays nothing."""
+def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsProcessor, ...]:
+    """Returns the logits processors that the settings ask for. Without any, a search does no extra work."""
     asked: list[LogitsProcessor] = []
     if spec.repetition_penalty != 1.0:
         asked.append(logits_processors.RepetitionPenalty(spec.repetition_penalty))
-    if inputs.banned.shape[0]:
-        asked.append(logits_processors.SuppressTokens(inputs.banned))
+    if inputs.suppressed.shape[0]:
+        asked.append(logits_processors.SuppressTokens(inputs.suppressed))
     if inputs.min_lengths.shape[0]:
         asked.append(logits_processors.MinLength(inputs.min_lengths, spec.beam.end_token))
     if spec.no_repeat_ngram:
         asked.append(logits_processors.NoRepeatNgram(spec.no_repeat_ngram))
-    if spec.banned_phrases:
-        asked.append(logits_processors.SuppressSequences.of(spec.banned_phrases))
-    if spec.force_end and not inputs.required.shape[1]:
+    if spec.suppress_sequences:
+        asked.append(logits_processors.SuppressSequences.of(spec.suppress_sequences))
+    if spec.force_eos and not inputs.required.shape[1]:
         asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.beam.end_token))
     if inputs.prefixes.shape[1]:
         return (logits_processors.ForcePrefix(inputs.prefixes, tuple(asked)),)
     return tuple(asked)
 
 
-def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) -> tuple[DecoderFunctions, SlotState]:
-    """Returns a model as a search sees it, and a state of empty slots."""
+def decoder_functions(
+    model: ModelFunctions, spec: SearchConfig, inputs: SearchInputs
+) -> tuple[DecoderFunctions, SlotState]:
+    """Returns the decoder functions of a model, and a state of empty slots."""
     empty, refill = slot_functions(model, inputs, spec.beam.num_slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
@@ -259,10 +262,10 @@ def decoder_functions(model: Functions, spec: SearchSpec, inputs: SearchInputs) 
     return DecoderFunctions(step, reorder, refill), empty
 
 
-def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Encodes the sentences of one device and searches, with the parameters of `prepare_for_inference`.
+def search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+    """Returns the outputs of the sentences of one device, with the parameters of `prepare_for_inference`.
 
-    An input that is an empty array sets no rule: `banned`, `min_lengths`, `prefixes` or `required`.
+    Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
     """
     beam = spec.beam
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
@@ -278,11 +281,11 @@ def search(graphdef: Any, spec: SearchSpec, params: Any, inputs: SearchInputs) -
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 
-def jit_search(graphdef: Any, spec: SearchSpec, mesh: Mesh | AbstractMesh) -> Any:
+def jit_search(graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
 
-    Sentences are split over all axes of the mesh, and parameters are copied. Each device runs its own loop with
-    `spec.beam.num_slots` slots. No device waits for another.
+    Sentences are split over all axes of the mesh, and every device has all parameters. Each device runs its own loop
+    with `spec.beam.num_slots` slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
     inputs = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())

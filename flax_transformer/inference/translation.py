@@ -1,4 +1,4 @@
-"""The answer of `translate` for a sentence: its outputs, best first, or the reason why there are none."""
+"""The answer of `translate` for a sentence: its outputs, best first, or the reason why it has none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ class Hypothesis:
     Attributes:
         text: detokenised output.
         tokens: target pieces, without the end token.
-        score: log-probability (nats, end token included) divided by the length penalty; at most 0.
-        finished: False when it was cut at the maximum length.
-        token_scores: log-probability of each token, and of the end token if it is finished.
-        attention: [number of token scores, source tokens with the end token], the mean over the last layer's heads;
-            None unless it was asked for.
-        missing: required phrases that it does not hold.
-        count: how often it was drawn; 1 in a beam search.
-        utility: its agreement with all samples, if they were ranked by it (`decoding.mbr_samples`).
-        words: for each token the numbers of its words in the text, see `alignment.word_numbers`; empty without
-            attention.
+        score: log-probability (nats, end token included) divided by the length penalty, plus the coverage penalty; at
+            most 0.
+        finished: False for an output that was cut at the maximum length.
+        token_scores: log-probability of each token. A finished output has one more, for the end token.
+        attention: [token scores, source tokens with the end token], the mean over the heads of the last layer; None if
+            it was not asked for.
+        missing: required phrases that the output lacks.
+        count: number of times that it was drawn; 1 in a beam search.
+        utility: agreement with all samples, with minimum Bayes risk (`decoding.mbr_samples`).
+        words: word numbers of each token in the text (see `alignment.word_numbers`); empty without attention.
     """
 
     text: str
@@ -45,11 +45,11 @@ class Translation:
     """The outputs for a sentence, best first.
 
     Attributes:
-        hypotheses: at least one, at most as many as asked for.
-        truncated: whether the source was too long for the model and was cut.
+        hypotheses: one or more outputs, at most the number that was asked for.
+        truncated: whether the source was cut because it is too long for the model.
         source: source pieces, without the end token.
-        source_words: for each source piece the numbers of its words in the sentence, see `alignment.word_numbers`;
-            empty without attention.
+        source_words: word numbers of each source piece in the sentence (see `alignment.word_numbers`); empty without
+            attention.
     """
 
     hypotheses: list[Hypothesis]
@@ -59,17 +59,17 @@ class Translation:
 
     @property
     def text(self) -> str:
-        """Text of the best hypothesis."""
+        """The text of the best hypothesis."""
         return self.hypotheses[0].text
 
     @property
     def score(self) -> float:
-        """Score of the best hypothesis."""
+        """The score of the best hypothesis."""
         return self.hypotheses[0].score
 
     @property
     def tokens(self) -> list[str]:
-        """Target pieces of the best hypothesis."""
+        """The target pieces of the best hypothesis."""
         return self.hypotheses[0].tokens
 
 
@@ -79,8 +79,8 @@ class NoTranslation:
 
     Attributes:
         sentence: the raw text.
-        reason: an impossible demand on this sentence (`InputError`), or scores that are not finite (`DivergenceError`).
-        truncated: whether the source was too long for the model and was cut.
+        reason: an impossible constraint (`InputError`), or scores that are not finite (`DivergenceError`).
+        truncated: whether the source was cut because it is too long for the model.
 
     Example:
         found = translator.translate(sentences)
@@ -104,10 +104,10 @@ class NoTranslation:
 
 
 def raise_if_none(answers: Sequence[Translation | NoTranslation]) -> None:
-    """Raises if no sentence has an output, and the model or the settings are at fault rather than the sentences.
+    """Raises if no sentence has an output because of the model or the settings.
 
-    Scores may leave the range of float32 though parameters are finite. Where rules are set that looks like rules that
-    leave no token, so a text without any output is not passed over.
+    Scores may leave the range of float32 with finite parameters. `ResultReader` then blames the settings, if they
+    exclude tokens. So settings that fail for every sentence are an error, too.
 
     Raises:
         DivergenceError: every non-empty sentence failed, one or more of them because scores are not finite.
@@ -156,7 +156,7 @@ def cut_line(name: str, max_source_length: int, what: str = "translated") -> str
     Args:
         name: name of the line, such as "line 3".
         max_source_length: most source tokens of the model, end token included.
-        what: what was done with the beginning of the line.
+        what: participle for the beginning of the line, such as "translated".
     """
     return (
         f"{name} is longer than the model's {max_source_length - 1} tokens; only its beginning was {what}. Break it "

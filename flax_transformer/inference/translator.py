@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean
-from flax_transformer.inference.demands import Demands, Prefix
+from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.parameters import Parameters, replicated
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
-from flax_transformer.inference.requests import Request, RequestReader, check_call, num_beams
+from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
@@ -38,7 +38,7 @@ class Translator:
         tokenizers: tokenizers of both sides.
         decoding: settings of the search.
         parameters: parameters of the model or ensemble, on their devices.
-        options: sizes of the search's programs.
+        options: sizes of the search programs.
 
     Example:
         translator = Translator.load("runs/number_words")
@@ -71,8 +71,8 @@ class Translator:
             decoding: settings of the search.
             mesh: devices.
             num_models: number of an ensemble's models; 1 for a single model.
-            side_by_side: whether each CPU device takes work by itself (see `search_meshes`). Programs compile more
-                slowly; long texts run faster.
+            side_by_side: whether each CPU device searches by itself (see `search_meshes`). Compilation then takes
+                longer, and long texts run faster.
         """
         graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
         meshes = tuple(search_meshes(mesh)) if side_by_side else (mesh,)
@@ -89,18 +89,18 @@ class Translator:
     ) -> "Translator":
         """Returns the translator of a run folder, or of several as an ensemble.
 
-        An ensemble averages its models' probabilities at every step. Its models must have the same sizes and the same
-        vocabulary. All but the parameters is taken from the first run.
+        An ensemble averages its models' probabilities at every step. Its runs need the same section `model` and the
+        same tokenizers. The first run gives the settings of the search.
 
         Args:
-            run: the folder, or several.
+            run: a run folder, or several.
             mesh: devices; None uses all.
-            checkpoint: the one that was best on validation text, or the last.
-            quantize: see `Quantize`. "int8" is faster on a CPU with instructions for it. "bfloat16" is faster on an
-                accelerator, and on a CPU with matrix instructions (AMX).
+            checkpoint: "best" is the best one on validation text, "last" the newest.
+            quantize: "int8" makes weights 8-bit integers. It is faster on a CPU with instructions for them. "bfloat16"
+                computes in bfloat16. It is faster on an accelerator, and on a CPU with matrix instructions (AMX).
 
         Raises:
-            RunFolderError: not a run folder, or one without tokenizer or checkpoint, or a damaged one. Or the runs do
+            RunFolderError: not a run folder, or one whose tokenizer or checkpoint is missing or damaged. Or the runs do
                 not form an ensemble.
         """
         paths = [run] if isinstance(run, Path | str) else list(run)
@@ -134,7 +134,7 @@ class Translator:
         return dataclasses.replace(self, parameters=dataclasses.replace(self.parameters, params=params))
 
     def quantized(self) -> "Translator":
-        """Returns a translator with 8-bit integers for weights; itself if it has them already."""
+        """Returns a translator whose weights are 8-bit integers; itself if they are already."""
         if self.parameters.are_quantized:
             return self
         params = self.parameters.quantized()
@@ -146,7 +146,7 @@ class Translator:
 
     @property
     def params(self) -> Any:
-        """The parameters, with a copy on every device; those of an ensemble's models are stacked."""
+        """The parameters, with a copy on every device. Those of an ensemble's models are stacked."""
         return self.parameters.params
 
     @property
@@ -156,22 +156,23 @@ class Translator:
 
     @property
     def batch_size(self) -> int:
-        """Sentences searched at the same time, rounded up to a multiple of the number of devices."""
-        return rounded_up(self.decoding.batch_rows, self.mesh)
+        """The number of sentences searched at the same time, rounded up to a multiple of the number of devices."""
+        return rounded_up(self.decoding.batch_size, self.mesh)
 
     @property
     def requests(self) -> RequestReader:
         """The reader that makes and checks the request of each sentence."""
-        demands = Demands(self.tokenizers.target, self.decoding, self.model.max_target_length - 1)
-        return RequestReader(self.tokenizers.source, demands, self.model.max_source_length)
+        constraints = Constraints(self.tokenizers.target, self.decoding, self.model.max_target_length - 1)
+        return RequestReader(self.tokenizers.source, constraints, self.model.max_source_length)
 
     def programs(self, requests: RequestReader, num_hypotheses: int = 1, attention: bool = False) -> Programs:
-        """Returns the programs for a reader's requests; for the other arguments see `translate`."""
+        """Returns the search programs for a reader's requests. For the other arguments see `translate`."""
         return Programs(
             self.parameters,
-            requests.demands,
+            requests.constraints,
             self.model.suppress_start,
             num_beams(self.decoding, num_hypotheses),
+            num_awaited(self.decoding, num_hypotheses),
             attention,
             self.options,
         )
@@ -188,22 +189,22 @@ class Translator:
     ) -> list[Translation | NoTranslation]:
         """Returns the answer for each sentence, in order: its translation, or the reason why it has none.
 
-        A sentence has no translation if its prefix or a required phrase is impossible, or if the search ends without an
+        A sentence has no translation if its prefix or a required phrase is impossible, or if the search finds no
         output. Other sentences are not affected. An empty sentence has an empty translation.
 
         Args:
             sentences: raw text.
-            num_hypotheses: most outputs for each sentence: the best of the beam, or the number of samples.
+            num_hypotheses: most outputs for each sentence: the best of the beam, or samples.
             prefixes: beginning of each sentence's outputs: text, or a list of piece names (see `Hypothesis.tokens`),
                 such as a token for the language of the output.
-            required: phrases each output must contain, each tokenised by itself. If an output hits the maximum length
-                first, it lists those it lacks.
-            attention: whether hypotheses carry their attention over the source.
+            required: phrases that the outputs of each sentence must contain. Each phrase is tokenised by itself. An
+                output that reaches the maximum length first lists the phrases that it lacks.
+            attention: whether hypotheses have their attention over the source.
             **changes: fields of `DecodingConfig` that replace the run's own, such as `beam_size=1`.
 
         Raises:
             ConfigError: a setting is out of range, unknown or contradicts another. Or an argument is a string instead
-                of a list, or a list of another length.
+                of a list, or a list of the wrong length.
         """
         if isinstance(sentences, str):
             raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
@@ -222,26 +223,25 @@ class Translator:
             answers[found.index] = results.read(waiting[found.index], found.hypotheses, found.row)
         return answers
 
-    def compile(self, sentences: Sequence[str], held: int = 0) -> None:
-        """Compiles all programs of `translate(sentences)`, so a lack of memory is found now and nothing waits later.
+    def compile(self, sentences: Sequence[str], reserved_bytes: int = 0) -> None:
+        """Compiles all programs of `translate(sentences)`, for every device. A lack of memory is then found now.
 
-        Each device then has every program, whichever sentences it takes. A call of `translate` compiles only on devices
-        that took sentences.
+        Without this call, `translate` compiles a program for a device when that device first needs it.
 
         Args:
-            sentences: sentences, of which only the lengths matter.
-            held: bytes on each device that others keep.
+            sentences: raw text; only the lengths matter.
+            reserved_bytes: bytes on each device that other arrays take.
 
         Raises:
             ConfigError: a search needs more memory than a device has.
         """
         reader = self.requests
         requests = [each for each in reader.read_all(sentences) if isinstance(each, Request) and each.source]
-        self.programs(reader).compile({request.shape for request in requests}, held)
+        self.programs(reader).compile({request.shape for request in requests}, reserved_bytes)
 
 
 def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig:
-    """Returns a configuration with some fields replaced; a value of None leaves a field as it is.
+    """Returns a configuration with some fields replaced. A value of None leaves a field as it is.
 
     Raises:
         ConfigError: an unknown field, or a value out of range.

@@ -1,1 +1,1 @@
-"""Other systems' model files, from and to run folders."""
+"""Conversion of other systems' model files to run folders and back."""

@@ -1,15 +1,20 @@
-"""A run as a folder that Hugging Face's `MarianMTModel` and `MarianTokenizer` load, and such a folder as a run.
+"""Export of a run to a MarianMT folder, which Hugging Face's `MarianMTModel` and `MarianTokenizer` load.
 
-One table says which of their parameters is which of ours, and how it is laid out; anything left over on either side is
-an error. The vocabulary is written in Marian's order: `</s>` first, then `<unk>` and the pieces, our padding token as
-`<unused>`, and the start token last, which there is `<pad>`: the decoder begins with it in both. What is read may have
-any order; our four special tokens come first then, and the others keep theirs. A model that knows no `<unused>` gets a
-row for it that is as good as never chosen, and is written without it. Nor did Marian's models know a `<pad>` when they
-were trained; where the settings of `generate` exclude it, the start token is made as good as never chosen, too, and is
-written as that: without the setting the outputs are the same then.
+`marian_reader.py` imports such a folder. Both directions use one table. Each entry pairs a MarianMT parameter with a
+parameter of this project and converts the layout. A parameter without a partner is an error.
 
-Two kinds of rows that nothing reads are not kept: those that pad a vocabulary to a multiple are not written, and the
-start token's is written as zeros if it is read as zeros (`zero_start`).
+Vocabulary. The export writes the tokens in MarianMT's order: `</s>`, `<unk>`, the pieces, `<unused>`, `<pad>`. The
+token `<unused>` is this project's padding. The token `<pad>` is this project's start token, because MarianMT's decoder
+starts with padding. The import accepts any order. It puts this project's four special tokens first, and keeps the order
+of the others.
+
+Tokens that a model has not learnt. If a vocabulary has no `<unused>`, the import adds a row for it. The output bias of
+this row leaves the token practically no probability. The export leaves the row out again. Marian trains without `<pad>`
+as an output. If the settings of `generate` exclude `<pad>`, the import gives the start token the same bias. The export
+writes this bias, so the outputs stay the same without the settings.
+
+Rows that nothing reads. Rows that pad the vocabulary to a multiple are not exported. The start token's row is exported
+as zeros if it was imported as zeros (`zero_start`).
 """
 
 import dataclasses
@@ -37,12 +42,13 @@ from flax_transformer.models.transformer import TransformerConfig
 
 Flat = dict[str, np.ndarray]
 
-# Their name for our padding token, which no output has.
+# Name of this project's padding token in a MarianMT vocabulary. No output contains it.
 UNUSED = "<unused>"
-# Output bias of a token that a model was not taught: as good as never, and next to nothing in a mean over a vocabulary.
+# Output bias of a token that the model has not learnt. It leaves the token practically no probability. It is small in a
+# mean over the vocabulary.
 NEVER = np.float32(-100.0)
 
-# Ours (within a layer) -> theirs.
+# Names within a layer: this project's -> MarianMT's.
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 LAYER = {
     "self_attention": "self_attn",
@@ -57,14 +63,14 @@ LAYER = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of the table.
+    """One entry of the table.
 
     Attributes:
-        theirs: name in their file.
-        ours: path in our parameters.
-        layer: of the stack, or None for a parameter that is not stacked.
-        export: from our array (of that layer) to theirs.
-        load: from their array, and the shape of ours, to ours.
+        theirs: name of the parameter in the MarianMT file.
+        ours: path of the parameter in this project.
+        layer: layer in a stack; None for a parameter that is not stacked.
+        export: converts this project's array (of that layer) to MarianMT's.
+        load: converts MarianMT's array to this project's, given the shape of the result.
     """
 
     theirs: str
@@ -85,7 +91,10 @@ def reshaped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def linear_table(theirs: str, ours: str, layer: int, inputs: int) -> list[Entry]:
-    """Returns the entries of a linear layer whose kernel has `inputs` leading input axes; theirs is [out, in]."""
+    """Returns the entries of a linear layer.
+
+    A kernel of this project has `inputs` leading input axes. MarianMT's weight is [out, in].
+    """
 
     def kernel(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x.reshape(int(np.prod(x.shape[:inputs])), -1).T)
@@ -120,7 +129,12 @@ def layer_table(stack: str, layer: int) -> list[Entry]:
 
 
 def vocabulary_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> list[Entry]:
-    """Returns the entries with a row for each token; `order` gives for each side our ids in their order."""
+    """Returns the entries with one row for each token.
+
+    Args:
+        config: options of the model.
+        order: for each side ("source" and "target"), this project's ids in MarianMT's order.
+    """
 
     def entry(theirs: str, ours: str, side: str) -> Entry:
         def export(rows: np.ndarray) -> np.ndarray:
@@ -148,7 +162,7 @@ def vocabulary_table(config: TransformerConfig, order: dict[str, np.ndarray]) ->
 
 
 def parameter_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> list[Entry]:
-    """Returns the whole table; `order` as for `vocabulary_table`."""
+    """Returns the whole table; see `vocabulary_table` for `order`."""
     table = vocabulary_table(config, order)
     for stack, depth in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
         for layer in range(depth):
@@ -157,43 +171,51 @@ def parameter_table(config: TransformerConfig, order: dict[str, np.ndarray]) -> 
 
 
 def check_expressible(config: ModelConfig) -> TransformerConfig:
-    """Returns the configuration if Marian has all of its options.
+    """Returns the configuration if MarianMT has all of its options.
 
     Raises:
-        ConfigError: an option that Marian does not have.
+        ConfigError: MarianMT lacks an option.
     """
     if not isinstance(config, TransformerConfig):
         raise ConfigError(f"model.kind: {config.kind} cannot be written as a MarianMT model, which is a Transformer.")
     for name, value in (("norm_order", "post"), ("positions", "sinusoidal"), ("norm_epsilon", 1e-5)):
         if getattr(config, name) != value:
             raise ConfigError(
-                f"model.{name}: {getattr(config, name)} cannot be written as a MarianMT model: that has {value}. "
+                f"model.{name}: {getattr(config, name)} cannot be written as a MarianMT model, which has {value}. "
                 f"Train with model.{name}: {value}."
             )
     return config
 
 
 def options_left_out(config: TransformerConfig) -> list[str]:
-    """Returns the options that a folder has no place for and that do not change what the parameters mean."""
+    """Returns the options that a MarianMT folder cannot store.
+
+    None of them changes the meaning of the parameters.
+    """
     left_out = []
     if config.embedding_dropout not in (None, config.dropout):
         left_out.append(
-            f"embedding_dropout: {config.embedding_dropout} (a training from there has its dropout, {config.dropout})"
+            f"embedding_dropout: {config.embedding_dropout} (a training from that folder uses {config.dropout})"
         )
     if config.compute_dtype != "float32":
-        left_out.append(f"compute_dtype: {config.compute_dtype} (what is written computes in float32)")
+        left_out.append(f"compute_dtype: {config.compute_dtype} (the written model computes in float32)")
     return left_out
 
 
 def marian_order(tokenizer: Tokenizer, with_unused: bool = True) -> np.ndarray:
-    """Returns our ids in the order in which they are written; `with_unused` says whether our padding is one of them."""
+    """Returns this project's ids in MarianMT's order.
+
+    Args:
+        tokenizer: tokenizer of one side.
+        with_unused: whether this project's padding id is among them.
+    """
     special = tokenizer.special
     pieces = [i for i in range(tokenizer.vocab_size) if i not in special.ids]
     return np.array([special.end, special.unknown, *pieces, *([special.pad] if with_unused else []), special.start])
 
 
 def vocabulary(tokenizer: Tokenizer, with_unused: bool = True) -> dict[str, int]:
-    """Returns the vocabulary as it is written: each piece and its id there."""
+    """Returns the MarianMT vocabulary: the name and the id of each token."""
     special = tokenizer.special
     named = {special.end: "</s>", special.unknown: "<unk>", special.pad: UNUSED, special.start: "<pad>"}
     order = marian_order(tokenizer, with_unused).tolist()
@@ -202,22 +224,22 @@ def vocabulary(tokenizer: Tokenizer, with_unused: bool = True) -> dict[str, int]
 
 
 def code_of(piece: str) -> str | None:
-    """Returns the language token, such as ">>deu<<", that stands in a piece of ours, or None."""
+    """Returns the language token that a piece of this project contains, such as ">>deu<<", or None."""
     found = re.fullmatch(f"{WORD_START}(>>.+<<)", piece)
     return found[1] if found else None
 
 
 def knows_unused(config: TransformerConfig, target: Tokenizer, params: Any) -> bool:
-    """Returns whether our padding token is one of the model's own, and not a row that was added when it was read."""
-    # A training from a model that was read may have moved the bias a little.
+    """Returns whether the padding token's row is part of the model; False if the import has added it."""
+    # Training an imported model may change the bias of the added row a little.
     return not config.output_bias or bool(np.asarray(params["output_bias"])[target.special.pad] > NEVER / 2)
 
 
 def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params: Any) -> Flat:
-    """Returns Marian's parameters by their names, in float32.
+    """Returns MarianMT's parameters by name, in float32.
 
     Raises:
-        InputError: a parameter of ours that has no place there.
+        InputError: MarianMT has no place for a parameter.
     """
     unused = knows_unused(config, tokenizers.target, params)
     order = {side: marian_order(getattr(tokenizers, side), unused) for side in ("source", "target")}
@@ -238,7 +260,7 @@ def export_weights(config: TransformerConfig, tokenizers: TokenizerPair, params:
 
 
 def export_config(config: TransformerConfig, tokenizers: TokenizerPair, with_unused: bool) -> dict[str, Any]:
-    """Returns the contents of their config.json."""
+    """Returns the contents of MarianMT's config.json."""
     source_size, target_size = (
         len(marian_order(tokenizer, with_unused)) for tokenizer in (tokenizers.source, tokenizers.target)
     )
@@ -277,7 +299,7 @@ def export_config(config: TransformerConfig, tokenizers: TokenizerPair, with_unu
 
 
 def check_tokenizers(tokenizers: TokenizerPair) -> None:
-    """Raises a `ConfigError` unless a MarianMT model can have these tokenizers."""
+    """Raises a `ConfigError` if a MarianMT model cannot have these tokenizers."""
     if not all(isinstance(each, SentencePieceTokenizer) for each in (tokenizers.source, tokenizers.target)):
         raise ConfigError(
             "a MarianMT model has SentencePiece tokenizers, and this run has others. Train with section 'tokenizer'."
@@ -291,20 +313,20 @@ def check_tokenizers(tokenizers: TokenizerPair) -> None:
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"vocabularies of different sizes ({sizes[0]} and {sizes[1]}) cannot be written as a MarianMT model: "
-            "it has one id for padding on both sides. Train with tokenizers of the same size."
+            "both sides have the same padding id there. Train with tokenizers of the same size."
         )
 
 
 def write_marian(translator: Translator, model: ModelConfig, output: Path) -> list[str]:
     """Writes a folder that `MarianMTModel.from_pretrained` and `MarianTokenizer.from_pretrained` read.
 
-    Returns the settings of section `decoding` that their `generate` does not have: without them it may give other
-    outputs.
+    Returns:
+        The settings of section `decoding` that Hugging Face's `generate` lacks. Its outputs may differ without them.
 
     Raises:
-        ConfigError: an option of the model that Marian does not have, weights that are integers, tokenizers that are
-            not SentencePiece's, or the package safetensors is missing.
-        InputError: the folder is there already.
+        ConfigError: MarianMT lacks an option, weights are integers, tokenizers are not SentencePiece's, or the package
+            safetensors is missing.
+        InputError: the output folder exists already.
     """
     config = check_expressible(model)
     if is_quantized(translator.params):

@@ -1,4 +1,4 @@
-"""The files of a MarianMT folder: settings in JSON, and tensors as safetensors or as PyTorch wrote them."""
+"""The files of a MarianMT folder: settings in JSON, and tensors in safetensors or PyTorch files."""
 
 import json
 import pickle
@@ -11,10 +11,10 @@ from flax_transformer.errors import ConfigError, InputError
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """Returns the contents of a file.
+    """Returns the contents of a JSON file.
 
     Raises:
-        InputError: it is not there, or is no JSON.
+        InputError: the file is missing or is not JSON.
     """
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
@@ -23,10 +23,12 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file; those in bfloat16 have the type of ml_dtypes, which JAX brings along.
+    """Returns the tensors of a safetensors file.
+
+    The type of bfloat16 tensors comes from ml_dtypes, a dependency of JAX.
 
     Raises:
-        InputError: it is damaged, or holds tensors of a type that is not read.
+        InputError: the file is damaged, or a tensor has an unsupported type.
         ConfigError: the package safetensors is missing.
     """
     try:
@@ -38,18 +40,17 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or not whole ({error}). Copy or download it again.") from error
-    except (AttributeError, TypeError) as error:  # of NumPy, which is asked for a type by its name
+    except (AttributeError, TypeError) as error:  # NumPy does not know the type
         raise InputError(
-            f"{path} holds tensors of a type that is not read ({error}); float32, float16 and bfloat16 are. Save the "
-            "model in one of these."
+            f"{path} holds tensors of an unsupported type ({error}). Save the model in float32, float16 or bfloat16."
         ) from error
 
 
 def read_pickled(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file that PyTorch wrote, read in a way that runs no code in it.
+    """Returns the tensors of a PyTorch file. Code in the file is not run.
 
     Raises:
-        InputError: it is damaged, or holds something else.
+        InputError: the file is damaged, or contains more than tensors.
         ConfigError: PyTorch is missing.
     """
     try:
@@ -75,11 +76,11 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Returns their parameters, in float32.
+    """Returns the parameters of a MarianMT folder, in float32.
 
     Raises:
-        InputError: no file with weights, or one that cannot be read.
-        ConfigError: a package that is needed to read it is missing.
+        InputError: there is no file of weights, or it cannot be read.
+        ConfigError: a package that reads the file is missing.
     """
     if (folder / "model.safetensors").is_file():
         weights = read_safetensors(folder / "model.safetensors")

@@ -1,6 +1,6 @@
-"""How a run decodes as the settings of Hugging Face's `generate`, and those settings as a section `decoding`.
+"""Conversion between section `decoding` and the settings of Hugging Face's `generate`.
 
-Both directions also return what the other side cannot do, so that nothing is lost without a word.
+Each direction also returns the settings that the other side lacks, so no loss goes unreported.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 
-# Fields of ours that their beam search does not have.
+# Fields of `DecodingConfig` that Hugging Face's beam search lacks.
 NOT_THEIRS = (
-    "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty", "patience",
+    "method", "temperature", "top_k", "top_p", "min_p", "mbr_samples", "coverage_penalty",
 )  # fmt: skip
 
-# Theirs for our `decoding.stop`.
-EARLY_STOPPING: dict[StopRule, bool | str] = {"sure": "never", "likely": False, "finished": True}
+# `decoding.stop` -> Hugging Face's `early_stopping`.
+EARLY_STOPPING: dict[StopRule, bool | str] = {"exact": "never", "heuristic": False, "first_finished": True}
 
-# Settings of theirs that change outputs and that we do not take over, with the value that changes nothing.
+# Settings of Hugging Face that change outputs and that this project lacks, each with its neutral value.
 NOT_OURS = {
     "do_sample": False,
     "num_return_sequences": 1,
@@ -44,7 +44,7 @@ NOT_OURS = {
     "stop_strings": None,
     "max_time": None,
 }
-# Those that they look at when they draw.
+# Settings of the same kind that Hugging Face reads only when it samples.
 NOT_OURS_OF_SAMPLING = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -52,12 +52,12 @@ NOT_OURS_OF_SAMPLING = {
 
 
 class Generation(NamedTuple):
-    """What their settings say.
+    """Hugging Face's settings in the terms of this project.
 
     Attributes:
-        decoding: how the run decodes.
-        start_excluded: whether the start token, which no output has, has no share in the probabilities either.
-        lost: settings that the two above cannot hold, each as "name: value".
+        decoding: section `decoding`.
+        start_excluded: whether the start token gets no share of the probabilities. No output contains it in any case.
+        lost: settings that the other fields cannot express, each as "name: value".
     """
 
     decoding: DecodingConfig
@@ -66,20 +66,20 @@ class Generation(NamedTuple):
 
 
 def named(settings: dict[str, Any]) -> list[str]:
-    """Returns each setting as "name: value", long values shortened."""
+    """Returns each setting as "name: value". Long values are shortened."""
     return [f"{name}: {value if isinstance(value, str) else reprlib.repr(value)}" for name, value in settings.items()]
 
 
 def export_generation(
     decoding: DecodingConfig, order: np.ndarray, target: Tokenizer, longest: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the contents of their generation_config.json, and the settings of ours that it cannot hold.
+    """Returns the contents of Hugging Face's generation_config.json, and the settings of this project that it lacks.
 
     Args:
-        decoding: how the run decodes.
-        order: our id of each of their ids.
+        decoding: section `decoding` of the run.
+        order: this project's id of each MarianMT id.
         target: tokenizer of the outputs.
-        longest: most tokens of the model's outputs, end token included.
+        longest: most tokens of an output of the model, end token included.
     """
     theirs, special = {ours: number for number, ours in enumerate(order.tolist())}, target.special
     defaults = DecodingConfig()
@@ -91,46 +91,46 @@ def export_generation(
     if decoding.max_length_factor:
         lost["max_length_factor"] = decoding.max_length_factor
     else:
-        most = min(max(decoding.max_length_offset, decoding.min_length + 1), longest)
+        most = min(max(decoding.max_length_offset, decoding.min_length) + 1, longest)
     lost |= {name: getattr(decoding, name) for name in NOT_THEIRS if getattr(decoding, name) != getattr(defaults, name)}
 
-    never = [special.start, special.pad] + [special.unknown] * decoding.ban_unknown
-    banned = [[number] for number in never if number in theirs]
-    banned += [ids for ids in target.encode(decoding.banned_phrases) if ids]
-    banned += [[number] for name in decoding.banned_tokens if (number := target.id_of(name)) is not None]
+    never = [special.start, special.pad] + [special.unknown] * decoding.suppress_unknown
+    suppressed = [[number] for number in never if number in theirs]
+    suppressed += [ids for ids in target.encode(decoding.suppress_sequences) if ids]
+    suppressed += [[number] for name in decoding.suppress_tokens if (number := target.id_of(name)) is not None]
     values: dict[str, Any] = {
         "eos_token_id": theirs[special.end],
         "pad_token_id": theirs[special.start],
         "decoder_start_token_id": theirs[special.start],
-        "bad_words_ids": [[theirs[i] for i in ids] for ids in banned],
+        "bad_words_ids": [[theirs[i] for i in ids] for ids in suppressed],
         "num_beams": decoding.beam_size,
         "early_stopping": EARLY_STOPPING[decoding.stop],
-        "max_length": most + 1,  # theirs counts the start token
+        "max_length": most + 1,  # Hugging Face counts the start token
     }
     if penalty.name != "gnmt":
         values["length_penalty"] = penalty.exponent
     if decoding.min_length:
         values["min_length"] = decoding.min_length + 1
-    if decoding.force_end:
+    if decoding.force_eos:
         values["forced_eos_token_id"] = theirs[special.end]
     if decoding.no_repeat_ngram:
         values["no_repeat_ngram_size"] = decoding.no_repeat_ngram
     if decoding.repetition_penalty != 1.0:
         if decoding.beam_size > 1:
             values["repetition_penalty"] = decoding.repetition_penalty
-        else:  # without a beam theirs is a factor on logits
+        else:  # without a beam Hugging Face multiplies logits
             lost["repetition_penalty"] = decoding.repetition_penalty
     return values, named(lost)
 
 
-class Bans(NamedTuple):
-    """What their `bad_words_ids` keep out of outputs.
+class BadWords(NamedTuple):
+    """The contents of Hugging Face's `bad_words_ids`.
 
     Attributes:
-        start, unknown: whether the start token and the unknown token are banned.
-        phrases: texts of several tokens.
-        tokens: names of single pieces.
-        others: lists of their ids that no text of ours stands for.
+        start, unknown: whether the start token and the unknown token are suppressed.
+        phrases: suppressed texts of several tokens.
+        tokens: names of suppressed single pieces.
+        others: suppressed lists of MarianMT ids that neither a text nor a piece expresses.
     """
 
     start: bool
@@ -141,12 +141,12 @@ class Bans(NamedTuple):
 
     @property
     def others_than_start(self) -> bool:
-        """Whether anything but the start token is banned."""
+        """Whether anything but the start token is suppressed."""
         return bool(self.unknown or self.phrases or self.tokens or self.others)
 
 
-def read_bans(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tokenizer) -> Bans:
-    """Returns what their setting bans; `order` and `target` as for `read_generation`."""
+def read_bad_words(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tokenizer) -> BadWords:
+    """Returns what `bad_words_ids` suppresses; see `read_generation` for `order` and `target`."""
     special = target.special
     start, unknown, phrases, tokens, others = False, False, [], [], []
     for ids in bad_words_ids:
@@ -159,23 +159,25 @@ def read_bans(bad_words_ids: Sequence[list[int]], order: np.ndarray, target: Tok
             tokens.append(piece)
         elif ours and (text := target.decode(ours)).strip() and target.encode([text]) == [ours]:
             phrases.append(text)
-        elif ours not in ([special.pad], [special.end]):  # never there, or never banned, in both
+        elif ours not in ([special.pad], [special.end]):  # neither system outputs padding or suppresses the end
             others.append(ids)
-    return Bans(start, unknown, phrases, tokens, others)
+    return BadWords(start, unknown, phrases, tokens, others)
 
 
 def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer, longest: int) -> Generation:
-    """Returns what their settings say.
+    """Returns Hugging Face's settings in the terms of this project.
 
-    Without a maximum length it is our default's, and that is named among what is lost. Where they ban their padding,
-    which is the start token, and share out its probability (`renormalize_logits`), it is as if the model did not know
-    it, which is how Marian trained it.
+    Settings without a maximum length get this project's default, and `lost` says so.
+
+    MarianMT's padding is the start token. Settings may suppress it and give its probability to the other tokens
+    (`renormalize_logits`). Then `start_excluded` is True, and the model behaves as in Marian's training, which does not
+    know the token.
 
     Args:
-        theirs: contents of their generation_config.json, or of their config.json where that is not there.
-        order: our id of each of their ids.
+        theirs: contents of Hugging Face's generation_config.json, or of config.json in a folder without it.
+        order: this project's id of each MarianMT id.
         target: tokenizer of the outputs.
-        longest: most tokens of the model's outputs, end token included.
+        longest: most tokens of an output of the model, end token included.
     """
     given = {name: value for name, value in theirs.items() if value is not None}
     neutral = NOT_OURS | (NOT_OURS_OF_SAMPLING if given.get("do_sample") else {})
@@ -187,8 +189,8 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
         if given.get(name, token) not in (token, [token]):
             lost[name] = given[name]
-    if (bans := read_bans(given.get("bad_words_ids", ()), order, target)).others:
-        lost["bad_words_ids"] = bans.others
+    if (bad_words := read_bad_words(given.get("bad_words_ids", ()), order, target)).others:
+        lost["bad_words_ids"] = bad_words.others
 
     # --- numbers
     stops = [ours for ours, value in EARLY_STOPPING.items() if value == given.get("early_stopping", False)]
@@ -198,29 +200,32 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     penalty = given.get("repetition_penalty", 1.0)
     if exponent < 0:
         lost["length_penalty"], exponent = exponent, 0.0
-    if penalty < 1 or (penalty != 1 and beam_size == 1):  # without a beam theirs is a factor on logits
+    if penalty < 1 or (penalty != 1 and beam_size == 1):  # without a beam Hugging Face multiplies logits
         lost["repetition_penalty"], penalty = penalty, 1.0
-    # Theirs count the start token; of the end token all say the same: a maximum counts it, a minimum does not.
+    # Hugging Face's limits count the start token. Its maximum counts the end token, its minimum does not. This
+    # project's limits count neither.
     most = given.get("max_new_tokens", given.get("max_length", 1) - 1)
     fewest = given.get("min_new_tokens", given.get("min_length", 1) - 1)
     decoding = DecodingConfig(
         beam_size=beam_size,
         length_penalty=f"average:{float(exponent)}",
-        stop=stops[0] if stops else "sure",
+        stop=stops[0] if stops else "exact",
         min_length=max(0, min(fewest, longest - 1)),
-        force_end=given.get("forced_eos_token_id") in (end, [end]),
+        force_eos=given.get("forced_eos_token_id") in (end, [end]),
         no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
         repetition_penalty=float(penalty),
-        ban_unknown=bans.unknown,
-        banned_phrases=tuple(bans.phrases),
-        banned_tokens=tuple(bans.tokens),
+        suppress_unknown=bad_words.unknown,
+        suppress_sequences=tuple(bad_words.phrases),
+        suppress_tokens=tuple(bad_words.tokens),
     )
-    if most > 0:
-        decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest))
+    if most > 1:
+        decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest) - 1)
+    elif most == 1:
+        lost["max_length"] = "one token, which is the end token"
     else:
-        lost["max_length"] = "none given, which is 20 tokens there, and here our default"
+        lost["max_length"] = "none given; generate makes 20 tokens then, this run has its own default"
     renormalize = given.get("renormalize_logits") is True
-    others_banned = bans.others_than_start or decoding.min_length or decoding.no_repeat_ngram
-    if renormalize and (others_banned or penalty != 1.0):  # ours take away and give nothing to the others
+    others_suppressed = bad_words.others_than_start or decoding.min_length or decoding.no_repeat_ngram
+    if renormalize and (others_suppressed or penalty != 1.0):  # this project suppresses without renormalising
         lost["renormalize_logits"] = True
-    return Generation(decoding, renormalize and bans.start, named(lost))
+    return Generation(decoding, renormalize and bad_words.start, named(lost))

@@ -1,4 +1,7 @@
-"""A MarianMT folder of Hugging Face as a run folder, which every verb takes and a training can start from."""
+"""Import of a MarianMT folder of Hugging Face as a run folder.
+
+All commands take the run folder, and a training can start from it.
+"""
 
 import tempfile
 from dataclasses import dataclass
@@ -31,10 +34,10 @@ from flax_transformer.nn.feed_forward import Activation
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 
-# Their names of activations, and ours.
+# Hugging Face's names of activations -> this project's.
 ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "swish", "silu": "swish"}
 
-# What our Transformer does in one way alone.
+# Options that this project's Transformer supports with one value only.
 REQUIRED = {
     "scale_embedding": True,
     "normalize_before": False,
@@ -42,8 +45,8 @@ REQUIRED = {
     "add_final_layer_norm": False,
 }
 
-sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
-# What config.json must say.
+sentencepiece_model_pb2: Any = made_by_protobuf  # type checkers do not know its members
+# Keys that config.json must have.
 NEEDED = (
     "model_type", "d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads",
     "encoder_ffn_dim", "decoder_ffn_dim", "activation_function", "max_position_embeddings", "pad_token_id",
@@ -51,14 +54,17 @@ NEEDED = (
 )  # fmt: skip
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-CUT = (Piece.Type.NORMAL, Piece.Type.USER_DEFINED, Piece.Type.BYTE)  # what text is cut into
+CUT = (Piece.Type.NORMAL, Piece.Type.USER_DEFINED, Piece.Type.BYTE)  # types of the pieces that text is cut into
 
 
 def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
-    """Returns our configuration of a model that their config.json describes.
+    """Returns this project's configuration of a MarianMT model.
+
+    Args:
+        theirs: contents of MarianMT's config.json.
 
     Raises:
-        ConfigError: an option that our Transformer does not have.
+        ConfigError: a key is missing, or this project's Transformer lacks an option.
     """
     if missing := [name for name in NEEDED if name not in theirs]:
         raise ConfigError(f"config.json lacks {', '.join(missing)}.")
@@ -67,23 +73,27 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
         if not isinstance(theirs[name], wanted):
             raise ConfigError(f"config.json: {name} must be of type {wanted.__name__}, got {theirs[name]!r}.")
     if theirs.get("model_type") != "marian":
-        raise ConfigError(f"config.json is of a model of type {theirs.get('model_type')!r}; marian can be taken over.")
+        raise ConfigError(f"config.json has model_type {theirs.get('model_type')!r}; only marian can be imported.")
     for name, value in REQUIRED.items():
         if theirs.get(name, value) != value:
-            raise ConfigError(f"config.json: {name}: {theirs[name]} cannot be taken over; {value} can.")
+            raise ConfigError(f"config.json: {name}: {theirs[name]} cannot be imported; {value} can.")
     for name in ("attention_heads", "ffn_dim"):
         if theirs[f"encoder_{name}"] != theirs[f"decoder_{name}"]:
-            raise ConfigError(f"config.json: encoder_{name} and decoder_{name} differ, which cannot be taken over.")
+            raise ConfigError(
+                f"config.json: encoder_{name} and decoder_{name} differ. Only models with equal values can be imported."
+            )
     activation = ACTIVATIONS.get(theirs["activation_function"])
     if activation is None:
         raise ConfigError(
-            f"config.json: activation_function {theirs['activation_function']!r} cannot be taken over; "
+            f"config.json: activation_function {theirs['activation_function']!r} cannot be imported; "
             f"{', '.join(ACTIVATIONS)} can."
         )
     shared = theirs.get("share_encoder_decoder_embeddings", True)
     tied = theirs.get("tie_word_embeddings", True)
     if shared and not tied:
-        raise ConfigError("config.json: one table for both languages but not for the output cannot be taken over.")
+        raise ConfigError(
+            "config.json: both languages share a table, but the output does not. This cannot be imported."
+        )
     return TransformerConfig(
         model_dim=theirs["d_model"],
         num_heads=theirs["encoder_attention_heads"],
@@ -101,10 +111,18 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
 
 
 def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>") -> tuple[np.ndarray, list[str]]:
-    """Returns, for each of their ids, our id, and the pieces after our special ids, which come first.
+    """Returns this project's id of each MarianMT id, and the names of all tokens that are not special.
+
+    This project's special ids come first. The other tokens follow in MarianMT's order.
+
+    Args:
+        words: MarianMT's vocabulary, from names to ids.
+        pad: MarianMT's id of padding, which becomes the start token.
+        end: MarianMT's id of the end token.
+        unknown: name of the unknown token.
 
     Raises:
-        InputError: a vocabulary without the unknown token, or whose ids are not 0, 1, 2, ...
+        InputError: the vocabulary has no unknown token, or its ids are not 0, 1, 2, ...
     """
     names = sorted(words, key=lambda name: words[name])
     if unknown not in words or [words[name] for name in names] != list(range(len(names))):
@@ -123,15 +141,20 @@ def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>")
 def renumbered(
     model: bytes, pieces: list[str], name_of_model: str = "the SentencePiece model"
 ) -> SentencePieceTokenizer:
-    """Returns a tokenizer that cuts text as a SentencePiece model does, with the ids of a vocabulary.
+    """Returns a tokenizer with the segmentation of a SentencePiece model and the ids of a vocabulary.
 
-    Pieces that the vocabulary has and the model has not are never cut; language tokens, such as ">>deu<<", are taken
-    off a text before it is cut (see `SentencePieceTokenizer.encode`). Pieces that the model has and the vocabulary has
-    not are cut all the same, and unknown.
+    A piece that only the vocabulary has is never produced. A piece that only the model has is still produced, and
+    becomes the unknown token. Language tokens, such as ">>deu<<", are removed before text is cut (see
+    `SentencePieceTokenizer.encode`).
+
+    Args:
+        model: contents of the SentencePiece model's file.
+        pieces: names of the vocabulary's tokens without the special ones, in order.
+        name_of_model: name of the model in messages.
 
     Raises:
-        InputError: a damaged model, or one of BPE that lacks pieces of the vocabulary: unused pieces would take part in
-            its merges.
+        InputError: the model is damaged. A BPE model that lacks pieces of the vocabulary is an error, too: BPE would
+            merge symbols into the pieces that are added.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -143,13 +166,13 @@ def renumbered(
     if not any(piece.type in CUT for piece in proto.pieces):
         raise InputError(f"{name_of_model} has no piece that text could be cut into. Copy or download it again.")
     if [p.piece for p in proto.pieces[len(SPECIAL.ids) :]] == pieces and proto.trainer_spec.eos_id == SPECIAL.end:
-        return SentencePieceTokenizer(model)  # our own
+        return SentencePieceTokenizer(model)  # this project wrote it
     known = {piece.piece: piece for piece in proto.pieces}
     lacking = [name for name in pieces if name not in known and not LANGUAGE.fullmatch(name)]
     if lacking and proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         raise InputError(
             f"{name_of_model} is a BPE model, and lacks {len(lacking)} pieces of the vocabulary, the first is "
-            f"{lacking[0]!r}. Two models of one vocabulary can be taken over if they are unigram models."
+            f"{lacking[0]!r}. Two models of one vocabulary can be imported if they are unigram models."
         )
     control, unknown = Piece.Type.CONTROL, Piece.Type.UNKNOWN
     special = {
@@ -185,9 +208,9 @@ class Vocabularies:
     """The vocabularies of a MarianMT folder, by side ("source" and "target").
 
     Attributes:
-        tokenizers: ours, which cut text as theirs do.
-        orders: [their ids], our id for each of theirs.
-        has_unused: whether their target vocabulary has our padding token (`UNUSED`).
+        tokenizers: tokenizers with the segmentation of MarianMT's and the ids of this project.
+        orders: for each side, this project's id of each MarianMT id.
+        has_unused: whether MarianMT's target vocabulary has a token for this project's padding (`UNUSED`).
     """
 
     tokenizers: TokenizerPair
@@ -199,12 +222,12 @@ def read_vocabularies(folder: Path, theirs: dict[str, Any], model: TransformerCo
     """Returns the vocabularies of both sides.
 
     Args:
-        folder: with vocab.json, source.spm and target.spm.
-        theirs: contents of their config.json.
-        model: our configuration of it.
+        folder: MarianMT folder with vocab.json, source.spm and target.spm.
+        theirs: contents of MarianMT's config.json.
+        model: this project's configuration of the model.
 
     Raises:
-        InputError: files that are missing, damaged, or do not fit together.
+        InputError: a file is missing or damaged, or two files contradict each other.
     """
     separate = model.share_embeddings != "all"
     target_file = "target_vocab.json" if separate and (folder / "target_vocab.json").is_file() else "vocab.json"
@@ -228,16 +251,16 @@ def read_vocabularies(folder: Path, theirs: dict[str, Any], model: TransformerCo
 
 
 def read_settings(folder: Path, theirs: dict[str, Any], vocabularies: Vocabularies, longest: int) -> Generation:
-    """Returns what the folder says of decoding; older folders say it in their config.json.
+    """Returns the settings of `generate` in a MarianMT folder. Older folders keep them in config.json.
 
     Args:
-        folder: of the model.
-        theirs: contents of their config.json.
-        vocabularies: of both sides.
-        longest: most tokens of the model's outputs, end token included.
+        folder: MarianMT folder.
+        theirs: contents of MarianMT's config.json.
+        vocabularies: vocabularies of both sides.
+        longest: most tokens of an output of the model, end token included.
 
     Raises:
-        InputError: a setting of another type than expected.
+        InputError: a setting has an unexpected type.
     """
     settings = theirs
     if (folder / "generation_config.json").is_file():
@@ -251,12 +274,15 @@ def read_settings(folder: Path, theirs: dict[str, Any], vocabularies: Vocabulari
 
 
 def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
-    """Makes a run folder of a MarianMT folder, and returns it with the settings of their `generate` that are left out.
+    """Makes a run folder from a MarianMT folder.
+
+    Returns:
+        The run folder, and the settings of Hugging Face's `generate` that this project lacks.
 
     Raises:
-        ConfigError: an option that our Transformer does not have, or a package is missing.
-        InputError: files that are missing or do not fit together.
-        RunFolderError: the output is there already.
+        ConfigError: this project's Transformer lacks an option, or a package is missing.
+        InputError: a file is missing, or files contradict each other.
+        RunFolderError: the output folder exists already.
     """
     run = RunFolder(output)
     run.check_unused("--output")
@@ -274,7 +300,7 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     # --- options that the weights show
     start = theirs["decoder_start_token_id"]
     if start != theirs["pad_token_id"]:
-        raise ConfigError("config.json: decoder_start_token_id is not pad_token_id, which cannot be taken over.")
+        raise ConfigError("config.json: decoder_start_token_id is not pad_token_id. Such a model cannot be imported.")
     bias = weights.pop("final_logits_bias", np.zeros(len(vocabularies.orders["target"]), np.float32))
     has_bias = bool(np.any(bias != 0)) or not vocabularies.has_unused or generation.start_excluded
     table_name, *copies = table_names(model)
@@ -290,7 +316,7 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
     if not vocabularies.has_unused:
         params["output_bias"][pair.target.special.pad] = NEVER
     if generation.start_excluded:
-        params["output_bias"][pair.target.special.start] = NEVER  # what theirs says of it has no part in anything
+        params["output_bias"][pair.target.special.start] = NEVER  # nothing reads MarianMT's own bias of it
     write_run(output, model, pair, generation, params)
     return run, generation.lost
 
@@ -298,7 +324,7 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
 def write_run(
     output: Path, model: TransformerConfig, pair: TokenizerPair, generation: Generation, params: dict[str, Any]
 ) -> None:
-    """Makes a run folder of parameters; it gets its name once it is whole."""
+    """Makes a run folder from parameters. The folder gets its name when it is complete."""
     joint = model.share_embeddings == "all" or pair.joint
     config = Config(
         run=str(output),
@@ -313,13 +339,17 @@ def write_run(
         made.create(config, pair)
         with Checkpoints(made.checkpoints, (1, 1), pair.fingerprint) as checkpoints:
             checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
-        if output.is_dir():  # and empty
+        if output.is_dir():  # an empty folder
             output.rmdir()
         made.path.rename(output)
 
 
 def table_names(model: TransformerConfig) -> list[str]:
-    """Returns their names of the target's table: its own, then those of what is tied to it, under which copies lie."""
+    """Returns MarianMT's names of the target table.
+
+    The first name is the table's own. The others belong to tables that are tied to it; files may contain copies of
+    them.
+    """
     if model.share_embeddings == "all":
         copies = [
             f"{stack}.weight" for stack in ("lm_head", "model.decoder.embed_tokens", "model.encoder.embed_tokens")
@@ -332,10 +362,10 @@ def table_names(model: TransformerConfig) -> list[str]:
 def place_weights(
     model: TransformerConfig, pair: TokenizerPair, orders: dict[str, np.ndarray], weights: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Returns our parameters, filled from theirs.
+    """Returns this project's parameters, filled from MarianMT's.
 
     Raises:
-        InputError: what is missing on either side, or has another shape, all of it in one message.
+        InputError: parameters are missing, left over, or of another shape. The message names all of them.
     """
     built = nnx.eval_shape(lambda: build_model(model, vocabulary_info(pair), rngs=nnx.Rngs(params=0)))
     shapes = nnx.to_pure_dict(nnx.state(built))
@@ -359,7 +389,7 @@ def place_weights(
             wrong.append(f"{entry.theirs} has shape {weights[entry.theirs].shape}, which does not fit {target.shape}")
         filled.add(entry.theirs)
     for name in sorted(set(weights) - filled):
-        if name.endswith("embed_positions.weight"):  # computed
+        if name.endswith("embed_positions.weight"):  # positions are computed
             continue
         if name in copies and table_name in weights and np.array_equal(weights[name], weights[table_name]):
             continue

@@ -1,4 +1,4 @@
-"""The one place that knows which model classes there are."""
+"""The list of all model classes."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ ModelConfig = TransformerConfig | RecurrentConfig
 
 @dataclass(frozen=True)
 class VocabularyInfo:
-    """What a model must know of the tokenizers.
+    """Facts about the tokenizers that a model needs.
 
     Attributes:
-        source_size: number of real source ids.
-        target_size: number of real target ids.
+        source_size: number of source ids.
+        target_size: number of target ids.
         start_token: target id that the decoder reads first.
     """
 
@@ -38,7 +38,7 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
 
     Args:
         config: sizes and options.
-        vocabulary: sizes and the start token.
+        vocabulary: sizes of the vocabularies, and the start token.
         rngs: stream "params" initialises the parameters.
     """
     sizes = {"source_vocab_size": vocabulary.source_size, "target_vocab_size": vocabulary.target_size}

@@ -1,4 +1,4 @@
-"""What all encoder-decoders here share: tables of tokens, the map to logits, lengths.
+"""The base class of all encoder-decoders: token tables, output projection, length limits.
 
 Legend: V vocabulary, D model dim.
 """
@@ -13,14 +13,15 @@ from flax_transformer.ops.vocabulary import OutputProjection, without_row
 
 
 class EncoderDecoder(nnx.Module):
-    """The tables of an encoder-decoder, shared or separate; a model adds its encoder and its decoder.
+    """The token tables of an encoder-decoder, shared or separate. A model adds its encoder and its decoder.
 
     Attributes:
-        target_embedding: of the decoder's input; the one table where a table is shared.
-        source_embedding: of the encoder's input; None where it is the target's.
-        output_embedding: rows of the map to logits; None where it is the target's.
+        target_embedding: table of the decoder's input. Roles that share a table use this one.
+        source_embedding: table of the encoder's input; None if it is `target_embedding`.
+        output_embedding: table of the output projection; None if it is `target_embedding`.
         output_bias: [V], added to the logits, or None.
-        prepared_projection: holds the map to logits as a search reads it; None unless the model was prepared for that.
+        prepared_projection: output projection in the form that a search reads; None unless the model is prepared for
+            it.
     """
 
     def __init__(
@@ -37,13 +38,15 @@ class EncoderDecoder(nnx.Module):
         """Makes the tables.
 
         Args:
-            config: of the model; its sizes, `share_embeddings`, `vocab_multiple` and `param_dtype` are read.
-            source_vocab_size: number of real source ids.
-            target_vocab_size: number of real target ids.
+            config: configuration of the model. Its sizes, `share_embeddings`, `vocab_multiple` and `param_dtype` are
+                read.
+            source_vocab_size: number of source ids.
+            target_vocab_size: number of target ids.
             start_token: target id that the decoder reads first.
             output_bias: whether one learnt number is added to each token's logit.
-            zero_start: whether the start token's row is zeros where the target's table makes logits.
-            rngs: random numbers.
+            zero_start: whether the start token's row counts as zeros in an output projection that shares the target's
+                table.
+            rngs: random numbers for the parameters.
         """
         self.config = config
         self.target_vocab_size = target_vocab_size
@@ -74,17 +77,17 @@ class EncoderDecoder(nnx.Module):
 
     @property
     def encoder_embedding(self) -> Embedding:
-        """The table that the encoder reads."""
+        """The table of the encoder's input."""
         return self.target_embedding if self.source_embedding is None else self.source_embedding
 
     @property
     def decoder_output_embedding(self) -> Embedding:
-        """The table whose rows make logits."""
+        """The table of the output projection."""
         return self.target_embedding if self.output_embedding is None else self.output_embedding
 
     @property
     def zeroes_output_row(self) -> bool:
-        """Whether the start token's row makes logits as zeros: its vector is zero in both uses of a shared table."""
+        """Whether the start token's row counts as zeros in the output projection."""
         return self.zero_start and self.output_embedding is None
 
     def output_projection(self) -> OutputProjection:

@@ -24,7 +24,7 @@ class ParameterInfo:
     Attributes:
         shape: dimensions.
         logical_axes: name of each dimension; the first is "layers" if the parameter is a stack of layers.
-        num_in_dims: number of a kernel's input dimensions, "layers" not counted; None for other parameters.
+        num_in_dims: number of a kernel's input dimensions, without "layers"; None for other parameters.
         multiplied_with: which vectors it multiplies in a matrix product. None for a parameter that is added, scales, or
             is looked up.
     """

@@ -4,7 +4,7 @@ Without attention the decoder sees only the encoder's last state. With attention
 at each step. The states are summed with the softmax of their scores as weights. This context is joined to the decoder's
 input or output.
 
-The whole model stands in this file, so that it can be read from its configuration to its decode step.
+This file contains the whole model, from its configuration to its decode step.
 
 Legend: B batch, S source length, T target length, D model dim (embeddings and readout), U recurrent units, K beams.
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.embedding import ShareKind
 from flax_transformer.nn.linear import Linear
@@ -34,35 +34,35 @@ from flax_transformer.shapes import Batch, array_tree
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """Sizes and options of a recurrent encoder-decoder.
+    """Settings of a recurrent encoder-decoder.
 
-    The decoder is always unidirectional: it cannot read what it has not yet written.
+    The decoder reads from left to right only.
 
     Attributes:
-        model_dim: width D of embeddings and of the readout.
-        hidden_dim: units U of each decoder layer and of each encoder layer, both directions together; even when
-            bidirectional.
+        model_dim: width of the embeddings and of the readout.
+        hidden_dim: number of units of each layer. The directions of a bidirectional encoder have half of them each.
         cell: "lstm" or "gru".
-        num_encoder_layers: depth of the encoder.
-        num_decoder_layers: depth of the decoder.
-        encoder_bidirectional: read the source in both directions, with U / 2 units each.
+        num_encoder_layers: number of encoder layers.
+        num_decoder_layers: number of decoder layers.
+        encoder_bidirectional: whether the encoder reads the source in both directions.
         attention: "none", "additive" (Bahdanau), or Luong's "dot", "general" and "concat".
-        context_join: where the context goes. "input" (Bahdanau): scored with the state before the token, joined to the
-            decoder's input. "output" (Luong): scored with the state after it, joined to the decoder's output. Left out:
+        context_join: place where the context joins the decoder. "input" (Bahdanau) attends before the token and joins
+            the decoder's input. "output" (Luong) attends after the token and joins the decoder's output. None means
             "input" for additive attention, "output" for Luong's.
-        input_feeding: the attentional vector of the step before is joined to the decoder's input (Luong et al. 2015,
-            section 3.3); needs context_join "output".
-        max_source_length: most source tokens of a sentence, end token included.
-        max_target_length: most target tokens of a sentence, end token included.
-        share_embeddings: "all", "target_output" or "none", as for the Transformer.
-        dropout: on embeddings, between layers, and on the readout.
-        vocab_multiple: the vocabulary is padded to a multiple of this many rows.
-        param_dtype: type in which parameters are kept; a training keeps them in float32.
+        input_feeding: whether the decoder's input includes the last attentional vector (Luong et al. 2015, section
+            3.3). This needs context_join "output".
+        max_source_length: maximum number of source tokens of a sentence, end token included.
+        max_target_length: maximum number of target tokens of a sentence, end token included.
+        share_embeddings: "all" uses one table for source, target and output, and needs a joint vocabulary. With
+            "target_output" the source has its own table. With "none" there are three tables.
+        dropout: rate of dropout on embeddings, between layers, and on the readout.
+        vocab_multiple: number that divides the rows of each token table; padding rows fill it up.
+        param_dtype: type of the parameters; training needs float32.
         compute_dtype: type of products and activations.
     """
 
     kind: ClassVar[str] = "rnn"
-    supports_packing: ClassVar[bool] = False  # a state that runs on through a row would carry one pair into the next
+    supports_packing: ClassVar[bool] = False  # the state of one pair would run on into the next pair of the row
     suppress_start: ClassVar[bool] = False
 
     model_dim: int = 128
@@ -100,8 +100,8 @@ class RecurrentConfig:
             )
         if self.input_feeding and self.join != "output":
             raise ConfigError(
-                "model.input_feeding feeds back the vector that joining the context to the output makes, but the "
-                "context is joined to the input. Set model.context_join: output, or input_feeding: false."
+                "model.input_feeding feeds back the attentional vector, which needs a context that joins the output. "
+                "Here the context joins the input. Set model.context_join: output, or input_feeding: false."
             )
         check_dropout_rate("model.dropout", self.dropout)
 
@@ -119,19 +119,19 @@ class RecurrentConfig:
 
     @property
     def join(self) -> Literal["none", "input", "output"]:
-        """Where the context goes, with the default of each attention filled in."""
+        """Where the context goes. It is the default of the attention if `context_join` is None."""
         if self.attention == "none":
             return "none"
         return self.context_join or ("input" if self.attention == "additive" else "output")
 
     @property
     def dtypes(self) -> dict[str, Any]:
-        """The two types, as layers take them."""
+        """The two types, as arguments of layers."""
         return {"param_dtype": jnp.dtype(self.param_dtype), "compute_dtype": jnp.dtype(self.compute_dtype)}
 
 
 class RecurrentEncoder(nnx.Module):
-    """A stack of recurrent layers, each reading the one below in one or both directions."""
+    """A stack of recurrent layers. Each reads the output of the layer below in one or both directions."""
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout
@@ -149,7 +149,7 @@ class RecurrentEncoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], segments: Int[Array, "B S"], key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B S U"], list[State]]:
-        """Returns the top layer's hidden vectors, and the last state of every layer, both directions side by side."""
+        """Returns the top layer's hidden vectors, and each layer's last state with both directions concatenated."""
         last_states = []
         for layer, layer_key in enumerate(split_key(key, self.num_layers)):
             if layer:
@@ -166,12 +166,12 @@ class RecurrentEncoder(nnx.Module):
 
 
 class Bridge(nnx.Module):
-    """From the encoder's last states to the decoder's first.
+    """Maps the encoder's last states to the decoder's first states.
 
     Decoder layer l starts from encoder layer l, or from the deepest encoder layer. A unidirectional encoder's state is
     used unchanged (Sutskever et al. 2014). The two states of a bidirectional encoder are concatenated. Each layer and
     state then has its own affine map, followed by tanh for hidden vectors. Bahdanau et al. 2015 (appendix A.2.2) map
-    only the backward state; both are used here.
+    only the backward state; here both are mapped.
     """
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
@@ -185,7 +185,7 @@ class Bridge(nnx.Module):
         self.maps = nnx.Dict(maps) if maps else None
 
     def __call__(self, encoder_states: list[State]) -> list[State]:
-        """Returns one state a decoder layer, [B, U] each."""
+        """Returns one state for each decoder layer, [B, U] each."""
         states = [encoder_states[min(layer, len(encoder_states) - 1)] for layer in range(self.num_layers)]
         if self.maps is None:
             return states
@@ -198,12 +198,12 @@ class Bridge(nnx.Module):
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
-class RecurrentMemory:
-    """Arrays of a source sentence that a decoder reads at every step; leaves lead with [B].
+class AttendedEncoderOutput:
+    """Arrays of a source sentence that the decoder reads at every step. The first axis of each leaf is B.
 
     Attributes:
         states: [B, S, U], states of the encoder.
-        keys: [B, S, A], the encoder's share of the scores; None without attention.
+        keys: [B, S, A], the encoder's part of the scores; None without attention.
         mask: [B, S], True for tokens.
     """
 
@@ -215,10 +215,10 @@ class RecurrentMemory:
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class RecurrentState:
-    """The state of a decoder between steps; leaves lead with [B, K].
+    """The state of a decoder between steps. The first axes of each leaf are B and K.
 
     Attributes:
-        layers: the state of each layer, [B, K, U] each.
+        layers: state of each layer, [B, K, U] each.
         attentional: [B, K, D], the attentional vector of the step before; None without input feeding.
     """
 
@@ -229,16 +229,16 @@ class RecurrentState:
 class RecurrentDecoder(nnx.Module):
     """A stack of recurrent layers with a readout, and attention at the configured place.
 
-    One step, from the embedding e of the last token and the states s of the layers. In attend and readout, s is the top
-    layer's hidden vector before the step, and s' after it:
+    One step reads the embedding e of the last token and the states s of the layers. In attend and readout, s is the top
+    layer's hidden vector before the step. s' is that vector after the step:
 
         no attention   s' = cells(e);            readout = tanh(W s')
         input          c = attend(s);            s' = cells([e; c]);     readout = tanh(W [s'; c; e])
         output         s' = cells(e or [e; a]);  c = attend(s');         readout = a' = tanh(W [s'; c])
 
-    where a is the attentional vector of the step before (input feeding). Bahdanau et al. 2015 read out through a maxout
-    layer (appendix A.2.2). Here the readout is one tanh layer of the embeddings' width, so it can share their table. As
-    in their GRU, a context that joins the input is added to every gate through its own kernel.
+    Here a is the attentional vector of the step before (input feeding). Bahdanau et al. 2015 read out through a maxout
+    layer (appendix A.2.2). This readout is one tanh layer of the embeddings' width, so it can share their table. A
+    context that joins the input is added to every gate through its own kernel, as in the GRU of Bahdanau et al.
     """
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs):
@@ -260,10 +260,10 @@ class RecurrentDecoder(nnx.Module):
         width = {"none": units, "input": 2 * units + dim, "output": 2 * units}[config.join]
         self.readout = Linear((width,), (dim,), ("recurrent", "embed"), **config.dtypes, rngs=rngs)
 
-    def read(self, memory: Memory) -> RecurrentMemory:
+    def read(self, encoded: EncoderOutput) -> AttendedEncoderOutput:
         """Returns the arrays of the source that every step reads."""
-        keys = None if self.alignment is None else self.alignment.keys(memory.states)
-        return RecurrentMemory(memory.states, keys, memory.segments > 0)
+        keys = None if self.alignment is None else self.alignment.keys(encoded.states)
+        return AttendedEncoderOutput(encoded.states, keys, encoded.segments > 0)
 
     def start(self, layers: list[State], num_beams: int) -> RecurrentState:
         """Returns the state before the first token, [B, U] -> [B, K, U]."""
@@ -277,34 +277,34 @@ class RecurrentDecoder(nnx.Module):
             attentional = jnp.zeros((rows, num_beams, self.model_dim), self.compute_dtype)
         return RecurrentState(tuple(tuple(over_beams(p) for p in state) for state in layers), attentional)
 
-    def attend(self, query: Float[Array, "B K U"], memory: RecurrentMemory) -> tuple[jax.Array, jax.Array]:
+    def attend(self, query: Float[Array, "B K U"], encoded: AttendedEncoderOutput) -> tuple[jax.Array, jax.Array]:
         """Returns context vectors [B, K, U] and weights [B, K, S] for decoder states."""
         assert self.alignment is not None, "only a decoder with attention attends"
-        return attend(self.alignment.scores(query, memory.keys), memory.states, memory.mask)
+        return attend(self.alignment.scores(query, encoded.keys), encoded.states, encoded.mask)
 
     def read_input(self, embedded: Float[Array, "B T D"]) -> Float[Array, "B T GU"]:
-        """Returns the tokens' share of the first layer's gates, for any number of time steps or beams at once."""
+        """Returns the tokens' part of the first layer's gates, for any number of time steps or beams at once."""
         return self.cells["00"].project(embedded)
 
     def advance(
         self,
         gates: Float[Array, "B K GU"],
         state: RecurrentState,
-        memory: RecurrentMemory,
+        encoded: AttendedEncoderOutput,
         key: PRNGKeyArray | None,
     ) -> tuple[tuple[State, ...], Float[Array, "B K U"] | None, Float[Array, "B K S"] | None]:
         """Returns the layers' states after one more token, and the context and its weights if it joins the input.
 
         Args:
-            gates: the token's share of the first layer's gates.
-            state: before the token.
-            memory: of the source.
-            key: of dropout between layers; None means evaluation.
+            gates: the token's part of the first layer's gates.
+            state: state before the token.
+            encoded: the source, from `read`.
+            key: random key of dropout between layers; None means evaluation.
         """
         keys = split_key(key, self.num_layers)
         context = weights = None
         if self.join == "input":
-            context, weights = self.attend(state.layers[-1][0], memory)
+            context, weights = self.attend(state.layers[-1][0], encoded)
             gates = gates + self.cells["00"].project_context(context)
         elif self.input_feeding:
             gates = gates + self.cells["00"].project_context(state.attentional)
@@ -320,15 +320,15 @@ class RecurrentDecoder(nnx.Module):
         top: Float[Array, "B T U"],
         context: Float[Array, "B T U"] | None,
         embedded: Float[Array, "B T D"],
-        memory: RecurrentMemory,
+        encoded: AttendedEncoderOutput,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T S"] | None]:
         """Returns readouts, and the weights if the context joins the output, for any number of steps or beams at once.
 
         Args:
             top: hidden vectors of the top layer after the tokens.
-            context: what `advance` gave.
-            embedded: the tokens.
-            memory: of the source.
+            context: the context from `advance`.
+            embedded: embeddings of the tokens.
+            encoded: the source, from `read`.
         """
         weights = None
         parts = [top]
@@ -336,16 +336,16 @@ class RecurrentDecoder(nnx.Module):
             assert context is not None, "the context joined the input, so it was made before"
             parts += [context, embedded]
         elif self.join == "output":
-            context, weights = self.attend(top, memory)
+            context, weights = self.attend(top, encoded)
             parts.append(context)
         return jnp.tanh(self.readout(jnp.concatenate(parts, axis=-1))), weights
 
     def step(
-        self, embedded: Float[Array, "B K D"], state: RecurrentState, memory: RecurrentMemory
+        self, embedded: Float[Array, "B K D"], state: RecurrentState, encoded: AttendedEncoderOutput
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B K S"] | None, RecurrentState]:
         """Returns the readout, the attention weights (None without attention) and the state after one more token."""
-        layers, context, input_weights = self.advance(self.read_input(embedded), state, memory, None)
-        readout, output_weights = self.read_out(layers[-1][0], context, embedded, memory)
+        layers, context, input_weights = self.advance(self.read_input(embedded), state, encoded, None)
+        readout, output_weights = self.read_out(layers[-1][0], context, embedded, encoded)
         weights = input_weights if output_weights is None else output_weights
         return readout, weights, RecurrentState(layers, readout if self.input_feeding else None)
 
@@ -353,23 +353,23 @@ class RecurrentDecoder(nnx.Module):
         self,
         embedded: Float[Array, "B T D"],
         start: RecurrentState,
-        memory: RecurrentMemory,
+        encoded: AttendedEncoderOutput,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
         """Returns the readouts of a whole target, whose tokens are known.
 
         Only the parts that the state depends on run step by step. These are the layers, a context that joins their
-        input, and a readout that is fed back. All else is computed for all steps at once, in large products.
+        input, and a readout that is fed back. The rest is computed for all steps at once, in large products.
         """
         layer_key, readout_key = split_key(key, 2)
         keys = None if layer_key is None else jax.random.split(layer_key, embedded.shape[1])
 
         def body(state: RecurrentState, at_time: Any) -> tuple[RecurrentState, Any]:
             gates, x, step_key = at_time
-            layers, context, _ = self.advance(gates[:, None], state, memory, step_key)
+            layers, context, _ = self.advance(gates[:, None], state, encoded, step_key)
             if not self.input_feeding:
                 return RecurrentState(layers, None), (layers[-1][0], context)
-            readout, _ = self.read_out(layers[-1][0], context, x[:, None], memory)
+            readout, _ = self.read_out(layers[-1][0], context, x[:, None], encoded)
             return RecurrentState(layers, readout), readout
 
         over_time = (jnp.moveaxis(self.read_input(embedded), 1, 0), jnp.moveaxis(embedded, 1, 0), keys)
@@ -377,7 +377,7 @@ class RecurrentDecoder(nnx.Module):
         made = jax.tree.map(lambda a: jnp.moveaxis(a[:, :, 0], 0, 1), made)  # [T, B, 1, ...] -> [B, T, ...]
         if not self.input_feeding:
             top, context = made
-            made, _ = self.read_out(top, context, embedded, memory)
+            made, _ = self.read_out(top, context, embedded, encoded)
         return dropout(made, self.dropout_rate, readout_key)
 
 
@@ -421,32 +421,34 @@ class RecurrentSeq2Seq(EncoderDecoder):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
-        """Returns the encoder's output; positions are not used, since the recurrence knows its own."""
+    ) -> EncoderOutput:
+        """Returns the encoder's output. Positions are not used, since recurrence follows the order of the tokens."""
         input_key, encoder_key = split_key(key, 2)
         x = dropout(self.encoder_embedding(tokens).astype(self.compute_dtype), self.config.dropout, input_key)
         states, last = self.encoder(x, segments, encoder_key)
-        return Memory(states, segments, self.bridge(last))
+        return EncoderOutput(states, segments, self.bridge(last))
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's readouts under teacher forcing; `key` None means evaluation."""
         encoder_key, input_key, decoder_key = split_key(key, 3)
-        memory = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
+        encoded = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
         inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
         embedded = self.target_embedding(inputs).astype(self.compute_dtype)
         embedded = dropout(embedded, self.config.dropout, input_key)
-        start = self.decoder.start(memory.decoder_start, 1)
-        return self.decoder(embedded, start, self.decoder.read(memory), decoder_key)
+        start = self.decoder.start(encoded.decoder_start, 1)
+        return self.decoder(embedded, start, self.decoder.read(encoded), decoder_key)
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
-        """Returns the state before the first token; a recurrent state has the same size whatever is asked for."""
+    def init_decode_state(
+        self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True
+    ) -> DecodeState:
+        """Returns the state before the first token. Its size depends on neither `max_length` nor `reordered`."""
         del max_length, reordered
-        positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
-        start = self.decoder.start(memory.decoder_start, num_beams)
-        return DecodeState(self.decoder.read(memory), start, None, positions)
+        positions = jnp.zeros((encoded.states.shape[0],), jnp.int32)
+        start = self.decoder.start(encoded.decoder_start, num_beams)
+        return DecodeState(self.decoder.read(encoded), start, None, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
-        """Returns scores for the token after `tokens`, and the state that has read them."""
+        """Returns scores for the token after `tokens`, and the state after reading `tokens`."""
         embedded = self.target_embedding(tokens).astype(self.compute_dtype)
         readout, weights, new = self.decoder.step(embedded, state.per_beam, state.per_sentence)
         attention = None if weights is None else weights[:, :, None, None, :]  # one layer, one head
@@ -454,7 +456,7 @@ class RecurrentSeq2Seq(EncoderDecoder):
         return output, dataclasses.replace(state, per_beam=new, positions=state.positions + 1)
 
     def parameter_roles(self) -> ParameterRoles:
-        """Returns how often each kernel is used: keys of the attention are made of source tokens."""
+        """Returns how often each kernel is applied. Attention computes its keys from source tokens."""
         alignment = self.decoder.alignment
         keys = () if alignment is None or alignment.key is None else (alignment.key,)
         return ParameterRoles(

@@ -1,4 +1,4 @@
-"""The interface of every sequence-to-sequence model, as training, search and inference use it.
+"""The interface between sequence-to-sequence models and training, search and inference.
 
 Legend: B batch, S source length, T target length, D model dim, K beams, V vocabulary, L layers, N heads.
 """
@@ -17,7 +17,7 @@ from flax_transformer.shapes import Batch, array_tree
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class EncoderOutput:
     """The output of an encoder.
 
     Attributes:
@@ -36,20 +36,20 @@ class Memory:
 class DecodeState:
     """The state of a decoder between steps. The field of a leaf says whether it is reordered with the beams.
 
-    The same tree also holds axes.
+    A tree of axis numbers, as for `jax.vmap`, has the same fields.
 
     Attributes:
         per_sentence: tree of arrays [B, ...], shared by all beams of a sentence and never copied over beams.
         per_beam: tree of arrays [B, K, ...], reordered with the beams.
-        written: arrays [B, ...] that steps append to and that are never reordered. A new sentence inherits its slot's
-            old values. Entries that it has not written must be finite and get weight 0.
+        append_only: arrays [B, ...] that steps append to and that are never reordered. A new sentence inherits its
+            slot's old values. Entries that it has not written must be finite and get weight 0.
         positions: [B], 0-based index of the next token. It is per sentence, so that one slot can restart while others
             go on.
     """
 
     per_sentence: Any
     per_beam: Any
-    written: Any
+    append_only: Any
     positions: Any
 
 
@@ -107,7 +107,7 @@ class Seq2Seq(Protocol):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """Returns the encoder's output. `key` is the random key of dropout; None means evaluation."""
         ...
 
@@ -119,7 +119,9 @@ class Seq2Seq(Protocol):
         """Returns the map from hidden vectors to logits."""
         ...
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
+    def init_decode_state(
+        self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True
+    ) -> DecodeState:
         """Returns the state before the first token, with room for `max_length` tokens.
 
         Many beams cost less if they are not `reordered`, as in sampling.
@@ -131,7 +133,7 @@ class Seq2Seq(Protocol):
         ...
 
     def parameter_roles(self) -> ParameterRoles:
-        """Returns how often each kernel is applied. The operations of a step are counted from it."""
+        """Returns how often each kernel is applied. The operations of a step are computed from it."""
         ...
 
 

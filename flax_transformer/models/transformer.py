@@ -1,6 +1,6 @@
 """The Transformer encoder-decoder.
 
-The whole model stands in this file, so that it can be read from its configuration to its decode step.
+This file contains the whole model, from its configuration to its decode step.
 
 Legend: B batch, S source length, T target length, D model dim, N heads, H head dim, K beams, L layers.
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_finite
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, Memory, ParameterRoles, StepOutput, shift_right
+from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, ShareKind
 from flax_transformer.nn.feed_forward import Activation, FeedForward
@@ -41,35 +41,36 @@ from flax_transformer.shapes import Batch
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and options of a Transformer.
+    """Settings of a Transformer.
 
     Attributes:
-        model_dim: width D of every layer's input and output; even.
-        num_heads: attention heads N; must divide `model_dim`.
-        feed_forward_dim: hidden width F of the position-wise network.
-        num_encoder_layers: depth of the encoder.
-        num_decoder_layers: depth of the decoder.
-        max_source_length: most source tokens of a sentence, end token included.
-        max_target_length: most target tokens of a sentence, end token included.
-        positions: "sinusoidal" (fixed) or "learned".
-        norm_order: "post" (the paper's) or "pre"; pre-norm adds one norm at the end of each stack.
-        norm_epsilon: added to the variance.
-        activation: of the position-wise network.
-        share_embeddings: "all" (source, target and output use one table; needs a joint vocabulary), "target_output"
-            (source has its own), or "none" (three tables).
-        dropout: on each sub-layer's output.
-        embedding_dropout: on the sum of embeddings and positions; as `dropout` when None.
-        attention_dropout: on attention weights.
-        activation_dropout: after the activation of the position-wise network.
-        vocab_multiple: the vocabulary is padded to a multiple of this many rows.
-        output_bias: one learnt number is added to each token's logit; models taken over from Marian have it.
-        zero_start: the start token's vector is zero, as in Marian's models, and not learnt.
-        scan_layers: in training, run the layers of a stack in a loop that is compiled once, rather than one after the
-            other: deep models compile sooner, and run a little slower.
-        rematerialize: in training, keep only each layer's input for the backward pass and compute the rest again. This
-            takes less memory and more arithmetic; XLA for CPU saves nothing unless layers are scanned.
-        param_dtype: type in which parameters are kept; a training keeps them in float32.
-        compute_dtype: type of products and activations; softmax, norm statistics and the loss stay float32.
+        model_dim: width of every layer's input and output; an even number.
+        num_heads: number of attention heads; it divides model_dim.
+        feed_forward_dim: hidden width of the feed-forward network.
+        num_encoder_layers: number of encoder layers.
+        num_decoder_layers: number of decoder layers.
+        max_source_length: maximum number of source tokens of a sentence, end token included.
+        max_target_length: maximum number of target tokens of a sentence, end token included.
+        positions: "sinusoidal" (fixed) or "learned" position encodings.
+        norm_order: place of the layer norm: "post" (as in the paper) or "pre". Pre-norm adds a norm at the end of each
+            stack.
+        norm_epsilon: number that a layer norm adds to the variance.
+        activation: activation of the feed-forward network.
+        share_embeddings: "all" uses one table for source, target and output, and needs a joint vocabulary. With
+            "target_output" the source has its own table. With "none" there are three tables.
+        dropout: rate of dropout on each sub-layer's output.
+        embedding_dropout: rate of dropout on the sum of embeddings and positions; None means that of dropout.
+        attention_dropout: rate of dropout on attention weights.
+        activation_dropout: rate of dropout after the activation of the feed-forward network.
+        vocab_multiple: number that divides the rows of each token table; padding rows fill it up.
+        output_bias: whether one learnt number is added to each token's logit, as in MarianMT models.
+        zero_start: whether the start token's vector is fixed at zero, as in MarianMT models.
+        scan_layers: whether training runs the layers of a stack in a loop, which is compiled once. Deep models then
+            compile sooner and run a little slower.
+        rematerialize: whether training keeps only each layer's input for the backward pass, and computes the rest
+            again. This needs less memory and more arithmetic. On a CPU it saves memory only with scan_layers.
+        param_dtype: type of the parameters; training needs float32.
+        compute_dtype: type of products and activations. Softmax, statistics of norms and the loss stay float32.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -127,7 +128,7 @@ class TransformerConfig:
 
     @property
     def suppress_start(self) -> bool:
-        """Whether the start token must be kept out of outputs: models taken over from Marian were not taught it."""
+        """Whether outputs may not contain the start token. Models imported from MarianMT have not learnt it."""
         return self.output_bias
 
     @property
@@ -182,14 +183,14 @@ def _residual(config: TransformerConfig) -> ResidualNorm:
 
 
 def _final_norm(config: TransformerConfig) -> LayerNorm | None:
-    """Pre-norm leaves a stack's output unnormalised, so it gets one norm at its end; post-norm gets none."""
+    """Returns the norm at the end of a stack. Pre-norm needs it, because its layers do not normalise their output."""
     if config.norm_order == "post":
         return None
     return LayerNorm(config.model_dim, epsilon=config.norm_epsilon, param_dtype=jnp.dtype(config.param_dtype))
 
 
 class EncoderLayer(nnx.Module):
-    """Self-attention and a position-wise network, each with its residual and norm."""
+    """Self-attention and a feed-forward network, each with its residual and norm."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.self_attention = _attention(config, rngs)
@@ -209,7 +210,7 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Masked self-attention, attention over the encoder's output, and a position-wise network."""
+    """Causal self-attention, attention over the encoder's output, and a feed-forward network."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.self_attention = _attention(config, rngs)
@@ -222,7 +223,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        memory: Float[Array, "B S D"],
+        encoded: Float[Array, "B S D"],
         self_mask: AttentionMask,
         cross_mask: AttentionMask,
         key: PRNGKeyArray | None,
@@ -232,7 +233,7 @@ class DecoderLayer(nnx.Module):
         inner = self.self_attention_residual.enter(x)
         x = self.self_attention_residual.leave(x, self.self_attention(inner, inner, self_mask, keys[0]), keys[1])
         inner = self.cross_attention_residual.enter(x)
-        x = self.cross_attention_residual.leave(x, self.cross_attention(inner, memory, cross_mask, keys[2]), keys[3])
+        x = self.cross_attention_residual.leave(x, self.cross_attention(inner, encoded, cross_mask, keys[2]), keys[3])
         inner = self.feed_forward_residual.enter(x)
         return self.feed_forward_residual.leave(x, self.feed_forward(inner, keys[4]), keys[5])
 
@@ -245,7 +246,7 @@ class DecoderLayer(nnx.Module):
         ancestors: Int[Array, "B K T"] | None,
         cross_mask: AttentionMask,
     ) -> tuple[Float[Array, "B K D"], SelfAttentionCache, Float[Array, "B N K S"]]:
-        """Returns the layer's output for one position, its cache with that position written, and cross weights."""
+        """Returns the output for one position, the cache with that position, and the weights over the source."""
         attention = self.self_attention
         inner = self.self_attention_residual.enter(x)
         key, value = attention.project_key_value(inner)
@@ -264,7 +265,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Encoder(LayerStack):
-    """Positions, then a stack of encoder layers."""
+    """Input embedding with positions, then a stack of encoder layers."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.input = _input(config, config.max_source_length, rngs)
@@ -295,7 +296,10 @@ class Encoder(LayerStack):
 
 
 class Decoder(LayerStack):
-    """Positions, then a stack of decoder layers; a start token is given where it is read as zeros."""
+    """Input embedding with positions, then a stack of decoder layers.
+
+    The vector of `zero_start_token` counts as zeros; None names no token.
+    """
 
     def __init__(self, config: TransformerConfig, zero_start_token: int | None, *, rngs: nnx.Rngs):
         self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
@@ -316,29 +320,29 @@ class Decoder(LayerStack):
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        memory: Memory,
+        encoded: EncoderOutput,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
-        """Returns the hidden vectors of all positions, each from the inputs up to its own."""
+        """Returns the hidden vectors of all positions. Each depends on the inputs up to its own position."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        length, source_length = inputs.shape[1], memory.segments.shape[1]
+        length, source_length = inputs.shape[1], encoded.segments.shape[1]
         self_mask = AttentionMask(key_segments=segments, query_segments=segments, causal=True).shared(length, length)
-        cross_mask = AttentionMask(key_segments=memory.segments, query_segments=segments).shared(length, source_length)
+        cross_mask = AttentionMask(key_segments=encoded.segments, query_segments=segments).shared(length, source_length)
         x = self.input(embedding, inputs, positions, input_key)
 
         def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
-            return layer(x, memory.states, self_mask, cross_mask, key)
+            return layer(x, encoded.states, self_mask, cross_mask, key)
 
         x = self.run(apply, x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
     def init_caches(
-        self, memory: Memory, num_beams: int, max_length: int
+        self, encoded: EncoderOutput, num_beams: int, max_length: int
     ) -> tuple[tuple[SelfAttentionCache, ...], tuple[CrossAttentionCache, ...]]:
-        """Returns empty self-attention caches, and the keys and values of the memory, one a layer."""
-        num_sentences = memory.states.shape[0]
+        """Returns the empty self-attention caches and the filled cross-attention caches of all layers."""
+        num_sentences = encoded.states.shape[0]
         layers = self.unstacked()
-        cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(memory.states)) for la in layers)
+        cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(encoded.states)) for la in layers)
         empty = empty_self_attention_cache(
             num_sentences, num_beams, self.head_shape[0], max_length, self.head_shape[1], self.compute_dtype
         )
@@ -354,7 +358,7 @@ class Decoder(LayerStack):
         source_segments: Int[Array, "B S"],
         ancestors: Int[Array, "B K T"] | None,
     ) -> tuple[Float[Array, "B K D"], tuple[SelfAttentionCache, ...], Float[Array, "B K L N S"]]:
-        """Returns hidden vectors for one more position, the caches that hold it, and the attention over the source."""
+        """Returns hidden vectors for one more position, the caches with it, and the attention over the source."""
         cross_mask = AttentionMask(key_segments=source_segments).shared(1, source_segments.shape[1])
         x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
         new_caches, attention = [], []
@@ -379,8 +383,9 @@ class Transformer(EncoderDecoder):
         (2, 5, 16)
 
     References:
-        Vaswani et al. 2017. Differences: positions are laid out sine half | cosine half (see `nn/positions.py`),
-        projections have biases (see `nn/attention.py`), and the vocabulary is padded to a multiple.
+        Vaswani et al. 2017. This model differs in three points. Sines and cosines of positions are in separate halves
+        (see `nn/positions.py`). Projections have biases (see `nn/attention.py`). The vocabulary is padded to a
+        multiple.
     """
 
     def __init__(
@@ -410,38 +415,40 @@ class Transformer(EncoderDecoder):
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
+    ) -> EncoderOutput:
         """Returns the encoder's output."""
-        return Memory(self.encoder(self.encoder_embedding, tokens, positions, segments, key), segments)
+        return EncoderOutput(self.encoder(self.encoder_embedding, tokens, positions, segments, key), segments)
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's hidden vectors under teacher forcing; `key` None means evaluation."""
         encoder_key, decoder_key = split_key(key, 2)
-        memory = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
+        encoded = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments, encoder_key)
         inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
         return self.decoder(
-            self.target_embedding, inputs, batch.target_positions, batch.target_segments, memory, decoder_key
+            self.target_embedding, inputs, batch.target_positions, batch.target_segments, encoded, decoder_key
         )
 
-    def init_decode_state(self, memory: Memory, num_beams: int, max_length: int, reordered: bool = True) -> DecodeState:
-        """Returns the state before the first token: cross keys and values computed, self-attention caches empty."""
-        self_caches, cross_caches = self.decoder.init_caches(memory, num_beams, max_length)
-        positions = jnp.zeros((memory.states.shape[0],), jnp.int32)
-        ancestors = jnp.zeros((memory.states.shape[0], num_beams, max_length), jnp.int32) if reordered else None
-        return DecodeState((cross_caches, memory.segments), ancestors, self_caches, positions)
+    def init_decode_state(
+        self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True
+    ) -> DecodeState:
+        """Returns the state before the first token, with the cross-attention caches filled and the others empty."""
+        self_caches, cross_caches = self.decoder.init_caches(encoded, num_beams, max_length)
+        positions = jnp.zeros((encoded.states.shape[0],), jnp.int32)
+        ancestors = jnp.zeros((encoded.states.shape[0], num_beams, max_length), jnp.int32) if reordered else None
+        return DecodeState((cross_caches, encoded.segments), ancestors, self_caches, positions)
 
     def decode_step(self, tokens: Int[Array, "B K"], state: DecodeState) -> tuple[StepOutput, DecodeState]:
-        """Returns scores for the token after `tokens`, and the state that has read them."""
+        """Returns scores for the token after `tokens`, and the state after reading `tokens`."""
         cross_caches, source_segments = state.per_sentence
         ancestors = None if state.per_beam is None else write_ancestors(state.per_beam, state.positions)
-        hidden, written, attention = self.decoder.step(
-            self.target_embedding, tokens, state.positions, state.written, cross_caches, source_segments, ancestors
+        hidden, caches, attention = self.decoder.step(
+            self.target_embedding, tokens, state.positions, state.append_only, cross_caches, source_segments, ancestors
         )
         output = StepOutput(self.output_projection().logits(hidden), attention)
-        return output, DecodeState(state.per_sentence, ancestors, written, state.positions + 1)
+        return output, DecodeState(state.per_sentence, ancestors, caches, state.positions + 1)
 
     def parameter_roles(self) -> ParameterRoles:
-        """Returns how often each kernel is used: keys and values of cross-attention are made of source tokens."""
+        """Returns how often each kernel is applied. Cross-attention computes keys and values from source tokens."""
         cross_attention = self.decoder.layers.cross_attention
         return ParameterRoles(
             per_source_token=(self.encoder, cross_attention.key, cross_attention.value),

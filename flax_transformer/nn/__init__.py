@@ -1,1 +1,1 @@
-"""Layers by hand."""
+"""Layers, written by hand on top of `ops`."""

@@ -16,7 +16,7 @@ from flax_transformer.ops.attention import masked_softmax, weighted_sums
 AttentionKind = Literal["additive", "dot", "general", "concat"]
 
 
-@jax.checkpoint  # [B, K, S, A] is made again for the backward pass, since writing and reading it back costs more
+@jax.checkpoint  # the backward pass recomputes [B, K, S, A], because storing it costs more
 def _additive_scores(
     query: Float[Array, "B K A"], keys: Float[Array, "B S A"], vector: Float[Array, " A"]
 ) -> Float[Array, "B K S"]:
@@ -27,8 +27,8 @@ def _additive_scores(
 class AdditiveAttention(nnx.Module):
     """score(s, h) = v . tanh(W s + U h + b): a one-layer network over the decoder's and the encoder's state.
 
-    Luong's "concat", v . tanh(W [s; h]), is the same function; its W is our W and U side by side. The two papers differ
-    in the decoder state s that they use (see `models/recurrent.py`).
+    Luong's "concat", v . tanh(W [s; h]), is the same function. Luong's W is W and U here, side by side. The two papers
+    use different decoder states s (see `models/recurrent.py`).
 
     References:
         Bahdanau et al. 2015, appendix A.1.2; Luong et al. 2015, equation 8, "concat".
@@ -43,7 +43,7 @@ class AdditiveAttention(nnx.Module):
         self.vector = nnx.Param(vector, logical_axes=("mlp",))
 
     def keys(self, states: Float[Array, "B S U"]) -> Float[Array, "B S A"]:
-        """Returns the encoder's share of the scores, made once a sentence."""
+        """Returns the encoder's part of the scores, computed once for each sentence."""
         return self.key(states)
 
     def scores(self, query: Float[Array, "B K U"], keys: Float[Array, "B S A"]) -> Float[Array, "B K S"]:
@@ -66,7 +66,7 @@ class MultiplicativeAttention(nnx.Module):
             self.key = None
 
     def keys(self, states: Float[Array, "B S U"]) -> Float[Array, "B S A"]:
-        """Returns the encoder's share of the scores, made once a sentence."""
+        """Returns the encoder's part of the scores, computed once for each sentence."""
         return states if self.key is None else self.key(states)
 
     def scores(self, query: Float[Array, "B K U"], keys: Float[Array, "B S A"]) -> Float[Array, "B K S"]:
@@ -77,7 +77,7 @@ class MultiplicativeAttention(nnx.Module):
 def make_attention(
     kind: AttentionKind, units: int, *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> AdditiveAttention | MultiplicativeAttention:
-    """Returns the score function of that name."""
+    """Returns the score function that `kind` names."""
     dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     if kind in ("additive", "concat"):
         return AdditiveAttention(units, **dtypes, rngs=rngs)
@@ -87,7 +87,9 @@ def make_attention(
 def attend(
     scores: Float[Array, "B K S"], states: Float[Array, "B S U"], mask: Bool[Array, "B S"]
 ) -> tuple[Float[Array, "B K U"], Float[Array, "B K S"]]:
-    """Returns the context vectors, sums of the encoder's states weighted by the softmax of the scores, and the weights.
+    """Returns context vectors and weights.
+
+    A context is the sum of the encoder's states with the softmax of the scores as weights.
 
     References:
         Bahdanau et al. 2015, equations 5 and 6.

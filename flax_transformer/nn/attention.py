@@ -79,13 +79,13 @@ class MultiHeadAttention(nnx.Module):
         mask: AttentionMask,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns attention from each position of `x` over `encoded` (self-attention when they are the same).
+        """Returns attention from each position of `x` over `encoded`. For self-attention the two are the same array.
 
         Args:
-            x: where queries come from.
-            encoded: where keys and values come from.
-            mask: what a query may attend to.
-            key: for dropout on the weights; None means evaluation.
+            x: source of the queries.
+            encoded: source of the keys and values.
+            mask: which keys each query may attend to.
+            key: random key of dropout on the weights; None means evaluation.
         """
         keys, values = self.project_key_value(encoded)
         attended = attention(self.query(x), keys, values, mask, dropout_rate=self.dropout_rate, dropout_key=key)

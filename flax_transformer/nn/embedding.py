@@ -1,4 +1,4 @@
-"""Token embeddings, and what enters the first layer of a stack."""
+"""Token embeddings, and the input of the first layer of a stack."""
 
 from typing import Literal
 
@@ -16,15 +16,15 @@ ShareKind = Literal["all", "target_output", "none"]
 
 
 def round_up(size: int, multiple: int) -> int:
-    """Returns a size rounded up to a multiple; a vocabulary of such a size divides over devices and lanes."""
+    """Returns a size rounded up to a multiple, so that a vocabulary divides over devices and vector lanes."""
     return -(-size // multiple) * multiple
 
 
 class Embedding(nnx.Module):
     """A table of token vectors [V, D], drawn from N(0, 1/D) and multiplied by sqrt(D) when read.
 
-    So a vector that is read has unit variance per channel, about as the positions added to it. The same table as an
-    output projection gives logits of unit variance.
+    So each channel of a vector that is read has variance 1. Sinusoidal positions have a similar variance. As an output
+    projection the same table gives logits of variance 1.
 
     References:
         Vaswani et al. 2017, section 3.4 (the scale; one table shared with the output projection).
@@ -36,9 +36,9 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(table, logical_axes=("vocab", "embed"))
 
     def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        """Returns the scaled vectors of `tokens`, in the table's type, or float32 where that is integers."""
+        """Returns the scaled vectors of `tokens`, in the table's type, or in float32 if the table holds integers."""
         vectors = take_rows(self.table.get_value(), tokens)
-        # In two steps, since the partitioner cannot change the sharding in one.
+        # The partitioner cannot change the sharding in one step.
         vectors = constrain(vectors, "lookup_batch", "length", "embed")
         vectors = constrain(vectors, "batch", "length", "activation_embed")
         return vectors * jnp.asarray(self.dim**0.5, vectors.dtype)
@@ -56,7 +56,7 @@ def make_embeddings(
 ) -> tuple[Embedding, Embedding | None, Embedding | None]:
     """Returns the tables for target, source and output; None for a role that shares the target's table.
 
-    A module must not be stored under two names, so a shared table stands under one and is called for all its roles.
+    A module must not be stored under two names. So a shared table is stored once and called for all its roles.
     """
 
     def table(vocab_size: int) -> Embedding:
@@ -69,10 +69,10 @@ def make_embeddings(
 
 
 class InputEmbedding(nnx.Module):
-    """Adds positions to token vectors and applies dropout: what enters the first layer of a stack.
+    """The input of the first layer of a stack: token vectors plus positions, after dropout.
 
-    The token table is handed in at each call, since encoder, decoder and output projection may share one. A token that
-    is named as `zero_token` has zeros for its vector, whatever the table says.
+    The token table is an argument of each call, since encoder, decoder and output projection may share one. The vector
+    of `zero_token` is zeros, whatever the table contains.
 
     References:
         Vaswani et al. 2017, sections 3.4, 3.5 and 5.4.

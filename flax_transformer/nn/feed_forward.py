@@ -21,8 +21,8 @@ class FeedForward(nnx.Module):
     """Two affine maps with an activation between them, applied to each position alone.
 
     References:
-        Vaswani et al. 2017, section 3.3, equation 2. Dropout after the activation is not in the paper; it is in its
-        code (`relu_dropout`) and in PyTorch's layers.
+        Vaswani et al. 2017, section 3.3, equation 2. The paper has no dropout after the activation. Its code
+        (`relu_dropout`) and PyTorch's layers have it.
     """
 
     def __init__(

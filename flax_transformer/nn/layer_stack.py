@@ -1,7 +1,7 @@
-"""A stack of layers of one kind, whose parameters have a leading layer axis.
+"""A stack of equal layers, whose parameters have a leading layer axis.
 
-Stacked parameters have one name a stack, whatever its depth. A list of layers would get integer keys. A checkpoint that
-is restored without a target brings those back in the order 0, 1, 10, 11, 2.
+So each parameter of a stack has one name, whatever the depth. A list of layers would get integer keys. A checkpoint
+that is restored without a target brings those back in the order 0, 1, 10, 11, 2.
 
 Legend: B batch, T length, D model dim, L layers.
 """
@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class LayerStack(nnx.Module):
-    """L layers, each reading what the one before it returns.
+    """L layers in sequence.
 
     Attributes:
-        layers: one module whose every parameter has a leading layer axis, or an `nnx.List` of modules.
+        layers: one module whose parameters all have a leading layer axis, or an `nnx.List` of modules.
         num_layers: L.
     """
 
@@ -32,14 +32,14 @@ class LayerStack(nnx.Module):
         rematerialize: bool,
         rngs: nnx.Rngs,
     ):
-        """Makes L layers, each drawn from a key of its own.
+        """Makes L layers, each initialised from its own key.
 
         Args:
-            make_layer: returns one layer, from its random numbers.
+            make_layer: returns one layer, given random numbers for its parameters.
             num_layers: L.
-            scan: whether `run` is a loop that is compiled once, rather than one layer after the other.
+            scan: whether `run` is a loop that is compiled once. Otherwise each layer is compiled.
             rematerialize: whether `run` keeps only each layer's input for the backward pass.
-            rngs: random numbers.
+            rngs: random numbers for the parameters.
         """
         self.num_layers = num_layers
         self.scan = scan
@@ -48,7 +48,7 @@ class LayerStack(nnx.Module):
         self.layers: Any = jax.vmap(lambda key: make_layer(nnx.Rngs(params=key)))(keys)
 
     def unstacked(self) -> list[Any]:
-        """Returns the layers one by one; differentiates into one concatenation a parameter."""
+        """Returns the layers one by one. The gradient of a parameter is one concatenation over layers."""
         if isinstance(self.layers, nnx.List):
             return list(self.layers)
         leaves, structure = jax.tree.flatten(self.layers)
@@ -64,15 +64,15 @@ class LayerStack(nnx.Module):
         x: Float[Array, "B T D"],
         keys: list[PRNGKeyArray | None],
     ) -> Float[Array, "B T D"]:
-        """Returns the output of the last layer, when the first reads `x` and each later one the output before it.
+        """Returns the output of the last layer. The first layer reads `x`; each other layer reads the output before it.
 
         Args:
-            apply: of one layer, (layer, x, key).
-            x: input of the first.
-            keys: of dropout, one for each layer.
+            apply: function of one layer, (layer, x, key).
+            x: input of the first layer.
+            keys: random keys of dropout, one for each layer.
         """
         if self.rematerialize:
-            # A loop keeps its passes apart by itself. Elsewhere barriers keep XLA from joining forward and backward.
+            # In a loop XLA cannot merge forward and backward pass. Elsewhere barriers prevent it.
             apply = jax.checkpoint(apply, prevent_cse=not self.scan)
         if not self.scan or isinstance(self.layers, nnx.List):
             for layer, key in zip(self.unstacked(), keys, strict=True):

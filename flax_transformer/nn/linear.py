@@ -16,15 +16,15 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
     """Returns a kernel [*in_dims, *out_dims] drawn from U(-a, a), a = sqrt(6 / (prod(in_dims) + prod(out_dims))).
 
     References:
-        Glorot and Bengio 2010, equation 16; applied to the matrix that the kernel is when its input and its output
-        dimensions are flattened.
+        Glorot and Bengio 2010, equation 16. It is applied to the kernel as a matrix, with its input and its output
+        dimensions flattened.
     """
     flat = xavier_uniform_2d(key, (math.prod(in_dims), math.prod(out_dims)), dtype)
     return flat.reshape(*in_dims, *out_dims)
 
 
 class Linear(nnx.Module):
-    """Affine map y = x W + b that contracts the last `len(in_dims)` dimensions of its input; linear without a bias.
+    """Affine map y = x W + b over the last `len(in_dims)` dimensions of its input; linear without a bias.
 
     Kernels are Xavier-uniform, biases zero. The paper does not name its initialisation. Its code (tensor2tensor) uses
     uniform unit scaling averaged over fan in and fan out, which is the same distribution.
@@ -60,5 +60,5 @@ class Linear(nnx.Module):
         y = product(x, self.kernel.get_value(), self.num_in_dims, self.compute_dtype)
         if self.bias is None:
             return y
-        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)  # float32, in which its gradient is summed
+        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)  # the bias's gradient is summed in float32
         return y + bias.astype(self.compute_dtype)

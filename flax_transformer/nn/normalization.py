@@ -18,8 +18,7 @@ class LayerNorm(nnx.Module):
     Statistics are float32 whatever the compute type.
 
     References:
-        Ba, Kiros and Hinton 2016, equation 4 (biased variance). An epsilon of 1e-5 is PyTorch's,
-        Marian's and CTranslate2's.
+        Ba, Kiros and Hinton 2016, equation 4 (biased variance). PyTorch, Marian and CTranslate2 use an epsilon of 1e-5.
     """
 
     def __init__(self, dim: int, *, epsilon: float, param_dtype: jnp.dtype):
@@ -45,7 +44,7 @@ class ResidualNorm(nnx.Module):
         post (the paper's):  y = norm(x + dropout(sublayer(x)))
         pre:                 y = x + dropout(sublayer(norm(x)))
 
-    The sub-layer is called between `enter` and `leave`, so that it may return more than one array.
+    The caller applies the sub-layer between `enter` and `leave`, so the sub-layer may return more than one array.
 
     Example:
         >>> residual = ResidualNorm(8, "pre", dropout_rate=0.1, epsilon=1e-5, param_dtype=jnp.dtype("float32"))

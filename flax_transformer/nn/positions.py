@@ -18,7 +18,7 @@ def sinusoidal_table(length: int, dim: int) -> np.ndarray:
 
     The paper interleaves sines and cosines (sine in channel 2i, cosine in 2i + 1). Its code, Marian and this project
     put them side by side, with the paper's frequencies. The two layouts differ by a fixed permutation of the channels.
-    The first projections learn it away.
+    The first projections can learn it.
 
     References:
         Vaswani et al. 2017, section 3.5.
@@ -28,7 +28,7 @@ def sinusoidal_table(length: int, dim: int) -> np.ndarray:
 
 
 class SinusoidalPositions(nnx.Module):
-    """Fixed sinusoids; has no parameters."""
+    """Fixed sinusoids, without parameters."""
 
     def __init__(self, max_length: int, dim: int):
         self.max_length = max_length
@@ -40,7 +40,7 @@ class SinusoidalPositions(nnx.Module):
 
 
 class LearnedPositions(nnx.Module):
-    """One learned vector for each position, initialised N(0, 1/D) as the token embeddings are.
+    """One learned vector for each position, initialised from N(0, 1/D) like the token embeddings.
 
     References:
         Gehring et al. 2017, section 3.1; Vaswani et al. 2017, table 3 row (E) finds it equal to sinusoids.
@@ -51,5 +51,5 @@ class LearnedPositions(nnx.Module):
         self.table = nnx.Param(table.astype(param_dtype), logical_axes=("position", "embed"))
 
     def __call__(self, positions: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        """Returns the encodings of 0-based `positions`, in float32, in which the table's gradient is summed."""
+        """Returns the encodings of 0-based `positions`, in float32, so that gradients are summed in float32."""
         return jnp.take(self.table[...].astype(jnp.float32), positions, axis=0, mode="clip")

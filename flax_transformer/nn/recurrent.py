@@ -1,7 +1,7 @@
-"""Recurrent cells, and a layer that runs one over time.
+"""Recurrent cells, and a function that runs one over time.
 
-Legend: B batch, T length, I input dim, C context dim, G gates, U recurrent units, GU = G * U. A cell's state is a tuple
-of arrays whose first is the hidden vector that others see.
+Legend: B batch, T length, I input dim, C context dim, G gates, U recurrent units, GU = G * U. The state of a cell is a
+tuple of arrays. Its first array is the hidden vector that other layers read.
 """
 
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from flax_transformer.ops.product import product
 CellKind = Literal["lstm", "gru"]
 State = tuple[Any, ...]
 
-# Units are not split over the tensor axis: a state in pieces would have to be gathered at every time step.
+# The tensor axis does not split units: each time step would have to gather the state.
 INPUT_AXES = ("embed", "gates", "recurrent")
 RECURRENT_AXES = ("recurrent", "gates", "recurrent")
 CONTEXT_AXES = ("recurrent", "gates", "recurrent")
@@ -25,23 +25,23 @@ BIAS_AXES = ("gates", "recurrent")
 
 
 def _kernel(key: jax.Array, in_dim: int, num_gates: int, units: int, dtype: jnp.dtype, orthogonal: bool) -> jax.Array:
-    """Returns [in_dim, num_gates, units], each gate drawn on its own."""
+    """Returns [in_dim, num_gates, units]; each gate is drawn from its own key."""
     keys = jax.random.split(key, num_gates)
     if orthogonal:
-        orthogonal_of = jax.nn.initializers.orthogonal()  # by a decomposition that bfloat16 has not
+        orthogonal_of = jax.nn.initializers.orthogonal()  # its decomposition needs float32
         gates = [orthogonal_of(k, (in_dim, units), jnp.float32).astype(dtype) for k in keys]
     else:
         gates = [xavier_uniform(k, (in_dim,), (units,), dtype) for k in keys]
     return jnp.stack(gates, axis=1)
 
 
-# The gates' values are not kept for the backward pass but made again from the products that they come from: writing
-# them out at each time step and reading them back costs more than the exponentials.
+# The backward pass computes the gates again from the products. Writing them out at each time step and reading them back
+# costs more (docs/lab_book.md, "Gates computed again in the backward pass").
 @jax.checkpoint
 def _lstm_gates(state: State, gates: Float[Array, "*rows GU"]) -> State:
-    read, forget, candidate, write = jnp.split(gates, 4, axis=-1)
-    memory = jax.nn.sigmoid(forget) * state[1] + jax.nn.sigmoid(read) * jnp.tanh(candidate)
-    return jax.nn.sigmoid(write) * jnp.tanh(memory), memory
+    input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
+    cell = jax.nn.sigmoid(forget_gate) * state[1] + jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
+    return jax.nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
 @jax.checkpoint
@@ -64,7 +64,7 @@ class RecurrentCell(nnx.Module):
     """Base of the two cells: kernels [I, G, U], [C, G, U] and [U, G, U] for G gates.
 
     A decoder's cell may read a context beside its input, through its own kernel (C in Bahdanau et al. 2015, appendix
-    A.2.2). The input's share of the gates can then be computed for all time steps at once, though the context depends
+    A.2.2). The input's part of the gates can then be computed for all time steps at once, although the context depends
     on the state. Input and context kernels are Xavier-uniform. Recurrent kernels are orthogonal (Saxe et al. 2014), so
     that repeated products neither grow nor vanish at the start.
     """
@@ -101,7 +101,7 @@ class RecurrentCell(nnx.Module):
         return (jnp.zeros((*rows, self.units), self.compute_dtype),) * self.num_states
 
     def project(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows GU"]:
-        """Returns W x + b for all gates; it needs no state, so a layer does it for all time steps at once."""
+        """Returns W x + b for all gates. It needs no state, so it is computed for all time steps at once."""
         gates = self._product(x, self.input_kernel)
         bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32).ravel(), gates.shape)  # as in `Linear`
         return gates + bias.astype(self.compute_dtype)
@@ -116,11 +116,11 @@ class RecurrentCell(nnx.Module):
         return self._product(hidden, self.recurrent_kernel)
 
     def _product(self, x: jax.Array, kernel: Any) -> jax.Array:
-        """Returns the gates side by side: cutting them apart in the last axis is cheap, in a middle one it is not."""
+        """Returns the gates side by side in the last axis, where it is cheap to split them."""
         return product(x, kernel[...].reshape(kernel.shape[0], -1), 1, self.compute_dtype)
 
     def step(self, state: State, projected: Float[Array, "*rows GU"]) -> State:
-        """Returns the state after one more token, from `project` of that token."""
+        """Returns the state after one more token, given the result of `project` for that token."""
         raise TypeError("RecurrentCell is abstract: use LSTMCell or GRUCell")
 
 
@@ -130,8 +130,8 @@ class LSTMCell(RecurrentCell):
         i, f, o = sigmoid(W x + U h + b);   g = tanh(W x + U h + b)
         c' = f * c + i * g;                 h' = o * tanh(c')
 
-    Gates are stored in the order i, f, g, o, as PyTorch stores them, with one bias where PyTorch adds up two. The
-    forget gate's bias starts at 1 (Jozefowicz et al. 2015, section 2).
+    Gates are stored in PyTorch's order i, f, g, o, with one bias where PyTorch adds two. The forget gate's bias starts
+    at 1 (Jozefowicz et al. 2015, section 2).
 
     References:
         Hochreiter and Schmidhuber 1997; Gers et al. 2000 for the forget gate.
@@ -155,12 +155,12 @@ class GRUCell(RecurrentCell):
         r, z = sigmoid(W x + U h + b);   n = tanh(W x + b + r * (U h + b_n))
         h' = (1 - z) * n + z * h
 
-    Gates are stored in the order r, z, n, as PyTorch stores them. There is one difference from the paper (equations 5
-    to 8). There the reset gate multiplies h before the product with U, which needs a second product after the gates. As
-    in the paper, z multiplies the old state; other papers exchange z and 1 - z.
+    Gates are stored in PyTorch's order r, z, n. The paper (equations 5 to 8) multiplies h by the reset gate before the
+    product with U. That needs a second product after the gates. As in the paper, z multiplies the old state; other
+    papers exchange z and 1 - z.
 
     References:
-        Cho et al. 2014, section 2.3; the form with the reset after the product is that of cuDNN and PyTorch.
+        Cho et al. 2014, section 2.3. cuDNN and PyTorch reset after the product.
     """
 
     num_gates = 3
@@ -182,16 +182,16 @@ CELLS: dict[str, type[RecurrentCell]] = {"lstm": LSTMCell, "gru": GRUCell}
 def run_over_time(
     cell: RecurrentCell, x: Float[Array, "B T I"], mask: Bool[Array, "B T"], *, reverse: bool = False
 ) -> tuple[Float[Array, "B T U"], State]:
-    """Runs a cell over a padded batch, and returns the hidden vector at each position and the last state.
+    """Runs a cell over a padded batch. Returns the hidden vector at each position, and the last state.
 
-    Where `mask` is False the state does not change. So padding does not affect a sentence's last state, in either
+    The state does not change where `mask` is False. So padding does not affect a sentence's last state, in either
     direction.
 
     Args:
         cell: LSTM or GRU.
         x: inputs.
         mask: True for tokens, False for padding.
-        reverse: read from the last position to the first.
+        reverse: whether to read from the last position to the first.
     """
     projected = jnp.moveaxis(cell.project(x), 1, 0)  # [B, T, GU] -> [T, B, GU]
 

@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: the reference of each operation, its faster forms, and the choice between them by platform."""
+"""Functions from arrays to arrays: the reference of each operation, its faster forms, and the choice by platform."""

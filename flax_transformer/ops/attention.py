@@ -22,17 +22,17 @@ from flax_transformer.shapes import MASKED, array_tree, static_field
 class AttentionMask:
     """Says which keys each query may attend to. A key is allowed if every given part allows it.
 
-    Only the reference form reads it as an array, which `materialize` makes. A fused kernel reads the parts: lengths, a
-    flag, a window.
+    Only the reference form reads the mask as an array, which `materialize` makes. A fused kernel reads the parts:
+    lengths, a flag, a window.
 
     Attributes:
         key_segments: [B, S], 0 for padding, which no query attends to; None if all keys are real.
         query_segments: [B, T]; a query attends to the keys of its own segment. None if a row holds one pair.
         query_offsets: [B], position among the keys of each row's first query; None means zeros.
         causal: whether a query attends to no later position than its own.
-        window: number of earlier positions a query sees; if not causal, also as many later ones; None for all.
-        array: the array of `materialize`, if it has been made already; see `shared`. It belongs to the other parts, so
-            it must not be kept when one of them is replaced.
+        window: number of earlier positions that a query sees, and of later ones if not causal; None for all.
+        array: result of `materialize`, if it exists already; see `shared`. It is valid for these parts only: drop it
+            when one of them is replaced.
     """
 
     key_segments: Int[Array, "B S"] | None = None
@@ -50,7 +50,7 @@ class AttentionMask:
 
     @property
     def is_padding_only(self) -> bool:
-        """Whether it excludes only padding, so that a kernel may use the rows' lengths instead."""
+        """Whether the mask excludes padding alone, so that a kernel may use the rows' lengths instead."""
         return self.query_segments is None and not self.causal and self.window is None
 
     def shared(self, query_length: int, key_length: int) -> "AttentionMask":
@@ -158,7 +158,7 @@ masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
 
 
 def weighted_sums(weights: Float[Array, "B K S"], states: Float[Array, "B S U"]) -> Float[Array, "B K U"]:
-    """Returns the sums of the states with each row of weights, in the type of the states."""
+    """Returns the weighted sums of the states, one for each row of weights, in the type of the states."""
     sums = jnp.einsum(
         "bks,bsu->bku", weights.astype(states.dtype), states, preferred_element_type=accumulation_dtype(states.dtype)
     )

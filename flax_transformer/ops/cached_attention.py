@@ -1,15 +1,14 @@
 """Attention of a decoding step over cached keys and values. Only this file knows the layout of the caches.
 
-Self-attention. Reordering beams does not move what they have written. A table of ancestors says which beam wrote each
-position of each beam's history. A query is multiplied with the keys of all beams of its sentence. Beams that are not
-its ancestors get weight 0. Nothing is copied. Each key is read once for all beams. The products do K times the
-arithmetic, which is cheap for small K. Beams that are never reordered, such as samples, need no table. They attend only
-to what they wrote themselves.
+Self-attention. Keys and values stay where they were written when beams are reordered. A table of ancestors says which
+beam wrote each position of each beam's history. A query is multiplied with the keys of all beams of its sentence. Beams
+that are not its ancestors get weight 0. Nothing is copied, and each key is read once for all beams. The products do K
+times the arithmetic, which is cheap for small K. Beams that are never reordered, such as samples, need no table. They
+attend only to what they wrote themselves.
 
 On a CPU a cache is split into blocks, and a step reads only the blocks that some slot has reached. Each block is an
 array of its own, since XLA would copy a slice before reading it. A CPU also keeps a bfloat16 cache as float32.
-Otherwise XLA converts the whole cache for each written token (docs/lab_book.md, "bfloat16 on a CPU with matrix
-instructions").
+Otherwise XLA converts the whole cache for each written token (docs/lab_book.md, "Caches of bfloat16 in float32").
 
 Cross-attention. Keys and values are stored once for each sentence. Its K beams take the place of the query axis.
 
@@ -169,7 +168,7 @@ def cached_self_attention(
             never reordered.
         scale: factor on the products; 1 / sqrt(H) when None.
         soft_cap: see `attention`.
-        window: a query sees so many slots before its own; None for all.
+        window: number of slots before its own that a query sees; None for all.
     """
     cache = _write(cache, key, value, positions)
     sentences, beams, heads, head_dim = query.shape
@@ -177,7 +176,7 @@ def cached_self_attention(
     furthest = jnp.max(positions)
 
     def attend(sums: Any, keys: jax.Array, values: jax.Array, filled: jax.Array, wrote: jax.Array | None) -> Any:
-        """Returns the running maximum, the sum of exp(score - maximum), and that sum weighted by the values."""
+        """Returns the running maximum, the sum of exp(score - maximum), and the same sum weighted by the values."""
         keys, values = repeat_heads(keys, heads, 1), repeat_heads(values, heads, 1)
         highest, total, attended = sums
         scores = jnp.where(filled, cap_scores(_block_scores(query, keys, wrote), soft_cap), MASKED)

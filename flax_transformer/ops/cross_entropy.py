@@ -1,13 +1,13 @@
 """Masked, label-smoothed cross entropy, from hidden vectors and the output projection.
 
-The logits hidden @ kernel.T have B * T * V elements, far more than any other array when V >> D. The fused form computes
-them in chunks of target tokens, so no [B, T, V] array ever exists. The loss is one number, so its gradient is known up
-to a factor. The forward pass therefore computes each chunk's gradient at once, and logits are computed only once.
-Padding is sorted behind all other tokens. On a CPU the loop ends before the padding.
+The logits hidden @ kernel.T have B * T * V elements. That is far more than any other array has when V >> D. The fused
+form computes them in blocks of target tokens, so no [B, T, V] array ever exists. The loss is one number, so its
+gradient is known up to a factor. The forward pass therefore computes each block's gradient at once, and logits are
+computed only once. Padding is sorted behind all other tokens. On a CPU the loop ends before the padding.
 
-Each form is tested against the other, so they share a file.
+The tests compare both forms with each other, so they share a file.
 
-Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a chunk.
+Legend: B batch, T target length, D model dim, V vocabulary rows, X shares of the rows, t target tokens of a block.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from flax_transformer.ops.vocabulary import OutputProjection
 from flax_transformer.parallel.sharding_rules import constrain, num_shards
 from flax_transformer.shapes import MASKED
 
-# Elements of the logits of one chunk. On a CPU a chunk stays in the cache, and chunks of padding alone are skipped.
+# Elements of the logits of one block. On a CPU a block stays in the cache, and blocks of padding alone are skipped.
 # A GPU asks the host before each turn of a loop of unknown length. Each turn also updates the kernel's gradient in
-# device memory. So an accelerator gets few chunks, and their number is fixed.
-CPU_CHUNK_ELEMENTS = 1 << 21
-ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
+# device memory. So an accelerator gets few blocks, and their number is fixed.
+CPU_BLOCK_ELEMENTS = 1 << 21
+ACCELERATOR_BLOCK_ELEMENTS = 1 << 26
 
 
 class LossSums(NamedTuple):
@@ -37,7 +37,7 @@ class LossSums(NamedTuple):
 
     Attributes:
         loss: label-smoothed cross entropy, nats.
-        negative_log_likelihood: that of the reference, nats; exp(sum / count) is the perplexity.
+        negative_log_likelihood: cross entropy without smoothing, nats; exp(sum / count) is the perplexity.
         correct: tokens whose reference has the highest logit.
         count: tokens that are not padding.
     """
@@ -59,7 +59,7 @@ def reference_cross_entropy(
     label_smoothing: float,
     divergence_weight: float = 0.0,
 ) -> LossSums:
-    """The plain form of `cross_entropy`: all logits at once, differentiated by JAX."""
+    """Returns `cross_entropy` in its plain form: all logits at once, differentiated by JAX."""
     logits = projection.logits(hidden)
     log_probs = jax.nn.log_softmax(logits)
     of_target = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
@@ -126,9 +126,9 @@ def cross_entropy(
     platform = backend.platform()
     if platform is None:
         return reference_cross_entropy(hidden, projection, targets, mask, label_smoothing, divergence_weight)
-    chunking = Chunking(CPU_CHUNK_ELEMENTS, True) if platform == "cpu" else Chunking(ACCELERATOR_CHUNK_ELEMENTS, False)
+    blocking = Blocking(CPU_BLOCK_ELEMENTS, True) if platform == "cpu" else Blocking(ACCELERATOR_BLOCK_ELEMENTS, False)
     terms = LossTerms(projection.num_real_rows, label_smoothing, divergence_weight)
-    return fused_cross_entropy(hidden, projection, targets, mask, terms, chunking)
+    return fused_cross_entropy(hidden, projection, targets, mask, terms, blocking)
 
 
 # --- the fused form
@@ -150,12 +150,12 @@ class LossTerms:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunking:
-    """How the target tokens are cut into chunks.
+class Blocking:
+    """How the target tokens are cut into blocks.
 
     Attributes:
-        elements: most elements of the logits of one chunk.
-        skips_padding: whether the loop ends before the chunks that hold only padding.
+        elements: most elements of the logits of one block.
+        skips_padding: whether the loop ends before the blocks that hold only padding.
     """
 
     elements: int
@@ -168,13 +168,13 @@ def fused_cross_entropy(
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     terms: LossTerms,
-    chunking: Chunking,
+    blocking: Blocking,
 ) -> LossSums:
-    """Returns the sums of `cross_entropy`, computed in chunks; see `LossTerms` and `Chunking`."""
+    """Returns the sums of `cross_entropy`, computed in blocks; see `LossTerms` and `Blocking`."""
     bias = None if projection.bias is None else projection.bias.astype(jnp.float32)
     if terms.divergence_weight:
         hidden, targets, mask = (_side_by_side(x) for x in (hidden, targets, mask))
-    return _fused_sums((terms, chunking), hidden, projection.kernel, bias, targets, mask)
+    return _fused_sums((terms, blocking), hidden, projection.kernel, bias, targets, mask)
 
 
 def _side_by_side(x: jax.Array) -> jax.Array:
@@ -183,17 +183,17 @@ def _side_by_side(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x.reshape(rows // 2, 2, length, *rest), 1, 2).reshape(rows // 2, 2 * length, *rest)
 
 
-class _Chunks(NamedTuple):
-    """The target tokens of a batch, sorted for a loop over chunks: real tokens first, then padding.
+class _Blocks(NamedTuple):
+    """The target tokens of a batch, sorted for a loop over blocks: real tokens first, then padding.
 
     Each device sorts its own share of the rows (there are X shares). No token moves between devices.
 
     Attributes:
-        hidden: [X, M, D], the M tokens of each share, filled up to whole chunks.
+        hidden: [X, M, D], the M tokens of each share, filled up to whole blocks.
         targets, mask: [X, M].
         places: [X, M], the index in its share that each token came from.
-        size: tokens of one share in a chunk.
-        needed: number of chunks to compute; with `skips_padding`, only those with a real token in some share.
+        size: tokens of one share in a block.
+        needed: number of blocks to compute; with `skips_padding`, only those with a real token in some share.
     """
 
     hidden: jax.Array
@@ -204,19 +204,19 @@ class _Chunks(NamedTuple):
     needed: jax.Array | int
 
     def take(self, number: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns hidden, targets and mask of one chunk."""
+        """Returns hidden, targets and mask of one block."""
         cut = (self.hidden, self.targets, self.mask)
         return tuple(jax.lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis=1) for x in cut)
 
 
-def _chunks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int) -> _Chunks:
-    """Returns the tokens of [B, T] in chunks. Both passes over a token are in the same chunk."""
-    terms, chunking = static
+def _blocks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int) -> _Blocks:
+    """Returns the tokens of [B, T] in blocks. Both passes over a token are in the same block."""
+    terms, blocking = static
     together = 2 if terms.divergence_weight else 1
     shares = num_shards("batch")
     shares = shares if targets.shape[0] % shares == 0 else 1
     tokens = targets.size // shares
-    most = max(chunking.elements // (vocab // num_shards("vocab")), 1)
+    most = max(blocking.elements // (vocab // num_shards("vocab")), 1)
     number = -(-tokens // most)
     size = together * -(-tokens // (number * together))
     mask = constrain(mask.reshape(shares, tokens), "batch", None)
@@ -228,8 +228,8 @@ def _chunks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, voca
         taken = jax.vmap(lambda rows, order: rows.at[order].get(mode="fill", fill_value=0))(x, places)
         return constrain(taken, "batch", *(None,) * (taken.ndim - 1))
 
-    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size)) if chunking.skips_padding else number
-    return _Chunks(ordered(hidden), ordered(targets), ordered(mask), places, size, needed)
+    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size)) if blocking.skips_padding else number
+    return _Blocks(ordered(hidden), ordered(targets), ordered(mask), places, size, needed)
 
 
 def _of_other_pass(x: jax.Array) -> jax.Array:
@@ -242,8 +242,8 @@ def _flat(x: jax.Array) -> jax.Array:
     return constrain(x.reshape(-1, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
 
 
-class _ChunkTerms(NamedTuple):
-    """The sums of one chunk, and the arrays that its gradient needs.
+class _BlockTerms(NamedTuple):
+    """The sums of one block, and the arrays that its gradient needs.
 
     With a divergence the two passes predict p and q, from logits y and z.
 
@@ -262,8 +262,8 @@ class _ChunkTerms(NamedTuple):
     mean_apart: jax.Array | None
 
 
-def _chunk_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask) -> _ChunkTerms:
-    """Returns the sums of one chunk, and the arrays that its gradient needs.
+def _block_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask) -> _BlockTerms:
+    """Returns the sums of one block, and the arrays that its gradient needs.
 
     The divergence is
 
@@ -304,19 +304,19 @@ def _chunk_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask
     sums = LossSums(
         *(jnp.sum(x.reshape(mask.shape) * weight, axis=1) for x in (loss, nll, correct, jnp.ones_like(nll)))
     )
-    return _ChunkTerms(sums, exponentials, total, apart, mean_apart)
+    return _BlockTerms(sums, exponentials, total, apart, mean_apart)
 
 
-def _gradient_by_logits(terms: LossTerms, made: _ChunkTerms, targets: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns the gradient [X t, V] of a chunk's loss.
+def _gradient_by_logits(terms: LossTerms, made: _BlockTerms, targets: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the gradient [X t, V] of a block's loss.
 
-    The divergence adds (names as in `_ChunkTerms`)
+    The divergence adds (names as in `_BlockTerms`)
 
         dJ / dy = (p (1 + y - z - sum of p (y - z)) - q) / 2
 
     Args:
         terms: constants of the loss.
-        made: terms of the chunk.
+        made: terms of the block.
         targets: [X t].
         weight: [X t, 1], 0 for padding.
     """
@@ -357,13 +357,13 @@ def _for_products(terms: LossTerms, hidden, kernel):
 def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
     terms, _ = static
     kernel, mean_row, columns = _for_products(terms, hidden, kernel)
-    chunks = _chunks(static, hidden, targets, mask, kernel.shape[0])
+    blocks = _blocks(static, hidden, targets, mask, kernel.shape[0])
 
     def body(number, total):
-        made = _chunk_terms(terms, mean_row, columns, bias, *chunks.take(number))
+        made = _block_terms(terms, mean_row, columns, bias, *blocks.take(number))
         return jax.tree.map(jnp.add, total, made.sums)
 
-    return _sum_shares(jax.lax.fori_loop(0, chunks.needed, body, _zero_sums(len(chunks.mask))))
+    return _sum_shares(jax.lax.fori_loop(0, blocks.needed, body, _zero_sums(len(blocks.mask))))
 
 
 def _forward(static, hidden, kernel, bias, targets, mask):
@@ -371,13 +371,13 @@ def _forward(static, hidden, kernel, bias, targets, mask):
     terms, _ = static
     like_kernel = jnp.zeros((), kernel.dtype)  # carries only the dtype
     kernel, mean_row, columns = _for_products(terms, hidden, kernel)
-    chunks = _chunks(static, hidden, targets, mask, kernel.shape[0])
-    shares = len(chunks.mask)
+    blocks = _blocks(static, hidden, targets, mask, kernel.shape[0])
+    shares = len(blocks.mask)
 
     def body(number, carry):
         total, column_gradient, bias_gradient, by_hidden = carry
-        h, t, m = chunks.take(number)
-        made = _chunk_terms(terms, mean_row, columns, bias, h, t, m)
+        h, t, m = blocks.take(number)
+        made = _block_terms(terms, mean_row, columns, bias, h, t, m)
         by_logits = _gradient_by_logits(terms, made, _flat(t), _flat(m).astype(jnp.float32)[:, None])
         if bias_gradient is not None:
             bias_gradient = bias_gradient + jnp.sum(by_logits.reshape(*m.shape, -1), axis=1)
@@ -385,7 +385,7 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         by_logits = by_logits.reshape(*m.shape, -1)  # [X t, V] -> [X, t, V]
         by_tokens = jnp.einsum("xtv,vd->xtd", by_logits, kernel, preferred_element_type=accumulation_dtype(h.dtype))
         by_tokens = by_tokens.astype(h.dtype)
-        by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * chunks.size, axis=1)
+        by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * blocks.size, axis=1)
         # Each device sums its own share. The sum over devices is taken once, after the loop.
         by_columns = jnp.einsum("xtd,xtv->xdv", h, by_logits, preferred_element_type=jnp.float32)
         column_gradient = constrain(column_gradient + by_columns, "batch", None, "vocab")
@@ -395,14 +395,14 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         _zero_sums(shares),
         constrain(jnp.zeros((shares, *columns.shape), jnp.float32), "batch", None, "vocab"),
         None if bias is None else constrain(jnp.zeros((shares, *bias.shape), jnp.float32), "batch", "vocab"),
-        jnp.zeros_like(chunks.hidden),  # padding has no gradient
+        jnp.zeros_like(blocks.hidden),  # padding has no gradient
     )
-    total, column_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, chunks.needed, body, start)
+    total, column_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, blocks.needed, body, start)
     total, column_gradient, bias_gradient = _sum_shares((total, column_gradient, bias_gradient))
-    # Each token's gradient goes back to the token's place. Rows that fill up the last chunk are dropped.
+    # Each token's gradient goes back to the token's place. Rows that fill up the last block are dropped.
     tokens = targets.size // shares
     back = jax.vmap(lambda rows, order: jnp.zeros((tokens, rows.shape[1]), rows.dtype).at[order].set(rows, mode="drop"))
-    by_hidden = constrain(back(by_hidden, chunks.places), "batch", None, None).reshape(hidden.shape)
+    by_hidden = constrain(back(by_hidden, blocks.places), "batch", None, None).reshape(hidden.shape)
     return total, (by_hidden, column_gradient.T, bias_gradient, like_kernel)
 
 

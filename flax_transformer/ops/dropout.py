@@ -1,7 +1,7 @@
 """Dropout from one random byte for each element.
 
-A keep decision needs 8 random bits, so each 32-bit word of threefry decides four elements. Threefry is then as cheap on
-a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each device draws only its share.
+A keep decision needs 8 random bits, so each 32-bit word of threefry decides four elements. Threefry is then about as
+fast on a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each device draws only its share.
 """
 
 import jax
@@ -17,7 +17,7 @@ def check_dropout_rate(name: str, rate: float) -> None:
         raise ConfigError(f"{name} must be at least 0 and below 1, got {rate}.")
     if rate and _threshold(rate) == 256:
         raise ConfigError(
-            f"{name}: rates are drawn in steps of 1/256, of which {rate} is none. Give 0, or at least 0.002."
+            f"{name}: rates are drawn in steps of 1/256, and {rate} rounds to 0. Give 0, or at least 0.002."
         )
 
 

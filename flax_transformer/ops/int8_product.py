@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from flax_transformer.shapes import array_tree
 
-STEPS = 127  # either side of zero; -128 is not used
+STEPS = 127  # on either side of zero; -128 is not used
 
 
 @array_tree
@@ -36,10 +36,10 @@ class Int8Weights:
 
 
 def quantize(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weights:
-    """Returns `weights` rounded to 127 steps either side of zero.
+    """Returns `weights` rounded to 127 steps on either side of zero.
 
     Args:
-        weights: of any shape.
+        weights: array of any shape.
         in_axes: axes that products sum over. Each entry of the other axes has its own scale.
     """
     weights = weights.astype(jnp.float32)

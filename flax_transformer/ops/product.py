@@ -28,9 +28,9 @@ def accumulation_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
     """Returns the dtype requested for a product's result before it is cast to `compute_dtype`.
 
     On a CPU it is float32, since its matrix instructions (AMX) multiply bfloat16 only into float32. For a bfloat16
-    result XLA would first convert both sides to float32 (docs/lab_book.md, "bfloat16 on a CPU with matrix
-    instructions"). Elsewhere it is `compute_dtype`. Sums inside a product are float32 there too, and devices exchange
-    fewer bytes.
+    result XLA would first convert both sides to float32 (docs/lab_book.md, "Products of bfloat16 with
+    float32 results"). Elsewhere it is `compute_dtype`. Sums inside a product are float32 there too, and devices
+    exchange fewer bytes.
     """
     return jnp.dtype(jnp.float32) if backend.platform() == "cpu" else jnp.dtype(compute_dtype)
 
@@ -46,7 +46,7 @@ def float_product(x: Float[Array, "..."], kernel: Float[Array, "..."], num_in_di
     """Returns the result of `reference_product`; its gradient by the kernel is summed in float32.
 
     The kernel's gradient is computed as x^T g. JAX's rule computes (g^T x)^T, for which XLA for CPU transposes and
-    recomputes g (docs/lab_book.md, "memory that comes and goes").
+    recomputes g (docs/lab_book.md, "Gradient of a product by its kernel").
 
     The kernel is cast to the dtype of `x` here, so its gradient is summed in float32 over rows and devices.
     """

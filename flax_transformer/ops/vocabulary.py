@@ -1,8 +1,8 @@
 """Token tables: embedding rows, logits, and the best entries of a vocabulary.
 
 On a CPU logits are stored as [V, ...]. The product is faster with a cached table on the left, because XLA repacks the
-right side in each call. Reductions over V then work on neighbouring memory, so they vectorise (docs/lab_book.md, "two
-passes that must agree, logits by vocabulary"). The axes are swapped back where logits are read; XLA removes both swaps.
+right side in each call. Reductions over V then work on neighbouring memory, so they vectorise (docs/lab_book.md,
+"Logits with the vocabulary first"). The axes are swapped back where logits are read; XLA removes both swaps.
 Only this file knows of it.
 
 Legend: B batch, K beams, M candidates, V vocabulary rows (padded), D model dim.
@@ -114,8 +114,8 @@ def _offset(projection: OutputProjection) -> Float[Array, "V"] | None:
 def fold_bias_into_kernel(projection: OutputProjection) -> OutputProjection:
     """Returns the projection with bias and padding mask as a column of the kernel, where that is faster.
 
-    XLA for CPU would add the vector in separate passes over all logits (docs/lab_book.md, "passes over logits that
-    nobody asked for"). Nothing changes (1) on other platforms, (2) without an offset, (3) for kernels that are not
+    XLA for CPU would add the vector in separate passes over all logits (docs/lab_book.md, "Output bias as a column of
+    the kernel"). Nothing changes (1) on other platforms, (2) without an offset, (3) for kernels that are not
     float32, where the column would be rounded.
     """
     offset, kernel = _offset(projection), projection.kernel
@@ -145,10 +145,10 @@ def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
 
 
 def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array, "B K M"], Int[Array, "B K M"]]:
-    """Returns the result of `jax.lax.top_k` with less to sort: only the blocks with the highest maxima are searched.
+    """Returns the result of `jax.lax.top_k`, with less to sort.
 
-    Chosen blocks are sorted by index, so ties go to the lower index, as in `top_k`. Without a platform
-    `jax.lax.top_k` itself is the reference.
+    Only the blocks of the vocabulary with the highest maxima are searched. They are sorted by index, so ties go to the
+    lower index, as in `top_k`. Without a platform `jax.lax.top_k` itself is the reference.
     """
     if backend.platform() is None:
         best, place = jax.lax.top_k(x, num)

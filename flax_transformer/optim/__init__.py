@@ -1,1 +1,1 @@
-"""How parameters change: the optimiser, and the schedule of its learning rate."""
+"""The optimiser, and the schedule of its learning rate."""

@@ -14,32 +14,39 @@ from flax_transformer.errors import ConfigError, check_finite
 from flax_transformer.models.parameters import ParameterInfo
 
 DECAYS_TO_AN_END = ("linear", "cosine")
-# The root mean square of Adam's updates as Liu et al. 2025 ("Muon is Scalable for LLM Training", section 2.2) found it:
-# scaled to it, Muon takes the learning rates and the weight decay that AdamW takes.
+# Root mean square of Adam's updates, from Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2. Muon's
+# updates are scaled to it, so that Muon takes AdamW's learning rates and weight decay.
 MUON_UPDATE_RMS = 0.2
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters change; the defaults are the Transformer paper's, but for `clip_norm`, of which it says nothing.
+    """Settings of the optimiser and of its learning rate.
+
+    The defaults are those of the Transformer paper. The paper does not mention clipping, so `clip_norm` is our own.
 
     Attributes:
-        name: "adam", "adamw" (Adam with weight decay), "adafactor" (without momentum, and at the schedule's rate,
-            whatever the size of a parameter), "lion", or "muon" (kernels by Muon, the rest by Adam with Nesterov
-            momentum; only kernels can decay).
-        schedule: "noam" (the paper's: linear warm-up, then the inverse square root, its height given by model_dim), or
-            linear warm-up to `learning_rate` and then "inverse_sqrt", "cosine", "linear" or "constant".
-        learning_rate: highest rate, of every schedule but noam, which needs none.
-        learning_rate_scale: factor on the noam schedule.
-        warmup_steps: steps of linear warm-up.
-        decay_steps: step at which "cosine" and "linear" reach their end; they need it, so that a run that is trained
-            longer than planned keeps its schedule.
-        final_fraction: rate at that end, as a fraction of the highest.
-        beta1, beta2, epsilon: of Adam, Lion (the betas) and Adam's part in Muon; Adafactor has its own.
-        clip_norm: gradients are scaled down to this global norm when they exceed it; 0 turns clipping off.
-        weight_decay: decoupled: times the learning rate, it is taken off the decaying parameters in each update.
-        decaying, constant: regular expressions, searched in a parameter's path (encoder/layers/feed_forward/up/kernel).
-            Every parameter must match one of the two and not both, when there is weight decay.
+        name: "adam", "adamw" (Adam with weight decay), "adafactor", "lion" or "muon". Adafactor has no momentum, and
+            does not scale updates by the size of parameters. With "muon" the kernels are trained by Muon, and all other
+            parameters by Adam with Nesterov momentum. Only kernels can then have weight decay.
+        schedule: course of the learning rate after a linear warm-up. "noam" is the inverse square root of the
+            Transformer paper, with a highest rate that depends on model_dim. With "inverse_sqrt", "cosine", "linear"
+            and "constant" the highest rate is learning_rate.
+        learning_rate: highest learning rate. Every schedule but "noam" needs it.
+        learning_rate_scale: factor on the schedule "noam".
+        warmup_steps: number of steps of the linear warm-up.
+        decay_steps: step at which the schedules "cosine" and "linear" end. It does not change with training.steps, so a
+            longer training keeps its schedule.
+        final_fraction: learning rate from decay_steps on, as a fraction of the highest.
+        beta1: decay of the first moment in Adam; Lion and Muon's Adam use it, too.
+        beta2: decay of the second moment in Adam; Lion and Muon's Adam use it, too.
+        epsilon: number that Adam adds to its denominator.
+        clip_norm: maximum global norm of the gradient; larger gradients are scaled down to it. 0 turns clipping off.
+        weight_decay: decoupled weight decay. Each update subtracts weight_decay * learning rate * parameter.
+        weight_decay_include: regular expression for the parameters with weight decay. It is searched in a path such as
+            encoder/layers/feed_forward/up/kernel.
+        weight_decay_exclude: regular expression for all other parameters. With weight decay every parameter must match
+            exactly one of the two expressions.
     """
 
     name: Literal["adam", "adamw", "adafactor", "lion", "muon"] = "adam"
@@ -54,8 +61,8 @@ class OptimizerConfig:
     epsilon: float = 1e-9
     clip_norm: float = 1.0
     weight_decay: float = 0.0
-    decaying: str = "kernel$"
-    constant: str = "(bias|scale|table|vector)$"
+    weight_decay_include: str = "kernel$"
+    weight_decay_exclude: str = "(bias|scale|table|vector)$"
 
     def __post_init__(self):
         check_finite("optimizer", self)
@@ -94,7 +101,7 @@ class OptimizerConfig:
             raise ConfigError(
                 "optimizer.name: adam has no weight decay. Set optimizer.name: adamw, or weight_decay: 0."
             )
-        for name in ("decaying", "constant"):
+        for name in ("weight_decay_include", "weight_decay_exclude"):
             try:
                 re.compile(getattr(self, name))
             except re.error as error:
@@ -106,32 +113,33 @@ def _path(path: Any) -> str:
 
 
 def decays(config: OptimizerConfig, params: Any) -> Any:
-    """Returns a tree of bools, True for the parameters that weight decay pulls to zero.
+    """Returns a tree of bools, True for the parameters with weight decay.
 
     Raises:
-        ConfigError: parameters that match neither or both of the two expressions; all are named.
+        ConfigError: parameters match neither or both of the two expressions; the message names all of them.
     """
 
     def match(rule: str, path: Any) -> bool:
         return re.search(rule, _path(path)) is not None
 
-    found = {path: (match(config.decaying, path), match(config.constant, path)) for path, _ in
-             jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    include, exclude = config.weight_decay_include, config.weight_decay_exclude
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = {path: (match(include, path), match(exclude, path)) for path in paths}
     wrong = [f"{_path(path)} ({'both' if yes else 'neither'})" for path, (yes, no) in found.items() if yes == no]
     if wrong:
         raise ConfigError(
-            f"optimizer.decaying ({config.decaying!r}) and optimizer.constant ({config.constant!r}) must say of every "
-            f"parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
+            f"optimizer.weight_decay_include ({include!r}) and optimizer.weight_decay_exclude ({exclude!r}) must say "
+            f"of every parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
         )
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
 
 
 def matrix_axes(params: Any, parameter_info: Any) -> Any:
-    """Returns, for each kernel, which axes are rows and which are columns of a matrix, and None for other parameters.
+    """Returns a tree with the row and column axes of each kernel as a matrix, and None for other parameters.
 
     Args:
-        params: a tree of some of a model's parameters, or of their gradients.
-        parameter_info: the tree of `ParameterInfo` of all its parameters.
+        params: tree of some of a model's parameters, or of their gradients.
+        parameter_info: tree of the `ParameterInfo` of all parameters of the model.
     """
 
     def axes(info: ParameterInfo, _: Any) -> contrib.MuonDimensionNumbers | None:
@@ -141,13 +149,13 @@ def matrix_axes(params: Any, parameter_info: Any) -> Any:
 
 
 def _map_with_info(function: Callable[..., Any], parameter_info: Any, *trees: Any) -> Any:
-    """Returns the tree of `function(info, *leaves)` for each leaf of `trees`, which may lack some of the parameters."""
+    """Returns the tree of `function(info, *leaves)` over `trees`, which may lack some of the model's parameters."""
     info_of = dict(jax.tree_util.tree_leaves_with_path(parameter_info))
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(info_of[path], *leaves), *trees)
 
 
 def _as_matrices(tree: Any, parameter_info: Any) -> Any:
-    """Returns a tree of parameters or of their gradients with every kernel as [inputs, outputs], or a stack of such."""
+    """Returns a tree of parameters or gradients with every kernel as [inputs, outputs] or [layers, inputs, outputs]."""
 
     def flatten(info: ParameterInfo, leaf: Any) -> Any:
         if info.matrix_axes is None:
@@ -166,7 +174,7 @@ def scale_by_adafactor(parameter_info: Any) -> optax.GradientTransformation:
     mean square of 1.
 
     Args:
-        parameter_info: the tree of the parameters' `ParameterInfo`.
+        parameter_info: tree of the parameters' `ParameterInfo`.
 
     References:
         Shazeer and Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", sections 3 and 6.
@@ -194,15 +202,15 @@ def scale_by_adafactor(parameter_info: Any) -> optax.GradientTransformation:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, parameter_info: Any
 ) -> optax.GradientTransformation:
-    """Returns clipping, then the optimiser, then weight decay, then the schedule.
+    """Returns the chain of clipping, the optimiser, weight decay and the schedule.
 
     Args:
-        config: which, and its settings.
-        schedule: the learning rate.
-        parameter_info: the tree of the parameters' `ParameterInfo`; it tells matrices from other parameters.
+        config: name and settings of the optimiser.
+        schedule: learning rate.
+        parameter_info: tree of the parameters' `ParameterInfo`. It tells kernels from other parameters.
 
     Raises:
-        ConfigError: weight decay of a parameter that Muon cannot let decay.
+        ConfigError: with Muon, a parameter that is no kernel has weight decay.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
@@ -234,12 +242,12 @@ def make_optimizer(
 
 
 def _check_only_kernels_decay(config: OptimizerConfig, parameter_info: Any) -> None:
-    """Raises a `ConfigError` if a parameter that is no kernel decays: Muon leaves it to Adam without weight decay."""
+    """Raises a `ConfigError` if a parameter other than a kernel has weight decay."""
     decaying = dict(jax.tree_util.tree_leaves_with_path(decays(config, parameter_info)))
     infos = jax.tree_util.tree_leaves_with_path(parameter_info)
     wrong = [_path(path) for path, info in infos if decaying[path] and info.matrix_axes is None]
     if wrong:
         raise ConfigError(
-            "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.decaying "
-            f"({config.decaying!r}) matches {', '.join(wrong[:4])}."
+            "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.weight_decay_include "
+            f"({config.weight_decay_include!r}) matches {', '.join(wrong[:4])}."
         )

@@ -9,11 +9,11 @@ from flax_transformer.optim.optimizer import OptimizerConfig
 def make_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates already made (0 for the first).
 
-    With step = n + 1, so that the rate of the first update is not 0, noam is
+    With step = n + 1, the schedule "noam" is
 
         rate(n) = scale * D^-0.5 * min(step^-0.5, step * warmup^-1.5)
 
-    All others rise linearly to `learning_rate` at step = warmup; then each follows its own curve.
+    All others rise linearly to `learning_rate` at step = warmup. Then each follows its own curve.
 
     References:
         Vaswani et al. 2017, section 5.3, equation 3.
@@ -25,7 +25,7 @@ def make_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
         assert config.learning_rate is not None, "checked by the configuration"
         peak = config.learning_rate
     span = (config.decay_steps or 0) - warmup
-    after = {  # functions of the steps since the end of the warm-up
+    after = {  # functions of the number of steps since the warm-up
         "noam": lambda step: peak * (warmup / (warmup + step)) ** 0.5,
         "inverse_sqrt": lambda step: peak * (warmup / (warmup + step)) ** 0.5,
         "constant": optax.constant_schedule(peak),

@@ -1,1 +1,1 @@
-"""Where arrays live."""
+"""Devices: meshes, sharding, memory, and hardware that is only described."""

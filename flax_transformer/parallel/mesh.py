@@ -1,4 +1,4 @@
-"""The device mesh: always there, 1x1x1 on a laptop."""
+"""The mesh of devices. There always is one; with a single device it is 1 x 1 x 1."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,19 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from flax_transformer.errors import ConfigError
 
-# With more devices than this a search has one program for all of them.
+# Highest number of CPU devices that each get a search program of their own.
 MOST_SEARCH_MESHES = 4
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis; their product is the number of devices used.
+    """Sizes of the axes of a mesh. Their product is the number of devices used.
 
     Attributes:
-        data: rows of the batch are split over it, parameters are copied. -1 takes all devices that are left.
-        fsdp: rows of the batch and parameters are split over it (fully sharded data parallel).
-        tensor: heads, feed-forward units and vocabulary rows are split over it.
+        data: number of devices that split the rows of a batch, with copies of the parameters; -1 takes all devices that
+            are left.
+        fsdp: number of devices that split the rows of a batch and the parameters (fully sharded data parallelism).
+        tensor: number of devices that split attention heads, feed-forward units and the vocabulary.
     """
 
     data: int = -1
@@ -31,10 +32,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
     Args:
         config: sizes of the axes.
-        devices: devices of the mesh; None uses all of JAX's.
+        devices: devices to choose from; None means all devices of JAX.
 
     Raises:
-        ConfigError: sizes below 1, or sizes whose product is not an available number of devices.
+        ConfigError: a size is below 1, or the product of the sizes is not an available number of devices.
     """
     devices = jax.devices() if devices is None else devices
     fixed = config.fsdp * config.tensor
@@ -55,9 +56,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def search_meshes(mesh: Mesh) -> list[Mesh]:
     """Returns the meshes that search side by side. Each takes work when it is free. Together they are `mesh`.
 
-    On a CPU each device is a mesh, if there are few. Cores may differ in speed or have other work to do. JAX runs a
-    program of several CPU devices only when all have ended the one before. But each mesh needs its own compiled
-    program. Elsewhere the only mesh is `mesh` itself (docs/lab_book.md, "cores that are not alike").
+    On a CPU with few devices each device is a mesh. Cores may differ in speed or have other work to do. A program of
+    several CPU devices starts only when all of them are free. But each mesh needs its own compiled program. Elsewhere
+    the only mesh is `mesh` itself (docs/lab_book.md, "Programs of several CPU devices").
     """
     devices = list(mesh.devices.flat)
     if devices[0].platform != "cpu" or len(devices) > MOST_SEARCH_MESHES:
@@ -66,22 +67,22 @@ def search_meshes(mesh: Mesh) -> list[Mesh]:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Returns the sharding of a training batch: rows split over data and fsdp."""
+    """Returns the sharding of a training batch, whose rows are split over data and fsdp."""
     return NamedSharding(mesh, jax.P(("data", "fsdp")))
 
 
 def all_devices_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Returns the sharding of a decoding batch: rows split over every axis of the mesh."""
+    """Returns the sharding of a decoding batch, whose rows are split over all axes of the mesh."""
     return NamedSharding(mesh, jax.P(("data", "fsdp", "tensor")))
 
 
 def replicated_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of an array with a whole copy on every device."""
     return NamedSharding(mesh, jax.P())
 
 
 def check_rows(num_rows: int, mesh: Mesh | AbstractMesh, axes: tuple[str, ...], what: str, advice: str = "") -> None:
-    """Raises a `ConfigError`, with `advice`, unless `num_rows` divides evenly over the product of `axes`."""
+    """Raises a `ConfigError`, with `advice`, unless the product of the sizes of `axes` divides `num_rows`."""
     product = 1
     for axis in axes:
         product *= mesh.shape[axis]

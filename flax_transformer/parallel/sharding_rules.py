@@ -1,7 +1,7 @@
-"""Logical axis names of parameters and activations, and the one table that maps them to mesh axes.
+"""Logical axis names of parameters and activations, and the table that maps them to mesh axes.
 
-Layers name their axes ("embed", "heads", ...); only this table knows what the mesh calls them. A parameter is a
-`flax.nnx.Param` created with `logical_axes=(...)` metadata; layers stacked on a leading axis gain "layers" here.
+Layers name their axes "embed", "heads" and so on. Only this table knows the axes of the mesh. A parameter is a
+`flax.nnx.Param` with the metadata `logical_axes`. A stack of layers has a leading axis "layers", which is added here.
 """
 
 import math
@@ -15,7 +15,8 @@ from flax_transformer.errors import ConfigError
 
 P = jax.P
 
-# Batches are split over data and fsdp; parameters over fsdp (along the model dim) and tensor (along what is wide).
+# Batches are split over data and fsdp. Parameters are split over fsdp along the model dim, and over tensor along their
+# wide dimension.
 MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "lookup_batch": "data",
@@ -35,24 +36,24 @@ MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
 
 
 def partition_spec(logical_axes: tuple[str | None, ...]) -> jax.P:
-    """Returns the mesh axes for a tuple of logical axis names; `None` stays unsharded.
+    """Returns the mesh axes for a tuple of logical axis names. An axis with the name `None` is not sharded.
 
     Raises:
-        KeyError: a name that the table does not have (a defect of a layer, never of the user's input).
+        KeyError: a name is not in the table, which is a defect of a layer.
     """
     return P(*(None if name is None else MESH_AXES_OF[name] for name in logical_axes))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Returns `x`, told to the compiler to be sharded along `logical_axes`.
+    """Returns `x` with the sharding of `logical_axes`, as a constraint for the compiler.
 
-    The identity outside a mesh, and inside `jax.shard_map`, where the program of one device sees only its own share.
+    It is the identity outside a mesh. It is so inside `jax.shard_map`, too, where a program sees only its own shard.
     """
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes)) if _partitioned() else x
 
 
 def num_shards(logical_axis: str) -> int:
-    """Returns into how many parts `constrain` splits an axis of this name; 1 where it does nothing."""
+    """Returns the number of shards that `constrain` splits an axis of this name into; 1 where it does nothing."""
     axes = MESH_AXES_OF[logical_axis]
     if axes is None or not _partitioned():
         return 1
@@ -61,17 +62,17 @@ def num_shards(logical_axis: str) -> int:
 
 
 def _partitioned() -> bool:
-    """Whether the program being traced is one for all devices, that the compiler splits."""
+    """Returns whether the program being traced is one for all devices, which the compiler partitions."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 def logical_axes_of(path: tuple[Any, ...], parameter: nnx.Variable) -> tuple[str | None, ...]:
-    """Returns the logical name of each dimension of a parameter; "layers" stands first in a stack of layers.
+    """Returns the logical name of each dimension of a parameter. In a stack of layers the first is "layers".
 
     Args:
-        path: where it stands in its model.
-        parameter: with the metadata `logical_axes`.
+        path: path of the parameter in its model.
+        parameter: parameter with the metadata `logical_axes`.
 
     Raises:
         ValueError: the parameter has no `logical_axes`, or names for another number of dimensions.
@@ -81,7 +82,7 @@ def logical_axes_of(path: tuple[Any, ...], parameter: nnx.Variable) -> tuple[str
     name = "/".join(map(str, path))
     if axes is None:
         raise ValueError(f"parameter {name} has no logical_axes metadata")
-    if len(axes) + 1 == len(shape):  # one of a stack of layers
+    if len(axes) + 1 == len(shape):  # a parameter of a stack of layers
         axes = ("layers", *axes)
     if len(axes) != len(shape):
         raise ValueError(f"parameter {name} has shape {shape} but logical axes {axes}")
@@ -92,7 +93,7 @@ def parameter_specs(abstract_params: Any) -> dict[str, Any]:
     """Returns a nested dict of partition specs for the parameters, in the form of `nnx.to_pure_dict`.
 
     Args:
-        abstract_params: the `nnx.State` of a model, of arrays or of shapes, whose variables carry `logical_axes`.
+        abstract_params: the `nnx.State` of a model, with arrays or shapes, and with the metadata `logical_axes`.
 
     Raises:
         ValueError: as `logical_axes_of`.
@@ -104,10 +105,10 @@ def parameter_specs(abstract_params: Any) -> dict[str, Any]:
 
 
 def parameter_shardings(abstract_params: Any, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-    """Returns a nested dict of `NamedSharding`s, after checking that every sharded dimension divides evenly.
+    """Returns a nested dict with the `NamedSharding` of each parameter.
 
     Raises:
-        ConfigError: a dimension that its mesh axis does not divide; names the parameter and both sizes.
+        ConfigError: a mesh axis does not divide a dimension. The message names the parameter and both sizes.
     """
     specs = parameter_specs(abstract_params)
     shapes = nnx.to_pure_dict(abstract_params)

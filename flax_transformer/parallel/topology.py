@@ -1,13 +1,13 @@
-"""Hardware that is described but not there: its devices to compile for, and what a compiled program says of itself.
+"""Described hardware: devices to compile for that are not there, and facts read from a compiled program.
 
 A compiler needs only a description of the chips. So a laptop can compile the program of a TPU slice or a node of GPUs.
 The compiled program tells the memory of each device and the exchanges between devices. It cannot be run.
 
-The compilers come with the extra `plan`. A topology is named NAME:LAYOUT:
+The compilers come with the extra `plan`. A topology has a name of the form NAME:LAYOUT:
 
-    v5e:4x4        a TPU generation, and the chips of a slice along each axis, as Google Cloud names them
-    h100_sxm:8     a GPU of the folder `devices`, and how many of them one host has
-    h100_sxm:4x8   the same on 4 hosts
+    v5e:4x4      = a slice of 4 x 4 chips of a TPU generation, as Google Cloud names it
+    h100_sxm:8   = 8 GPUs of one host, of a kind that the folder `devices` describes
+    h100_sxm:4x8 = 4 such hosts
 
 References:
     `jax.experimental.topologies`. TPU generations: cloud.google.com/tpu/docs/system-architecture-tpu-vm.
@@ -30,26 +30,26 @@ import jax
 
 from flax_transformer.errors import ConfigError, did_you_mean
 
-# Memory of one chip in GiB, by the generation in a topology's name and by JAX's `device_kind` (see References).
+# Memory of one chip in GiB, by the generation in a topology's name (see References).
 TPU_MEMORY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 TPU_DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
-# JAX takes this share of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# Share of a GPU's memory that JAX takes by default; XLA_PYTHON_CLIENT_MEM_FRACTION changes it.
 GPU_MEMORY_SHARE = 0.75
 
 ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud what machine this is
-    "TPU_WORKER_HOSTNAMES": "localhost",  # these two only keep libtpu from complaining that nobody told it
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks no cloud for the kind of this machine
+    "TPU_WORKER_HOSTNAMES": "localhost",  # this one and the next only avoid warnings of libtpu
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
 }
-NO_AUTOTUNING = "--xla_gpu_autotune_level=0"  # which would run kernels to choose the fastest
+NO_AUTOTUNING = "--xla_gpu_autotune_level=0"  # autotuning would run kernels
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
     "ragged-all-to-all",
 )  # fmt: skip
 
-MAX_KEY_WORDS = 256  # random words drawn at once to derive keys; dropout draws thousands
+MAX_KEY_WORDS = 256  # random words that a derivation of keys draws at once; dropout draws thousands
 
 REMATERIALIZATION = "Involuntary full rematerialization"  # in the compiler's log
 
@@ -58,12 +58,12 @@ REMATERIALIZATION = "Involuntary full rematerialization"  # in the compiler's lo
 
 
 def set_up_compilers(log_folder: Path) -> None:
-    """Prepares this process to compile for hardware that is not there; call it before anything is compiled.
+    """Prepares this process to compile for described hardware. Call it before the first compilation.
 
     Args:
-        log_folder: where libtpu writes its log; `Program.of` reads it.
+        log_folder: folder for libtpu's log, which `Program.of` reads.
     """
-    jax.config.update("jax_platforms", "cpu")  # shapes and keys live on the host
+    jax.config.update("jax_platforms", "cpu")  # shapes and keys stay on the host
     os.environ["TPU_LOG_DIR"] = str(log_folder)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -73,19 +73,19 @@ def set_up_compilers(log_folder: Path) -> None:
 
 
 def gpu_descriptions() -> dict[str, str]:
-    """Returns the text of each GPU's description, by its name."""
+    """Returns the description of each GPU, by its name."""
     files = resources.files("flax_transformer.parallel").joinpath("devices").iterdir()
     return {Path(f.name).stem: f.read_text(encoding="utf-8") for f in sorted(files, key=lambda f: f.name)}
 
 
 def described_devices(topology: str) -> list[jax.Device]:
-    """Returns the devices of a topology, to make a mesh of; they can be compiled for and nothing else.
+    """Returns the devices of a topology. A mesh of them serves to compile, and for nothing else.
 
     Args:
-        topology: such as "v5e:4x4" or "h100_sxm:8".
+        topology: name such as "v5e:4x4" or "h100_sxm:8".
 
     Raises:
-        ConfigError: an unknown name, a layout that does not exist, or the compiler is not installed.
+        ConfigError: the name is unknown, the layout does not exist, or the compiler is not installed.
     """
     name, _, layout = topology.partition(":")
     descriptions = gpu_descriptions()
@@ -121,10 +121,10 @@ def _devices(name: str, layout: str, topology: str, descriptions: dict[str, str]
 
 
 def described_memory_bytes(device_kind: str) -> int | None:
-    """Returns the memory that a program may use on a described device, or None for one that nobody has described.
+    """Returns the bytes that a program may use on a described device, or None for an unknown kind of device.
 
     Args:
-        device_kind: as JAX gives it.
+        device_kind: JAX's name of the kind.
     """
     if device_kind in TPU_DEVICE_KINDS:
         return TPU_MEMORY_GIB[TPU_DEVICE_KINDS[device_kind]] * 2**30
@@ -136,7 +136,7 @@ def described_memory_bytes(device_kind: str) -> int | None:
     return None
 
 
-# --- What a compiled program says
+# --- Facts of a compiled program
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ class Instruction:
     """One line of an optimised program.
 
     Attributes:
-        computation: name of the computation that holds it.
-        result: its type, such as "bf16[32,64,512]{2,1,0}", or a tuple of types.
-        opcode: such as "all-gather" or "xor"; of an operation in two halves, "all-gather-start" and "all-gather-done".
+        computation: name of the computation that contains it.
+        result: type of its result, such as "bf16[32,64,512]{2,1,0}", or a tuple of types.
+        opcode: name of its operation, such as "xor", or "all-gather-start" for the first half of an all-gather.
         text: the whole line.
-        root: whether it is what its computation returns.
+        root: whether its computation returns its result.
     """
 
     computation: str
@@ -160,13 +160,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program and what was said while it was made.
+    """A compiled program, with the complaints of its compiler.
 
     Attributes:
-        name: for a report.
-        compiled: what JAX returns.
-        rematerializations: how often the partitioner found no way from one sharding to another, so that it copied a
-            whole array to every device.
+        name: name in a report.
+        compiled: program as JAX returns it.
+        rematerializations: number of whole arrays that the partitioner copied to every device. It does so when it finds
+            no way from one sharding to another.
     """
 
     name: str
@@ -175,39 +175,39 @@ class Program:
 
     @classmethod
     def of(cls, name: str, compile_program: Callable[[], Any]) -> "Program":
-        """Returns what a function compiles, and counts the complaints in the compiler's log meanwhile."""
+        """Returns the program that `compile_program` compiles; counts the complaints in the compiler's log."""
         with compiler_log() as read:
             compiled = compile_program()
             return cls(name, compiled, read().count(REMATERIALIZATION))
 
     @functools.cached_property
     def instructions(self) -> list[Instruction]:
-        """All instructions of the program of one device, of all its computations."""
+        """All instructions of one device's program, from all its computations."""
         return list(parse_instructions(self.compiled.as_text()))
 
     @property
     def flops(self) -> float | None:
-        """Operations on one device, the body of a loop counted once; None where the compiler does not say."""
+        """Operations on one device, or None if the compiler does not tell them. The body of a loop counts once."""
         cost = self.compiled.cost_analysis()
         return None if not cost else cost.get("flops")
 
     @property
     def num_conditionals(self) -> int:
-        """Branches that are chosen while the program runs."""
+        """Number of branches that the running program chooses."""
         return sum(i.opcode == "conditional" for i in self.instructions)
 
     @property
     def num_dynamic_loops(self) -> int:
-        """Loops whose number of turns is not known before the program runs."""
+        """Number of loops whose number of iterations the compiler does not know."""
         return sum(i.opcode == "while" and not is_counted(i, self.instructions) for i in self.instructions)
 
 
 @contextlib.contextmanager
 def compiler_log() -> Generator[Callable[[], str], None, None]:
-    """Yields a function that returns what compilers have written since, to standard error or to libtpu's log."""
+    """Yields a function that returns the compilers' messages since then, from standard error and libtpu's log."""
     folder = Path(os.environ.get("TPU_LOG_DIR", os.devnull))
 
-    def of_libtpu() -> dict[Path, str]:  # other names in the folder are links, and a log of warnings and more
+    def of_libtpu() -> dict[Path, str]:  # the folder has links and other logs, too
         return {path: path.read_text(errors="replace") for path in folder.glob("*.WARNING.*")}
 
     before, kept = of_libtpu(), os.dup(2)
@@ -230,7 +230,7 @@ def compiler_log() -> Generator[Callable[[], str], None, None]:
 
 
 def parse_instructions(text: str) -> Iterator[Instruction]:
-    """Yields the instructions of a program in XLA's text form; a computation starts in the first column."""
+    """Yields the instructions of a program in XLA's text form, where a computation starts in the first column."""
     computation = ""
     for line in text.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -240,15 +240,16 @@ def parse_instructions(text: str) -> Iterator[Instruction]:
 
 
 def largest_shape(result: str) -> tuple[int, ...]:
-    """Returns the dimensions of the largest array of a type: "(u64[2]{0}, u32[32,64]{1,0})" gives (32, 64)."""
+    """Returns the shape of the largest array of a type; of "(u64[2]{0}, u32[32,64]{1,0})" it is (32, 64)."""
     shapes = [tuple(int(n) for n in sizes.split(",") if n) for sizes in re.findall(r"\w\[([\d,]*)\]", result)]
     return max(shapes, key=math.prod, default=())
 
 
 def is_counted(loop: Instruction, instructions: list[Instruction]) -> bool:
-    """Returns whether a loop has a number of turns that the compiler knows.
+    """Returns whether the compiler knows a loop's number of iterations.
 
-    XLA for GPU writes that number beside the loop. libtpu does not, but there the condition compares with a constant.
+    XLA for GPU writes that number beside the loop. libtpu does not, but there the loop's condition compares with a
+    constant.
     """
     if "known_trip_count" in loop.text:
         return True
@@ -260,7 +261,7 @@ def is_counted(loop: Instruction, instructions: list[Instruction]) -> bool:
 
 
 def called_from_loops(instructions: list[Instruction]) -> set[str]:
-    """Returns the computations that a loop runs once in each of its turns."""
+    """Returns the computations that a loop runs in each of its iterations."""
     calls: dict[str, set[str]] = {}
     reached: set[str] = set()
     names = {i.computation for i in instructions}
@@ -277,7 +278,7 @@ def called_from_loops(instructions: list[Instruction]) -> set[str]:
 
 
 def collectives(instructions: list[Instruction]) -> list[tuple[str, str]]:
-    """Returns (kind, computation) of each exchange between devices, each counted once.
+    """Returns (kind, computation) of each exchange between devices, each once.
 
     libtpu overlaps an exchange with arithmetic. It then writes the exchange into several fused computations, which
     share its channel. If a computation returns only a slice of its all-reduce, libtpu runs a reduce-scatter.
@@ -295,11 +296,11 @@ def collectives(instructions: list[Instruction]) -> list[tuple[str, str]]:
 
 
 def random_shapes(instructions: list[Instruction]) -> list[tuple[int, ...]]:
-    """Returns the shapes in which one device draws random bits for dropout.
+    """Returns the shapes of the random bits that one device draws for dropout.
 
     Threefry is twenty rounds of add, rotate and exclusive-or. Nothing else in a step takes the exclusive-or of words.
-    So each large `xor` is a round, in the shape in which this device draws. Small ones derive keys, the same on every
-    device. A generator that is a single instruction is counted too.
+    So each large `xor` is a round, in the shape of this device's draw. Small ones derive keys, which are the same on
+    every device. A random generator that is a single instruction is counted, too.
     """
     drawn = set()
     for instruction in instructions:

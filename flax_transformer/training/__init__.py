@@ -1,1 +1,1 @@
-"""State and batch to a better state."""
+"""Training: the step, the loop, checkpoints and logs."""

@@ -24,10 +24,10 @@ from flax_transformer.training.state import abstract_model
 def _chosen_steps(of: Literal["newest", "best"], num: int, checkpoints: Checkpoints, config: Config) -> list[int]:
     """Returns the steps of the newest or best `num` of all checkpoints that the run has ever saved.
 
-    A run keeps some checkpoints as its newest and others as its best, so that those it still has are more than either.
+    A run keeps its newest checkpoints and its best ones. So the kept checkpoints need not be the newest, nor the best.
 
     Raises:
-        RunFolderError: there are fewer, or one of them is no longer kept.
+        RunFolderError: there are fewer checkpoints, or one of them was deleted.
     """
     kept = checkpoints.newest_steps() if of == "newest" else checkpoints.best_steps()
     advice = f"Ask for fewer by --num, or train with training.keep_{of}: {num}."
@@ -35,11 +35,11 @@ def _chosen_steps(of: Literal["newest", "best"], num: int, checkpoints: Checkpoi
     if len(kept) < num:
         raise RunFolderError(f"{run} has {len(kept)} checkpoints to choose the {num} {of} from. {advice}")
     limit = getattr(config.training, f"keep_{of}")
-    if checkpoints.saved is None:  # by an earlier version: which ones were deleted is not known
+    if checkpoints.saved is None:  # an earlier version did not write down what it deleted
         if num > limit:
             raise RunFolderError(
-                f"{run} promises no more than its {limit} {of} checkpoints (training.keep_{of}); what else it has is "
-                f"kept for another reason, so the {num} {of} may not be among it. {advice}"
+                f"{run} was made by an earlier version, which did not write down the checkpoints that it deleted. So "
+                f"only its {limit} {of} checkpoints are known (training.keep_{of}), not its {num} {of}. {advice}"
             )
         return kept[:num]
     if of == "newest":
@@ -57,14 +57,14 @@ def _chosen_steps(of: Literal["newest", "best"], num: int, checkpoints: Checkpoi
 
 
 def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest", "best"]) -> list[int]:
-    """Makes the run folder `output` with the mean of `num` checkpoints' parameters, and returns their steps.
+    """Makes the run folder `output` with the mean parameters of `num` checkpoints, and returns their steps.
 
-    The mean is taken in float64, one checkpoint in memory at a time.
+    The mean is computed in float64, with one checkpoint in memory at a time.
 
     Raises:
-        ConfigError: `num` below 1.
-        RunFolderError: no run, too few checkpoints, or some of the newest or best are no longer kept. Or a checkpoint
-            has other tokenizers, or `output` is in use.
+        ConfigError: `num` is below 1.
+        RunFolderError: there is no run, it has too few checkpoints, or some of the newest or best were deleted. Or a
+            checkpoint has other tokenizers, or `output` is in use.
     """
     if num < 1:
         raise ConfigError(f"--num must be at least 1, got {num}.")

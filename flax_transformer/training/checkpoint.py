@@ -1,7 +1,7 @@
-"""Checkpoints, through Orbax: written in the background, whole or not at all, and checked when read.
+"""Checkpoints, by Orbax. They are written in the background and atomically, and are checked when they are read.
 
-Orbax notices a file that is cut short or missing, but not a changed byte. So a checksum is stored with each array. It
-is computed on the array's devices and does not depend on the sharding.
+Orbax notices a file that is cut short or missing, but not a changed byte. So each array is saved with a checksum. The
+array's devices compute it, and it does not depend on the sharding.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ Choice = Literal["best", "last"]
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint's content.
+    """Contents of a checkpoint.
 
     Attributes:
-        state: in the sharding that was asked for.
-        position: the next batch to take.
-        data: fingerprint of the text that positions refer to.
+        state: training state, in the shardings of the layout.
+        position: next batch to train on.
+        data: fingerprint of the text that the position belongs to.
     """
 
     state: TrainState
@@ -41,10 +41,10 @@ class Restored:
 
 
 def _leaf_checksum(leaf: jax.Array) -> jax.Array:
-    """Returns two uint32 sums over the elements of a mix of each element's bits and place."""
+    """Returns two uint32 sums over all elements, of a hash of each element's bits and place."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")).astype(jnp.uint32)
     place = jnp.zeros(leaf.shape, jnp.uint32)
-    for dim, size in enumerate(leaf.shape):  # per-dimension indices, so that a sharded leaf stays where it is
+    for dim, size in enumerate(leaf.shape):  # indices by dimension keep a sharded leaf in its place
         place = place * jnp.uint32(size % (1 << 32)) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
 
     def mix(x):  # the finaliser of MurmurHash3, by Austin Appleby
@@ -62,7 +62,7 @@ def _jit_checksums() -> Any:
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Returns a checksum for each array of a tree, by its path; independent of sharding and of device."""
+    """Returns a checksum of each array of a tree, by its path. It does not depend on sharding or device."""
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     sums = jax.device_get(_jit_checksums()(list(leaves)))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
@@ -70,18 +70,18 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    """Returns the parts of a checkpoint; where an average is kept it is the parameters, for whoever reads them."""
-    trees = {"params": state.usable, "optimizer": state.optimizer}
+    """Returns the parts of a checkpoint. If there is an average, it is `params`, which translation and others read."""
+    trees = {"params": state.eval_params, "optimizer": state.optimizer}
     return trees if state.average is None else trees | {"trained": state.params}
 
 
 def checksums_of(state: TrainState) -> dict[str, dict[str, str]]:
-    """Returns the checksums of each part of a checkpoint. The first call compiles them, so make it before training."""
+    """Returns the checksums of each part of a checkpoint. The first call compiles, so make it before training."""
     return {name: checksums(tree) for name, tree in _trees(state).items()}
 
 
 def _in_short(error: Exception) -> str:
-    """Returns the kind of an error and the beginning of its text, which Orbax's can have pages of."""
+    """Returns the kind of an error and the beginning of its text; texts of Orbax can be long."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
@@ -94,9 +94,9 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: where they lie, one sub-folder a step.
-        keep: (newest, best), numbers of checkpoints to keep when others are saved. None only reads, and does not touch
-            the files of a running training.
+        folder: folder with a sub-folder for each step.
+        keep: numbers of checkpoints to keep, (newest, best). None only reads, and leaves the files of a running
+            training alone.
         tokenizers: fingerprint of the run's tokenizers. It is saved with parameters, and must match when parameters are
             restored. None saves no fingerprint and accepts any. A checkpoint without one is always accepted.
     """
@@ -130,18 +130,18 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_) -> None:
-        # This waits for what is being written. Where another error is on its way, it is the one to tell of.
+        # Closing waits for the checkpoint being written. An error that is already raised must not be hidden by another.
         with contextlib.suppress(Exception) if kind is not None else self._writing():
             self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None when there is none."""
+        """Returns the step of the newest checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def best_steps(self) -> list[int]:
-        """Returns the steps whose quality is known, best first; of equals the later comes first."""
+        """Returns the steps with a known quality, best first. Among equal qualities the later step comes first."""
         with self._writing():
-            self._manager.wait_until_finished()  # the quality of one that is being written is not known yet
+            self._manager.wait_until_finished()  # a checkpoint being written has no quality yet
         known = []
         for step in self._manager.all_steps():
             with self._reading(step):
@@ -154,9 +154,9 @@ class Checkpoints:
 
     @functools.cached_property
     def saved(self) -> list[tuple[int, float | None]] | None:
-        """Step and quality of each checkpoint that the run has ever saved, whether it is still kept or not.
+        """Step and quality of each checkpoint that the run has ever saved, deleted ones included.
 
-        None where that was not written down, as by earlier versions.
+        It is None for runs of earlier versions, which did not write it down.
         """
         newest = self.latest_step()
         saved = [] if newest is None else self._meta(newest).get("saved")
@@ -166,7 +166,7 @@ class Checkpoints:
         """Checks that the newest checkpoint, if there is one, was saved with the run's tokenizers.
 
         Raises:
-            RunFolderError: it was saved with others.
+            RunFolderError: it was saved with other tokenizers.
         """
         newest = self.latest_step()
         if newest is not None:
@@ -182,13 +182,13 @@ class Checkpoints:
         return step
 
     def save(self, state: TrainState, position: Position, data: str, quality: float | None = None) -> None:
-        """Saves `state` under its step; returns before it is written, and the state may be donated at once.
+        """Saves `state` under its step, in the background. The state may be donated at once.
 
         Args:
-            state: to save.
-            position: the next batch to take.
+            state: state to save.
+            position: next batch to train on.
             data: fingerprint of the text.
-            quality: on validation text, the higher the better; None when it was not evaluated.
+            quality: quality on validation text, where higher is better; None if it was not evaluated.
 
         Raises:
             RunFolderError: this checkpoint, or the one before it, cannot be written.
@@ -217,7 +217,7 @@ class Checkpoints:
             )
 
     def save_params(self, step: int, params: Any) -> None:
-        """Saves parameters alone, which is enough to translate and to start another run from; waits for the disk."""
+        """Saves parameters alone, for translation or as the start of another run. Returns once they are on disk."""
         meta = {"step": step, "tokenizers": self.tokenizers, "checksums": {"params": checksums(params)}}
         with self._writing():
             self._manager.save(
@@ -229,8 +229,8 @@ class Checkpoints:
         """Returns the newest checkpoint in the shardings of `layout`.
 
         Raises:
-            RunFolderError: there is no checkpoint. Or it was saved with other tokenizers, holds only parameters, does
-                not have the shapes of `layout`, or is damaged.
+            RunFolderError: there is no checkpoint. Or it was saved with other tokenizers, has only parameters, does not
+                have the shapes of `layout`, or is damaged.
         """
         step = self._newest()
         abstract = layout.abstract
@@ -254,10 +254,10 @@ class Checkpoints:
         return Restored(state, Position(meta["epoch"], meta["batch"]), meta["data"])
 
     def choose(self, which: Choice) -> int:
-        """Returns the step of the best checkpoint (the newest, when the quality of none is known) or of the newest.
+        """Returns the step of the best or the newest checkpoint. Without any known quality the newest is the best.
 
         Raises:
-            RunFolderError: there is none.
+            RunFolderError: there is no checkpoint.
         """
         newest = self._newest()
         best = self.best_steps()
@@ -269,7 +269,7 @@ class Checkpoints:
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """Returns the parameters of a checkpoint alone, in the shardings of `abstract_params`.
+        """Returns only the parameters of a checkpoint, in the shardings of `abstract_params`.
 
         Raises:
             RunFolderError: they were saved with other tokenizers, their shapes are not those of `abstract_params`, or
@@ -300,9 +300,8 @@ class Checkpoints:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
             raise
-        # As wide as this since Orbax raises what its parts do: with each file cut, emptied or removed in turn,
-        # ValueError, OSError, AttributeError, JSONDecodeError and plain Exception were seen. Nothing is hidden: what it
-        # was is shown, and chained.
+        # The clause is this wide because Orbax has no common class of errors. Damaged files gave ValueError, OSError,
+        # AttributeError, JSONDecodeError and plain Exception. The message shows the error, which is also chained.
         except Exception as error:
             raise RunFolderError(
                 f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}. A file of it is missing "
@@ -311,13 +310,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Generator[None, None, None]:
-        """Turns an error of Orbax while writing, now or earlier in the background, into a `RunFolderError`."""
+        """Turns an error of Orbax while it writes, or wrote in the background, into a `RunFolderError`."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the disk
             raise
-        # As wide as this since each storage that Orbax writes to (disk, buckets) has errors of its own, with no common
-        # class. Nothing is hidden: it is shown and chained.
+        # The clause is this wide because each storage of Orbax (disk, buckets) has errors of its own, without a common
+        # class. The message shows the error, which is also chained.
         except Exception as error:
             raise RunFolderError(
                 f"a checkpoint could not be written to {self.folder}: {_in_short(error)}. Those before it are whole. "
@@ -336,7 +335,7 @@ class Checkpoints:
         )
 
     def _check_shapes(self, step: int, abstract_params: Any) -> None:
-        """Compares shapes and dtypes of the saved parameters with those of the model, since merging does not."""
+        """Compares shapes and dtypes of the saved parameters with those of the model; Orbax does not."""
 
         def shapes(tree):
             leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""What has happened in a training since its last progress line."""
+"""Counts and metrics of a training since its last progress line."""
 
 import math
 import time
@@ -13,25 +13,25 @@ from flax_transformer.training.run_log import ProgressReport, RunLog
 from flax_transformer.training.step import StepMetrics
 from flax_transformer.training.throughput import FlopFigures, Throughput
 
-# Updates in a row that may be skipped before the training gives up.
+# Number of skipped updates in a row that ends a training.
 MAX_SKIPPED_STEPS = 10
 
 
 @dataclass
 class LogWindow:
-    """What has happened since the last progress line.
+    """Counts and metrics since the last progress line.
 
     Attributes:
-        pending: metrics that may still be on the device, so that the host need not wait for each, and their batches.
-        fetched: metrics on the host, of the updates that were not skipped.
-        tokens: counts over all updates.
-        warm_up: of them, those of the warm-up.
-        learning_rate: of the last update.
-        skipped: updates that were skipped.
-        skipped_in_a_row: of them, those up to now without one between that was not; carried from window to window.
-        started: when the window began, moved on by every pause.
-        warm_up_seconds: how long the warm-up took.
-        saved: whether the run has a checkpoint; carried from window to window.
+        pending: metrics that may still be on the device, each with its batch. The host need not wait for them.
+        fetched: metrics on the host, of all updates that were not skipped.
+        tokens: token counts of all updates.
+        warm_up: token counts of the warm-up.
+        learning_rate: learning rate of the last update.
+        skipped: number of skipped updates.
+        skipped_in_a_row: number of skipped updates since the last other one. The next window goes on with it.
+        started: time at which the window began. Every pause moves it on.
+        warm_up_seconds: duration of the warm-up.
+        saved: whether the run has a checkpoint. The next window goes on with it.
     """
 
     pending: list[tuple[StepMetrics, Batch]] = field(default_factory=list)
@@ -46,19 +46,19 @@ class LogWindow:
     saved: bool = False
 
     def end_warm_up(self) -> None:
-        """Leaves what has happened so far out of the throughput."""
+        """Leaves the updates so far out of the throughput."""
         self.warm_up, self.warm_up_seconds = self.tokens, time.monotonic() - self.started
 
     def fetch(self, step: int, log: RunLog, leave: int = 0) -> None:
-        """Waits for the device and takes over its metrics, but for those of the newest updates.
+        """Waits for the device and fetches the pending metrics, except those of the newest updates.
 
         Args:
-            step: the newest update.
-            log: where updates that were skipped are told of.
-            leave: updates that may stay under way.
+            step: number of the newest update.
+            log: log for warnings of skipped updates.
+            leave: number of the newest updates that stay pending.
 
         Raises:
-            DivergenceError: `MAX_SKIPPED_STEPS` updates in a row were skipped; the last one's batch is kept in a file.
+            DivergenceError: `MAX_SKIPPED_STEPS` updates in a row were skipped. A file has the batch of the last one.
         """
         first = step - len(self.pending) + 1
         taken, self.pending = self.pending[: len(self.pending) - leave], self.pending[len(self.pending) - leave :]
@@ -90,14 +90,14 @@ class LogWindow:
         """Returns the figures of a progress line.
 
         Args:
-            step: the newest update.
-            steps: updates in all.
+            step: number of the newest update.
+            steps: number of updates of the whole training.
             seconds_left: estimate for the rest of the training.
-            flops: what the throughput is told by.
+            flops: costs for the throughput.
         """
         seconds = time.monotonic() - self.started
         timed, timed_seconds = self.tokens - self.warm_up, seconds - self.warm_up_seconds
-        if not timed.padded:  # all of it was warm-up
+        if not timed.padded:  # all updates are warm-up
             timed, timed_seconds = self.tokens, seconds
         sums = [float(sum(values)) for values in zip(*(m.sums for m in self.fetched), strict=True)]
         norms = [float(m.gradient_norm) for m in self.fetched]

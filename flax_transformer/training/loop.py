@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
-from flax_transformer.parallel.memory import compiled_within_memory
+from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.shapes import Batch
 from flax_transformer.training.log_window import LogWindow
@@ -20,11 +20,11 @@ from flax_transformer.training.state import TrainState
 from flax_transformer.training.stopping import Patience, StopRequest
 from flax_transformer.training.throughput import FlopFigures
 
-# Updates that may run at the same time. A few keep the devices busy. With many, XLA for CPU with several devices
-# deadlocks (docs/lab_book.md, "memory that comes and goes, and a training that stops for good").
-MOST_UNDER_WAY = 8
+# Maximum number of updates that the devices have been given and not finished. A few keep the devices busy. With many,
+# XLA for CPU deadlocks on several devices (docs/lab_book.md, "Steps in flight on several CPU devices").
+MAX_STEPS_IN_FLIGHT = 8
 
-# Updates after a start that are not counted in the throughput.
+# Number of updates after a start that do not count in the throughput.
 WARM_UP_STEPS = 5
 
 
@@ -33,18 +33,18 @@ def compile_steps(
     state: Any,
     shapes: list[BatchShape],
     mesh: Mesh,
-    held: int = 0,
+    reserved_bytes: int = 0,
 ) -> dict[tuple[int, ...], Any]:
     """Returns the compiled form of a jitted step for each batch shape, by (rows, source length, target length).
 
-    Nothing is compiled once training has begun: a batch of any other shape is an error, not a pause.
+    Nothing is compiled after the start of a training. A batch of another shape is an error.
 
     Args:
-        step: of training or evaluation, (state or parameters, batch) -> ...
-        state: shapes of the first of these.
-        shapes: of the batches.
+        step: jitted step of training or evaluation, a function of a state or parameters, and a batch.
+        state: shapes of the first argument of the step.
+        shapes: shapes of the batches.
         mesh: the devices.
-        held: bytes on each device that are kept beside what the step reads.
+        reserved_bytes: bytes of other arrays on each device while the step runs.
 
     Raises:
         ConfigError: a step needs more memory than a device has.
@@ -56,19 +56,19 @@ def compile_steps(
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
         with jax.set_mesh(mesh):
-            compiled[tuple(shape)] = compiled_within_memory(
+            compiled[tuple(shape)] = compile_checked(
                 step.lower(state, batch),
                 mesh,
                 f"a step on batches of {shape.rows} rows x {shape.source_length}/{shape.target_length} tokens",
-                "Raise batching.micro_batches, lower batching.tokens_per_batch, set model.rematerialize (on a CPU with "
-                "model.scan_layers), or split the parameters over more devices by mesh.fsdp.",
-                held=held,
+                "Raise batching.gradient_accumulation_steps, lower batching.tokens_per_batch, set model.rematerialize "
+                "(on a CPU with model.scan_layers), or split the parameters over more devices by mesh.fsdp.",
+                reserved_bytes=reserved_bytes,
             )
     return compiled
 
 
 def shape_of(batch: Batch) -> tuple[int, ...]:
-    """Returns the key that `compile_steps` gives the step for a batch."""
+    """Returns the key of the step for a batch in the result of `compile_steps`."""
     return (*batch.source_tokens.shape, batch.target_tokens.shape[1])
 
 
@@ -77,8 +77,8 @@ class CompiledSteps:
     """The train step, compiled for each shape of batches.
 
     Attributes:
-        programs: as `compile_steps` returns.
-        mesh: their devices.
+        programs: result of `compile_steps`.
+        mesh: the devices.
     """
 
     programs: dict[tuple[int, ...], Any]
@@ -87,15 +87,15 @@ class CompiledSteps:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a training loop calls on its way.
+    """Functions that a training loop calls.
 
     Attributes:
-        log: where progress goes.
-        save: called with (state, position, quality or None) at intervals, after each evaluation, and when a signal
-            stops the training. A signal does not wait for an evaluation to end.
-        evaluate: called with (parameters, step) at intervals and after the last step. Returns the quality, the higher
-            the better.
-        history: earlier results of `evaluate`, if a run is resumed.
+        log: log of the progress.
+        save: function of (state, position, quality or None). The loop calls it at intervals, after each evaluation, and
+            after a signal. A signal interrupts an evaluation.
+        evaluate: function of (parameters, step). The loop calls it at intervals and after the last step. It returns the
+            quality; higher is better.
+        history: earlier results of `evaluate` if a run is resumed.
     """
 
     log: RunLog
@@ -106,11 +106,11 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training loop ended.
+    """Result of a training loop.
 
     Attributes:
-        state: the last one; it was saved, if there was a step.
-        signal: which one stopped the training early, or None.
+        state: last state. It has been saved if there was a step.
+        signal: signal that stopped the training, or None.
     """
 
     state: TrainState
@@ -127,40 +127,40 @@ def train_loop(
 ) -> Trained:
     """Trains until `config.steps`, until patience is exhausted, or until a signal, and returns the last state.
 
-    The loop stands in one function, with banners, since all its parts share the step, the window and the signal.
+    The loop is one function with banners, since its parts share the step, the window and the signal.
 
     Args:
-        state: to go on from; it is donated.
-        batches: the data, each with the position after it.
-        config: how long, and what on the way.
-        steps: the train step, for every shape of `batches`.
-        callbacks: what is called on the way.
-        flops: what the throughput is told by.
+        state: state to start from, which is donated.
+        batches: batches, each with the position after it.
+        config: length of the training, and its intervals.
+        steps: train step for every shape of `batches`.
+        callbacks: functions that the loop calls.
+        flops: costs for the throughput.
 
     Raises:
-        DivergenceError: `MAX_SKIPPED_STEPS` steps in a row had a loss or gradient that is not finite; none of them
-            changed the parameters.
+        DivergenceError: the loss, the gradient or the update was not finite in `MAX_SKIPPED_STEPS` steps in a row. The
+            parameters are those before these steps.
     """
     log, sharding = callbacks.log, batch_sharding(steps.mesh)
     step = first_step = int(state.step)
     position = None
     window, loop_start = LogWindow(saved=first_step > 0), time.monotonic()
-    patience = Patience(config.patience, callbacks.history)
+    patience = Patience(config.early_stopping_patience, callbacks.history)
 
     with StopRequest() as stop:
         while step < config.steps and stop.signal is None and not patience.exhausted:
-            # --- one update; the host runs ahead and makes the next batch while the device computes
+            # --- one update; the host makes the next batch while the device computes
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
             state, metrics = steps.programs[shape_of(batch)](state, jax.device_put(batch, sharding))
             window.pending.append((metrics, batch))
             step += 1
-            if len(window.pending) > MOST_UNDER_WAY:
-                window.fetch(step, log, leave=MOST_UNDER_WAY)
+            if len(window.pending) > MAX_STEPS_IN_FLIGHT:
+                window.fetch(step, log, leave=MAX_STEPS_IN_FLIGHT)
             last = step == config.steps
             to_evaluate = step % config.evaluate_every_steps == 0 or last
             to_save = step % config.checkpoint_every_steps == 0 or to_evaluate
-            to_log = step % config.log_every_steps == 0 or to_save  # a run that goes on from here has counted all
+            to_log = step % config.log_every_steps == 0 or to_save  # so a run resumed here has all counts
 
             # --- report
             if step == first_step + WARM_UP_STEPS and not to_log:
@@ -172,11 +172,11 @@ def train_loop(
                 log.progress(window.report(step, config.steps, pace * (config.steps - step), flops))
                 window = LogWindow(skipped_in_a_row=window.skipped_in_a_row, saved=window.saved)
 
-            # --- evaluate, then save with what came out; neither counts as training time
+            # --- evaluate, then save with the quality; neither counts as training time
             pause, quality = time.monotonic(), None
             if to_evaluate and stop.signal is None:
                 with stop.interrupting():
-                    quality = callbacks.evaluate(state.usable, step)
+                    quality = callbacks.evaluate(state.eval_params, step)
             if to_evaluate and quality is None:
                 log.say(f"the evaluation at step {step} was stopped: its checkpoint can be the newest, not the best")
             elif quality is not None:
@@ -187,7 +187,7 @@ def train_loop(
             window.started += time.monotonic() - pause
 
         if patience.exhausted:
-            log.say(f"no better evaluation for {patience.since_best} in a row: the training ends at step {step}")
+            log.say(f"no new best in {patience.since_best} evaluations in a row: the training ends at step {step}")
         if stop.signal is not None and position is not None:
             if window.pending:
                 window.fetch(step, log)

@@ -1,4 +1,4 @@
-"""What a stretch of training or evaluation amounts to: sums, divided once at the end."""
+"""Token counts and mean losses of several batches."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from flax_transformer.shapes import Batch
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of one or more batches, counted on the host.
+    """Numbers of tokens of one or more batches, counted on the host.
 
     Attributes:
-        source, target: tokens that are not padding.
-        padded: all positions of both sides, padding included.
+        source, target: tokens of each side, without padding.
+        padded: positions of both sides, padding included.
     """
 
     source: int = 0
@@ -35,7 +35,7 @@ class TokenCounts:
 
     @property
     def padding_share(self) -> float:
-        """Share of positions that are padding, in [0, 1]."""
+        """Share of padding among all positions, in [0, 1]."""
         return 1.0 - (self.source + self.target) / self.padded if self.padded else 0.0
 
 
@@ -44,9 +44,9 @@ class LossSummary:
     """Means over target tokens.
 
     Attributes:
-        loss: label-smoothed cross entropy, nats a token.
-        perplexity: exp of the reference's negative log-likelihood a token.
-        accuracy: share of tokens predicted right under teacher forcing.
+        loss: label-smoothed cross entropy in nats per token.
+        perplexity: exponential of the reference's negative log-likelihood per token.
+        accuracy: share of tokens that are predicted right under teacher forcing.
     """
 
     loss: float
@@ -55,6 +55,6 @@ class LossSummary:
 
     @classmethod
     def of(cls, loss: float, negative_log_likelihood: float, correct: float, count: float) -> "LossSummary":
-        """Returns the means of four sums."""
+        """Returns the means of sums over `count` tokens."""
         count = max(count, 1.0)
         return cls(loss / count, math.exp(min(negative_log_likelihood / count, 700.0)), correct / count)

@@ -1,4 +1,4 @@
-"""What a run says: a progress line on the terminal, a log, metrics.jsonl, and TensorBoard events."""
+"""The log of a run: progress lines on the terminal, train.log, metrics.jsonl, and TensorBoard events."""
 
 import io
 import json
@@ -26,19 +26,20 @@ BAR_WIDTH = 20
 
 @dataclass(frozen=True)
 class ProgressReport:
-    """One progress line's figures, over the steps since the line before.
+    """Figures of a progress line, over the updates since the line before.
 
     Attributes:
-        step, steps: updates made, and in all.
+        step: number of updates so far.
+        steps: number of updates of the whole training.
         loss: means over target tokens.
-        learning_rate: of the last update.
-        gradient_norm: mean over the updates, before clipping.
-        tokens: counts over the updates.
-        skipped: updates that were skipped, since loss or gradient was not finite.
-        throughput: of the updates, but for the first ones after a start.
-        flops_per_step: operations of the model's products in one update, mean over the updates; see `ProductCost`.
-        seconds: time of the updates alone: no compilation, evaluation or checkpoint.
-        seconds_left: estimate for the rest of the training, evaluations included.
+        learning_rate: learning rate of the last update.
+        gradient_norm: mean norm of the gradient before clipping.
+        tokens: token counts.
+        skipped: number of skipped updates, whose loss, gradient or update was not finite.
+        throughput: throughput without the first updates after a start.
+        flops_per_step: mean number of operations of the model's products in one update; see `ModelFlops`.
+        seconds: time of the updates, without compilation, evaluations and checkpoints.
+        seconds_left: estimate for the rest of the training, with evaluations.
     """
 
     step: int
@@ -66,7 +67,7 @@ class ProgressReport:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The figures for metrics.jsonl."""
+        """Figures for metrics.jsonl."""
         return {
             "step": self.step,
             "loss": self.loss.loss,
@@ -82,19 +83,19 @@ class ProgressReport:
             "target_tokens_per_second": self.throughput.target_tokens,
             "flops_per_step": self.flops_per_step,
             "flops_per_second": self.throughput.flops,
-            "peak_share": self.throughput.peak_share,
+            "mfu": self.throughput.mfu,
             "seconds": self.seconds,
         }
 
 
 class RunLog:
-    """Writes to the terminal and to the run folder; every line is on disk when the call returns.
+    """Log that writes to the terminal and to the run folder. Each call returns after its lines are in their files.
 
-    On a terminal the progress line renews itself; elsewhere each one is printed.
+    A terminal shows one progress line that changes. Elsewhere each progress line is printed.
 
     Args:
         folder: the run folder.
-        first_step: records of later steps are dropped, when a run goes on from an earlier checkpoint.
+        first_step: step from which a run is resumed. Records of later steps are dropped.
     """
 
     def __init__(self, folder: RunFolder, first_step: int = 0):
@@ -103,7 +104,7 @@ class RunLog:
         self._metrics = folder.metrics_file.open("a", encoding="utf-8")
         self._log = folder.log_file.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 must not end a training
+        if isinstance(sys.stdout, io.TextIOWrapper):  # so a terminal without UTF-8 does not end a training
             sys.stdout.reconfigure(errors="backslashreplace")
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
         self._progress: Progress | None = None
@@ -134,7 +135,12 @@ class RunLog:
         self.record("train", report.record)
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        """Appends figures to metrics.jsonl, where null is no number, and to TensorBoard; `values` holds the step."""
+        """Appends figures to metrics.jsonl and to TensorBoard; JSON's null stands for a number that is not finite.
+
+        Args:
+            kind: kind of the record, "train" or "validation".
+            values: figures by their names, among them the step.
+        """
         numbers = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -147,12 +153,12 @@ class RunLog:
                 self._events.add_scalar(f"{kind}/{name}", value, values["step"])
 
     def keep_batch(self, batch: Batch) -> Path:
-        """Writes a batch's arrays for a person to look at, and returns the file."""
+        """Writes the arrays of a batch to a file, for the user to look at, and returns its path."""
         np.savez(self._folder.bad_batch, **batch._asdict())
         return self._folder.bad_batch
 
     def stop_progress(self) -> None:
-        """Leaves the last progress line standing."""
+        """Ends the changing progress line; its last state stays on the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -177,7 +183,7 @@ def _bar(done: int, total: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl, null as NaN; a last line that was cut by a kill is left out."""
+    """Returns the records of a metrics.jsonl, with NaN for null. A last line that a kill cut short is left out."""
     return [record for record, _ in _records(path)]
 
 

@@ -1,4 +1,4 @@
-"""The training state: parameters, optimiser state and step, born sharded."""
+"""The training state: parameters, optimiser state and step, sharded from the start."""
 
 import dataclasses
 from typing import Any
@@ -20,13 +20,13 @@ from flax_transformer.shapes import array_tree
 @array_tree
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes; plain dicts of arrays, no module.
+    """Everything that a step changes, as plain dicts of arrays.
 
     Attributes:
-        step: int32 scalar, updates made.
+        step: number of updates so far, an int32 scalar.
         params: nested dict of parameters.
-        optimizer: optax state.
-        average: exponential moving average of the parameters, or None when none is kept.
+        optimizer: state of the optax optimiser.
+        average: exponential moving average of the parameters, or None if there is none.
     """
 
     step: Any
@@ -35,12 +35,12 @@ class TrainState:
     average: Any = None
 
     @property
-    def usable(self) -> Any:
-        """The parameters to evaluate, and to translate with: the average where there is one."""
+    def eval_params(self) -> Any:
+        """Parameters for evaluation and translation: the average if there is one."""
         return self.params if self.average is None else self.average
 
     def starting_from(self, params: Any) -> "TrainState":
-        """Returns this state with other parameters, of which the average, if any, is a copy."""
+        """Returns this state with other parameters. The average, if there is one, becomes a copy of them."""
         average = None if self.average is None else jax.tree.map(jnp.copy, params)
         return dataclasses.replace(self, params=params, average=average)
 
@@ -50,11 +50,11 @@ class StateLayout:
     """Shapes and shardings of a training state, before any array exists.
 
     Attributes:
-        graphdef: the model without its parameters; `nnx.merge(graphdef, params)` gives the model.
+        graphdef: model without its parameters; `nnx.merge(graphdef, params)` returns the model.
         shapes: `TrainState` of shapes and dtypes.
         shardings: `TrainState` of shardings.
-        optimizer: the transformation that the optimiser state belongs to.
-        ema_decay: decay of the parameters' moving average; 0 keeps none.
+        optimizer: optax transformation of the optimiser state.
+        ema_decay: decay of the moving average of the parameters; 0 keeps no average.
     """
 
     graphdef: Any
@@ -65,14 +65,14 @@ class StateLayout:
 
     @property
     def abstract(self) -> TrainState:
-        """Shapes with shardings: the target of a restore."""
+        """`TrainState` of shapes with shardings, as Orbax takes it to restore a state."""
         return jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.shapes, self.shardings
         )
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained values, padding rows of the vocabulary included."""
+        """Number of trained values, with the padding rows of the vocabulary."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
 
 
@@ -81,12 +81,12 @@ def _model_of_shapes(model: ModelConfig, vocabulary: VocabularyInfo) -> Seq2Seq:
 
 
 def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, Any]:
-    """Returns a model's graph definition and the `nnx.State` of its parameters' shapes; allocates nothing."""
+    """Returns the graph definition of a model, and the `nnx.State` of its parameters' shapes. Allocates nothing."""
     return nnx.split(_model_of_shapes(model, vocabulary))
 
 
 def describe_parameters(model: ModelConfig, vocabulary: VocabularyInfo) -> dict[str, Any]:
-    """Returns a nested dict with the `ParameterInfo` of each parameter of a model; allocates nothing."""
+    """Returns a nested dict with the `ParameterInfo` of each parameter of a model. Allocates nothing."""
     return parameter_info(_model_of_shapes(model, vocabulary))
 
 
@@ -105,11 +105,11 @@ def make_layout(
     mesh: Mesh | AbstractMesh,
     ema_decay: float = 0.0,
 ) -> StateLayout:
-    """Returns the layout of a training state on `mesh`; `ema_decay` above 0 keeps an average of the parameters.
+    """Returns the layout of a training state on `mesh`, with an average of the parameters if `ema_decay` is above 0.
 
     Raises:
         ConfigError: a mesh axis does not divide a dimension that it shards. Or the optimiser's expressions do not say
-            whether a parameter decays.
+            whether a parameter has weight decay.
     """
     graphdef, abstract_params = abstract_model(model, vocabulary)
     shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, ema_decay, key), jax.random.key(0))
@@ -117,9 +117,9 @@ def make_layout(
     params = parameter_shardings(abstract_params, mesh)
 
     def like_parameter(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # a parameter that another part of the optimiser changes
+        if isinstance(leaf, optax.MaskedNode):  # another part of the optimiser has this parameter
             return leaf
-        return sharding if leaf.shape == param.shape else replicated  # Adafactor keeps sums of rows and of columns
+        return sharding if leaf.shape == param.shape else replicated  # Adafactor has sums of rows and columns
 
     optimizer_shardings = optax.tree.map_params(
         optimizer.init,
@@ -135,7 +135,7 @@ def make_layout(
 
 
 def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayout, seed: int) -> TrainState:
-    """Returns a new state; every array is created in its sharding, none is ever whole on one device first."""
+    """Returns a new state. Every array is created in its sharding, and never whole on one device."""
 
     def create(key: jax.Array) -> TrainState:
         return _init(model, vocabulary, layout.optimizer, layout.ema_decay, key)

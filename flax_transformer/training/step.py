@@ -1,4 +1,4 @@
-"""The training step and the evaluation step: pure functions, jitted, placed on a mesh."""
+"""The training step and the evaluation step: pure functions, jitted on a mesh."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,8 @@ class StepMetrics:
     Attributes:
         sums: sums over the target tokens of the batch.
         gradient_norm: global norm of the mean gradient, before clipping.
-        learning_rate: used by this update.
-        skipped: whether loss, gradient or update was not finite, so that parameters and optimiser stayed as they were.
+        learning_rate: learning rate of this update.
+        skipped: whether the update was skipped, since the loss, the gradient or the update was not finite.
     """
 
     sums: LossSums
@@ -38,11 +38,11 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss that a training minimises.
+    """The loss of a training.
 
     Attributes:
-        label_smoothing: as for `cross_entropy`.
-        r_drop: weight of the divergence between two passes over each row, by different dropout; 0 makes one pass.
+        label_smoothing: share of the target distribution that is uniform over the vocabulary.
+        r_drop: weight of the divergence between two passes over each row with different dropout; 0 makes one pass.
 
     References:
         Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", section 2, equation 4.
@@ -53,21 +53,21 @@ class Objective:
 
     @property
     def num_passes(self) -> int:
-        """How often each row is computed."""
+        """Number of passes over each row."""
         return 2 if self.r_drop else 1
 
 
 def batch_loss(model: Seq2Seq, batch: Batch, objective: Objective, key: jax.Array | None) -> LossSums:
-    """Returns the sums over a batch, each row as often as it is computed.
+    """Returns the sums over a batch, with each row once for each pass.
 
     Args:
         model: the model.
-        batch: the rows.
-        objective: the loss. Without a key two passes would not differ, so only one is made.
-        key: for dropout; None means evaluation.
+        batch: the batch.
+        objective: the loss. Without a key two passes would not differ, so there is only one.
+        key: key of dropout; None means evaluation.
     """
     divergence_weight = 0.0
-    if objective.r_drop and key is not None:  # both passes of a row are neighbours, and on the same device
+    if objective.r_drop and key is not None:  # both passes of a row stay on the same device
         divergence_weight = objective.r_drop
         batch = jax.tree.map(lambda x: constrain(jnp.repeat(x, 2, axis=0), "batch", "length"), batch)
     return cross_entropy(
@@ -81,7 +81,7 @@ def batch_loss(model: Seq2Seq, batch: Batch, objective: Objective, key: jax.Arra
 
 
 def _gradient(graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array) -> tuple[Any, LossSums]:
-    """Returns the gradient of the summed loss, and the sums."""
+    """Returns the gradient of the loss summed over the batch, and the sums."""
 
     def loss(params):
         sums = batch_loss(nnx.merge(graphdef, params), batch, objective, key)
@@ -90,36 +90,38 @@ def _gradient(graphdef: Any, params: Any, batch: Batch, objective: Objective, ke
     return jax.grad(loss, has_aux=True)(params)
 
 
-def _gradient_in_pieces(
-    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, pieces: int
+def _accumulate_gradients(
+    graphdef: Any, params: Any, batch: Batch, objective: Objective, key: jax.Array, num_micro_batches: int
 ) -> tuple[Any, LossSums]:
-    """Returns the result of `_gradient`, computed piece by piece over the rows, in less memory.
+    """Returns the result of `_gradient`, computed one micro-batch after the other, in less memory.
 
-    Piece m has the rows m, m + pieces, m + 2 pieces, ..., so that each device has a share of each piece.
+    Micro-batch m has every row whose number is m modulo the number of micro-batches. So each device has an equal share
+    of each micro-batch.
     """
 
-    def cut(x: jax.Array) -> jax.Array:  # [B, T] -> [pieces, B / pieces, T]
-        rows = x.reshape(x.shape[0] // pieces, pieces, x.shape[1])
+    def cut(x: jax.Array) -> jax.Array:  # [B, T] -> [micro-batches, B / micro-batches, T]
+        rows = x.reshape(x.shape[0] // num_micro_batches, num_micro_batches, x.shape[1])
         return constrain(jnp.swapaxes(rows, 0, 1), None, "batch", "length")
 
-    def body(total: Any, at_piece: Any) -> tuple[Any, None]:
-        piece, number = at_piece
-        made = _gradient(graphdef, params, piece, objective, jax.random.fold_in(key, number))
+    def body(total: Any, numbered: Any) -> tuple[Any, None]:
+        micro_batch, number = numbered
+        made = _gradient(graphdef, params, micro_batch, objective, jax.random.fold_in(key, number))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, made), None
 
     zeros = (
         jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
         LossSums(*(jnp.zeros((), jnp.float32) for _ in LossSums._fields)),
     )
-    return jax.lax.scan(body, zeros, (jax.tree.map(cut, batch), jnp.arange(pieces)))[0]
+    return jax.lax.scan(body, zeros, (jax.tree.map(cut, batch), jnp.arange(num_micro_batches)))[0]
 
 
 def _moved_average(average: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """Returns the exponential moving average after one more update. Early on its memory is short.
+    """Returns the exponential moving average after one more update.
+
+    The decay grows at first: it is min(decay, (1 + step) / (10 + step)).
 
     References:
-        Polyak and Juditsky 1992 for averaging; the growing memory, min(decay, (1 + step) / (10 + step)), is that of
-        TensorFlow's `ExponentialMovingAverage`.
+        Polyak and Juditsky 1992 (averaging); TensorFlow's `ExponentialMovingAverage` (the growing decay).
     """
     past = step.astype(jnp.float32)
     share = 1.0 - jnp.minimum(decay, (1.0 + past) / (10.0 + past))
@@ -135,30 +137,33 @@ def train_step(
     schedule: optax.Schedule,
     objective: Objective,
     seed: int,
-    micro_batches: int,
+    gradient_accumulation_steps: int,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
     """Returns the state after one update, and its metrics.
 
-    The gradient is that of the sum over the global batch, divided once by the global number of target tokens. Dropout
-    keys are folded from (seed, step), so a resumed run needs no generator state. If loss, gradient or update is not
-    finite, only two counters change: the step, and the optimiser's own count, which its schedule uses.
+    The loss is summed over the global batch. Its gradient is divided once, by the global number of target tokens.
+    Dropout keys depend on the seed and the step alone, so a resumed run needs no generator state. If the loss, the
+    gradient or the update is not finite, the update is skipped. Then only the step changes, and the optimiser's own
+    counter, which its schedule reads.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     graphdef, optimizer = layout.graphdef, layout.optimizer
 
-    if micro_batches == 1:
+    if gradient_accumulation_steps == 1:
         gradients, sums = _gradient(graphdef, state.params, batch, objective, key)
     else:
-        gradients, sums = _gradient_in_pieces(graphdef, state.params, batch, objective, key, micro_batches)
+        gradients, sums = _accumulate_gradients(
+            graphdef, state.params, batch, objective, key, gradient_accumulation_steps
+        )
     count = jnp.maximum(sums.count, 1.0)
     gradients = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), gradients, state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counters with float32
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     norm = optax.tree.norm(gradients)
-    # An update can be too large for its type though the gradient is not, and its norm says so of all.
+    # An update can exceed the range of its type though the gradient is finite. Then its norm is not finite.
     finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & jnp.isfinite(optax.tree.norm(updates))
     params, optimizer_state = jax.tree.map(
         lambda new, old: new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old),
@@ -179,15 +184,16 @@ def jit_train_step(
     objective: Objective,
     seed: int,
     mesh: Mesh | AbstractMesh,
-    micro_batches: int = 1,
+    gradient_accumulation_steps: int = 1,
 ) -> Any:
-    """Returns `train_step` jitted, (state, batch) -> (state, metrics): state donated, rows split over data and fsdp.
+    """Returns the jitted `train_step`, a function (state, batch) -> (state, metrics).
 
-    Call it inside `with jax.set_mesh(mesh):`. It compiles once for each batch shape.
+    The state is donated, and the rows of a batch are split over data and fsdp. Call the function inside
+    `with jax.set_mesh(mesh):`. It compiles once for each batch shape.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(layout, schedule, objective, seed, micro_batches, state, batch)
+        return train_step(layout, schedule, objective, seed, gradient_accumulation_steps, state, batch)
 
     return jax.jit(
         step,
@@ -198,7 +204,7 @@ def jit_train_step(
 
 
 def jit_evaluation_step(layout: StateLayout, objective: Objective, mesh: Mesh) -> Any:
-    """Returns a jitted function (params, batch) -> `LossSums`, without dropout."""
+    """Returns a jitted function (params, batch) -> `LossSums` without dropout."""
 
     def step(params: Any, batch: Batch) -> LossSums:
         return batch_loss(nnx.merge(layout.graphdef, params), batch, objective, None)

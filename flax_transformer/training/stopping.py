@@ -1,4 +1,4 @@
-"""What ends a training before its last step: evaluations that no longer improve, or a signal."""
+"""Early ends of a training: early stopping, and signals."""
 
 import contextlib
 import math
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class Patience:
-    """Says when evaluations have not become better for too long.
+    """Patience of early stopping, which counts evaluations without a new best.
 
     Args:
-        limit: evaluations in a row without a new best; 0 is for ever.
-        history: qualities of earlier evaluations, when a run goes on.
+        limit: number of evaluations in a row without a new best that exhausts the patience; 0 is no limit.
+        history: qualities of earlier evaluations if a run is resumed.
     """
 
     def __init__(self, limit: int, history: list[float]):
@@ -24,25 +24,25 @@ class Patience:
             self.note(quality)
 
     def note(self, quality: float) -> None:
-        """Takes over one more evaluation; the higher the better."""
+        """Counts one more evaluation. A higher quality is better."""
         better = quality > self.best
         self.since_best = 0 if better else self.since_best + 1
         self.best = max(self.best, quality)
 
     @property
     def exhausted(self) -> bool:
-        """Whether it is time to stop."""
+        """Whether the training should stop."""
         return 0 < self.limit <= self.since_best
 
 
 class _Stopped(BaseException):
-    """What `StopRequest.interrupting` ends by: no error, so that nothing on the way takes it for one."""
+    """Exception that ends `StopRequest.interrupting`. It is no `Exception`, so no handler of errors catches it."""
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag while it is entered; a second signal acts as usual.
+    """Context that turns SIGTERM and SIGINT into a flag. A second signal acts as usual.
 
-    Python delivers signals to the main thread alone; in any other this does nothing.
+    Python delivers signals to the main thread alone. In other threads this context does nothing.
     """
 
     def __init__(self):
@@ -63,7 +63,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupting(self) -> Generator[None, None, None]:
-        """Ends what is done inside it at the signal; it must be something that can be left half done."""
+        """Lets a signal interrupt a `with` block, which must tolerate that."""
         self._interrupts = True
         try:
             yield

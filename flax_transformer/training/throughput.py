@@ -1,10 +1,11 @@
-"""How fast a training is: tokens a second, and the share of what its devices can do at most.
+"""Throughput of a training: tokens per second, and model FLOPs utilisation (MFU).
 
 The cost of a model's products is counted from its parameters. A kernel costs six operations for each of its values and
 each token that it is applied to. These are a multiplication and an addition in the forward pass, and twice that in the
-backward pass. Padding does not count, nor does recomputation (Chowdhery et al. 2022, PaLM, appendix B). Left out are
-the two products of attention without parameters, which are small at a sentence's length. Kernels that are applied once
-for each sentence are left out, too.
+backward pass. Padding does not count, nor does recomputation (Chowdhery et al. 2022, PaLM, appendix B).
+
+The count leaves out the two products of attention without parameters, which are small at a sentence's length. It also
+leaves out kernels that are applied once for each sentence.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from jax.sharding import Mesh
 from flax_transformer.models.parameters import MultipliedWith, ParameterInfo
 from flax_transformer.training.metrics import TokenCounts
 
-# Dense products of bfloat16 with float32 sums, FLOP/s of one device, from the makers' data sheets; names as JAX's
-# `device_kind` gives them; TPUs have had two names each.
+# FLOP/s of one device, for dense products of bfloat16 with float32 sums, from the makers' data sheets. The keys are
+# JAX's `device_kind`, of which most TPUs have had two.
 BFLOAT16_PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -35,24 +36,24 @@ BFLOAT16_PEAKS = {
 
 
 @dataclass(frozen=True)
-class ProductCost:
-    """Operations of one training step's products.
+class ModelFlops:
+    """Operations of the products of a training step.
 
     Attributes:
-        source: for each source token, forward and backward.
-        target: for each target token.
+        source: operations for each source token, forward and backward.
+        target: operations for each target token, forward and backward.
     """
 
     source: int
     target: int
 
     @classmethod
-    def of(cls, parameter_info: Any, num_passes: int = 1) -> "ProductCost":
+    def of(cls, parameter_info: Any, num_passes: int = 1) -> "ModelFlops":
         """Returns the cost for a model's parameters.
 
         Args:
-            parameter_info: the tree of the parameters' `ParameterInfo`.
-            num_passes: how often a step computes each token.
+            parameter_info: tree of the parameters' `ParameterInfo`.
+            num_passes: number of passes of a step over each token.
         """
         infos: list[ParameterInfo] = jax.tree.leaves(parameter_info)
 
@@ -62,55 +63,55 @@ class ProductCost:
         return cls(cost("source_token"), cost("target_token"))
 
     def total(self, tokens: TokenCounts) -> float:
-        """Returns the operations for these numbers of tokens."""
+        """Returns the number of operations for token counts."""
         return float(self.source * tokens.source + self.target * tokens.target)
 
 
 @dataclass(frozen=True)
 class FlopFigures:
-    """The figures that turn a training's token counts into throughput.
+    """Costs and peak that turn token counts into throughput.
 
     Attributes:
         cost: operations of the model's products.
-        peak: FLOP/s that all devices together can do at most; None where that is not known.
+        peak: peak FLOP/s of all devices together, or None if it is not known.
     """
 
-    cost: ProductCost
+    cost: ModelFlops
     peak: float | None
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a stretch of training comes to in a second.
+    """Throughput of some training steps.
 
     Attributes:
-        source_tokens, target_tokens: that are not padding.
-        flops: operations of the model's products, of all devices together.
-        peak_share: of what the devices can do at most, in [0, 1]; None where that is not known.
+        source_tokens, target_tokens: tokens per second, without padding.
+        flops: operations of the model's products per second, of all devices together.
+        mfu: share of the devices' peak FLOP/s, in [0, 1], or None if the peak is not known.
     """
 
     source_tokens: float
     target_tokens: float
     flops: float
-    peak_share: float | None
+    mfu: float | None
 
     @classmethod
     def of(cls, tokens: TokenCounts, seconds: float, figures: FlopFigures) -> "Throughput":
-        """Returns the throughput of these numbers of tokens in `seconds`."""
+        """Returns the throughput of token counts in `seconds`."""
         seconds = max(seconds, 1e-9)
         flops, peak = figures.cost.total(tokens) / seconds, figures.peak
         return cls(tokens.source / seconds, tokens.target / seconds, flops, None if peak is None else flops / peak)
 
     @property
     def text(self) -> str:
-        """The figures for a progress line."""
-        share = "" if self.peak_share is None else f" ({100 * self.peak_share:.0f}% of peak)"
+        """Figures for a progress line."""
+        share = "" if self.mfu is None else f" ({100 * self.mfu:.0f}% of peak)"
         return (
             f"src {self.source_tokens:,.0f} tgt {self.target_tokens:,.0f} tok/s {self.flops / 1e12:.3g} TFLOP/s{share}"
         )
 
 
 def peak_flops(mesh: Mesh, compute_dtype: str) -> float | None:
-    """Returns the most FLOP/s that a mesh's devices do together in products of a type, or None if that is not known."""
+    """Returns the peak FLOP/s of a mesh's devices in products of `compute_dtype`, or None if it is not known."""
     peak = BFLOAT16_PEAKS.get(mesh.devices.flat[0].device_kind) if compute_dtype == "bfloat16" else None
     return None if peak is None else peak * mesh.size

@@ -38,7 +38,7 @@ def test_no_output_holds_a_banned_token(translator, method):
         next(token for token, _ in usual.most_common() if token in EVERY and token.startswith("\u2581") == begins)
         for begins in (False, True)
     )
-    found = tokens_of(translator.translate(ALIKE[:8], num_hypotheses=3, method=method, banned_tokens=(inner, first)))
+    found = tokens_of(translator.translate(ALIKE[:8], num_hypotheses=3, method=method, suppress_tokens=(inner, first)))
     assert usual[inner] > 2 and usual[first] > 2 and not found[inner] and not found[first] and len(found) > 5
 
 
@@ -53,34 +53,34 @@ def test_no_output_holds_a_banned_token(translator, method):
         ),
         ("", "'' is no piece"),
         ("</s>", "'</s>' is no piece"),
-        ("<unk>", r"'<unk>' is no piece .*\(decoding.ban_unknown bans what is unknown\)"),
+        ("<unk>", r"'<unk>' is no piece .*\(decoding.suppress_unknown excludes what is unknown\)"),
         ("\ud800", r"'\\ud800' is no piece"),
     ],
 )
 def test_a_token_that_is_no_piece_is_named(translator, name, message):
-    with pytest.raises(ConfigError, match=f"decoding.banned_tokens: {message}"):
-        translator.translate(ALIKE[:1], banned_tokens=("neun", name))
+    with pytest.raises(ConfigError, match=f"decoding.suppress_tokens: {message}"):
+        translator.translate(ALIKE[:1], suppress_tokens=("neun", name))
 
 
 @pytest.mark.parametrize(
     "asked, named",
     [({"prefixes": ["neun"]}, "prefix 'neun'"), ({"required": [["neun"]]}, "phrase 'neun'")],
 )
-def test_what_is_demanded_holds_no_banned_token(translator, asked, named):
-    message = rf"{named} and decoding.banned_tokens \('neun'\) contradict each other: leave out one of them."
+def test_what_is_required_holds_no_suppressed_token(translator, asked, named):
+    message = rf"{named} and decoding.suppress_tokens \('neun'\) contradict each other: leave out one of them."
     with pytest.raises(ConfigError, match=message):
-        _ = translator.translate(ALIKE[:1], **asked, banned_tokens=("neun",))[0].text
+        _ = translator.translate(ALIKE[:1], **asked, suppress_tokens=("neun",))[0].text
 
 
 def test_bans_that_leave_no_output_are_explained(translator):
-    bans = {"ban_unknown": True, "banned_tokens": tuple(EVERY), "min_length": 1, "method": "sampling"}
-    with pytest.raises(ConfigError, match=r"the rules that are set .*decoding.banned_tokens: .* leave no token"):
+    bans = {"suppress_unknown": True, "suppress_tokens": tuple(EVERY), "min_length": 1, "method": "sampling"}
+    with pytest.raises(ConfigError, match=r"the rules that are set .*decoding.suppress_tokens: .* leave no token"):
         _ = translator.translate(ALIKE[:1], **bans)[0].text
 
 
 def test_the_recipe_and_the_command_take_banned_tokens(tmp_path):
     names = ("neun", "\u2581hundred")
-    write_config(Config(decoding=DecodingConfig(banned_tokens=names)), tmp_path / "config.yaml")
-    assert read_config(tmp_path / "config.yaml").decoding.banned_tokens == names
-    options = tyro.cli(TranslateOptions, args=["--run", "runs/mine", "--banned-tokens", *names])
-    assert options.decoding == DecodingConfig(banned_tokens=names)
+    write_config(Config(decoding=DecodingConfig(suppress_tokens=names)), tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml").decoding.suppress_tokens == names
+    options = tyro.cli(TranslateOptions, args=["--run", "runs/mine", "--suppress-tokens", *names])
+    assert options.decoding == DecodingConfig(suppress_tokens=names)

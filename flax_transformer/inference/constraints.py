@@ -1,4 +1,4 @@
-"""Demands on outputs as ids: prefixes, required and banned tokens, and the checks that they do not contradict."""
+"""Constraints on outputs as ids, checked for contradictions: lengths, prefixes, required and suppressed phrases."""
 
 import functools
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.errors import ConfigError, InputError, shortened
 
-# The beginning of a sentence's outputs: text, or names of pieces as in `Hypothesis.tokens`.
+# The beginning of a sentence's outputs: text, or piece names as in `Hypothesis.tokens`.
 Prefix = str | Sequence[str]
 
 
 @dataclass(frozen=True)
-class Demands:
-    """Turns the demands on the outputs of one sentence into ids.
+class Constraints:
+    """Turns the constraints on the outputs of one sentence into ids.
 
     Attributes:
         target: tokenizer of the outputs.
-        decoding: settings that a demand may contradict.
-        longest: most tokens of the model's outputs, end token not counted.
+        decoding: settings that a constraint may contradict.
+        longest: most tokens of the model's outputs, without the end token.
     """
 
     target: Tokenizer
@@ -29,79 +29,88 @@ class Demands:
 
     @property
     def _longest(self) -> tuple[int, str]:
-        """How many tokens outputs have at most whatever the source, end token not counted, and which field says so.
+        """The most tokens of an output of any source, without the end token, and the field that sets this limit.
 
-        A limit that grows with the source gives way to what is demanded; one that does not is meant as it stands.
+        A limit that grows with the source is raised for constraints that need more tokens. A fixed limit is not.
         """
-        fixed = self.decoding.max_length_offset - 1
+        fixed = self.decoding.max_length_offset
         if self.decoding.max_length_factor == 0 and fixed < self.longest:
             return fixed, "decoding.max_length_offset with max_length_factor 0"
-        return self.longest, "model.max_target_length"
+        return self.longest, "model.max_target_length, less the end token"
 
-    def max_length(self, source_length: int, demanded_length: int) -> int:
-        """Returns the most target tokens for the numbers of source and demanded tokens, end tokens included."""
+    def max_length(self, source_length: int, constrained_length: int) -> int:
+        """Returns the most target tokens, end token included.
+
+        Args:
+            source_length: number of source tokens, end token included.
+            constrained_length: number of tokens of the prefix and the required phrases.
+        """
         decoding = self.decoding
-        limit = int(decoding.max_length_factor * source_length) + decoding.max_length_offset
-        return min(max(limit, decoding.min_length + 1, demanded_length + 1), self.longest + 1)
+        limit = int(decoding.max_length_factor * max(source_length - 1, 0)) + decoding.max_length_offset
+        return min(max(limit, decoding.min_length, constrained_length), self.longest) + 1
 
     def check_settings(self) -> None:
-        """Checks that the settings demand nothing impossible.
+        """Checks that outputs can obey the settings.
 
         Raises:
-            ConfigError: a minimum length above the longest output, or a ban that means nothing.
+            ConfigError: a minimum length above the maximum length, or a suppressed phrase or token that the vocabulary
+                lacks.
         """
         longest, limit = self._longest
         if self.decoding.min_length > longest:
             raise ConfigError(
                 f"decoding.min_length ({self.decoding.min_length}) is more than the {longest} tokens that outputs have "
-                f"at most ({limit}, less the end token)."
+                f"at most ({limit})."
             )
-        _ = self._bans
+        _ = self._suppressed
 
     @functools.cached_property
-    def banned_phrases(self) -> dict[str, list[int]]:
-        """The ids of each banned phrase.
+    def suppress_sequences(self) -> dict[str, list[int]]:
+        """The ids of each suppressed phrase.
 
         Raises:
-            ConfigError: one that has no token, or characters that the vocabulary does not hold.
+            ConfigError: a phrase without a token, or with characters outside the vocabulary.
         """
-        texts = self.decoding.banned_phrases
+        texts = self.decoding.suppress_sequences
         phrases = dict(zip(texts, self.target.encode(texts), strict=True))
         for text, ids in phrases.items():
             if not ids:
-                raise ConfigError(f"decoding.banned_phrases: {text!r} has no token that could be banned.")
+                raise ConfigError(f"decoding.suppress_sequences: {text!r} has no token that could be suppressed.")
             if self.target.special.unknown in ids:
                 raise ConfigError(
-                    f"decoding.banned_phrases: {text!r} has characters that the target vocabulary does not hold, so no "
-                    "output can hold it: leave it out (decoding.ban_unknown bans all that is unknown)."
+                    f"decoding.suppress_sequences: {text!r} has characters that the target vocabulary does not hold, "
+                    "so no output contains it. Leave it out (decoding.suppress_unknown excludes unknown tokens)."
                 )
         return phrases
 
     @functools.cached_property
-    def banned_tokens(self) -> dict[str, int]:
-        """The id of each banned token.
+    def suppress_tokens(self) -> dict[str, int]:
+        """The id of each suppressed token.
 
         Raises:
-            ConfigError: one that is no piece of the target vocabulary.
+            ConfigError: a name that is no piece of the target vocabulary.
         """
         found = {}
-        for name in self.decoding.banned_tokens:
+        for name in self.decoding.suppress_tokens:
             if (number := self.target.id_of(name)) is None:
                 raise ConfigError(
-                    f"decoding.banned_tokens: {self._no_piece(name)} (decoding.ban_unknown bans what is unknown)."
+                    f"decoding.suppress_tokens: {self._no_piece(name)} (decoding.suppress_unknown excludes what is "
+                    "unknown)."
                 )
             found[name] = number
         return found
 
     @functools.cached_property
-    def _bans(self) -> dict[str, list[int]]:
-        """The ids of all that is banned, by words for it."""
-        bans = {f"decoding.banned_phrases ({text!r})": ids for text, ids in self.banned_phrases.items()}
-        return bans | {f"decoding.banned_tokens ({name!r})": [number] for name, number in self.banned_tokens.items()}
+    def _suppressed(self) -> dict[str, list[int]]:
+        """The ids of each suppressed phrase and token, by its name in errors."""
+        phrases = {f"decoding.suppress_sequences ({text!r})": ids for text, ids in self.suppress_sequences.items()}
+        return phrases | {
+            f"decoding.suppress_tokens ({name!r})": [number] for name, number in self.suppress_tokens.items()
+        }
 
     def _no_piece(self, name: str) -> str:
-        """Returns the error text for a name that no piece has, without the full stop."""
-        try:  # the piece that the name would be as a word of its own
+        """Returns the error text for a name that no piece has, without a full stop."""
+        try:  # the piece that the name is as a word of its own
             meant = self.target.encode([name.lstrip("_ ")])[0]
         except InputError:
             meant = []
@@ -113,14 +122,14 @@ class Demands:
         )
 
     def prefix(self, prefix: Prefix) -> list[int]:
-        """Returns the ids of a prefix; an empty list for an empty one.
+        """Returns the ids of a prefix; an empty list for an empty prefix.
 
-        The names of pieces say what no text is cut into, such as a token for the language of the output.
+        Piece names also reach tokens that no text contains, such as a token for the language of the output.
 
         Raises:
-            InputError: a prefix without a token, with a piece or with characters that the vocabulary does not hold, or
-                one that is too long.
-            ConfigError: another setting contradicts it.
+            InputError: a prefix without a token, a prefix with pieces or characters outside the vocabulary, or a prefix
+                that is too long.
+            ConfigError: another setting contradicts the prefix.
         """
         named = f"prefix {shortened(prefix if isinstance(prefix, str) else ' '.join(prefix))!r}"
         if isinstance(prefix, str):
@@ -136,9 +145,7 @@ class Demands:
         self._check_allowed(named, ids)
         longest, limit = self._longest
         if len(ids) > longest:
-            raise InputError(
-                f"{named} has {len(ids)} tokens, and outputs have at most {longest} ({limit}, less the end token)."
-            )
+            raise InputError(f"{named} has {len(ids)} tokens, and outputs have at most {longest} ({limit}).")
         return ids
 
     def _id_of(self, named: str, piece: str) -> int:
@@ -148,15 +155,16 @@ class Demands:
         return number
 
     def required_phrases(self, texts: Sequence[str], prefix: Sequence[int] = ()) -> list[list[int]]:
-        """Returns the ids of the phrases that a sentence's outputs must hold.
+        """Returns the ids of the phrases that a sentence's outputs must contain.
 
         Args:
             texts: the phrases.
             prefix: ids that the outputs begin with.
 
         Raises:
-            InputError: a phrase that is empty, that the vocabulary does not hold, or more than fits an output.
-            ConfigError: another setting contradicts one.
+            InputError: a phrase that is empty, a phrase with characters outside the vocabulary, or more tokens than an
+                output has.
+            ConfigError: another setting contradicts a phrase.
         """
         phrases = self.target.encode(list(texts))
         for text, ids in zip(texts, phrases, strict=True):
@@ -169,14 +177,14 @@ class Demands:
         if total > longest:
             raise InputError(
                 f"the prefix and the required phrases have {total} tokens, one after the other, and outputs have at "
-                f"most {longest} ({limit}, less the end token)."
+                f"most {longest} ({limit})."
             )
         return phrases
 
     def _check_allowed(self, named: str, ids: list[int]) -> None:
-        """Raises a `ConfigError` if every output that holds these ids, those of what is named, is against the rules."""
-        for by, ban in self._bans.items():
-            if holds(ids, ban):
+        """Raises a `ConfigError` if a setting forbids these ids. `named` is their name in the error."""
+        for by, phrase in self._suppressed.items():
+            if contains(ids, phrase):
                 raise ConfigError(f"{named} and {by} contradict each other: leave out one of them.")
         size = self.decoding.no_repeat_ngram
         if size and (twice := _repeated(ids, size)):
@@ -186,13 +194,13 @@ class Demands:
             )
 
 
-def holds(tokens: list[Any], phrase: list[Any]) -> bool:
+def contains(tokens: list[Any], phrase: list[Any]) -> bool:
     """Returns whether the tokens of a phrase occur one after the other."""
     return any(tokens[n : n + len(phrase)] == phrase for n in range(len(tokens) - len(phrase) + 1))
 
 
 def _repeated(tokens: list[int], size: int) -> list[int]:
-    """Returns the first sequence of `size` tokens that has occurred before, or nothing."""
+    """Returns the first sequence of `size` tokens that occurs a second time; an empty list without any."""
     seen: set[tuple[int, ...]] = set()
     for place in range(len(tokens) - size + 1):
         ngram = tokens[place : place + size]
