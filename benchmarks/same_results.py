@@ -49,6 +49,7 @@ from harness import Report, machine
 from scipy import stats
 
 from flax_transformer.data.parallel_text import iterate_lines
+from flax_transformer.errors import InputError
 
 STEPS = 50
 LINES = 200  # of the test part, translated by every run
@@ -308,7 +309,9 @@ def main(arguments: list[str]) -> int:
     environment = check_environment(options)
     try:
         before, after = (check_out(commit, options.work) for commit in (options.before, options.after))
-    except Failed as error:
+        for recipe in options.recipes:
+            text_flags(options, recipe)  # which reads the text
+    except (Failed, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report, verdicts = Report(options.output), []

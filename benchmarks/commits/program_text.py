@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from jaxlib import _hlo
+from jaxlib import _hlo  # XLA's printer; JAX has no public name for it
 
 NAME = re.compile(r"\btmp_\d+\b")
 
