@@ -82,7 +82,7 @@ class Decoding(Benchmark):
         """Returns the translation of another system."""
         return decoding_peers.LOADERS[name](folder, self.beam_size, self.longest, self.threads, *more)
 
-    def load(self, quantize: Any = "none", stop: Any = "finished") -> Any:
+    def load(self, quantize: Any = "none", stop: Any = "first_finished") -> Any:
         """Returns this project's translator."""
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need some of a GPU's memory, too
 
@@ -91,7 +91,7 @@ class Decoding(Benchmark):
 
         use_every_core()  # as the command does
         translator = Translator.load(self.run, quantize=quantize)
-        sizes = {"beam_size": self.beam_size, "max_length_factor": 0.0, "max_length_offset": self.longest}
+        sizes = {"beam_size": self.beam_size, "max_length_factor": 0.0, "max_length_offset": self.longest - 1}
         return translator.with_decoding(
             dataclasses.replace(translator.decoding, length_penalty=PENALTY, stop=stop, **sizes)
         )
@@ -118,7 +118,7 @@ def write_models(run: Path, folder: str) -> None:
 def ours(options: Decoding, batch_sizes: tuple[int, ...], text: list[str], quantize: str, stop: str) -> Translate:
     """Returns this project's translation, at batch sizes whose programs are compiled."""
     made = options.load(quantize, stop)
-    sized = {size: made.with_decoding(dataclasses.replace(made.decoding, batch_rows=size)) for size in batch_sizes}
+    sized = {size: made.with_decoding(dataclasses.replace(made.decoding, batch_size=size)) for size in batch_sizes}
     for translator in sized.values():  # for every device, whichever of them takes what when it is timed
         translator.compile(text)
     return lambda lines, size: [translation.text for translation in sized[size].translate(lines)]
@@ -181,11 +181,11 @@ class Throughput(Decoding):
         """Returns what `at_best_size` takes for each system."""
         half = self.half
         return {
-            "ours": ("ours", "bfloat16" if half else "none", "finished"),
-            "ours, likely": ("ours", "none", "likely"),
-            "ours, sure": ("ours", "none", "sure"),
-            "ours, int8": ("ours", "int8", "finished"),
-            "ours, bfloat16": ("ours", "bfloat16", "finished"),
+            "ours": ("ours", "bfloat16" if half else "none", "first_finished"),
+            "ours, likely": ("ours", "none", "heuristic"),
+            "ours, sure": ("ours", "none", "exact"),
+            "ours, int8": ("ours", "int8", "first_finished"),
+            "ours, bfloat16": ("ours", "bfloat16", "first_finished"),
             "CTranslate2": ("CTranslate2", folder, "float16" if half else "float32"),
             "CTranslate2, int8": ("CTranslate2", folder, "int8_float16" if half else "int8"),
             "Hugging Face": ("Hugging Face", folder, half),
@@ -253,8 +253,8 @@ class Latency(Decoding):
         numbers = [str(number) for number in (self.beam_size, self.longest, self.threads)]
         our_command = [
             sys.executable, "-m", "flax_transformer.cli.main", "translate", "--run", str(self.run),
-            "--stop", "finished", "--beam-size", str(self.beam_size), "--length-penalty", PENALTY,
-            "--max-length-factor", "0", "--max-length-offset", str(self.longest), "--batch-rows", "1",
+            "--stop", "first_finished", "--beam-size", str(self.beam_size), "--length-penalty", PENALTY,
+            "--max-length-factor", "0", "--max-length-offset", str(self.longest - 1), "--batch-size", "1",
         ]  # fmt: skip
         known = {"ours, nothing compiled": our_command, "ours": our_command}
         for name in decoding_peers.LOADERS:
@@ -278,7 +278,7 @@ class Latency(Decoding):
 def one_at_a_time(options: Latency, text: list[str], system: str, argument: str) -> Built:
     """Returns a system that translates each sentence by itself."""
     if system == "ours":
-        translate = ours(options, (1,), text, argument, "finished")
+        translate = ours(options, (1,), text, argument, "first_finished")
     else:
         translate = options.load_peer(system, argument)
     facts: dict[str, Any] = {}

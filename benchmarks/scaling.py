@@ -120,7 +120,7 @@ class Rows(Benchmark):
         run: run folder of the model.
         text: sentences, one a line, plain or .gz.
         lines: how many of them at most, without what occurs twice.
-        rows: values of `decoding.batch_rows`, each rounded up to a multiple of the devices.
+        rows: values of `decoding.batch_size`, each rounded up to a multiple of the devices.
         compositions: random ones, of up to 400 lines.
     """
 
@@ -148,7 +148,7 @@ class Rows(Benchmark):
         """Yields a row for each number of rows but the first, compared with the first."""
         found = {}
         for rows in self.rows:
-            sized = translator.with_decoding(dataclasses.replace(translator.decoding, batch_rows=rows))
+            sized = translator.with_decoding(dataclasses.replace(translator.decoding, batch_size=rows))
             found[sized.batch_size] = [translation.hypotheses[0] for translation in sized.translate(text)]
         first, *others = found
         for rows in others:

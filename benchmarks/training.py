@@ -170,7 +170,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
     from flax_transformer.parallel.mesh import make_mesh
     from flax_transformer.training.metrics import TokenCounts
     from flax_transformer.training.state import describe_parameters
-    from flax_transformer.training.throughput import ProductCost, peak_flops
+    from flax_transformer.training.throughput import ModelFlops, peak_flops
 
     use_every_core()  # as the command does
     mesh, corpus = make_mesh(config.mesh), load_corpus(config.data)
@@ -191,7 +191,7 @@ def our_trainer(config: Any, num_batches: int) -> Built:
         "learning_rate": learning_rate,
         "label_smoothing": config.training.label_smoothing,
         "clip_norm": config.optimizer.clip_norm,
-        "flops": ProductCost.of(describe_parameters(config.model, vocabulary)).total(tokens),
+        "flops": ModelFlops.of(describe_parameters(config.model, vocabulary)).total(tokens),
         "peak": peak_flops(mesh, config.model.compute_dtype),
         "target_tokens": tokens.target,
     }

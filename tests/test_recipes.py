@@ -82,7 +82,7 @@ def test_the_batches_of_a_published_recipe_are_as_many_shapes_and_tokens_as_it_s
     (pairs,) = prepare_training_pairs((text,), tokenizers, config.filters, *limits)
     assert len(pairs) > 0.95 * 3_000
     plan = training_plan([pairs], config.batching, 0)
-    assert len(plan.shapes) == config.batching.num_shapes
+    assert len(plan.shapes) == config.batching.num_buckets
     assert pairs.lengths.max() > 128  # none of the long ones was cut away
     batches = plan.epoch(0)
     budget = config.batching.tokens_per_batch
@@ -101,7 +101,7 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     # Generated words hold fewer pieces than the recipe asks for: the table has the recipe's size all the same.
     tokenizers = TokenizerPair.train(text.source, text.target, TokenizerConfig("bpe", vocab_size=8_000))
     pairs = prepare_training_pairs((text,), tokenizers, FilterConfig(), 64, 64)
-    batching = dataclasses.replace(config.batching, tokens_per_batch=8 * 64, num_shapes=2)
+    batching = dataclasses.replace(config.batching, tokens_per_batch=8 * 64, num_buckets=2)
     plan = training_plan(pairs, batching, 0)
 
     schedule = make_schedule(config.optimizer, config.model.model_dim)
