@@ -68,7 +68,7 @@ def difference(program: ProgramText, other: ProgramText) -> str:
     """Returns in one line how far two programs are alike."""
     ours, theirs = program.instructions, other.instructions
     if ours == theirs:
-        return "same instructions, with other operands or in another order"
+        return "same instructions, with other operands, settings or order"
     only = [f"{sign}{count} {line}" for sign, more in (("-", ours - theirs), ("+", theirs - ours))
             for line, count in more.most_common(3)]  # fmt: skip
     common = (ours & theirs).total()
