@@ -19,7 +19,7 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
 from flax_transformer.inference.programs import ProgramOptions
-from flax_transformer.inference.search_program import SearchInputs, SearchSpec, jit_search
+from flax_transformer.inference.search_program import SearchInputs, SearchSpec, search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
@@ -110,7 +110,7 @@ class RecipePrograms:
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
         inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_rows, source_length)
-        return jit_search(graphdef, SearchSpec(beam), mesh).trace(params, inputs)
+        return search.trace(graphdef, SearchSpec(beam), mesh, params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
         """Returns the beam search of sentences of one length, compiled; arguments as `traced_search`.
