@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.small_run import SMALL, command
 
-# Most of the time goes into compiling small programs: LLVM's optimisations are left out, and XLA's way to emit fusions
-# through MLIR, which later versions of JAX have alone (they ignore the option). XLA's own passes over a program are not.
-# With XLA_FLAGS set, to nothing as well, all are as they are for a user (.ci/run does so).
+# Most of the time goes into compiling small programs. LLVM's optimisations are left out, and fusions are not emitted
+# through MLIR (later versions of JAX ignore that option). XLA's own passes over a program are as they are for a user.
+# With XLA_FLAGS set, to nothing as well, so is all the rest (.ci/run does so).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
