@@ -9,6 +9,7 @@ Exit codes:
     130: another command was interrupted.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
+from flax_transformer.standard_streams import LossyStream
 from flax_transformer.user_cache import user_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code

@@ -16,6 +16,7 @@ from flax_transformer.experiment.text import prepare_text
 from flax_transformer.inference.evaluate import Scores
 from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.training.loop import Callbacks, CompiledSteps, train_loop
 from flax_transformer.training.run_log import RunLog
 
@@ -34,6 +35,7 @@ class Outcome:
     scores: Scores | None
     signal: int | None
 
+@lossy_standard_streams()
 
 def run_experiment(config: Config, resume: bool = False) -> Outcome:
     """Trains by a recipe, evaluates on the test part, and leaves everything in the run folder.
