@@ -17,6 +17,7 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} already holds a run. {go_on} another folder by {option} FOLDER; nothing was changed."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        remains = {"tokenizer", "config.partial"}  # of a process that was killed inside `create`
+        if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= remains):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
 
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
@@ -113,8 +115,10 @@ class RunFolder:
             RunFolderError: as `check_unused`.
         """
         self.check_unused()
-        tokenizers.save(self.path / "tokenizer")
-        self.update_config(config)
+        with self.writing():
+            shutil.rmtree(self.path / "tokenizer", ignore_errors=True)
+            tokenizers.save(self.path / "tokenizer")
+            self.update_config(config)
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None, None, None]:
@@ -131,11 +135,25 @@ class RunFolder:
                 )
             yield
 
+    @contextlib.contextmanager
+    def writing(self) -> Generator[None, None, None]:
+        """Turns an `OSError` inside a `with` block, such as one of a full disk, into a `RunFolderError`."""
+        try:
+            yield
+        except OSError as error:
+            file = "" if error.filename is None else f" ({error.filename})"
+            go_on = "go on by --resume; its checkpoints are whole" if self.config_file.exists() else "begin again"
+            raise RunFolderError(
+                f"the run folder {self.path} cannot be written: {error.strerror or error}{file}. Make room, or mend "
+                f"the file system, and {go_on}."
+            ) from error
+
     def update_config(self, config: Config) -> None:
         """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""
         partial = self.path / "config.partial"
-        write_config(config, partial)
-        os.replace(partial, self.config_file)
+        with self.writing():
+            write_config(config, partial)
+            os.replace(partial, self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -162,15 +180,18 @@ class RunFolder:
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""
         partial = self.path / "run_card.partial"
-        partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.card_file)
+        with self.writing():
+            partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(partial, self.card_file)
 
     def write_test(self, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Writes the test part and its translations, one sentence a line."""
-        self.test_sources.parent.mkdir(exist_ok=True)
-        for file, lines in (
-            (self.test_sources, sources),
-            (self.test_references, references),
-            (self.test_hypotheses, hypotheses),
-        ):
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        parts = {
+            self.test_sources: sources,
+            self.test_references: references,
+            self.test_hypotheses: hypotheses,
+        }
+        with self.writing():
+            self.test_sources.parent.mkdir(exist_ok=True)
+            for file, lines in parts.items():
+                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

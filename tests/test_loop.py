@@ -29,6 +29,7 @@ def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) 
         loop.Callbacks(
             log or MagicMock(spec=RunLog),
             save=lambda state, position, quality: None,
+            check_saved=lambda: None,
             evaluate=lambda params, step: 0.0,
             history=[],
         ),

@@ -138,14 +138,16 @@ def draw_pictures(
     config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int]
 ) -> None:
     """Draws the curves of the training, and the attention of the sample of middle length."""
-    folder.plots.mkdir(exist_ok=True)
-    plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
+    with folder.writing():
+        folder.plots.mkdir(exist_ok=True)
+        plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
     by_length = sorted((corpus.test.source[index] for index in samples), key=len)
     source = by_length[len(by_length) // 2]
     (found,) = translator.translate([source])
     attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if attention is not None:
-        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}")
+        with folder.writing():
+            plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}")
 
 
 def run_card(

@@ -82,6 +82,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 save=lambda state, position, quality: start.checkpoints.save(
                     state, position, text.fingerprint, quality
                 ),
+                check_saved=start.checkpoints.check_saved,
                 evaluate=functools.partial(programs.validation, log),
                 history=programs.validation.history(folder),
             ),

@@ -184,6 +184,8 @@ class Checkpoints:
     def save(self, state: TrainState, position: Position, data: str, quality: float | None = None) -> None:
         """Saves `state` under its step, in the background. The state may be donated at once.
 
+        If there is a checkpoint of this step already, only its quality is saved.
+
         Args:
             state: state to save.
             position: next batch to train on.
@@ -195,6 +197,8 @@ class Checkpoints:
         """
         step = int(state.step)
         if step in self._manager.all_steps():
+            if quality is not None:
+                self._save_quality(step, quality)
             return
         trees = _trees(state)
         if self.saved is not None:
@@ -215,6 +219,27 @@ class Checkpoints:
                 args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
                 metrics=None if quality is None else {"quality": quality},
             )
+
+    def _save_quality(self, step: int, quality: float) -> None:
+        """Adds the quality to a checkpoint that was saved without one. Returns once it is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            metrics = ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="metrics"))  # as the manager saves them
+            with contextlib.closing(metrics):
+                metrics.save(self.folder.resolve() / str(step) / "metrics", ocp.args.JsonSave({"quality": quality}))
+            self._manager.reload()
+        if self.saved is not None:
+            self.saved[:] = [(s, quality if s == step else q) for s, q in self.saved]
+
+    def check_saved(self) -> None:
+        """Checks the newest checkpoint, if it has been written in the meantime. It does not wait for it.
+
+        Raises:
+            RunFolderError: the checkpoint could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()  # raises the error of the writing thread, which has ended
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves parameters alone, for translation or as the start of another run. Returns once they are on disk."""

@@ -93,6 +93,8 @@ class Callbacks:
         log: log of the progress.
         save: function of (state, position, quality or None). The loop calls it at intervals, after each evaluation, and
             after a signal. A signal interrupts an evaluation.
+        check_saved: function without arguments. The loop calls it after each step. It raises an error if a file could
+            not be written in the background.
         evaluate: function of (parameters, step). The loop calls it at intervals and after the last step. It returns the
             quality; higher is better.
         history: earlier results of `evaluate` if a run is resumed.
@@ -100,6 +102,7 @@ class Callbacks:
 
     log: RunLog
     save: Callable[[TrainState, Position, float | None], None]
+    check_saved: Callable[[], None]
     evaluate: Callable[[Any, int], float]
     history: list[float]
 
@@ -181,6 +184,7 @@ def train_loop(
                 log.say(f"the evaluation at step {step} was stopped: its checkpoint can be the newest, not the best")
             elif quality is not None:
                 patience.note(quality)
+            callbacks.check_saved()
             if to_save:
                 callbacks.save(state, position, quality)
                 window.saved = True
