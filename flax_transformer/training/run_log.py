@@ -94,13 +94,17 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        first_step: step from which a run is resumed. Records of later steps are dropped.
+        first_step: step at which the training starts. Records of later steps are dropped.
+        owes_evaluation: whether the training starts with the evaluation of that step. A record of it is dropped, too.
+
+    Raises:
+        RunFolderError: a file cannot be written. The methods raise it, too.
     """
 
-    def __init__(self, folder: RunFolder, first_step: int = 0):
+    def __init__(self, folder: RunFolder, first_step: int = 0, owes_evaluation: bool = False):
         self._folder = folder
         with folder.writing(), contextlib.ExitStack() as files:
-            _keep_records_up_to(folder.metrics_file, first_step)
+            _keep_records(folder.metrics_file, first_step, owes_evaluation)
             self._metrics = files.enter_context(folder.metrics_file.open("a", encoding="utf-8"))
             self._log = files.enter_context(folder.log_file.open("a", encoding="utf-8"))
             self._events = files.enter_context(contextlib.closing(EventFile(folder.tensorboard, first_step + 1)))
@@ -198,10 +202,14 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             return
 
 
-def _keep_records_up_to(path: Path, step: int) -> None:
+def _keep_records(path: Path, first_step: int, owes_evaluation: bool) -> None:
     if not path.exists():
         return
-    kept = [line for record, line in _records(path) if record["step"] <= step]
+
+    def owed(record: dict[str, Any]) -> bool:
+        return owes_evaluation and record["step"] == first_step and record["kind"] == "validation"
+
+    kept = [line for record, line in _records(path) if record["step"] <= first_step and not owed(record)]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
