@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 # Signals that ask a training to stop. Windows has no SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
-# Time after a signal in which further signals belong to the same request. `timeout` sends SIGTERM to a process and to
-# its group, and a terminal that closes sends SIGHUP as the shell does.
+# Time after a signal in which further signals belong to the same request. `timeout` sends SIGTERM twice, to a process
+# and to its group. A terminal that closes sends SIGHUP, and so does its shell.
 SECONDS_OF_COPIES = 0.25
 
 Result = TypeVar("Result")
