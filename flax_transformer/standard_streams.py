@@ -50,9 +50,17 @@ class LossyStream:
 
 
 @contextlib.contextmanager
-def lossy_standard_streams() -> Generator[None, None, None]:
-    """Makes both streams lossy, in a `with` block or in a function that it decorates."""
-    output: Any = LossyStream(sys.stdout)
-    error: Any = LossyStream(sys.stderr)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+def lossy_standard_streams(output: bool = True) -> Generator[None, None, None]:
+    """Makes the standard streams lossy, in a `with` block or in a function that it decorates.
+
+    Args:
+        output: whether standard output is lossy. Standard error is lossy in any case.
+    """
+    streams: dict[Any, Any] = {contextlib.redirect_stderr: sys.stderr}
+    if output:
+        streams[contextlib.redirect_stdout] = sys.stdout
+    with contextlib.ExitStack() as redirected:
+        for redirect, stream in streams.items():
+            if stream is not None:  # a process may have been started without it
+                redirected.enter_context(redirect(LossyStream(stream)))
         yield

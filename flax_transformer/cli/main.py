@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from flax_transformer.errors import DivergenceError, InputError, did_you_mean
-from flax_transformer.standard_streams import LossyStream
+from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.user_cache import user_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
@@ -132,8 +132,7 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
 
     Messages that standard error cannot take are lost, and end nothing.
     """
-    messages: Any = LossyStream(sys.stderr)
-    with quiet_orbax(), contextlib.redirect_stderr(messages):
+    with quiet_orbax(), lossy_standard_streams(output=False):
         return _exit_code(verb, arguments, program)
 
 

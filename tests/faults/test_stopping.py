@@ -92,6 +92,13 @@ def test_a_broken_stream_ends_no_training(broken, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "train.log").read_text().count("\n") == 1_000
 
 
+def test_a_process_without_streams_is_left_alone(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    with lossy_standard_streams():
+        print("nobody reads this", flush=True)
+
+
 def test_a_stream_loses_only_what_it_cannot_take(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stream)
