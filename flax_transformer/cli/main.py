@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from flax_transformer.errors import DivergenceError, InputError, did_you_mean
+from flax_transformer.errors import DivergenceError, InputError, did_you_mean, shown
 from flax_transformer.user_cache import user_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
@@ -133,7 +133,8 @@ def main() -> int:
         print(USAGE + "\n\nflax-transformer VERB --help prints the options of a verb.")
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
-        print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
+        near = did_you_mean(arguments[0], VERBS)
+        print(f"error: unknown verb {shown(arguments[0])}.{near}\n\n{USAGE}", file=sys.stderr)
         return 2
     return run_verb(verb(arguments[0]), arguments[1:], f"flax-transformer {arguments[0]}")
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flax_transformer.errors import InputError
+from flax_transformer.errors import InputError, shown
 from flax_transformer.locks import take_lock
 
 
@@ -91,8 +91,8 @@ class PartialOutput:
             name = changed[0]
             raise InputError(
                 f"--resume: {self._partial} was made with other settings: {name} was "
-                f"{self.progress.settings.get(name)!r} and is {self._settings[name]!r}. Use the same, or remove the "
-                "file to begin anew."
+                f"{shown(self.progress.settings.get(name))} and is {shown(self._settings[name])}. Use the same, or "
+                "remove the file to begin anew."
             )
 
     def _recorded(self) -> Progress:

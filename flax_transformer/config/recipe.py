@@ -62,6 +62,7 @@ class TrainingConfig:
     keep_best: int = 1
 
     def __post_init__(self):
+        check_finite("training", self)
         for name in ("steps", "log_every_steps", "evaluate_every_steps", "evaluate_sentences",
                      "checkpoint_every_steps", "keep_newest", "keep_best"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -76,7 +77,6 @@ class TrainingConfig:
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
-        check_finite("training", self)
         if self.r_drop < 0:
             raise ConfigError(f"training.r_drop must not be negative (0 turns it off), got {self.r_drop}.")
 

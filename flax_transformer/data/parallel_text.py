@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, check_finite, shown
 
 
 @runtime_checkable
@@ -109,6 +109,7 @@ class ParallelTextConfig:
     target_key: str = "target"
 
     def __post_init__(self):
+        check_finite("data", self)
         num = len(self.train_source)
         if not num or len(self.train_target) != num or len(self.train_weights) not in (0, num):
             raise ConfigError(
@@ -180,8 +181,8 @@ def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
                 sentence = None
             if not isinstance(sentence, str):
                 raise InputError(
-                    f"{path}, line {number}: expected a JSON object with a text under the key {key!r}. Mend the line, "
-                    "or set data.source_key and data.target_key."
+                    f"{path}, line {number}: expected a JSON object with a text under the key {shown(key)}. Mend the "
+                    "line, or set data.source_key and data.target_key."
                 )
             yield " ".join(sentence.splitlines())
     else:
