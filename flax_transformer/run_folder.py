@@ -15,6 +15,7 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Generator, Sequence
@@ -38,6 +39,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The complete configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizers."""
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:
@@ -113,7 +119,7 @@ class RunFolder:
             RunFolderError: as `check_unused`.
         """
         self.check_unused()
-        tokenizers.save(self.path / "tokenizer")
+        tokenizers.save(self.tokenizer)
         self.update_config(config)
 
     @contextlib.contextmanager
@@ -151,13 +157,22 @@ class RunFolder:
             )
         return folder
 
+    @classmethod
+    def of_config(cls, path: Path) -> "RunFolder | None":
+        """Returns the run folder that a configuration belongs to, or None if it is a recipe."""
+        folder = cls(path.parent)
+        return folder if path.name == folder.config_file.name and folder.tokenizer.is_dir() else None
+
     def read_config(self) -> Config:
-        """Returns the run's configuration; raises as `read_config` does."""
-        return read_config(self.config_file, of_run=True)
+        """Returns the run's configuration, whose `run` is this folder; raises as `read_config` does.
+
+        The file itself names the folder that the run had when it was written. A run may have been moved or copied.
+        """
+        return dataclasses.replace(read_config(self.config_file, of_run=True), run=str(self.path))
 
     def tokenizers(self) -> TokenizerPair:
         """Returns the run's tokenizers; raises as `TokenizerPair.load` does."""
-        return TokenizerPair.load(self.path / "tokenizer")
+        return TokenizerPair.load(self.tokenizer)
 
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""

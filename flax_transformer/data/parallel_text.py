@@ -1,5 +1,6 @@
 """Parallel text: sentence n of one side translates sentence n of the other."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -123,6 +124,12 @@ class ParallelTextConfig:
         for name in ("source_column", "target_column"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
+
+    def without_places(self) -> "ParallelTextConfig":
+        """Returns these settings without the folder and the names of the files."""
+        names = {f"{part}_{side}": "" for part in ("validation", "test") for side in ("source", "target")}
+        nameless = ("",) * len(self.train_source)
+        return dataclasses.replace(self, folder="", train_source=nameless, train_target=nameless, **names)
 
 
 # Some programs write it at the start of a UTF-8 file. It is not part of the text.
