@@ -6,7 +6,7 @@
     train.log     = printed lines; the training process keeps a lock on this file
     bad_batch.npz = batch at which a training diverged
     tokenizer/    = tokenizers of both languages, or one for both
-    checkpoints/  = STEP/{params,optimizer,meta}
+    checkpoints/  = STEP/{params,optimizer,meta}; removed/ is being deleted, and damaged/ cannot be read
     samples/      = sources, references and translations of the test part
     tensorboard/  = event files
     plots/        = pictures
@@ -17,7 +17,6 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.locks import take_lock
+from flax_transformer.small_files import write_atomically
 
 
 class RunFolder:
@@ -139,9 +139,7 @@ class RunFolder:
 
     def update_config(self, config: Config) -> None:
         """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""
-        partial = self.path / "config.partial"
-        write_config(config, partial)
-        os.replace(partial, self.config_file)
+        write_config(config, self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -176,9 +174,7 @@ class RunFolder:
 
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""
-        partial = self.path / "run_card.partial"
-        partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.card_file)
+        write_atomically(self.card_file, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
     def write_test(self, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Writes the test part and its translations, one sentence a line."""

@@ -11,6 +11,7 @@ import yaml
 from flax_transformer.config.old_keys import explain_old_key, with_new_keys
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, did_you_mean, shortened, shown
+from flax_transformer.small_files import write_atomically
 
 Section = TypeVar("Section")
 
@@ -122,7 +123,7 @@ class StrictLoader(yaml.SafeLoader):
             yaml.YAMLError: the node is nested too deeply.
         """
         if self._nested == MOST_NESTED:
-            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", self.peek_event().start_mark)
         self._nested += 1
         node = super().compose_node(parent, index)
         self._nested -= 1
@@ -139,7 +140,7 @@ class StrictLoader(yaml.SafeLoader):
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # as PyYAML meets it
             value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a collection"
             what = f"{value} cannot be read as {shown(node.tag.removeprefix('tag:yaml.org,2002:'))}"
-            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
+            raise yaml.MarkedYAMLError(None, None, what, node.start_mark) from error
 
     def construct_mapping(self, node, deep=False):
         """Returns the mapping of a node.
@@ -150,12 +151,12 @@ class StrictLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
+                raise yaml.MarkedYAMLError(
                     None, None, "a key must be plain text; is a template not filled in?", key.start_mark
                 )
             if key.value in seen:
                 twice = f"key {shown(key.value)} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, twice, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -219,5 +220,5 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes all fields as YAML, with the defaults, so that the file alone describes the run."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes all fields as YAML, atomically, with the defaults, so that the file alone describes the run."""
+    write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

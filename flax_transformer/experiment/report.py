@@ -23,7 +23,8 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.curves import plot_curves
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.metrics_file import read_metrics
+from flax_transformer.training.run_log import RunLog
 
 NUM_SAMPLES = 10
 PACKAGES = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")

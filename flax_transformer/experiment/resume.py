@@ -14,6 +14,7 @@ from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
+from flax_transformer.training.metrics_file import read_metrics
 
 # Settings that a resumed run must keep: whole sections, and fields of section training.
 SECTIONS_KEPT = (
@@ -31,13 +32,15 @@ class ResumedRun:
         folder: the run's folder.
 
     Raises:
-        RunFolderError: there is no run, or it was made by another recipe.
+        RunFolderError: there is no run, it was made by another recipe, or its log is damaged.
     """
 
     def __init__(self, config: Config, folder: RunFolder):
         self.config = config
         self.folder = folder
         _check_same_recipe(folder, config)
+        if folder.metrics_file.exists():
+            read_metrics(folder.metrics_file)  # a damaged log is told before anything is done
 
     def tokenizers(self, _: Corpus) -> TokenizerPair:
         """Returns the tokenizers of the run.
@@ -61,13 +64,13 @@ class ResumedRun:
                 not fit the memory.
         """
         with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
-            position, redrawn = Position(0, 0), False
+            position, redrawn, notes = Position(0, 0), False, []
             if checkpoints.latest_step() is None:  # stopped before its first checkpoint
                 params = initial_params(self.config, text.tokenizers, programs.layout)
                 state = initial_state(self.config, text.tokenizers, programs.layout, params)
             else:
                 restored = checkpoints.restore(programs.layout)
-                state = restored.state
+                state, notes = restored.state, [*restored.notes]
                 position, redrawn = _position(self.folder, restored, text)
             step = int(state.step)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
@@ -76,7 +79,7 @@ class ResumedRun:
                 compiled = programs.compile(text)
                 self.folder.card_file.unlink(missing_ok=True)  # it describes the shorter training
             self.folder.update_config(self.config)
-            notes = [f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}"]
+            notes.append(f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}")
             if redrawn:
                 notes.append(
                     "the random segmentations of this run are no longer in the cache and were drawn anew: this epoch "

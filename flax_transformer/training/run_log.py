@@ -3,10 +3,8 @@
 import io
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ from tensorboardX import SummaryWriter
 
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
+from flax_transformer.small_files import write_atomically
 from flax_transformer.training.metrics import LossSummary, TokenCounts
+from flax_transformer.training.metrics_file import records_and_lines
 from flax_transformer.training.throughput import Throughput
 
 BAR_WIDTH = 20
@@ -182,24 +182,8 @@ def _bar(done: int, total: int) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl, with NaN for null. A last line that a kill cut short is left out."""
-    return [record for record, _ in _records(path)]
-
-
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields each record and its line."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield {name: math.nan if value is None else value for name, value in json.loads(line).items()}, line
-        except json.JSONDecodeError:
-            return
-
-
 def _keep_records_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for record, line in _records(path) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    kept = [line for record, line in records_and_lines(path) if record["step"] <= step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
