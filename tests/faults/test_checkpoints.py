@@ -42,6 +42,13 @@ def save(checkpoints: Checkpoints, step: int, quality: float | None) -> None:
     checkpoints.save(TrainState(jnp.asarray(step, jnp.int32), tree, tree, None), Position(0, step), "text", quality)
 
 
+@pytest.fixture(autouse=True)
+def collected():
+    """Collects what Orbax leaves behind it where the warnings are known."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     """Four checkpoints of hardly anything."""
@@ -201,7 +208,6 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(copy, name):
     with Checkpoints(copy) as checkpoints:
         assert checkpoints.saved == [(2, 0.25), (4, 0.75), (6, None), (8, 0.9)]
         np.testing.assert_array_equal(checkpoints.restore_params(8, {"w": SHAPE})["w"], np.arange(4.0) + 8)
-    gc.collect()  # here, where the warnings are known
 
 
 def test_several_damaged_checkpoints_are_named_and_without_a_whole_one_nothing_is_moved(copy):
