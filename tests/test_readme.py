@@ -111,13 +111,19 @@ def test_it_can_be_skimmed():
     assert len(README.split()) <= 900
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+WRITTEN = ["README.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+WRITTEN += [
+    f"{folder}/{p.name}" for folder in ("configs", "benchmarks/results") for p in sorted((ROOT / folder).iterdir())
+]
+
+
+@pytest.mark.parametrize("file", WRITTEN)
 def test_named_files_exist(file):
     path = ROOT / file
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", text):
         assert (path.parent / name).exists(), name
-    for name in re.findall(r"configs/\w+\.yaml", text):
+    for name in re.findall(r"configs/\w+\.yaml|(?<!:)benchmarks/results/[\w-]+\.md", text):  # not of a commit
         assert (ROOT / name).exists(), name
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import InputError, RunFolderError, shown
-from flax_transformer.inference.evaluate import Scores
+from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.small_files import as_dataclass, parse_object
 from flax_transformer.training.metrics_file import read_metrics
@@ -34,7 +33,7 @@ class RunSummary:
         curve: (training minutes, validation BLEU) at each evaluation.
         scores: scores on the test part.
         sources, references, hypotheses: lines of the test part.
-        bleu_tokenizer: sacreBLEU's name of the tokenizer for BLEU.
+        bleu_tokenizer: see `evaluation.bleu_tokenizer`.
     """
 
     name: str
@@ -137,12 +136,14 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
 
     Raises:
         InputError: no run, two runs of the same name, or runs with different test text or different BLEU.
+        ConfigError: see `bleu_metric`.
         RunFolderError: see `RunSummary.read`.
     """
     if not paths:
         raise InputError("give at least one run folder to compare.")
     runs = [RunSummary.read(path) for path in paths]
     first = runs[0]
+    bleu_metric(first.bleu_tokenizer)  # which may be missing
     for path, run in zip(paths, runs, strict=True):
         if (run.sources, run.references) != (first.sources, first.references):
             raise InputError(
@@ -175,7 +176,7 @@ def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
     edges = np.unique(lengths)
     if len(edges) > MOST_LENGTH_GROUPS:
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, MOST_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
-    bleu = BLEU(tokenize=run.bleu_tokenizer, force=run.bleu_tokenizer == "none")
+    bleu = bleu_metric(run.bleu_tokenizer)
     groups, shorter = [], -1
     for edge in edges:
         members = np.flatnonzero((lengths > shorter) & (lengths <= edge))

@@ -92,7 +92,7 @@ class TransformerConfig:
     share_embeddings: ShareKind = "all"
     dropout: float = 0.1
     embedding_dropout: float | None = None
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.0
     activation_dropout: float = 0.1
     vocab_multiple: int = 8
     output_bias: bool = False
