@@ -17,6 +17,7 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} already holds a run. {go_on} another folder by {option} FOLDER; nothing was changed."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        remains = {"tokenizer", "config.yaml.new"}  # of a process that was killed inside `create`
+        if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= remains):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
 
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
@@ -119,8 +121,10 @@ class RunFolder:
             RunFolderError: as `check_unused`.
         """
         self.check_unused()
-        tokenizers.save(self.tokenizer)
-        self.update_config(config)
+        with self.writing():
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+            tokenizers.save(self.tokenizer)
+            self.update_config(config)
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None, None, None]:
@@ -137,9 +141,23 @@ class RunFolder:
                 )
             yield
 
+    @contextlib.contextmanager
+    def writing(self) -> Generator[None, None, None]:
+        """Turns an `OSError` inside a `with` block, such as one of a full disk, into a `RunFolderError`."""
+        try:
+            yield
+        except OSError as error:
+            file = "" if error.filename is None else f" ({error.filename})"
+            go_on = "go on by --resume; its checkpoints are whole" if self.config_file.exists() else "begin again"
+            raise RunFolderError(
+                f"the run folder {self.path} cannot be written: {error.strerror or error}{file}. Make room, or mend "
+                f"the file system, and {go_on}."
+            ) from error
+
     def update_config(self, config: Config) -> None:
         """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""
-        write_config(config, self.config_file)
+        with self.writing():
+            write_config(config, self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -174,14 +192,17 @@ class RunFolder:
 
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""
-        write_atomically(self.card_file, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+        with self.writing():
+            write_atomically(self.card_file, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
     def write_test(self, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Writes the test part and its translations, one sentence a line."""
-        self.test_sources.parent.mkdir(exist_ok=True)
-        for file, lines in (
-            (self.test_sources, sources),
-            (self.test_references, references),
-            (self.test_hypotheses, hypotheses),
-        ):
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        parts = {
+            self.test_sources: sources,
+            self.test_references: references,
+            self.test_hypotheses: hypotheses,
+        }
+        with self.writing():
+            self.test_sources.parent.mkdir(exist_ok=True)
+            for file, lines in parts.items():
+                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -211,7 +211,7 @@ def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch
     assert command("train", *arguments) == 3
     chex.assert_trees_all_equal(checkpoint_params(folder, 6), checkpoint_params(run, 6))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not ended
-    assert "the evaluation at step 6 was stopped: its checkpoint can be" in (folder / "train.log").read_text()
+    assert "the evaluation at step 6 was stopped: --resume will begin with it" in (folder / "train.log").read_text()
     with Checkpoints(folder / "checkpoints") as checkpoints:
         assert checkpoints.saved is not None and checkpoints.saved[-1] == (6, None) and not checkpoints.best_steps()
 

@@ -19,7 +19,7 @@ from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConf
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
-from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
+from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
@@ -231,7 +231,7 @@ class EvaluationConfig:
         if self.bleu_tokenizer not in BLEU.TOKENIZERS:
             raise ConfigError(
                 f"evaluation.bleu_tokenizer: sacreBLEU {version('sacrebleu')} has no tokenizer "
-                f"{self.bleu_tokenizer!r}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
+                f"{shown(self.bleu_tokenizer)}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
             )
 
 

@@ -14,6 +14,7 @@ from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
+from flax_transformer.training.loop import TrainingStart, evaluation_is_due
 from flax_transformer.training.metrics_file import read_metrics
 
 # Settings that a resumed run must keep: whole sections, and fields of section training.
@@ -74,10 +75,13 @@ class ResumedRun:
                 position, redrawn = _position(self.folder, restored, text)
             step = int(state.step)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
+            owes_evaluation = evaluation_is_due(step, self.config.training) and step not in checkpoints.best_steps()
             compiled = None
             if step < self.config.training.steps:
                 compiled = programs.compile(text)
                 self.folder.card_file.unlink(missing_ok=True)  # it describes the shorter training
+            elif owes_evaluation:
+                programs.validation.compile()
             self.folder.update_config(self.config)
             notes.append(f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}")
             if redrawn:
@@ -85,7 +89,9 @@ class ResumedRun:
                     "the random segmentations of this run are no longer in the cache and were drawn anew: this epoch "
                     "has other batches than before"
                 )
-            yield Start(checkpoints, state, position, compiled, tuple(notes))
+            if owes_evaluation:
+                notes.append(f"the evaluation of step {step} was stopped before its end: it comes first")
+            yield Start(checkpoints, TrainingStart(state, position, owes_evaluation), compiled, tuple(notes))
 
 
 def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> tuple[Position, bool]:

@@ -297,6 +297,16 @@ class Checkpoints:
         with self._writing():
             write_atomically(self.folder / str(step) / "meta" / "metadata", json.dumps(record))
 
+    def check_saved(self) -> None:
+        """Checks the newest checkpoint, if it has been written in the meantime. It does not wait for it.
+
+        Raises:
+            RunFolderError: the checkpoint could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()  # raises the error of the writing thread, which has ended
+
     def save_params(self, step: int, params: Any) -> None:
         """Saves parameters alone, for translation or as the start of another run. Returns once they are on disk."""
         meta = CheckpointMeta(step, {"params": checksums(params)}, ((step, None),), tokenizers=self.tokenizers)

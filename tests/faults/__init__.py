@@ -1,1 +1,1 @@
-"""Faults and hostile input: a helper module for each kind of fault, and the tests that use them."""
+"""Faults of the world around a run, and what must survive them; one helper module for each kind of fault."""
