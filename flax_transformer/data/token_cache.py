@@ -100,13 +100,13 @@ def tokenized_parts(
     if made.is_dir():
         try:
             return _open(made)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             print(f"warning: {made} is damaged ({error}), so the text is tokenised again", file=sys.stderr, flush=True)
             shutil.rmtree(made, ignore_errors=True)
     _make(parts, tokenizers, sample, made)
     try:
         return _open(made)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise InputError(
             f"the cache of tokenised text in {made} is damaged, though it has just been made: {error}. Check that "
             "disk, or set XDG_CACHE_HOME to a folder on another one."
@@ -236,7 +236,7 @@ def _open(folder: Path) -> TokenizedParts:
     """Maps the arrays of a cache into memory.
 
     Raises:
-        OSError: a file is missing or cannot be read.
+        FileNotFoundError: a file is missing.
         ValueError: a file does not have the content that it was written with.
     """
     meta = unsealed(parse_object((folder / "meta.json").read_bytes()))

@@ -9,6 +9,7 @@ when it is complete, and loses it before its files are deleted.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -106,6 +107,14 @@ def _trees(state: TrainState) -> dict[str, Any]:
 def checksums_of(state: TrainState) -> dict[str, dict[str, str]]:
     """Returns the checksums of each part of a checkpoint. The first call compiles, so make it before training."""
     return {name: checksums(tree) for name, tree in _trees(state).items()}
+
+
+def _is_damage(error: Exception) -> bool:
+    """Returns whether files are damaged or missing. Otherwise they may be read another time, such as by their owner."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR)
+    passing = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # of TensorStore
+    return not any(code in str(error) for code in passing)
 
 
 def _in_short(error: Exception) -> str:
@@ -409,7 +418,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Generator[None, None, None]:
-        """Turns an error of Orbax about damaged or missing files, of any class, into a `DamagedCheckpointError`."""
+        """Turns an error of Orbax while it reads, of any class, into a `RunFolderError`.
+
+        For files that are damaged or missing it is a `DamagedCheckpointError`.
+        """
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
@@ -417,10 +429,10 @@ class Checkpoints:
         # The clause is this wide because Orbax has no common class of errors. Damaged files gave ValueError, OSError,
         # AttributeError, JSONDecodeError and plain Exception. The message shows the error, which is also chained.
         except Exception as error:
-            raise DamagedCheckpointError(
-                f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}. A file of it is missing "
-                "or damaged."
-            ) from error
+            what = f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}."
+            if _is_damage(error):
+                raise DamagedCheckpointError(f"{what} A file of it is missing or damaged.") from error
+            raise RunFolderError(f"{what} Mend the cause, and try again.") from error
 
     @contextlib.contextmanager
     def _writing(self) -> Generator[None, None, None]:

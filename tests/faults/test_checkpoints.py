@@ -42,7 +42,7 @@ def save(checkpoints: Checkpoints, step: int, quality: float | None) -> None:
     checkpoints.save(TrainState(jnp.asarray(step, jnp.int32), tree, tree, None), Position(0, step), "text", quality)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def collected():
     """Collects what Orbax leaves behind it where the warnings are known."""
     yield
@@ -228,6 +228,21 @@ def test_several_damaged_checkpoints_are_named_and_without_a_whole_one_nothing_i
         with pytest.raises(RunFolderError, match=message):
             checkpoints.restore(layout())
     assert sorted(path.name for path in copy.iterdir()) == ["2", "4", DAMAGED]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(24, "Too many open files"), ValueError("UNAVAILABLE:")],
+)
+def test_a_checkpoint_that_cannot_be_read_for_now_stays_in_its_place(copy, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    with Checkpoints(copy, (9, 9)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(RunFolderError, match="checkpoints/8 cannot be read: .* Mend the cause, and try again"):
+            checkpoints.restore(layout())
+        assert checkpoints.newest_steps() == [8, 6, 4, 2] and not (copy / DAMAGED).exists()
 
 
 def test_what_is_not_damage_is_no_reason_to_take_an_older_checkpoint(copy):

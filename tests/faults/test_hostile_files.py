@@ -78,7 +78,7 @@ def tokenizers() -> TokenizerPair:
 
 
 @given(st.data())
-@examples(30)
+@examples(20)
 def test_a_hostile_cache_of_tokens(tmp_path_factory, tokenizers, data):
     folder = tmp_path_factory.getbasetemp() / "hostile tokens"
     whole = tokenized_parts((TEXT,), tokenizers, folder)
