@@ -26,9 +26,9 @@ import orbax.checkpoint as ocp
 import tyro
 import yaml
 
-from benchmarks.paired import machine
+from benchmarks.harness import machine
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
-from flax_transformer.training.run_log import read_metrics
+from flax_transformer.training.metrics_file import read_metrics
 from tests.faults.kills import Command, Moment
 
 RECIPE = """

@@ -6,7 +6,7 @@
     train.log     = printed lines; the training process keeps a lock on this file
     bad_batch.npz = batch at which a training diverged
     tokenizer/    = tokenizers of both languages, or one for both
-    checkpoints/  = STEP/{params,optimizer,meta}
+    checkpoints/  = STEP/{params,optimizer,meta}; removed/ is being deleted, and damaged/ cannot be read
     samples/      = sources, references and translations of the test part
     tensorboard/  = event files
     plots/        = pictures
@@ -15,8 +15,8 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 """
 
 import contextlib
+import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -27,6 +27,7 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.locks import take_lock
+from flax_transformer.small_files import write_atomically
 
 
 class RunFolder:
@@ -39,6 +40,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The complete configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizers."""
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:
@@ -104,7 +110,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} already holds a run. {go_on} another folder by {option} FOLDER; nothing was changed."
             )
-        remains = {"tokenizer", "config.partial"}  # of a process that was killed inside `create`
+        remains = {"tokenizer", "config.yaml.new"}  # of a process that was killed inside `create`
         if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= remains):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
 
@@ -116,8 +122,8 @@ class RunFolder:
         """
         self.check_unused()
         with self.writing():
-            shutil.rmtree(self.path / "tokenizer", ignore_errors=True)
-            tokenizers.save(self.path / "tokenizer")
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+            tokenizers.save(self.tokenizer)
             self.update_config(config)
 
     @contextlib.contextmanager
@@ -150,10 +156,8 @@ class RunFolder:
 
     def update_config(self, config: Config) -> None:
         """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""
-        partial = self.path / "config.partial"
         with self.writing():
-            write_config(config, partial)
-            os.replace(partial, self.config_file)
+            write_config(config, self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -169,20 +173,27 @@ class RunFolder:
             )
         return folder
 
+    @classmethod
+    def of_config(cls, path: Path) -> "RunFolder | None":
+        """Returns the run folder that a configuration belongs to, or None if it is a recipe."""
+        folder = cls(path.parent)
+        return folder if path.name == folder.config_file.name and folder.tokenizer.is_dir() else None
+
     def read_config(self) -> Config:
-        """Returns the run's configuration; raises as `read_config` does."""
-        return read_config(self.config_file, of_run=True)
+        """Returns the run's configuration, whose `run` is this folder; raises as `read_config` does.
+
+        The file itself names the folder that the run had when it was written. A run may have been moved or copied.
+        """
+        return dataclasses.replace(read_config(self.config_file, of_run=True), run=str(self.path))
 
     def tokenizers(self) -> TokenizerPair:
         """Returns the run's tokenizers; raises as `TokenizerPair.load` does."""
-        return TokenizerPair.load(self.path / "tokenizer")
+        return TokenizerPair.load(self.tokenizer)
 
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""
-        partial = self.path / "run_card.partial"
         with self.writing():
-            partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, self.card_file)
+            write_atomically(self.card_file, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
     def write_test(self, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Writes the test part and its translations, one sentence a line."""

@@ -34,7 +34,7 @@ from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.checkpoint import Checkpoints
-from flax_transformer.training.run_log import read_metrics
+from flax_transformer.training.metrics_file import read_metrics
 from tests.small_run import SMALL, checkpoint_params, command
 
 
@@ -83,7 +83,7 @@ def test_a_training_has_all_devices_search_together(monkeypatch, tmp_path):
 def test_a_run_leaves_everything_in_its_folder(run):
     names = {p.name for p in run.iterdir()}
     assert names >= {"config.yaml", "run_card.json", "metrics.jsonl", "train.log", "tokenizer", "checkpoints"}
-    assert not [p for p in run.rglob("*.partial")]
+    assert not [p for p in run.rglob("*.new")]
     records = read_metrics(run / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [2, 4, 6, 8]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [4, 8]

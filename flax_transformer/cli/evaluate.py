@@ -9,7 +9,7 @@ import tyro
 from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.errors import InputError
-from flax_transformer.inference.evaluate import evaluate
+from flax_transformer.inference.evaluate import bleu_metric, evaluate
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
@@ -57,6 +57,7 @@ def main(arguments: list[str], program: str) -> int:
     """
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()
+    bleu_metric(config.evaluation.bleu_tokenizer)  # which may be missing
     columns = config.data if isinstance(config.data, ParallelTextConfig) else None
     text = read_parallel_text(options.source, options.reference, columns)
     if options.output is not None and not options.output.parent.is_dir():

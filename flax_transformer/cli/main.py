@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
-from flax_transformer.errors import DivergenceError, InputError, did_you_mean
+from flax_transformer.errors import DivergenceError, InputError, did_you_mean, shown
 from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.user_cache import user_cache
 
@@ -165,7 +165,8 @@ def main() -> int:
         print(USAGE + "\n\nflax-transformer VERB --help prints the options of a verb.")
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
-        print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
+        near = did_you_mean(arguments[0], VERBS)
+        print(f"error: unknown verb {shown(arguments[0])}.{near}\n\n{USAGE}", file=sys.stderr)
         return 2
     return run_verb(verb(arguments[0]), arguments[1:], f"flax-transformer {arguments[0]}")
 

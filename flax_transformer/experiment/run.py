@@ -13,7 +13,7 @@ from flax_transformer.experiment.programs import make_programs
 from flax_transformer.experiment.report import TrainingSummary, describe_run, draw_pictures, run_card, score_test_part
 from flax_transformer.experiment.resume import ResumedRun
 from flax_transformer.experiment.text import prepare_text
-from flax_transformer.inference.evaluate import Scores
+from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.standard_streams import lossy_standard_streams
@@ -53,6 +53,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     started = time.monotonic()
     folder = RunFolder(config.run)
     _check_trainable(config)
+    bleu_metric(config.evaluation.bleu_tokenizer)  # what is missing is told before the training
     run = ResumedRun(config, folder) if resume else NewRun(config, folder)
 
     # --- text and programs
@@ -106,7 +107,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         # --- report
         training = TrainingSummary(step, best, training_seconds)
         folder.write_card(run_card(config, text, programs, training, result.scores))
-        draw_pictures(config, corpus, translator, folder, result.samples)
+        draw_pictures(config, corpus, translator, folder, result.samples, log)
         log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, result.scores, None)
 

@@ -3,9 +3,7 @@
 import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
+from flax_transformer.small_files import write_atomically
 from flax_transformer.training.event_file import EventFile
 from flax_transformer.training.metrics import LossSummary, TokenCounts
+from flax_transformer.training.metrics_file import records_and_lines
 from flax_transformer.training.throughput import Throughput
 
 BAR_WIDTH = 20
@@ -188,20 +188,6 @@ def _bar(done: int, total: int) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl, with NaN for null. A last line that a kill cut short is left out."""
-    return [record for record, _ in _records(path)]
-
-
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields each record and its line."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield {name: math.nan if value is None else value for name, value in json.loads(line).items()}, line
-        except json.JSONDecodeError:
-            return
-
-
 def _keep_records(path: Path, first_step: int, owes_evaluation: bool) -> None:
     if not path.exists():
         return
@@ -209,7 +195,6 @@ def _keep_records(path: Path, first_step: int, owes_evaluation: bool) -> None:
     def owed(record: dict[str, Any]) -> bool:
         return owes_evaluation and record["step"] == first_step and record["kind"] == "validation"
 
-    kept = [line for record, line in _records(path) if record["step"] <= first_step and not owed(record)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    records = records_and_lines(path)
+    kept = [line for record, line in records if record["step"] <= first_step and not owed(record)]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))

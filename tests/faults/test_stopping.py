@@ -13,7 +13,8 @@ from flax_transformer.data.batching import Position
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.training.checkpoint import Checkpoints
-from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.metrics_file import read_metrics
+from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
 from flax_transformer.training.stopping import SECONDS_OF_COPIES, StopRequest
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from program_text import ProgramText, difference, read_program, sameness
+from commits.program_text import ProgramText, difference, read_program, sameness
 
 # Figures of a run that must be equal; the others are times, or follow from these.
 TRAIN_FIGURES = ("step", "loss", "accuracy", "gradient_norm", "learning_rate", "source_tokens", "target_tokens")
@@ -33,13 +33,12 @@ class Verdict:
     detail: str
 
     @property
-    def row(self) -> str:
-        """A line of a table in Markdown."""
+    def row(self) -> tuple[str, str, str, str]:
+        """The cells of a row."""
         words = {True: "equal", False: "**DIFFERENT**", None: "differs, allowed"}
         if self.what.startswith("time"):
             words = {True: "no loss of 5 %", False: "**a loss of 5 % is not excluded**", None: ""}
-        word = words[self.equal]
-        return f"| {self.recipe} | {self.what} | {word} | {self.detail} |"
+        return self.recipe, self.what, words[self.equal], self.detail
 
 
 def records(run: Path, kind: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -126,5 +125,5 @@ def compare_programs(recipe: str, folders: list[tuple[Path, Path]], names: tuple
     if missing := set(names) - {program.module for program in old.values()}:
         yield Verdict(recipe, "programs", False, f"none is called {', '.join(sorted(missing))}")
     for program in left:
-        detail = f"new, {program.num_instructions} instructions"
+        detail = f"new, {program.instructions.total()} instructions"
         yield Verdict(recipe, f"program {program.module}", None, detail)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,16 +22,12 @@ class Commit:
     """A commit that can be run.
 
     Attributes:
-        name: as the user gave it.
         hash: of the commit.
         folder: for its files and for what it computes.
-        python: interpreter.
     """
 
-    name: str
     hash: str
     folder: Path
-    python: Path
 
     @property
     def tree(self) -> Path:
@@ -42,7 +39,9 @@ class Commit:
         """Enough of the hash."""
         return self.hash[:12]
 
-    def command(self, *arguments: str | Path, dump: Path | None = None, cached: bool = False) -> "Finished":
+    def command(
+        self, *arguments: str | Path, dump: Path | None = None, cached: bool = False
+    ) -> subprocess.CompletedProcess[bytes]:
         """Runs `flax-transformer ARGUMENTS` of this commit.
 
         Args:
@@ -65,7 +64,9 @@ class Commit:
         if not Path(found).resolve().is_relative_to(self.tree.resolve()):
             raise Failed(f"commit {self.short} imports {found}, which is not in {self.tree}.")
 
-    def _python(self, *arguments: str, dump: Path | None = None, cached: bool = False) -> "Finished":
+    def _python(
+        self, *arguments: str, dump: Path | None = None, cached: bool = False
+    ) -> subprocess.CompletedProcess[bytes]:
         mine = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "PYTHONPATH")
         environment = {name: value for name, value in os.environ.items() if name not in mine}
         environment["PYTHONPATH"] = str(self.tree)
@@ -73,36 +74,25 @@ class Commit:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = str(cached).lower()
         if dump is not None:
             environment["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_large_constants"
-        started = time.monotonic()
-        done = subprocess.run([self.python, *arguments], cwd=self.tree, env=environment, capture_output=True)
+        done = subprocess.run([sys.executable, *arguments], cwd=self.tree, env=environment, capture_output=True)
         if done.returncode not in (0, 4):  # 4: done, but some line was shortened
             said = (done.stdout + done.stderr).decode(errors="replace")
             raise Failed(f"{self.short}: {' '.join(arguments)}: exit code {done.returncode}\n{said[-4000:]}")
-        return Finished(done.stdout, done.stderr.decode(errors="replace"), time.monotonic() - started)
+        return done
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What a command printed, and how long it took."""
-
-    stdout: bytes
-    stderr: str
-    seconds: float
-
-
-def check_out(name: str, work: Path, python: Path) -> Commit:
+def check_out(name: str, work: Path) -> Commit:
     """Returns a commit of the repository that this file lies in, with its files under `work`.
 
     Raises:
         Failed: there is no such commit, or its own files are not what is imported.
     """
-    repository = Path(__file__).resolve().parent.parent
+    repository = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(repository)]
     found = subprocess.run([*git, "rev-parse", "--verify", f"{name}^{{commit}}"], capture_output=True, text=True)
     if found.returncode:
         raise Failed(f"{name}: no such commit in {repository}.")
-    # The interpreter of an environment is a link, which says by where it lies which environment that is.
-    commit = Commit(name, found.stdout.strip(), work.resolve() / found.stdout.strip(), python.absolute())
+    commit = Commit(found.stdout.strip(), work.resolve() / found.stdout.strip())
     if not commit.tree.exists():
         commit.folder.mkdir(parents=True, exist_ok=True)
         partial = commit.folder / "tree.partial"
@@ -128,5 +118,5 @@ def kept(folder: Path, what: str, make: Callable[[Path], None]) -> Path:
             make(folder)
             seconds = round(time.monotonic() - started, 1)
             done.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
-            print(f"{datetime.now(UTC):%H:%M:%S} {what}: {seconds:.0f} s", flush=True)
+            print(f"{datetime.now(UTC):%H:%M:%S} {what}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return folder
