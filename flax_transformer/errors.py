@@ -7,7 +7,9 @@ traceback.
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -31,6 +33,18 @@ def shortened(text: str, num_characters: int = 80) -> str:
     return text if len(text) <= num_characters else f"{text[:num_characters]}..."
 
 
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 80, 80, 80
+
+
+def shown(value: Any) -> str:
+    """Returns `repr` of a value for an error message, cut to about 80 characters, at a cost that is bounded, too."""
+    try:
+        return shortened(_short.repr(value), 100)
+    except ValueError:  # Python refuses to write out an integer of thousands of digits
+        return "a number of thousands of digits"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" with the nearest known names, or a list of all known names.
 
@@ -38,7 +52,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         name: name that the user wrote.
         known: names that are right.
     """
-    known = sorted(known)
+    name, known = name[:80], sorted(known)
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if nearest:
         return " Did you mean " + " or ".join(repr(n) for n in nearest) + "?"
@@ -52,7 +66,12 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_finite(section: str, config: object) -> None:
-    """Raises a `ConfigError` if a field of a dataclass is infinite or NaN."""
+    """Raises a `ConfigError` if a field of a dataclass is infinite, NaN, or an integer beyond 32 bits.
+
+    A larger integer is a mistake in every field, and the arithmetic of later checks could not take it.
+    """
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{section}.{name} must be a finite number, got {value}.")
+        if isinstance(value, int) and abs(value) >= 2**32:
+            raise ConfigError(f"{section}.{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")

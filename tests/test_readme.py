@@ -13,7 +13,7 @@ import yaml
 
 from flax_transformer.cli import main as cli
 from flax_transformer.cli import train
-from flax_transformer.config.reading import from_dict
+from flax_transformer.config.reading import from_dict, read_config, write_config
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.inference.translation import EMPTY
 from flax_transformer.inference.translator import Translator, changed
@@ -56,9 +56,10 @@ def only_parsed(tmp_path, monkeypatch) -> None:
     """A folder with the recipes and runs that the README speaks of, and commands that end once they are understood."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "configs" / "multi30k_en_de.yaml", tmp_path / "my.yaml")
+    recipe = read_config(tmp_path / "my.yaml")
     for run in ("number_words", "mine", "other", "opus"):
         (tmp_path / "runs" / run).mkdir(parents=True)
-        shutil.copy(tmp_path / "my.yaml", tmp_path / "runs" / run / "config.yaml")
+        write_config(recipe, tmp_path / "runs" / run / "config.yaml")
     monkeypatch.chdir(tmp_path)
     understand = tyro.cli
 
@@ -129,7 +130,7 @@ def test_named_files_exist(file):
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_each_test_that_a_table_names_is_there(file):
     there = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         there |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)}
     rows = re.findall(r"^\|.*$", (ROOT / "docs" / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
     named = set(re.findall(r"`(test_\w+)`", "\n".join(rows)))

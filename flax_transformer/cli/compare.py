@@ -38,14 +38,13 @@ def main(arguments: list[str], program: str) -> int:
     runs = read_runs(options.runs)
     quality = common_quality(runs) if options.quality is None else options.quality
     table = comparison_table(runs, quality)
-    print(table)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
     pictures = [
         plot_quality_over_time(runs, options.output / "quality_over_time.png"),
         plot_bleu_by_length(runs, options.output / "bleu_by_length.png"),
     ]
-    print(f"\nthe table and two pictures lie in {options.output}")
+    print(f"{table}\n\nthe table and two pictures lie in {options.output}")
     if note := missing_letters_note(pictures):
         print(f"note: {note}", file=sys.stderr)
     return 0

@@ -17,7 +17,7 @@ import tyro
 from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
 from flax_transformer.config.recipe import METHOD_FIELDS, DecodingConfig
 from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, shown
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_none
@@ -237,7 +237,7 @@ def warnings_of(number: int, translation: Translation | NoTranslation, max_sourc
         empty = not translation.source
         reason = "the line is empty, and so is its output" if empty else "it reached its maximum length first"
         for phrase in translation.hypotheses[0].missing:
-            yield f"the output of line {number} lacks {phrase!r}: {reason}."
+            yield f"the output of line {number} lacks {shown(phrase)}: {reason}."
     if translation.truncated:
         yield cut_line(f"line {number}", max_source_length)
 

@@ -19,7 +19,7 @@ from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConf
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
-from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean
+from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
@@ -65,6 +65,7 @@ class TrainingConfig:
     keep_best: int = 1
 
     def __post_init__(self):
+        check_finite("training", self)
         for name in ("steps", "log_every_steps", "evaluate_every_steps", "evaluate_sentences",
                      "checkpoint_every_steps", "keep_newest", "keep_best"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -79,7 +80,6 @@ class TrainingConfig:
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
-        check_finite("training", self)
         if self.r_drop < 0:
             raise ConfigError(f"training.r_drop must not be negative (0 turns it off), got {self.r_drop}.")
 
@@ -231,7 +231,7 @@ class EvaluationConfig:
         if self.bleu_tokenizer not in BLEU.TOKENIZERS:
             raise ConfigError(
                 f"evaluation.bleu_tokenizer: sacreBLEU {version('sacrebleu')} has no tokenizer "
-                f"{self.bleu_tokenizer!r}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
+                f"{shown(self.bleu_tokenizer)}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
             )
 
 

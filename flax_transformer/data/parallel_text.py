@@ -1,5 +1,6 @@
 """Parallel text: sentence n of one side translates sentence n of the other."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, check_finite, shown
 
 
 @runtime_checkable
@@ -109,6 +110,7 @@ class ParallelTextConfig:
     target_key: str = "target"
 
     def __post_init__(self):
+        check_finite("data", self)
         num = len(self.train_source)
         if not num or len(self.train_target) != num or len(self.train_weights) not in (0, num):
             raise ConfigError(
@@ -122,6 +124,12 @@ class ParallelTextConfig:
         for name in ("source_column", "target_column"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
+
+    def without_places(self) -> "ParallelTextConfig":
+        """Returns these settings without the folder and the names of the files."""
+        names = {f"{part}_{side}": "" for part in ("validation", "test") for side in ("source", "target")}
+        nameless = ("",) * len(self.train_source)
+        return dataclasses.replace(self, folder="", train_source=nameless, train_target=nameless, **names)
 
 
 # Some programs write it at the start of a UTF-8 file. It is not part of the text.
@@ -180,8 +188,8 @@ def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
                 sentence = None
             if not isinstance(sentence, str):
                 raise InputError(
-                    f"{path}, line {number}: expected a JSON object with a text under the key {key!r}. Mend the line, "
-                    "or set data.source_key and data.target_key."
+                    f"{path}, line {number}: expected a JSON object with a text under the key {shown(key)}. Mend the "
+                    "line, or set data.source_key and data.target_key."
                 )
             yield " ".join(sentence.splitlines())
     else:

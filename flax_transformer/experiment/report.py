@@ -21,7 +21,8 @@ from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.metrics_file import read_metrics
+from flax_transformer.training.run_log import RunLog
 
 NUM_SAMPLES = 10
 PACKAGES = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")
@@ -140,15 +141,17 @@ def draw_pictures(
     from flax_transformer.plots.curves import plot_curves
     from flax_transformer.plots.picture import missing_letters_note
 
-    folder.plots.mkdir(exist_ok=True)
     records = read_metrics(folder.metrics_file)
-    pictures = [plot_curves(records, folder.plots / "curves.png", f"training of {config.run}")]
+    with folder.writing():
+        folder.plots.mkdir(exist_ok=True)
+        pictures = [plot_curves(records, folder.plots / "curves.png", f"training of {config.run}")]
     by_length = sorted((corpus.test.source[index] for index in samples), key=len)
     source = by_length[len(by_length) // 2]
     (found,) = translator.translate([source])
     attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if attention is not None:
-        pictures.append(plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}"))
+        with folder.writing():
+            pictures.append(plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}"))
     if note := missing_letters_note(pictures):
         log.say(f"note: {note}")
 

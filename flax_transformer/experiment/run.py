@@ -16,8 +16,8 @@ from flax_transformer.experiment.text import prepare_text
 from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.training.loop import Callbacks, CompiledSteps, train_loop
-from flax_transformer.training.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Outcome:
     signal: int | None
 
 
+@lossy_standard_streams()
 def run_experiment(config: Config, resume: bool = False) -> Outcome:
     """Trains by a recipe, evaluates on the test part, and leaves everything in the run folder.
 
@@ -61,7 +62,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     text = prepare_text(config, corpus, run.tokenizers(corpus), mesh)
     programs = make_programs(config, text, mesh)
 
-    with run.start(text, programs) as start, RunLog(folder, int(start.state.step)) as log:
+    with run.start(text, programs) as start, start.log(folder) as log:
         # --- description
         log.say(describe_run(config, text, programs.layout.num_parameters, mesh))
         for note in start.notes:
@@ -72,8 +73,8 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         # --- training
         clock = time.monotonic()
         trained = train_loop(
-            start.state,
-            training_batches(text.train, text.plan, start.position),
+            start.place,
+            training_batches(text.train, text.plan, start.place.position),
             config.training,
             CompiledSteps({}, mesh) if start.compiled is None else start.compiled.steps,
             Callbacks(
@@ -81,6 +82,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 save=lambda state, position, quality: start.checkpoints.save(
                     state, position, text.fingerprint, quality
                 ),
+                check_saved=start.checkpoints.check_saved,
                 evaluate=functools.partial(programs.validation, log),
                 history=programs.validation.history(folder),
             ),

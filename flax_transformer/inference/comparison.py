@@ -1,6 +1,6 @@
 """Several finished runs side by side: cost and quality of each model. This reads run folders and loads no model."""
 
-import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from flax_transformer.config.recipe import Config
-from flax_transformer.errors import InputError, RunFolderError
+from flax_transformer.errors import InputError, RunFolderError, shown
 from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.run_log import read_metrics
+from flax_transformer.small_files import as_dataclass, parse_object
+from flax_transformer.training.metrics_file import read_metrics
 
 MOST_LENGTH_GROUPS = 8
 NUM_RESAMPLES = 300  # bootstrap resamples for the confidence intervals of BLEU by length
@@ -69,12 +70,14 @@ class RunSummary:
             raise RunFolderError(
                 f"{path} cannot be compared, since {folder.card_file.name}, {folder.metrics_file.name} or the files of "
                 f"its test part are missing or damaged: {type(error).__name__}, {error}. `flax-transformer train --run "
-                f"{path} --resume` tests once more. If the log is damaged, train again."
+                f"{path} --resume` tests once more. If the log is damaged, mend it or train again."
             ) from error
 
     @classmethod
     def _read(cls, folder: RunFolder, config: Config) -> "RunSummary":
-        card = json.loads(folder.card_file.read_text(encoding="utf-8"))
+        card = parse_object(folder.card_file.read_bytes())
+        if type(card["parameters"]) is not int:
+            raise ValueError(f"{folder.card_file.name}: parameters cannot be {shown(card['parameters'])}")
         records = read_metrics(folder.metrics_file)
         train = [r for r in records if r["kind"] == "train"]
         steps = [0, *(r["step"] for r in train)]
@@ -82,6 +85,8 @@ class RunSummary:
         curve = [(float(np.interp(r["step"], steps, minutes)), r["bleu"]) for r in records if r["kind"] == "validation"]
         if not train or not curve:
             raise ValueError(f"{folder.metrics_file.name} has no progress, or no evaluation")
+        if not all(math.isfinite(bleu) for _, bleu in curve):
+            raise ValueError(f"{folder.metrics_file.name} has an evaluation without a BLEU")
         sources, references, hypotheses = (
             file.read_bytes().decode("utf-8").split("\n")[:-1]
             for file in (folder.test_sources, folder.test_references, folder.test_hypotheses)
@@ -96,7 +101,7 @@ class RunSummary:
             tokens_per_second=statistics.median(r["target_tokens_per_second"] for r in train),
             training_minutes=float(minutes[-1]),
             curve=curve,
-            scores=Scores(**card["test"]),
+            scores=as_dataclass(Scores, card["test"]),
             sources=sources,
             references=references,
             hypotheses=hypotheses,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, shown
 from flax_transformer.inference.chunks import Shape, length_bucket
 from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
@@ -173,7 +173,7 @@ def _check_lists(
             raise ConfigError(f"{name} must be a list with one for each of the {num_sentences} sentences.")
     for number, texts in enumerate(required or (), start=1):
         if isinstance(texts, str):
-            raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({texts!r}).")
+            raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({shown(texts)}).")
 
 
 def _seed(seed: int, sentence: str) -> int:

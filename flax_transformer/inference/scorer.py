@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import DivergenceError, InputError, shortened
+from flax_transformer.errors import DivergenceError, InputError, shown
 from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.inference.requests import encode_each
 from flax_transformer.inference.search_program import ALL_AXES
@@ -58,7 +58,7 @@ class NoScore:
     @property
     def error(self) -> InputError | DivergenceError:
         """The reason, with the target that it concerns."""
-        return type(self.reason)(f"{shortened(self.target)!r} has no score: {self.reason}")
+        return type(self.reason)(f"{shown(self.target)} has no score: {self.reason}")
 
     def _raised(self) -> NoReturn:
         raise self.error from self.reason
