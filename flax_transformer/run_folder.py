@@ -96,7 +96,7 @@ class RunFolder:
             option: flag that names the folder, for messages.
 
         Raises:
-            RunFolderError: the folder contains a run or other files.
+            RunFolderError: the folder contains a run or other files, or it cannot be written.
         """
         if self.config_file.exists():
             go_on = f"Go on with it by --run {self.path} --resume, or choose" if option == "--run" else "Choose"
@@ -105,6 +105,11 @@ class RunFolder:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise RunFolderError(
+                f"{self.path} cannot be made, since {there} cannot be written. Choose another by {option} FOLDER."
+            )
 
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
         """Makes the folder with its tokenizers and its configuration, in this order.

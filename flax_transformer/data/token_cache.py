@@ -4,6 +4,7 @@ A cache is a folder, named by a hash of the text and of the tokenizers. It is wr
 when it is complete. So a process that is killed never leaves a partial cache under the final name.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -159,8 +160,9 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
             file.flush()
             os.fsync(file.fileno())
     finally:
-        for file in files.values():
-            file.close()
+        with contextlib.ExitStack() as stack:  # closes every file, also if a full disk makes one fail
+            for file in files.values():
+                stack.callback(file.close)
     (folder / "meta.json").write_text(json.dumps({"counts": counts, "ends": ends}), encoding="utf-8")
 
 
