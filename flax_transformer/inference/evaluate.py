@@ -1,12 +1,12 @@
 """Scores of translations against references, computed by sacreBLEU, with their signatures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from flax_transformer.errors import InputError
+from flax_transformer.errors import InputError, as_texts
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,17 @@ class Scores:
         )
 
 
-def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenizer: str = "13a") -> Scores:
+def evaluate(hypotheses: Iterable[Any], references: Iterable[Any], bleu_tokenizer: str = "13a") -> Scores:
     """Returns the scores of detokenised `hypotheses` against one reference each.
 
     Args:
-        hypotheses, references: equal numbers of sentences.
+        hypotheses, references: equal numbers of sentences, in any iterable.
         bleu_tokenizer: sacreBLEU's name of the tokenizer for BLEU.
 
     Raises:
-        InputError: different numbers of lines, or no line.
+        InputError: different numbers of lines, no line, or an item that is no text.
     """
+    hypotheses, references = as_texts("hypotheses", hypotheses), as_texts("references", references)
     if len(hypotheses) != len(references):
         raise InputError(
             f"every hypothesis needs its reference, but there are {len(hypotheses)} hypotheses and "
@@ -63,8 +64,8 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenize
         raise InputError("there is nothing to evaluate: at least one sentence is needed.")
     # `force` silences sacreBLEU's warning about tokenised text. With "none" the user says that it is tokenised.
     bleu, chrf = BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"), CHRF()
-    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
-    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
+    bleu_score = bleu.corpus_score(hypotheses, [references]).score
+    chrf_score = chrf.corpus_score(hypotheses, [references]).score
     matches = sum(h == r for h, r in zip(hypotheses, references, strict=True))
     return Scores(
         bleu_score,
