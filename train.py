@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from flax_transformer.cli.main import keep_memory, run_verb
+from flax_transformer.cli.main import run_verb, set_up_process
 
 
 def train(arguments: list[str], program: str) -> int:
@@ -14,5 +14,5 @@ def train(arguments: list[str], program: str) -> int:
 
 
 if __name__ == "__main__":
-    keep_memory()
+    set_up_process()
     sys.exit(run_verb(train, sys.argv[1:], "train.py"))

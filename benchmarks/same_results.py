@@ -47,7 +47,7 @@ from commits.verdicts import (
 from harness import Report, machine
 from scipy import stats
 
-from flax_transformer.data.parallel_text import iterate_lines
+from flax_transformer.data.text_files import iterate_lines
 from flax_transformer.errors import InputError
 
 STEPS = 50

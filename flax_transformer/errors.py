@@ -5,10 +5,13 @@ with code 2, or with code 1 for a `DivergenceError`. Any other exception is a de
 traceback.
 """
 
+import contextlib
 import difflib
+import errno
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -57,6 +60,65 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if nearest:
         return " Did you mean " + " or ".join(repr(n) for n in nearest) + "?"
     return " Known are: " + ", ".join(known) + "."
+
+
+# What a user can do about an error of the system.
+ADVICE = {
+    errno.ENOSPC: "Make room on that disk, or choose another one.",
+    errno.EDQUOT: "Make room in that quota, or choose another disk.",
+    errno.EROFS: "Choose a place that can be written.",
+    errno.EACCES: "Change its permissions, or choose another place.",
+    errno.EPERM: "Change its permissions, or choose another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+}
+
+
+def describe_os_error(error: OSError) -> str:
+    """Returns the message of an error of the system: the file, what happened, and what to do."""
+    what = error.strerror or str(error) or type(error).__name__
+    file = "" if error.filename is None else f"{error.filename}: "
+    advice = ADVICE.get(error.errno or 0, "Check the path and the disk.")
+    return f"{file}{what.rstrip('.')}. {advice}"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[None, None, None]:
+    """Gives the errors of the system inside a `with` block the path of a file, which a full disk does not tell.
+
+    Raises:
+        OSError: the error, with a path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def as_texts(name: str, texts: Any) -> list[str]:
+    """Returns a list of texts, from any iterable such as a generator, a tuple or a column of a table.
+
+    Args:
+        name: name of the argument, for messages.
+        texts: the texts.
+
+    Raises:
+        ConfigError: not an iterable of several texts, or an item that is no text.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ConfigError(
+            f"{name} must be a list of texts, got {shortened(repr(texts))}; put a single one into a list: [text]."
+        )
+    found = list(texts)
+    for number, text in enumerate(found):
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"{name} must be texts, but {name}[{number}] is {shortened(repr(text))} ({type(text).__name__}). Leave "
+                "it out, or put a text in its place; bytes need decode()."
+            )
+    return [str(text) for text in found]
 
 
 def check_seed(name: str, seed: int) -> None:

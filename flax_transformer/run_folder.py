@@ -17,6 +17,7 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ class RunFolder:
             option: flag that names the folder, for messages.
 
         Raises:
-            RunFolderError: the folder contains a run or other files.
+            RunFolderError: the folder contains a run or other files, or it cannot be written.
         """
         if self.config_file.exists():
             go_on = f"Go on with it by --run {self.path} --resume, or choose" if option == "--run" else "Choose"
@@ -113,6 +114,11 @@ class RunFolder:
         remains = {"tokenizer", "config.yaml.new"}  # of a process that was killed inside `create`
         if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= remains):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise RunFolderError(
+                f"{self.path} cannot be made, since {there} cannot be written. Choose another by {option} FOLDER."
+            )
 
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
         """Makes the folder with its tokenizers and its configuration, in this order.

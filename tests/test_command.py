@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from flax_transformer.cli import main as cli
-from flax_transformer.user_cache import user_cache
 
 
 def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
@@ -73,14 +72,6 @@ def test_every_verb_tells_its_options(verb, capsys):
         code = stop.code
     captured = capsys.readouterr()
     assert code == 0 and not captured.err and "--" in captured.out
-
-
-def test_a_home_that_cannot_be_written_is_explained(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: user_cache("compiled"))
-    assert cli.run_verb(lambda *_: 0, [], "flax-transformer") == 2
-    assert "Set XDG_CACHE_HOME to one that can be written." in capsys.readouterr().err
 
 
 def test_the_help_is_that_of_the_kinds_that_are_asked_for(capsys):

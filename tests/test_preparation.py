@@ -285,12 +285,13 @@ def test_plans_follow_the_mixture(packing):
 
 def test_weights_and_files_reach_the_pairs(tmp_path):
     for name, lines in (("a", SOURCE[:30]), ("b", SOURCE[30:90])):
-        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        for side in ("", "2"):
+            (tmp_path / f"{name}{side}").write_text("".join(f"{line}\n" for line in lines))
         for part in ("validation", "test"):
             for side in ("source", "target"):
                 (tmp_path / f"{part}.{side}").write_text("one\n")
     config = ParallelTextConfig(
-        folder=str(tmp_path), train_source=("a", "b"), train_target=("a", "b"), train_weights=(3.0, 0.5)
+        folder=str(tmp_path), train_source=("a", "b"), train_target=("a2", "b2"), train_weights=(3.0, 0.5)
     )
     (pairs,) = prepare_training_pairs(read_corpus(config).train, TOKENIZERS, FilterConfig(), 64, 64)
     assert pairs.mixture == Mixture((30, 90), (3.0, 0.5))

@@ -421,8 +421,9 @@ def test_commands_take_8_bit_weights_and_evaluate_another_search(monkeypatch, ca
     assert [line.partition("\t")[2] for line in found] == expected
     whole = [h.score for t in Translator.load(run).translate(text) for h in t.hypotheses]
     assert [f"{score:.6f}" for score in whole] != [line.partition("\t")[0] for line in found]
-    (tmp_path / "source").write_text("\n".join(text) + "\n")
-    arguments = ["--source", str(tmp_path / "source"), "--reference", str(tmp_path / "source")]
+    for side in ("source", "reference"):
+        (tmp_path / side).write_text("\n".join(text) + "\n")
+    arguments = ["--source", str(tmp_path / "source"), "--reference", str(tmp_path / "reference")]
     output = ["--output", str(tmp_path / "output")]
     assert command("evaluate", "--run", str(run), "--quantize", "int8", *arguments, *output) == 0
     assert (tmp_path / "output").read_text() == "".join(expected)

@@ -56,6 +56,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace").replace("\n", " ")
 
+    def normalized(self, lines: Sequence[str]) -> list[str]:
+        return list(lines)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [f"<{i:02X}>" for i in ids]
 

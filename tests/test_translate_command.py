@@ -8,12 +8,14 @@ import json
 import shutil
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flax_transformer.cli import translate
-from flax_transformer.cli.partial_output import PartialOutput, StandardOutput
+from flax_transformer.cli.partial_output import PartialOutput, StreamOutput
+from flax_transformer.data import text_files
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.translator import Translator
@@ -59,31 +61,34 @@ def test_pieces_of_a_stream_are_as_the_whole(monkeypatch, capsys, files, run, tm
 def test_no_more_is_read_than_what_is_written_and_one_piece(monkeypatch, capsys, run):
     """So a file of any length takes the memory of one piece."""
     monkeypatch.setattr(translate, "LINES_AT_ONCE", 8)
-    read: list[int] = []  # the length of each line
-    written: list[tuple[int, int]] = []  # lines written so far, and lines read until then
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 12)
+    read: list[int] = [0]  # bytes read
+    written: list[tuple[int, int]] = []  # lines written so far, and bytes read until then
 
-    class Source:
+    class Source(io.BytesIO):
         def __init__(self, data):
-            self.buffer = self.lines(data)
+            super().__init__(data.getvalue())
+            self.buffer = self
 
-        def lines(self, data):
-            for line in data:
-                read.append(len(line))
-                yield line
+        def peek(self, size):
+            return self.getvalue()[:size]
 
-        def isatty(self):
-            return False
+        def read1(self, size=-1):
+            block = super().read1(size)
+            read[0] += len(block)
+            return block
 
-    write = StandardOutput.write
+    write = StreamOutput.write
 
     def counted(self, lines, *more):
-        written.append((len(lines) + (written[-1][0] if written else 0), len(read)))
+        written.append((len(lines) + (written[-1][0] if written else 0), read[0]))
         write(self, lines, *more)
 
-    monkeypatch.setattr(StandardOutput, "write", counted)
+    monkeypatch.setattr(StreamOutput, "write", counted)
     code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n" * 50, Source)
     assert code == 0 and len(out.splitlines()) == 100
-    assert written == [(min(8 * piece, 100), min(8 * piece, 100)) for piece in range(1, 14)]
+    assert [lines for lines, _ in written] == [min(8 * piece, 100) for piece in range(1, 14)]
+    assert all(4 * lines <= read <= 4 * lines + 12 for lines, read in written)
 
 
 def test_a_compressed_file_is_translated_and_cut_outputs_are_counted(monkeypatch, capsys, files, tmp_path):
@@ -136,19 +141,21 @@ def test_an_interrupted_file_is_gone_on_with_by_the_same_parameters_alone(monkey
 
 def test_other_verbs_say_what_is_missing_or_in_the_way(monkeypatch, capsys, run, tmp_path):
     (tmp_path / "text").write_text("one\n")
-    text = str(tmp_path / "text")
-    code, _, err = command(monkeypatch, capsys, ["score", "--run", "--source", text, "--target", text])
+    (tmp_path / "text2").write_text("one\n")
+    text, text2 = str(tmp_path / "text"), str(tmp_path / "text2")
+    code, _, err = command(monkeypatch, capsys, ["score", "--run", "--source", text, "--target", text2])
     assert code == 2 and err.startswith("error: give the run folder of a trained model by --run FOLDER.")
-    evaluate = ["evaluate", "--run", str(run), "--source", text, "--reference", text, "--output", str(tmp_path)]
+    evaluate = ["evaluate", "--run", str(run), "--source", text, "--reference", text2, "--output", str(tmp_path)]
     code, out, err = command(monkeypatch, capsys, evaluate)
     assert code == 2 and f"--output {tmp_path} is a folder. Name a file." in err and not out  # nothing was translated
 
 
 def test_scores_are_utf_8_whatever_the_locale(monkeypatch, capsys, run, tmp_path):
     (tmp_path / "text").write_text("one\n")
+    (tmp_path / "text2").write_text("one\n")
     latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", latin)
-    pair = ["--source", str(tmp_path / "text"), "--target", str(tmp_path / "text")]
+    pair = ["--source", str(tmp_path / "text"), "--target", str(tmp_path / "text2")]
     assert command(monkeypatch, capsys, ["score", "--run", str(run), *pair, "--json"])[0] == 0
     assert "\u2581" in json.loads(latin.buffer.getvalue().decode("utf-8"))["tokens"][0]
 
@@ -207,23 +214,6 @@ def test_a_file_is_gone_on_with_by_the_same_settings_and_text_alone(monkeypatch,
     (tmp_path / "out.partial.json").unlink()
     code, _, _ = command(monkeypatch, capsys, [*files, "--json", "--num-hypotheses", "9"])
     assert code == 2 and not (tmp_path / "out.partial").exists()  # nothing was begun
-
-
-def test_lines_are_answered_one_at_a_time_when_a_person_types(monkeypatch, capsys, run):
-    class Terminal(io.TextIOWrapper):
-        def isatty(self):
-            return True
-
-    seen: list[list[str]] = []
-    whole = Translator.translate
-
-    def translate_some(self, sentences, **named):
-        seen.append(list(sentences))
-        return whole(self, sentences, **named)
-
-    monkeypatch.setattr(Translator, "translate", translate_some)
-    code, out, _ = command(monkeypatch, capsys, ["translate", "--run", str(run)], b"one\ntwo\n", Terminal)
-    assert code == 0 and seen == [["one"], ["two"]] and len(out.splitlines()) == 2
 
 
 def test_an_object_holds_the_attention_that_was_asked_for(monkeypatch, capsys, run):
@@ -289,24 +279,26 @@ def test_what_is_wrong_with_phrases_is_said_rightly(monkeypatch, capsys, run, tm
 
 def test_a_model_that_has_diverged_is_named_once_and_nothing_is_written(monkeypatch, capsys, tmp_path):
     run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"], factor=np.nan)
-    (tmp_path / "text").write_text("one\n\ntwo\n")
-    text, output = str(tmp_path / "text"), str(tmp_path / "out")
+    text, text2, output = str(tmp_path / "text"), str(tmp_path / "text2"), str(tmp_path / "out")
+    for path in (text, text2):
+        Path(path).write_text("one\n\ntwo\n")
     for arguments in (
         ["translate", "--input", text, "--output", output],
-        ["evaluate", "--source", text, "--reference", text, "--output", output],
-        ["score", "--source", text, "--target", text],
+        ["evaluate", "--source", text, "--reference", text2, "--output", output],
+        ["score", "--source", text, "--target", text2],
     ):
         code, out, err = command(monkeypatch, capsys, [arguments[0], "--run", str(run), *arguments[1:]])
         assert code == 1 and not out and "warning" not in err
         assert "error: 'one' has no " in err and "scores are not finite: the training has diverged" in err
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "text"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "text", "text2"}
 
 
 def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys, tmp_path):
     run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"])
-    (tmp_path / "text").write_text("one\n")
+    for name in ("text", "reference"):
+        (tmp_path / name).write_text("one\n")
     arguments = ["evaluate", "--run", str(run), "--source", str(tmp_path / "text")]
-    arguments += ["--reference", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    arguments += ["--reference", str(tmp_path / "reference"), "--output", str(tmp_path / "out")]
     assert command(monkeypatch, capsys, arguments)[0] == 0
     pieces = TOKENIZERS.target.pieces(range(len(SPECIAL.ids), TOKENIZERS.target.vocab_size))
     folder = RunFolder.open(run)
@@ -319,7 +311,8 @@ def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys,
     assert f"warning: {tmp_path / 'text'}, line 1 has no output: the search found no output at all" in err
     named = "the rules that are set (decoding.min_length: 9, decoding.no_repeat_ngram: 1, decoding.suppress_tokens:"
     assert named in err
-    (tmp_path / "text").write_text("one\ntwo\n")  # a text without any output is an error
+    for name in ("text", "reference"):  # a text without any output is an error
+        (tmp_path / name).write_text("one\ntwo\n")
     code, out, err = command(monkeypatch, capsys, arguments)
     assert code == 2 and not out and named in err
 
@@ -398,8 +391,8 @@ def test_required_phrases_of_a_file(monkeypatch, capsys, run, tmp_path):
     [
         (b"ein\n", "has 1 lines, and standard input has more: line n of one belongs to line n of the other"),
         (b"ein\n\nein\n", "has 3 lines, and standard input has fewer"),
-        (b"ein\n\xff\n", "not valid UTF-8 (invalid start byte at byte 4)"),
-        (None, "there is no such file"),
+        (b"ein\n\xff\n", "line 2: not valid UTF-8 (invalid start byte at byte 0 of the line)"),
+        (None, "there is no text file at "),
     ],
 )
 def test_a_bad_file_of_phrases_is_explained(monkeypatch, capsys, run, tmp_path, content, message):
@@ -417,7 +410,7 @@ def test_a_bad_file_of_phrases_is_explained(monkeypatch, capsys, run, tmp_path, 
         (["--num-hypotheses", "2"], "--num-hypotheses needs --json"),
         (["--alignment"], "--alignment needs --json"),
         (["--resume"], "--resume needs --input and --output"),
-        (["--input", "nowhere"], "--input nowhere: there is no such file"),
+        (["--input", "nowhere"], "there is no text file at nowhere"),
         (["--length-penalty", "gnmt:-1"], "needs an exponent of at least 0"),
     ],
 )

@@ -1,14 +1,15 @@
 """evaluate: BLEU and chrF of a run on a source and a reference file."""
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from flax_transformer.data.parallel_text import ParallelTextConfig, read_parallel_text
+from flax_transformer.cli.partial_output import output_of_lines
+from flax_transformer.data.parallel_text import read_parallel_text
 from flax_transformer.decoding.beam_search import StopRule
-from flax_transformer.errors import InputError
 from flax_transformer.inference.evaluate import bleu_metric, evaluate
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty
@@ -25,8 +26,8 @@ class EvaluateOptions:
 
     Attributes:
         run: run folder of the model.
-        source: text to translate, one sentence a line, plain or .gz. A .tsv or .jsonl file is read by the column or key
-            that the run was trained with.
+        source: text to translate, one sentence a line, plain or compressed; "-" is standard input. A .tsv or .jsonl
+            file is read by the column or key that the run was trained with.
         reference: translations of these lines, in the same formats.
         checkpoint: "best" is the best one on validation text, "last" the newest.
         beam_size: number of hypotheses kept at each step; 1 is greedy search. None takes the run's own setting.
@@ -34,7 +35,7 @@ class EvaluateOptions:
         stop: rule that ends the search of a sentence; see translate --help. None takes the run's own setting.
         quantize: "int8" makes weights 8-bit integers. It is faster on a CPU with instructions for them. "bfloat16"
             computes in bfloat16. It is faster on an accelerator, and on a CPU with AMX.
-        output: file for the translations. None writes no file.
+        output: file for the translations, compressed if its name ends in .gz, .bz2 or .xz. None writes no file.
     """
 
     run: Path
@@ -58,19 +59,16 @@ def main(arguments: list[str], program: str) -> int:
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()
     bleu_metric(config.evaluation.bleu_tokenizer)  # which may be missing
-    columns = config.data if isinstance(config.data, ParallelTextConfig) else None
-    text = read_parallel_text(options.source, options.reference, columns)
-    if options.output is not None and not options.output.parent.is_dir():
-        raise InputError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
-    if options.output is not None and options.output.is_dir():
-        raise InputError(f"--output {options.output} is a folder. Name a file.")
-    translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
-    changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
-    translations = translator.translate(text.source, **changes)
-    hypotheses = texts_or_empty(translations)
-    print(evaluate(hypotheses, text.target, config.evaluation.bleu_tokenizer).text)
-    if options.output is not None:
-        options.output.write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
+    text = read_parallel_text(options.source, options.reference, config.text_format)
+    output = contextlib.nullcontext() if options.output is None else output_of_lines(options.output)
+    with output as write:
+        translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
+        changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
+        translations = translator.translate(text.source, **changes)
+        hypotheses = texts_or_empty(translations)
+        print(evaluate(hypotheses, text.target, config.evaluation.bleu_tokenizer).text, flush=True)
+        if write is not None:
+            write(hypotheses)
     warnings = []
     for number, found in enumerate(translations, start=1):
         line = f"{options.source}, line {number}"

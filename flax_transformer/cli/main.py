@@ -15,12 +15,13 @@ import logging
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Generator
 from typing import Any
 
-from flax_transformer.errors import DivergenceError, InputError, did_you_mean, shown
+from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
 from flax_transformer.standard_streams import lossy_standard_streams
-from flax_transformer.user_cache import user_cache
+from flax_transformer.user_cache import writable_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
@@ -39,8 +40,12 @@ USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {tex
 
 
 def verb(name: str) -> Verb:
-    """Returns the verb of this name. Its module and the libraries that it needs are imported now."""
-    return importlib.import_module(f"flax_transformer.cli.{name}").main
+    """Returns the verb of this name. Its module and the libraries that it needs are imported when it is called."""
+
+    def run(arguments: list[str], program: str) -> int:
+        return importlib.import_module(f"flax_transformer.cli.{name}").main(arguments, program)
+
+    return run
 
 
 # XLA's devices warn after five minutes of waiting for each other, and abort after a day.
@@ -49,13 +54,30 @@ PATIENT_COLLECTIVES = (
 )
 
 
+def open_standard_streams() -> None:
+    """Opens standard streams that the caller has closed on the null device.
+
+    Otherwise the next file that is opened takes the number of a standard stream, and gets what is meant for it.
+    """
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))
+
+
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless the user has named another or turned it off."""
+    """Keeps compiled programs in the user's cache folder, unless the user has named another or turned it off.
+
+    Without a folder that can be written they are not kept.
+    """
     import jax
 
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache("compiled")))
+        if (folder := writable_cache("compiled")) is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def use_every_core() -> None:
@@ -128,7 +150,7 @@ def quiet_orbax() -> Generator[None, None, None]:
 
 
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
-    """Returns the exit code of a verb. A user's mistake is printed without a traceback.
+    """Returns the exit code of a verb. An error that a user can cause is one paragraph; --debug adds the traceback.
 
     Messages that standard error cannot take are lost, and end nothing.
     """
@@ -137,32 +159,40 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
 
 
 def _exit_code(verb: Verb, arguments: list[str], program: str) -> int:
+    debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
     try:
         use_compilation_cache()
         use_every_core()
         return verb(arguments, program)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DivergenceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (InputError, DivergenceError, MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of standard output has ended
+            sys.stderr.close()
+            return 1
+        if debug:
+            traceback.print_exc()
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2 if isinstance(error, InputError | OSError) else 1
     except KeyboardInterrupt:  # a training catches the signal itself and saves its state
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of standard output has ended
-        sys.stderr.close()
-        return 1
-    except OSError as error:  # such as a file that cannot be read, a folder that cannot be written, or a full disk
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+
+def describe(error: Exception) -> str:
+    """Returns the message of an error that a user can cause."""
+    if isinstance(error, OSError):  # such as a file that cannot be read, a folder that cannot be written, a full disk
+        return describe_os_error(error)
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory{f': {error}' if str(error) else ''}. Use a smaller model, batch or text."
+    return str(error)
 
 
 def main() -> int:
     """Runs the verb that the command line names."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE + "\n\nflax-transformer VERB --help prints the options of a verb.")
+        print(
+            USAGE + "\n\nflax-transformer VERB --help prints the options of a verb. --debug adds tracebacks to errors."
+        )
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
         near = did_you_mean(arguments[0], VERBS)
@@ -171,9 +201,15 @@ def main() -> int:
     return run_verb(verb(arguments[0]), arguments[1:], f"flax-transformer {arguments[0]}")
 
 
+def set_up_process() -> None:
+    """Prepares the process of a command. It comes before slow imports, and before any file is opened."""
+    open_standard_streams()
+    keep_memory()
+
+
 def command() -> int:
     """Runs the command `flax-transformer`: `main` in a process that keeps its memory."""
-    keep_memory()
+    set_up_process()
     return main()
 
 

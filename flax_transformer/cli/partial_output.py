@@ -1,13 +1,20 @@
-"""An output file that has a temporary name until it is complete, and can be resumed until then."""
+"""Outputs of lines: streams, and files that have a temporary name until they are complete.
 
+A file whose name ends in .gz, .bz2 or .xz is compressed.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flax_transformer.errors import InputError, shown
+from flax_transformer.data.text_files import STANDARD_STREAM, compression_of
+from flax_transformer.errors import InputError, shown, writing
 from flax_transformer.locks import take_lock
 from flax_transformer.small_files import as_dataclass, parse_object, sealed, unsealed, write_atomically
 
@@ -18,12 +25,14 @@ class Progress:
 
     Attributes:
         lines: number of complete lines.
+        size: number of bytes of the file with these lines.
         source: SHA-256 of their input lines.
         faulty: whether an input line was cut, or an output is missing or lacks a required phrase.
         settings: settings that determine the output.
     """
 
     lines: int
+    size: int
     source: str
     faulty: bool
     settings: dict[str, Any]
@@ -37,23 +46,92 @@ def digest_of(lines: list[str], digest: Any = None) -> Any:
     return digest
 
 
-class StandardOutput:
-    """Writes lines to standard output, which cannot be resumed."""
+NOTHING = Progress(0, 0, digest_of([]).hexdigest(), False, {})
 
-    def __init__(self, stream: Any):
-        self.stream = stream
-        self.progress = Progress(0, digest_of([]).hexdigest(), False, {})
 
-    def __enter__(self) -> "StandardOutput":
+def is_stream(path: Path) -> bool:
+    """Returns whether a path is no file that can be made or replaced, but "-", a pipe, or a device."""
+    if path == STANDARD_STREAM or path.parent in (Path("/dev"), Path("/dev/fd")):
+        return True
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def encoded(path: Path | None) -> Callable[[list[str]], bytes]:
+    """Returns a function from lines to the bytes that a file of this name holds; a stream has the name None."""
+    compression = None if path is None else compression_of(path)
+
+    def encode(lines: list[str]) -> bytes:
+        data = "".join(f"{line}\n" for line in lines).encode()  # UTF-8 in every locale, like the input
+        return data if compression is None else compression.compress(data)
+
+    return encode
+
+
+class StreamOutput:
+    """Writes lines to standard output, a pipe or a device. It cannot be resumed.
+
+    Args:
+        path: path of the stream; "-" is standard output.
+    """
+
+    def __init__(self, path: Path = STANDARD_STREAM):
+        self.progress = NOTHING
+        self._path = path
+        self._encode = encoded(None)
+
+    def __enter__(self) -> "StreamOutput":
+        self._stream = sys.stdout.buffer if self._path == STANDARD_STREAM else self._path.open("ab")
         return self
 
     def __exit__(self, *_) -> None:
-        pass
+        if self._path != STANDARD_STREAM:
+            with writing(self._path):
+                self._stream.close()
 
     def write(self, lines: list[str], source: str, faulty: bool) -> None:
         """Writes lines. The other arguments are not used."""
-        self.stream.write("".join(f"{line}\n" for line in lines).encode())  # UTF-8 in every locale, like the input
-        self.stream.flush()
+        with writing(self._path):
+            self._stream.write(self._encode(lines))
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def output_of_lines(path: Path) -> Generator[Callable[[list[str]], Any], None, None]:
+    """Opens an output, and gives a function that writes all of its lines.
+
+    A file is replaced at the end of the `with` block. After an error it is as before.
+
+    Args:
+        path: a file or a stream.
+
+    Raises:
+        InputError: the path cannot be an output. Nothing has been done then.
+        OSError: the folder cannot be written.
+    """
+    if is_stream(path):
+        with StreamOutput(path) as stream:
+            yield lambda lines: stream.write(lines, "", False)
+        return
+    encode, new = check_file(path), path.with_name(f"{path.name}.unfinished")
+    try:
+        with writing(path), new.open("wb") as file:
+            yield lambda lines: file.write(encode(lines))
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> Callable[[list[str]], bytes]:
+    """Checks the path of an output file, and returns the function of `encoded`.
+
+    Raises:
+        InputError: there is no folder for the file, the path is a folder, or the name asks for an unknown compression.
+    """
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder. Name a file.")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: there is no folder {path.parent}. Make it first.")
+    return encoded(path)
 
 
 class PartialOutput:
@@ -73,6 +151,7 @@ class PartialOutput:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], resume: bool):
+        self._encode = check_file(path)
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         self._record = path.with_name(path.name + ".partial.json")
@@ -83,8 +162,6 @@ class PartialOutput:
                 f"{self._partial} is there from a translation that was interrupted. Go on with it by --resume, or "
                 "remove it."
             )
-        if not path.parent.is_dir():
-            raise InputError(f"--output {path}: there is no folder {path.parent}. Make it first.")
         self._settings = json.loads(json.dumps(settings))
         self.progress = self._recorded()
         changed = [name for name, value in self._settings.items() if self.progress.settings.get(name) != value]
@@ -98,7 +175,7 @@ class PartialOutput:
 
     def _recorded(self) -> Progress:
         """Returns the progress that is recorded."""
-        nothing = Progress(0, digest_of([]).hexdigest(), False, self._settings)
+        nothing = replace(NOTHING, settings=self._settings)
         if not (self._record.exists() and self._partial.exists() and self._partial.stat().st_size):
             return nothing
         try:
@@ -122,8 +199,7 @@ class PartialOutput:
                 raise InputError(
                     f"another process is writing {self._partial}. Wait for it, or choose another --output."
                 )
-            self._file.seek(0)
-            if any(not self._file.readline().endswith(b"\n") for _ in range(self.progress.lines)):
+            if os.fstat(self._file.fileno()).st_size < self.progress.size:
                 raise InputError(
                     f"--resume: {self._partial} has fewer lines than the {self.progress.lines:,} that were written. It "
                     "has been changed; remove it to begin anew."
@@ -131,7 +207,7 @@ class PartialOutput:
         except InputError:
             self._file.close()
             raise
-        self._file.truncate(self._file.tell())  # removes lines of an incomplete `write`
+        self._file.truncate(self.progress.size)  # removes lines of an incomplete `write`
         return self
 
     def _moved(self) -> bool:
@@ -157,9 +233,12 @@ class PartialOutput:
             source: SHA-256 of all input lines so far.
             faulty: see `Progress`, for these lines.
         """
-        before = self.progress
-        self._file.write("".join(f"{line}\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())  # before the record, which may not say more than there is
-        self.progress = Progress(before.lines + len(lines), source, before.faulty or faulty, before.settings)
-        write_atomically(self._record, json.dumps(sealed(asdict(self.progress))))
+        before, data = self.progress, self._encode(lines)
+        with writing(self._partial):
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())  # before the record, which may not say more than there is
+            self.progress = Progress(
+                before.lines + len(lines), before.size + len(data), source, before.faulty or faulty, before.settings
+            )
+            write_atomically(self._record, json.dumps(sealed(asdict(self.progress))))

@@ -6,7 +6,7 @@ from flax_transformer.data.loader import training_plan
 from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.new_run import tokenizers_of_new_run
-from flax_transformer.experiment.report import describe_batches, describe_pairs, describe_tokens
+from flax_transformer.experiment.report import describe_batches, describe_normalization, describe_pairs, describe_tokens
 from flax_transformer.standard_streams import lossy_standard_streams
 
 
@@ -30,5 +30,6 @@ def main(arguments: list[str], program: str) -> int:
     variants = prepare_training_pairs(corpus.train, tokenizers, config.filters, *lengths, config.subword_sampling)
     plan = training_plan(variants, config.batching, config.training.seed)
     pairs = variants[0]
-    print(f"{describe_pairs(pairs)}\n{describe_tokens(pairs, tokenizers)}\n{describe_batches(pairs, plan)}")
+    print(f"{describe_pairs(pairs)}\n{describe_tokens(pairs, tokenizers)}")
+    print(describe_normalization(corpus.train, tokenizers) + describe_batches(pairs, plan))
     return 0

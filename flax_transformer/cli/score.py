@@ -9,8 +9,9 @@ from pathlib import Path
 
 import tyro
 
-from flax_transformer.data.parallel_text import ParallelFiles, ParallelTextConfig
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.data.parallel_text import ParallelFiles
+from flax_transformer.data.text_files import chunks_of
+from flax_transformer.errors import ConfigError
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.scorer import NoScore, PairScore, Scorer, raise_if_diverged
 from flax_transformer.inference.translation import cut_line
@@ -36,8 +37,8 @@ class ScoreOptions:
 
     Attributes:
         run: run folder of the model, or several as an ensemble.
-        source: source sentences, one a line, plain or .gz. A .tsv or .jsonl file is read by the column or key that the
-            run was trained with.
+        source: source sentences, one a line, plain or compressed; "-" is standard input. A .tsv or .jsonl file is read
+            by the column or key that the run was trained with.
         target: translations of these lines, in the same formats.
         checkpoint: "best" is the best one on validation text, "last" the newest.
         length_penalty: gnmt:0.6, average:1.0 or none, with any exponent. None takes the run's own setting.
@@ -105,37 +106,37 @@ def main(arguments: list[str], program: str) -> int:
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     config = RunFolder.open(options.run[0]).read_config()
-    columns = config.data if isinstance(config.data, ParallelTextConfig) else ParallelTextConfig()
-    pairs = ParallelFiles(options.source, options.target, columns).pairs()
-    pairs = itertools.chain([next(pairs)], pairs)  # reads the first pair, so that bad files fail before a model loads
-    scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
-    total, error = Total(), None
-    while error is None:
-        chunk: list[tuple[str, str]] = []
-        try:
-            chunk.extend(itertools.islice(pairs, PAIRS_AT_ONCE))
-        except InputError as bad_line:
-            error = bad_line
-        if not chunk:
-            break
-        sources, targets = zip(*chunk, strict=True)
-        scores = scorer.score(sources, targets, options.length_penalty)
-        if not total.tokens:
-            raise_if_diverged(scores)
-        for score in scores:
-            total.add(score)
-            if isinstance(score, NoScore):
-                print(f"warning: pair {total.pairs} has no score: {score.reason}", file=sys.stderr)
-            elif score.truncated:
-                longest = scorer.translator.model.max_source_length
-                warning = cut_line(f"{options.source}, line {total.pairs}", longest, "read")
-                print(f"warning: {warning}", file=sys.stderr)
-            sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 in every locale
-        sys.stdout.buffer.flush()
-    if error is not None:
-        raise error
+    with ParallelFiles(options.source, options.target, config.text_format).open() as pairs:
+        # The first pair is read before the model, so that bad files fail early.
+        given = itertools.chain([next(pairs)], pairs)
+        scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
+        total = Total()
+        for chunk in chunks_of(given, PAIRS_AT_ONCE, lambda pair: len(pair[0]) + len(pair[1]), pairs.next_has_arrived):
+            write_scores(options, scorer, chunk, total)
     print(total.text, file=sys.stderr)
     return 4 if total.shortened or total.without else 0
+
+
+def write_scores(options: ScoreOptions, scorer: Scorer, pairs: list[tuple[str, str]], total: Total) -> None:
+    """Writes the scores of pairs, and adds them to the totals.
+
+    Raises:
+        DivergenceError: no pair so far has a score, since the model's scores are not finite.
+    """
+    sources, targets = zip(*pairs, strict=True)
+    scores = scorer.score(sources, targets, options.length_penalty)
+    if not total.tokens:
+        raise_if_diverged(scores)
+    for score in scores:
+        total.add(score)
+        if isinstance(score, NoScore):
+            print(f"warning: pair {total.pairs} has no score: {score.reason}", file=sys.stderr)
+        elif score.truncated:
+            longest = scorer.translator.model.max_source_length
+            warning = cut_line(f"{options.source}, line {total.pairs}", longest, "read")
+            print(f"warning: {warning}", file=sys.stderr)
+        sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 in every locale
+    sys.stdout.buffer.flush()
 
 
 def as_line(options: ScoreOptions, score: PairScore | NoScore) -> str:

@@ -1,12 +1,10 @@
 """translate: one output line for each input line."""
 
-import gzip
 import hashlib
 import itertools
 import json
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from flax_transformer.cli.partial_output import PartialOutput, StandardOutput, digest_of
+from flax_transformer.cli.partial_output import PartialOutput, StreamOutput, digest_of, is_stream
 from flax_transformer.config.recipe import METHOD_FIELDS, DecodingConfig
-from flax_transformer.data.parallel_text import BYTE_ORDER_MARK
+from flax_transformer.data.parallel_text import SentenceReader
+from flax_transformer.data.text_files import STANDARD_STREAM, chunks_of, iterate_lines
 from flax_transformer.errors import ConfigError, InputError, shown
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
@@ -25,7 +24,7 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 
-# Lines that are read, translated and written together. More lines fill batches better; fewer take less memory.
+# Most lines that are read, translated and written together. More lines fill batches better; fewer take less memory.
 LINES_AT_ONCE = 4_096
 
 
@@ -39,8 +38,10 @@ class TranslateOptions:
     Attributes:
         run: run folder of the model, or several as an ensemble.
         checkpoint: "best" is the best one on validation text, "last" the newest.
-        input: file to translate, plain or .gz. None reads standard input.
-        output: file to write. None writes standard output.
+        input: file to translate, plain or compressed. A .tsv or .jsonl file is read by the column or key that the run
+            was trained with. None or "-" reads standard input. Lines that come through a pipe are translated as they
+            arrive.
+        output: file to write, compressed if its name ends in .gz, .bz2 or .xz. None or "-" writes standard output.
         resume: continue an interrupted --output, with the same input and options. Warnings concern the new lines, and
             the exit code all lines.
         scores: write the score and a tab before each line.
@@ -83,43 +84,9 @@ class TranslateOptions:
             raise ConfigError("--resume needs --input and --output: it continues after the lines in the output.")
 
 
-def read_lines(stream: Any, name: str) -> Iterator[str]:
-    """Yields the lines of a binary stream without their line ends.
-
-    Raises:
-        InputError: a line that is not UTF-8, or a gzip file that is not whole.
-    """
-    number = 0
-    try:
-        for line in stream:
-            number += 1
-            text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
-            yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
-            f"The {number - 1} lines before it were translated."
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{name}, after line {number}: not a whole gzip file ({error}). The {number} lines before were translated. "
-            "Get it again, or remove .gz from its name if it is plain text."
-        ) from error
-
-
 def read_phrases(path: Path) -> list[list[str]]:
-    """Returns the phrases of each line of a file.
-
-    Raises:
-        InputError: not a file, or not UTF-8.
-    """
-    if not path.is_file():
-        raise InputError(f"--required {path}: there is no such file.")
-    try:
-        lines = path.read_bytes().decode("utf-8").removeprefix(BYTE_ORDER_MARK).removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--required {path}: not valid UTF-8 ({error.reason} at byte {error.start}).") from error
-    return [[phrase for phrase in line.removesuffix("\r").split("\t") if phrase.strip()] for line in lines]
+    """Returns the phrases of each line of a file. It raises the errors of `LineReader`."""
+    return [[phrase for phrase in line.split("\t") if phrase.strip()] for line in iterate_lines(path)]
 
 
 def as_line(options: TranslateOptions, translation: Translation | NoTranslation) -> str:
@@ -165,14 +132,16 @@ def as_line(options: TranslateOptions, translation: Translation | NoTranslation)
     return json.dumps(found, ensure_ascii=False)
 
 
-def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
+def output_of(options: TranslateOptions, phrases: list[list[str]] | None) -> PartialOutput | StreamOutput:
     """Returns the output that translations are written to.
 
     Raises:
-        InputError: see `PartialOutput`.
+        InputError: --resume without a file; see also `PartialOutput`.
     """
-    if options.output is None:
-        return StandardOutput(sys.stdout.buffer)
+    if options.output is None or is_stream(options.output):
+        if options.resume:
+            raise ConfigError(f"--resume continues a file, and --output {options.output} is a stream. Name a file.")
+        return StreamOutput(STANDARD_STREAM if options.output is None else options.output)
     settings: dict[str, Any] = asdict(options)
     settings |= settings.pop("decoding")
     for name in ("input", "output", "resume"):  # a digest of its lines stands for the input
@@ -185,8 +154,8 @@ def output_of(options: TranslateOptions) -> PartialOutput | StandardOutput:
             made_by = (checkpoints.digest(step), folder.tokenizers().fingerprint, folder.read_config().model)
         digest = hashlib.sha256(repr(made_by).encode()).hexdigest()
         settings["run"].append([str(run.resolve()), step, digest])
-    if options.required is not None:
-        settings["required"] = hashlib.sha256(options.required.read_bytes()).hexdigest()
+    if phrases is not None:
+        settings["required"] = hashlib.sha256(repr(phrases).encode()).hexdigest()
     return PartialOutput(options.output, settings, options.resume)
 
 
@@ -217,16 +186,11 @@ def main(arguments: list[str], program: str) -> int:
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     phrases = None if options.required is None else read_phrases(options.required)
-    if options.input is not None and not options.input.is_file():
-        raise InputError(f"--input {options.input}: there is no such file.")
-    output = output_of(options)
-    translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
-    translator = translator.with_decoding(options.decoding)
-    if options.input is None:
-        with output:
-            return translate_stream(options, translator, phrases, sys.stdin.buffer, output)
-    with gzip.open(options.input) if options.input.suffix == ".gz" else options.input.open("rb") as source, output:
-        return translate_stream(options, translator, phrases, source, output)
+    files = RunFolder.open(options.run[0]).read_config().text_format
+    source = SentenceReader(options.input or STANDARD_STREAM, files.source_column, files.source_key)
+    with source, output_of(options, phrases) as output:
+        translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
+        return translate_stream(options, translator.with_decoding(options.decoding), phrases, source, output)
 
 
 def warnings_of(number: int, translation: Translation | NoTranslation, max_source_length: int) -> Iterator[str]:
@@ -279,7 +243,7 @@ class Total:
         )
 
 
-def skip_translated(lines: Iterator[str], name: str, output: PartialOutput | StandardOutput) -> Any:
+def skip_translated(source: SentenceReader, output: PartialOutput | StreamOutput) -> Any:
     """Reads the lines that have been translated before, and returns their digest.
 
     Raises:
@@ -287,11 +251,11 @@ def skip_translated(lines: Iterator[str], name: str, output: PartialOutput | Sta
     """
     done, digest = output.progress.lines, digest_of([])
     for start in range(0, done, LINES_AT_ONCE):
-        digest_of(list(itertools.islice(lines, min(LINES_AT_ONCE, done - start))), digest)
+        digest_of(list(itertools.islice(source, min(LINES_AT_ONCE, done - start))), digest)
     if digest.hexdigest() != output.progress.source:
         raise InputError(
-            f"--resume: {name} does not begin with the {done:,} lines that have been translated: it is another file, "
-            "or it has been changed."
+            f"--resume: {source.name} does not begin with the {done:,} lines that have been translated: it is another "
+            "file, or it has been changed."
         )
     return digest
 
@@ -313,12 +277,24 @@ def check_phrases(options: TranslateOptions, phrases: list[list[str]], name: str
         )
 
 
+def next_chunk(chunks: Iterator[list[str]], done: int) -> list[str]:
+    """Returns the next lines; an empty list at the end.
+
+    Raises:
+        InputError: a line that cannot be read; `done` lines were translated.
+    """
+    try:
+        return next(chunks, [])
+    except InputError as bad_line:
+        raise InputError(f"{bad_line} The {done:,} lines before it were translated.") from bad_line
+
+
 def translate_stream(
     options: TranslateOptions,
     translator: Translator,
     phrases: list[list[str]] | None,
-    source: Any,
-    output: PartialOutput | StandardOutput,
+    source: SentenceReader,
+    output: PartialOutput | StreamOutput,
 ) -> int:
     """Translates a stream chunk by chunk, and returns the exit code.
 
@@ -328,21 +304,12 @@ def translate_stream(
         DivergenceError: no line has an output, since the model's scores are not finite.
     """
     translator.requests.constraints.prefix(options.prefix or "")  # an impossible prefix concerns every line
-    at_once = 1 if options.input is None and sys.stdin.isatty() else LINES_AT_ONCE
-    name = "standard input" if options.input is None else str(options.input)
-    lines = read_lines(source, name)
-    digest, done, total, error = skip_translated(lines, name, output), output.progress.lines, Total(), None
+    digest, done, total = skip_translated(source, output), output.progress.lines, Total()
     faulty, started = output.progress.faulty, time.monotonic()
-    while error is None:
-        chunk: list[str] = []
-        try:
-            chunk.extend(itertools.islice(lines, at_once))
-        except InputError as bad_line:  # the lines before it are still translated
-            error = bad_line
+    chunks = chunks_of(source, LINES_AT_ONCE, len, source.next_has_arrived)
+    while chunk := next_chunk(chunks, done):
         if phrases is not None:
-            check_phrases(options, phrases, name, done + len(chunk), ended=not chunk and error is None)
-        if not chunk:
-            break
+            check_phrases(options, phrases, source.name, done + len(chunk), ended=False)
         translations = translator.translate(
             chunk,
             num_hypotheses=options.num_hypotheses,
@@ -367,7 +334,7 @@ def translate_stream(
         faulty = faulty or bool(warnings)
         total.add(translations)
         done += len(chunk)
-    if error is not None:
-        raise error
+    if phrases is not None:
+        check_phrases(options, phrases, source.name, done, ended=True)
     print(total.text(max(time.monotonic() - started, 1e-9)), file=sys.stderr)
     return 4 if faulty else 0

@@ -14,6 +14,7 @@ from sacrebleu.metrics import BLEU
 from flax_transformer.data.batching import BatchingConfig
 from flax_transformer.data.corpus import DataConfig
 from flax_transformer.data.filters import FilterConfig
+from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConfig
 from flax_transformer.decoding.beam_search import StopRule
@@ -268,6 +269,11 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def text_format(self) -> ParallelTextConfig:
+        """The columns and keys of text files that the run reads after its training."""
+        return self.data if isinstance(self.data, ParallelTextConfig) else ParallelTextConfig()
 
     def __post_init__(self):
         self.subword_sampling.check_algorithm(self.tokenizer.algorithm)

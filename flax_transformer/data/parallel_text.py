@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-import gzip
 import hashlib
+import itertools
 import json
-import zlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+from flax_transformer.data.text_files import STANDARD_STREAM, LineReader, text_suffix
 from flax_transformer.errors import ConfigError, InputError, check_finite, shown
 
 
@@ -76,7 +77,8 @@ class ParallelTextConfig:
 
     Each line of a text file is a sentence; the other side is another file. Each line of a .tsv file is a pair, in
     columns. Each line of a .jsonl file is a JSON object with both sides of a pair, where line breaks become spaces.
-    A .tsv or .jsonl file is named on both sides. The name of a file that gzip has compressed ends in .gz, too.
+    A .tsv or .jsonl file is named on both sides. Files that gzip, bzip2 or xz have compressed are recognised by their
+    content.
 
     Attributes:
         folder: folder of the files, relative to the working directory. A file with an absolute path does not need it.
@@ -132,68 +134,97 @@ class ParallelTextConfig:
         return dataclasses.replace(self, folder="", train_source=nameless, train_target=nameless, **names)
 
 
-# Some programs write it at the start of a UTF-8 file. It is not part of the text.
-BYTE_ORDER_MARK = "\ufeff"
+class SentenceReader(LineReader):
+    """The sentences of one side of a file. The name of the file gives its format, see `ParallelTextConfig`.
 
-
-def iterate_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a text file, plain or .gz, without their line ends ("\\n" or "\\r\\n").
-
-    Raises:
-        InputError: the file is missing, is not a gzip file although its name ends in .gz, or is not UTF-8.
-    """
-    if not path.is_file():
-        raise InputError(f"no text file at {path} (looked in {path.parent.resolve()}). Check the path.")
-    number = 0  # number of the line being read
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line in file:
-                number += 1
-                text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
-                yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, line {number}: not valid UTF-8 ({error.reason} at byte {error.start} of the line). "
-            "Convert the file, for example with iconv -t UTF-8, or mend the line."
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path}, after line {number}: not a whole gzip file ({error}). Fetch it again, or drop .gz from its name."
-        ) from error
-
-
-def iterate_sentences(path: Path, column: int, key: str) -> Iterator[str]:
-    """Yields the sentences of one side of a file. The name of the file gives its format, see `ParallelTextConfig`.
+    Args:
+        path: see `LineReader`.
+        column: column of the sentences in a .tsv file, counted from 1.
+        key: key of the sentences in a .jsonl file.
 
     Raises:
-        InputError: a line lacks the column or the key; see also `iterate_lines`.
+        InputError: a line lacks the column or the key; see also `LineReader`.
     """
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    lines = iterate_lines(path)
-    if suffix == ".tsv":
-        for number, line in enumerate(lines, start=1):
-            columns = line.split("\t")
-            if len(columns) < column:
-                raise InputError(
-                    f"{path}, line {number}: expected at least {column} columns with tabs between them, found "
-                    f"{len(columns)}. Mend the line, or set data.source_column and data.target_column."
-                )
-            yield columns[column - 1]
-    elif suffix == ".jsonl":
-        for number, line in enumerate(lines, start=1):
-            try:
-                sentence = json.loads(line)[key]
-                sentence.encode()  # fails for lone surrogates, which JSON may contain
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                sentence = None
-            if not isinstance(sentence, str):
-                raise InputError(
-                    f"{path}, line {number}: expected a JSON object with a text under the key {shown(key)}. Mend the "
-                    "line, or set data.source_key and data.target_key."
-                )
-            yield " ".join(sentence.splitlines())
-    else:
-        yield from lines
+
+    def __init__(self, path: Path, column: int, key: str):
+        super().__init__(path)
+        self._column, self._key = column, key
+        self._read_sentence = {".tsv": self._of_columns, ".jsonl": self._of_object}.get(text_suffix(path), str)
+
+    def __next__(self) -> str:
+        return self._read_sentence(super().__next__())
+
+    def _of_columns(self, line: str) -> str:
+        columns = line.split("\t")
+        if len(columns) < self._column:
+            raise InputError(
+                f"{self.name}, line {self.number}: expected at least {self._column} columns with tabs between them, "
+                f"found {len(columns)}. Mend the line, or set data.source_column and data.target_column."
+            )
+        return columns[self._column - 1]
+
+    def _of_object(self, line: str) -> str:
+        try:
+            sentence = json.loads(line)[self._key]
+            sentence.encode()  # fails for lone surrogates, which JSON may contain
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            sentence = None
+        if not isinstance(sentence, str):
+            raise InputError(
+                f"{self.name}, line {self.number}: expected a JSON object with a text under the key "
+                f"{shown(self._key)}. Mend the line, or set data.source_key and data.target_key."
+            )
+        return " ".join(sentence.splitlines())
+
+
+class PairReader:
+    """The sentence pairs of two files, or of one, in order. It is an iterator and a context manager.
+
+    Raises:
+        InputError: the two sides have different numbers of sentences, or none; see also `SentenceReader`.
+    """
+
+    def __init__(self, files: "ParallelFiles"):
+        config = files.config
+        self.number = 0
+        self._files = files
+        self._source = SentenceReader(files.source, config.source_column, config.source_key)
+        self._target = SentenceReader(files.target, config.target_column, config.target_key)
+
+    def __enter__(self) -> "PairReader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._source.__exit__()
+        self._target.__exit__()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return self
+
+    def __next__(self) -> tuple[str, str]:
+        source, target = next(self._source, None), next(self._target, None)
+        if source is None or target is None:
+            self._check_numbers()
+            raise StopIteration
+        self.number += 1
+        return source, target
+
+    def next_has_arrived(self, deadline: float) -> bool:
+        """Returns whether both sides have their next line; see `LineReader.next_has_arrived`."""
+        return self._source.next_has_arrived(deadline) and self._target.next_has_arrived(deadline)
+
+    def _check_numbers(self) -> None:
+        """Reads the side that is left. Raises an `InputError` for different numbers of sentences, or for none."""
+        for _ in itertools.chain(self._source, self._target):
+            pass
+        counts = self._source.number, self._target.number
+        if counts[0] != counts[1]:
+            raise InputError(
+                f"parallel files must have the same number of lines, but {self._files.source} has {counts[0]} and "
+                f"{self._files.target} has {counts[1]}. Line n of one must translate line n of the other."
+            )
+        if not self.number:
+            raise InputError(f"{self._files.name}: no line; at least one sentence pair is needed.")
 
 
 @dataclass(frozen=True)
@@ -221,42 +252,64 @@ class ParallelFiles:
         """SHA-256 of the files and of the settings that say how to read them. It is computed once."""
         config = self.config
         how = ("no byte order mark", config.source_column, config.target_column, config.source_key, config.target_key)
-        digest = hashlib.sha256(repr((self.source.suffixes, self.target.suffixes, how)).encode())
+        suffixes = [[suffix.lower() for suffix in path.suffixes] for path in (self.source, self.target)]
+        digest = hashlib.sha256(repr((*suffixes, how)).encode())
+        self.check(repeatedly=True)
         for path in (self.source, self.target):
-            if not path.is_file():
-                next(iterate_lines(path))  # raises an error that says why
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+    def check(self, repeatedly: bool = False) -> None:
+        """Checks what can be seen of the files without reading their lines.
+
+        Args:
+            repeatedly: whether the files are read more than once, which a pipe cannot be.
+
+        Raises:
+            InputError: there is no such file, a file cannot be read repeatedly, or both sides would be the same text.
+        """
+        config, paths = self.config, (self.source, self.target)
+        for path in paths:
+            if path != STANDARD_STREAM and (not path.exists() or path.is_dir()):
+                LineReader(path)  # raises an error that says why
+        same = self.source == self.target or (
+            STANDARD_STREAM not in paths and os.path.samefile(self.source, self.target)
+        )
+        for path in paths:
+            if (repeatedly or same) and not path.is_file():
+                raise InputError(f"{path} is a pipe or a device, and it is read twice. Write its text to a file first.")
+        if not same:
+            return
+        sides = {
+            ".tsv": ("column", config.source_column, config.target_column),
+            ".jsonl": ("key", config.source_key, config.target_key),
+        }
+        if (suffix := text_suffix(self.source)) not in sides:
+            raise InputError(
+                f"{self.source} is named for both sides, so each line would be its own translation. Name two files, or "
+                "a .tsv or .jsonl file, which has both sides."
+            )
+        name, source, target = sides[suffix]
+        if source == target:
+            raise InputError(
+                f"{self.source}: source and target are both {name} {source!r}, so each line would be its own "
+                f"translation. Set data.source_{name} and data.target_{name}."
+            )
+
+    def open(self) -> PairReader:
+        """Returns the reader of the pairs. It raises the errors of `check`."""
+        self.check()
+        return PairReader(self)
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Yields the sentence pairs in order.
 
         Raises:
-            InputError: the two sides have different numbers of sentences, or none; see also `iterate_sentences`.
+            InputError: see `check` and `PairReader`.
         """
-        config = self.config
-        sides = (
-            iterate_sentences(self.source, config.source_column, config.source_key),
-            iterate_sentences(self.target, config.target_column, config.target_key),
-        )
-        number = 0
-        while True:
-            pair = [next(side, None) for side in sides]
-            if pair[0] is None or pair[1] is None:
-                break
-            number += 1
-            yield pair[0], pair[1]
-        counts = [
-            number + (sentence is not None) + sum(1 for _ in side) for side, sentence in zip(sides, pair, strict=True)
-        ]
-        if counts[0] != counts[1]:
-            raise InputError(
-                f"parallel files must have the same number of lines, but {self.source} has {counts[0]} and "
-                f"{self.target} has {counts[1]}. Line n of one must translate line n of the other."
-            )
-        if not number:
-            raise InputError(f"{self.name}: no line; at least one sentence pair is needed.")
+        with self.open() as pairs:
+            yield from pairs
 
     def read(self) -> ParallelText:
         """Returns all pairs in memory. It raises the errors of `pairs`."""
@@ -290,8 +343,8 @@ def read_corpus(config: ParallelTextConfig) -> Corpus:
 
     weights = config.train_weights or (1.0,) * len(config.train_source)
     train = tuple(part(*each) for each in zip(config.train_source, config.train_target, weights, strict=True))
-    for path in (path for files in train for path in (files.source, files.target) if not path.is_file()):
-        next(iterate_lines(path))  # raises an error that says why
+    for files in train:
+        files.check(repeatedly=True)
     return Corpus(
         train=train,
         validation=part(config.validation_source, config.validation_target).read(),

@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from flax_transformer.data.batching import Mixture, TokenizedPairs
 from flax_transformer.data.filters import FilterConfig
@@ -21,12 +24,15 @@ from flax_transformer.data.tokenizer import (
     TokenizerConfig,
 )
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.errors import RunFolderError
+from flax_transformer.errors import RunFolderError, writing
 from flax_transformer.small_files import write_atomically
 from flax_transformer.user_cache import user_cache
 
 # File beside cached tokenizers with the fingerprint that they were learnt with.
 FINGERPRINT = "fingerprint.txt"
+
+# Number of pairs that show what normalisation changes. They are normalised once more, at each start.
+MAX_PAIRS_LOOKED_AT = 10_000
 
 
 def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> TokenizerPair:
@@ -50,8 +56,9 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
     tokenizers = TokenizerPair.train(*_sample(parts, config.max_training_pairs), config, names)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
     try:
-        tokenizers.save(partial)
-        write_atomically(partial / FINGERPRINT, tokenizers.fingerprint)
+        with writing(partial):
+            tokenizers.save(partial)
+            write_atomically(partial / FINGERPRINT, tokenizers.fingerprint)
         partial.rename(folder / key)
     except OSError:
         if not (folder / key).is_dir():  # else another process has made the same folder
@@ -76,6 +83,42 @@ def _sample(parts: Sequence[TextPart], most: int) -> tuple[list[str], list[str]]
                     chosen.append(pair)
             number += 1
     return [source for source, _ in chosen], [target for _, target in chosen]
+
+
+class NormalizedLines(NamedTuple):
+    """The lines of training text that normalisation changes, in more than their spaces.
+
+    Attributes:
+        num_changed: number of changed lines.
+        num_lines: number of lines that were looked at, of both sides.
+        before: part of the first changed line; empty without one.
+        after: the same part after normalisation.
+    """
+
+    num_changed: int
+    num_lines: int
+    before: str = ""
+    after: str = ""
+
+
+def normalized_lines(parts: Sequence[TextPart], tokenizers: TokenizerPair) -> NormalizedLines:
+    """Returns how many lines normalisation changes, among the first ones of each part."""
+    pairs = [
+        pair for part in parts for pair in itertools.islice(part.pairs(), max(1, MAX_PAIRS_LOOKED_AT // len(parts)))
+    ]
+    found = NormalizedLines(0, 2 * len(pairs))
+    for side, tokenizer in enumerate((tokenizers.source, tokenizers.target)):
+        # Normalisation leaves other lines as they are.
+        lines = [pair[side] for pair in pairs if not (pair[side].isascii() and pair[side].isprintable())]
+        for line, normal in zip(lines, tokenizer.normalized(lines), strict=True):
+            before, after = "".join(line.split()), "".join(normal.split())
+            if before != after:
+                found = found._replace(num_changed=found.num_changed + 1)
+                if found.num_changed == 1:
+                    place = len(os.path.commonprefix([before, after]))
+                    part = slice(max(0, place - 10), place + 10)
+                    found = found._replace(before=before[part], after=after[part])
+    return found
 
 
 def prepare_training_pairs(
@@ -106,7 +149,8 @@ def prepare_training_pairs(
         samples = [SubwordSample(sampling.alpha, number) for number in range(sampling.variants)]
     variants = []
     for sample in samples:
-        tokens = tokenized_parts(parts, tokenizers, user_cache("tokens"), sample)
+        with writing(folder := user_cache("tokens")):
+            tokens = tokenized_parts(parts, tokenizers, folder, sample)
         mixture = Mixture(tokens.ends, tuple(float(part.weight) for part in parts), tuple(part.name for part in parts))
         variants.append(
             TokenizedPairs(

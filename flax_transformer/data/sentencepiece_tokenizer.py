@@ -28,6 +28,9 @@ LANGUAGE = re.compile(">>.*?<<", re.DOTALL)
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
+# SentencePiece does not learn from longer lines. This is its default, and is not set, since a model stores what is set.
+MAX_LEARNT_BYTES = 4_192
+
 # A unigram model depends on the number of training threads. A fixed number makes it reproducible.
 TRAINING_THREADS = 1
 
@@ -68,9 +71,15 @@ class SentencePieceTokenizer:
             name: name of the text in messages.
 
         Raises:
-            InputError: the text is empty, or has fewer pieces than `vocab_size`.
+            InputError: no line is left to learn from, or the text has fewer pieces than `vocab_size`.
         """
         buffer = io.BytesIO()
+        lines = list(lines)
+        if not any(0 < len(line.encode(errors="replace")) <= MAX_LEARNT_BYTES for line in lines):
+            raise InputError(
+                f"SentencePiece cannot learn from {name}: of its {len(lines):,} lines, each is empty or longer than "
+                f"{MAX_LEARNT_BYTES:,} bytes, and such lines are left out. Give text with one sentence a line."
+            )
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines),
@@ -88,7 +97,7 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = str(error).split("] ")[-1].strip()
+            reason = str(error).split("] ")[-1].strip() or "no character is left after normalisation."
             raise InputError(
                 f"SentencePiece cannot learn tokenizer.vocab_size = {config.vocab_size} pieces from {name}: "
                 f"{reason} Give more text, or a vocab_size between the number of distinct characters and the limit "
@@ -172,6 +181,10 @@ class SentencePieceTokenizer:
         Byte pieces can spell a line end, which becomes a space.
         """
         return self._processor.decode(list(ids)).replace("\n", " ")
+
+    def normalized(self, lines: Sequence[str]) -> list[str]:
+        """Returns the text of each line that is cut into pieces. Spaces may differ from those of the line."""
+        return [line.replace(WORD_START, " ") for line in self._processor.normalize(list(lines))]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the surface form of each id."""

@@ -5,6 +5,7 @@ when it is complete. So a process that is killed never leaves a partial cache un
 checksum, which is checked when a cache is opened. A damaged cache is made again.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -177,8 +178,9 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
             file.flush()
             os.fsync(file.fileno())
     finally:
-        for file in files.values():
-            file.close()
+        with contextlib.ExitStack() as stack:  # closes every file, also if a full disk makes one fail
+            for file in files.values():
+                stack.callback(file.close)
     checksums = {name: digest.hexdigest() for name, digest in digests.items()}
     write_atomically(folder / "meta.json", json.dumps(sealed({"ends": ends, "checksums": checksums})))
 

@@ -65,7 +65,8 @@ class TokenizerConfig:
         character_coverage: share of the characters of the training text that get a piece, from 0.98 to 1. Other
             characters become unknown tokens.
         normalization: normalisation of the text before it is cut. "nmt_nfkc" is SentencePiece's default, a variant of
-            Unicode NFKC. "identity" changes nothing, for text that is tokenised already.
+            Unicode NFKC. For instance, it makes the zero-width non-joiner of Persian a space. A training says how many
+            lines it changes. "identity" changes nothing, for such text and for text that is tokenised already.
         max_training_pairs: maximum number of sentence pairs to learn from, spread evenly over the training text. They
             must fit in memory. SentencePiece leaves out very long lines.
     """
@@ -190,6 +191,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, in one line without a line end. Special ids other than unknown add no text."""
+        ...
+
+    def normalized(self, lines: Sequence[str]) -> list[str]:
+        """Returns the text of each line that is cut into pieces. Spaces may differ from those of the line."""
         ...
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

@@ -81,6 +81,7 @@ class BeamSearchConfig:
         num_awaited: number of finished hypotheses that a sentence waits for; None waits for K. With `exact`, the first
             `num_awaited` results are the best that the search can find.
         refill_at: number of slots that must be done before sentences that wait take them.
+        excluded: tokens that no hypothesis contains, such as padding. They cost nothing, unlike a logits processor.
     """
 
     beam_size: int
@@ -92,6 +93,7 @@ class BeamSearchConfig:
     stop: StopRule = "exact"
     num_awaited: int | None = None
     refill_at: int = 1
+    excluded: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("beam_size", "num_slots", "max_length", "refill_at"):
@@ -252,7 +254,7 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
     previous = jnp.take_along_axis(state.live.buffer.tokens, last, axis=2)[:, :, 0]
     previous = jnp.where(state.steps[:, None] == 0, config.start_token, previous)
     logits, auxiliary, decoder = functions.step(previous, state.decoder)
-    select = best_candidates if request.selector is None else request.selector
+    select = request.selector or functools.partial(best_candidates, excluded=config.excluded)
     progress = Progress(state.live.buffer.tokens, state.steps, state.sentences)
     candidates = select(state.live.scores, logits, 2 * beams, progress, request.processors)
     extended = append_tokens(state.live.buffer, state.steps, candidates, auxiliary)  # [B, 2K, T]

@@ -64,14 +64,20 @@ def best_candidates(
     num: int,
     progress: Progress,
     processors: Sequence[LogitsProcessor],
+    excluded: tuple[int, ...] = (),
 ) -> Candidates:
     """Returns the `num` most probable extensions of all beams, best first (a `CandidateSelector`).
 
     The best tokens of each beam are found first, then the best of all beams. Without processors, log-probabilities are
     computed only for the best tokens of each beam. Log-probabilities are not normalised again after processors. Ties
     go to the lower beam, then to the lower token.
+
+    Args:
+        live_scores, logits, num, progress, processors: see `CandidateSelector`.
+        excluded: tokens that are no candidates. The first K candidates are right for any of them, and so are the first
+            K without an end token: a beam offers its best K + 1 tokens, or more, after those that are excluded.
     """
-    per_beam = min(num, logits.shape[-1])
+    per_beam = min(max(num, logits.shape[1] + 1 + len(excluded)), logits.shape[-1])
     if processors:
         ranked = log_probabilities(logits)
         for processor in processors:
@@ -83,7 +89,10 @@ def best_candidates(
         highest = jnp.max(top, axis=-1, keepdims=True)  # not top[..., :1]: XLA would then sort everything
         log_probs = (top - highest) - jnp.log(sum_of_exponentials(logits, highest))
     scores = live_scores[:, :, None] + log_probs
-    scores = jnp.where(is_possible(top), scores, MASKED)  # a suppressed token is no candidate
+    allowed = is_possible(top)  # a suppressed token is no candidate
+    for token in excluded:
+        allowed &= top_tokens != token
+    scores = jnp.where(allowed, scores, MASKED)
     best, flat = jax.lax.top_k(scores.reshape(scores.shape[0], -1), num)  # [B, K * per_beam] -> [B, num]
 
     def chosen(x: Array) -> Array:

@@ -93,10 +93,12 @@ class LexicalConstraints:
     Attributes:
         phrases: [N, Q, P], `ANY` after each phrase's end; a phrase of `ANY` alone is empty.
         end_token: token that ends a hypothesis.
+        excluded: tokens that no hypothesis contains.
     """
 
     phrases: Int[Array, "N Q P"]
     end_token: int = static_field()
+    excluded: tuple[int, ...] = static_field(default=())
 
     def __call__(
         self,
@@ -116,8 +118,10 @@ class LexicalConstraints:
         log_probs = log_probabilities(logits)
         for processor in processors:
             log_probs = processor(log_probs, progress)
-        may_end = jnp.all(contained, axis=2)[:, :, None] | (jnp.arange(vocab_size) != self.end_token)[None, None, :]
-        log_probs = jnp.where(may_end, log_probs, MASKED)
+        token = jnp.arange(vocab_size)
+        may_end = jnp.all(contained, axis=2)[:, :, None] | (token != self.end_token)[None, None, :]
+        allowed = jnp.isin(token, jnp.array(self.excluded, jnp.int32), invert=True)[None, None, :]
+        log_probs = jnp.where(may_end & allowed, log_probs, MASKED)
 
         # --- the most probable tokens of each beam, and those that continue a phrase
         likely_log_probs, likely = best_of_vocabulary(log_probs, min(num, vocab_size))

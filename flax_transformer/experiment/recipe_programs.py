@@ -108,6 +108,7 @@ class RecipePrograms:
             decoding.stop,
             num_awaited(decoding, 1),
             refill_at=ProgramOptions().refill_at(decoding.batch_size // mesh.size),
+            excluded=tuple(sorted(SPECIAL.never_in_outputs)),
         )
         sharding = replicated_sharding(mesh)  # a copy on every device
         graphdef, params = self.prepared()

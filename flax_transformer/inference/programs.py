@@ -62,7 +62,6 @@ class Programs:
     Attributes:
         parameters: parameters of the model on its devices, with the programs compiled so far.
         constraints: settings, tokenizer and limits of the outputs.
-        suppress_start: whether a beam search must exclude padding and start tokens. Some models find these probable.
         num_beams: number of hypotheses that are kept, or drawn, for each sentence.
         num_awaited: number of finished hypotheses that a beam search waits for.
         attention: whether the attention over the source is returned.
@@ -71,7 +70,6 @@ class Programs:
 
     parameters: Parameters
     constraints: Constraints
-    suppress_start: bool
     num_beams: int
     num_awaited: int
     attention: bool
@@ -109,6 +107,7 @@ class Programs:
                 decoding.stop,
                 self.num_awaited,
                 refill_at=self.options.refill_at(slots),
+                excluded=tuple(sorted(special.never_in_outputs)),
             ),
             decoding.sampling,
             decoding.no_repeat_ngram,
@@ -159,8 +158,7 @@ class Programs:
         """Returns [vocabulary], True for tokens that no output may contain; an empty array if all are allowed."""
         target, decoding = self.constraints.target, self.constraints.decoding
         ids = set(self.constraints.suppress_tokens.values())
-        # A beam never finds padding or start probable in a trained model, but sampling may draw any token.
-        if decoding.method == "sampling" or self.suppress_start:
+        if decoding.method == "sampling":  # a beam search excludes them by itself
             ids |= target.special.never_in_outputs
         if decoding.suppress_unknown and target.special.unknown is not None:
             ids.add(target.special.unknown)

@@ -1,12 +1,14 @@
 """Requests: the ids and limits of each sentence for a search."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flax_transformer.config.recipe import DecodingConfig
+from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.errors import ConfigError, InputError, shown
+from flax_transformer.errors import ConfigError, InputError, as_texts, shown
 from flax_transformer.inference.chunks import Shape, length_bucket
 from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
@@ -18,9 +20,10 @@ class Request:
     """The input of a search for one sentence. It does not depend on other sentences.
 
     Attributes:
-        sentence: the raw text.
+        sentence: the raw text, or its first `MAX_CHARACTERS`.
         source: ids that the encoder reads, end token included; empty for a sentence without a token.
-        num_tokens: number of tokens of the whole sentence, without the end token.
+        num_tokens: number of tokens of this text, without the end token.
+        truncated: whether the sentence was cut because it is too long.
         prefix: ids that the outputs begin with.
         required: phrases that the outputs must contain.
         phrases: ids of each required phrase.
@@ -32,17 +35,13 @@ class Request:
     sentence: str
     source: list[int]
     num_tokens: int
+    truncated: bool
     prefix: list[int]
     required: list[str]
     phrases: list[list[int]]
     seed: int
     max_length: int
     shape: Shape
-
-    @property
-    def truncated(self) -> bool:
-        """Whether the sentence was cut because it is too long for the model."""
-        return self.num_tokens >= max(len(self.source), 1)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class RequestReader:
         Raises:
             InputError: the text is not valid Unicode, or a prefix or phrase is impossible or contradicts a setting.
         """
-        return self._read(sentence, self.source.encode([sentence])[0], prefix, required)
+        return self._read(sentence, self.source.encode([sentence[:MAX_CHARACTERS]])[0], prefix, required)
 
     def _read(self, sentence: str, ids: list[int], prefix: Prefix, required: Sequence[str]) -> Request:
         constraints, longest = self.constraints, self.constraints.longest + 1
@@ -84,40 +83,47 @@ class RequestReader:
             _power_of_two(max(map(len, phrases)), longest) if phrases else 0,
         )
         max_length = constraints.max_length(len(source), len(forced) + sum(map(len, phrases)))
+        truncated = len(ids) >= self.max_source_length or is_cut(sentence)
+        sentence = sentence[:MAX_CHARACTERS]
         seed = _seed(constraints.decoding.seed, sentence)
-        return Request(sentence, source, len(ids), forced, list(required), phrases, seed, max_length, shape)
+        return Request(sentence, source, len(ids), truncated, forced, list(required), phrases, seed, max_length, shape)
 
     def read_all(
         self,
-        sentences: Sequence[str],
-        prefixes: Sequence[Prefix] | None = None,
-        required: Sequence[Sequence[str]] | None = None,
+        sentences: Iterable[Any],
+        prefixes: Iterable[Any] | None = None,
+        required: Iterable[Any] | None = None,
     ) -> list[Request | NoTranslation]:
         """Returns the request for each sentence, or the reason why it has none. Sentences do not affect each other.
 
         Raises:
-            ConfigError: settings that contradict each other, or lists of the wrong length.
+            ConfigError: settings that contradict each other, lists of the wrong length, or an item that is no text.
         """
         self.constraints.check_settings()
-        _check_lists(len(sentences), prefixes, required)
+        sentences = as_texts("sentences", sentences)
+        prefixes = _prefixes(len(sentences), prefixes)
+        required = _required(len(sentences), required)
         found: list[Request | NoTranslation] = []
         for number, (sentence, ids) in enumerate(zip(sentences, encode_each(self.source, sentences), strict=True)):
-            prefix = "" if prefixes is None else prefixes[number]
-            phrases = () if required is None else required[number]
             try:
                 if isinstance(ids, InputError):
                     raise ids
-                found.append(self._read(sentence, ids, prefix, phrases))
+                found.append(self._read(sentence, ids, prefixes[number], required[number]))
             except InputError as reason:
                 # A traceback would keep the requests of all sentences in memory.
                 found.append(NoTranslation(sentence, reason.with_traceback(None)))
         return found
 
 
+def is_cut(text: str) -> bool:
+    """Returns whether a text has so many characters that only its beginning is tokenised."""
+    return len(text) > MAX_CHARACTERS
+
+
 def encode_each(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int] | InputError]:
-    """Returns the ids of each line, or the error of a line that cannot be tokenised."""
+    """Returns the ids of each line's first `MAX_CHARACTERS`, or the error of a line that cannot be tokenised."""
     try:
-        return list(tokenizer.encode(lines))
+        return list(tokenizer.encode([line[:MAX_CHARACTERS] for line in lines]))
     except InputError as reason:
         if len(lines) == 1:
             return [reason]
@@ -164,16 +170,39 @@ def num_awaited(decoding: DecodingConfig, num_hypotheses: int) -> int:
     return num_hypotheses if decoding.stop == "exact" else num_beams(decoding, num_hypotheses)
 
 
-def _check_lists(
-    num_sentences: int, prefixes: Sequence[Prefix] | None, required: Sequence[Sequence[str]] | None
-) -> None:
-    """Raises a `ConfigError` unless prefixes and required phrases are lists with one for each sentence."""
-    for name, each in (("prefixes", prefixes), ("required", required)):
-        if each is not None and (isinstance(each, str) or len(each) != num_sentences):
-            raise ConfigError(f"{name} must be a list with one for each of the {num_sentences} sentences.")
-    for number, texts in enumerate(required or (), start=1):
+def _prefixes(num_sentences: int, prefixes: Iterable[Any] | None) -> list[Prefix]:
+    """Returns the prefix of each sentence: text, or a list of piece names. None is no prefix.
+
+    Raises:
+        ConfigError: not a list with one for each sentence, or an item that is neither text nor a list of texts.
+    """
+    return [
+        prefix if isinstance(prefix, str) else as_texts(f"prefixes[{number}]", prefix)
+        for number, prefix in enumerate(_one_each("prefixes", num_sentences, prefixes, ""))
+    ]
+
+
+def _required(num_sentences: int, required: Iterable[Any] | None) -> list[list[str]]:
+    """Returns the required phrases of each sentence. None is no phrase.
+
+    Raises:
+        ConfigError: not a list with one for each sentence, or an item that is no list of texts.
+    """
+    each = _one_each("required", num_sentences, required, [])
+    for number, texts in enumerate(each, start=1):
         if isinstance(texts, str):
             raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({shown(texts)}).")
+    return [as_texts(f"required[{number}]", texts) for number, texts in enumerate(each)]
+
+
+def _one_each(name: str, num_sentences: int, values: Any, nothing: Any) -> list[Any]:
+    """Returns a value for each sentence, `nothing` in place of None. Raises a `ConfigError` for another number."""
+    if values is None:
+        return [nothing] * num_sentences
+    found = None if isinstance(values, str | bytes) or not isinstance(values, Iterable) else list(values)
+    if found is None or len(found) != num_sentences:
+        raise ConfigError(f"{name} must be a list with one for each of the {num_sentences} sentences.")
+    return [nothing if value is None else value for value in found]
 
 
 def _seed(seed: int, sentence: str) -> int:

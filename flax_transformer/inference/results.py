@@ -64,9 +64,7 @@ class ResultReader:
 
     def empty(self, request: Request) -> Translation:
         """Returns the answer for a sentence without a token: an empty output, which lacks all required phrases."""
-        if not request.required:
-            return EMPTY
-        return Translation([dataclasses.replace(EMPTY.hypotheses[0], missing=request.required)])
+        return Translation([dataclasses.replace(EMPTY.hypotheses[0], missing=request.required)], request.truncated)
 
     def _hypotheses(self, request: Request, found: Hypotheses, row: int) -> list[Hypothesis]:
         """Returns the distinct outputs of a sentence, best first; an empty list if it has none."""

@@ -1,8 +1,9 @@
 """The scores that a model gives to existing translations."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,10 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import DivergenceError, InputError, shown
+from flax_transformer.errors import DivergenceError, InputError, as_texts, shown
 from flax_transformer.inference.chunks import length_bucket
-from flax_transformer.inference.requests import encode_each
+from flax_transformer.inference.requests import encode_each, is_cut
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import all_devices_sharding
@@ -119,7 +121,7 @@ class Scorer:
         self.translator = translator
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str], length_penalty: str | None = None
+        self, sources: Iterable[Any], targets: Iterable[Any], length_penalty: str | None = None
     ) -> list[PairScore | NoScore]:
         """Returns the score of each pair, or the reason why it has none.
 
@@ -127,14 +129,15 @@ class Scorer:
         model. The same holds if only its source is empty, or if its text is not valid Unicode.
 
         Args:
-            sources, targets: equal numbers of lines of raw text. A source that is too long for the model is cut, as in
-                `translate`.
+            sources, targets: equal numbers of lines of raw text, in any iterable. A source that is too long for the
+                model is cut, as in `translate`.
             length_penalty: length penalty, such as "gnmt:0.6"; None takes the run's own.
 
         Raises:
             InputError: unequal numbers of lines.
-            ConfigError: an invalid length penalty.
+            ConfigError: an invalid length penalty, or an item that is no text.
         """
+        sources, targets = as_texts("sources", sources), as_texts("targets", targets)
         if len(sources) != len(targets):
             raise InputError(
                 f"every source needs its target, but there are {len(sources)} sources and {len(targets)} targets."
@@ -142,9 +145,16 @@ class Scorer:
         tokenizers = self.translator.tokenizers
         encoded = encode_each(tokenizers.source, sources), encode_each(tokenizers.target, targets)
         faults = {n: each for side in encoded for n, each in enumerate(side) if isinstance(each, InputError)}
+        most = f"its target has more than {MAX_CHARACTERS:,} characters, and no model makes such an output."
+        faults |= {n: InputError(most) for n, target in enumerate(targets) if is_cut(target)}
         source_ids, target_ids = ([[] if isinstance(each, InputError) else each for each in side] for side in encoded)
         scores = self.score_ids(source_ids, target_ids, length_penalty)
-        return [NoScore(targets[n], faults[n]) if n in faults else score for n, score in enumerate(scores)]
+        for n, score in enumerate(scores):
+            if n in faults:
+                scores[n] = NoScore(targets[n], faults[n])
+            elif is_cut(sources[n]) and isinstance(score, PairScore):
+                scores[n] = dataclasses.replace(score, truncated=True)
+        return scores
 
     def score_ids(
         self,

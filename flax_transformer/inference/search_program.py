@@ -275,7 +275,9 @@ def search_on_device(graphdef: Any, spec: SearchConfig, params: Any, inputs: Sea
         filled = functions.refill(empty, slots >= 0, slots)
         found = sample(functions, beam, spec.sampling, filled, inputs.max_lengths, inputs.seeds, processors)
     else:
-        constraints = LexicalConstraints(inputs.required, beam.end_token) if inputs.required.shape[1] else None
+        constraints = None
+        if inputs.required.shape[1]:
+            constraints = LexicalConstraints(inputs.required, beam.end_token, beam.excluded)
         coverage = CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
         found = beam_search(functions, beam, empty, inputs.max_lengths, processors, constraints, coverage)
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)

@@ -1,7 +1,7 @@
 """Translation from text to text: requests, programs that search, and answers in the order of the sentences."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean, shown
-from flax_transformer.inference.constraints import Constraints, Prefix
+from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, replicated
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
@@ -170,7 +170,6 @@ class Translator:
         return Programs(
             self.parameters,
             requests.constraints,
-            self.model.suppress_start,
             num_beams(self.decoding, num_hypotheses),
             num_awaited(self.decoding, num_hypotheses),
             attention,
@@ -179,11 +178,11 @@ class Translator:
 
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[Any],
         *,
         num_hypotheses: int = 1,
-        prefixes: Sequence[Prefix] | None = None,
-        required: Sequence[Sequence[str]] | None = None,
+        prefixes: Iterable[Any] | None = None,
+        required: Iterable[Any] | None = None,
         attention: bool = False,
         **changes: Any,
     ) -> list[Translation | NoTranslation]:
@@ -193,7 +192,8 @@ class Translator:
         output. Other sentences are not affected. An empty sentence has an empty translation.
 
         Args:
-            sentences: raw text.
+            sentences: raw text, in any iterable such as a list, a generator, or a column of a table. Of a text that is
+                too long for the model only the beginning is translated.
             num_hypotheses: most outputs for each sentence: the best of the beam, or samples.
             prefixes: beginning of each sentence's outputs: text, or a list of piece names (see `Hypothesis.tokens`),
                 such as a token for the language of the output.
@@ -204,10 +204,8 @@ class Translator:
 
         Raises:
             ConfigError: a setting is out of range, unknown or contradicts another. Or an argument is a string instead
-                of a list, or a list of the wrong length.
+                of a list, a list of the wrong length, or has an item that is no text.
         """
-        if isinstance(sentences, str):
-            raise ConfigError("translate takes a list of sentences; put a single one into a list: translate([text]).")
         if changes:
             other = self.with_decoding(changed(self.decoding, changes))
             return other.translate(
@@ -223,7 +221,7 @@ class Translator:
             answers[found.index] = results.read(waiting[found.index], found.hypotheses, found.row)
         return answers
 
-    def compile(self, sentences: Sequence[str], reserved_bytes: int = 0) -> None:
+    def compile(self, sentences: Iterable[Any], reserved_bytes: int = 0) -> None:
         """Compiles all programs of `translate(sentences)`, for every device. A lack of memory is then found now.
 
         Without this call, `translate` compiles a program for a device when that device first needs it.

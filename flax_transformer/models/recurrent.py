@@ -63,7 +63,6 @@ class RecurrentConfig:
 
     kind: ClassVar[str] = "rnn"
     supports_packing: ClassVar[bool] = False  # the state of one pair would run on into the next pair of the row
-    suppress_start: ClassVar[bool] = False
 
     model_dim: int = 128
     hidden_dim: int = 256

@@ -129,11 +129,6 @@ class TransformerConfig:
                 check_dropout_rate(f"model.{name}", getattr(self, name))
 
     @property
-    def suppress_start(self) -> bool:
-        """Whether outputs may not contain the start token. Models imported from MarianMT have not learnt it."""
-        return self.output_bias
-
-    @property
     def description(self) -> str:
         """The model in a few words."""
         depth = f"{self.num_encoder_layers}+{self.num_decoder_layers}"
