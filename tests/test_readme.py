@@ -123,7 +123,7 @@ def test_named_files_exist(file):
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_each_test_that_a_table_names_is_there(file):
     there = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         there |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)}
     rows = re.findall(r"^\|.*$", (ROOT / "docs" / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
     named = set(re.findall(r"`(test_\w+)`", "\n".join(rows)))
