@@ -74,8 +74,8 @@ def best_candidates(
 
     Args:
         live_scores, logits, num, progress, processors: see `CandidateSelector`.
-        excluded: tokens that are no candidates. The first K candidates are right for any of them, and so are the first
-            K without an end token: a beam offers its best K + 1 tokens, or more, after those that are excluded.
+        excluded: tokens that are no candidates. Each beam offers at least its best K + 1 other tokens. So neither the
+            first K candidates nor the first K without an end token are missed.
     """
     per_beam = min(max(num, logits.shape[1] + 1 + len(excluded)), logits.shape[-1])
     if processors:

@@ -14,6 +14,9 @@ from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
 from flax_transformer.models.build import ModelConfig
 
+# XLA numbers the candidates of all beams of a sentence with 32 bits. A beam has two candidates for each place.
+MOST_BEAMS = 30_000
+
 
 @dataclass(frozen=True)
 class Request:
@@ -141,6 +144,10 @@ def check_call(
     if required and decoding.method != "beam":
         raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
     beams = num_beams(decoding, num_hypotheses)
+    if beams > MOST_BEAMS:
+        raise ConfigError(
+            f"decoding.beam_size (of sampling: the number of samples) must be at most {MOST_BEAMS:,}, got {beams:,}."
+        )
     if 0 < decoding.mbr_samples < num_hypotheses:
         raise ConfigError(
             f"num_hypotheses ({num_hypotheses}) and decoding.mbr_samples ({decoding.mbr_samples}) contradict each "

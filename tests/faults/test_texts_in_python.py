@@ -95,3 +95,8 @@ def test_a_text_of_a_million_characters_is_cut_before_it_is_tokenised(translator
     scores = Scorer(translator).score([" " * MAX_CHARACTERS + "one", "one"], ["", "eins" * MAX_CHARACTERS])
     assert isinstance(scores[0], PairScore) and scores[0].truncated
     assert isinstance(scores[1], NoScore) and "has more than 1,000,000 characters" in str(scores[1].reason)
+
+
+def test_a_beam_beyond_what_can_be_numbered_is_refused(translator):
+    with pytest.raises(ConfigError, match=r"decoding.beam_size .* must be at most 30,000, got 99,999,999"):
+        translator.translate(["one"], beam_size=99_999_999)
