@@ -194,7 +194,7 @@ def test_the_search_stops_as_soon_as_nothing_can_change():
 
     start = jnp.zeros((), jnp.int32)
     functions = DecoderFunctions(step, lambda s, _: s, lambda s, *_: s)
-    jax.block_until_ready(beam_search(functions, config, start, jnp.array([50])))
+    jax.block_until_ready(jax.jit(functools.partial(beam_search, functions, config))(start, jnp.array([50])))
     jax.effects_barrier()
     # "END" (0.01) finishes in step 1, "a END" (0.989) in step 2, and all that is left has less than 0.001.
     assert len(steps_taken) == 2
@@ -214,7 +214,8 @@ def test_a_search_that_must_be_sure_takes_as_many_steps_as_a_plain_one(penalty):
         return jnp.where(fresh, sentences, slots)
 
     start = jnp.zeros((1,), jnp.int32)
-    beam_search(DecoderFunctions(step, lambda s, _: s, refill), config, start, jnp.full((40,), 10))
+    functions = DecoderFunctions(step, lambda s, _: s, refill)
+    jax.block_until_ready(jax.jit(functools.partial(beam_search, functions, config))(start, jnp.full((40,), 10)))
     jax.effects_barrier()
     steps = np.bincount(taken, minlength=40).tolist()
     assert steps == [plain_search(chain, 2, 10, penalty, 2, "sure")[1] for chain in chains]
@@ -385,10 +386,11 @@ def test_a_slot_costs_nothing_once_its_sentence_is_done():
         return jnp.where(fresh, sentences, slots)
 
     start = jnp.zeros((3,), jnp.int32)
-    found = beam_search(DecoderFunctions(step, lambda s, _: s, refill), config, start, jnp.full((9,), 40))
+    functions = DecoderFunctions(step, lambda s, _: s, refill)
+    found = jax.device_get(jax.jit(functools.partial(beam_search, functions, config))(start, jnp.full((9,), 40)))
     jax.effects_barrier()
     assert len(steps_taken) <= 42
-    assert [len(outputs(jax.device_get(found), n)[0][0]) for n in range(9)] == [40] + [1] * 8
+    assert [len(outputs(found, n)[0][0]) for n in range(9)] == [40] + [1] * 8
 
 
 @pytest.mark.slow
@@ -413,7 +415,7 @@ def test_less_patience_stops_sooner_and_is_still_sure_of_the_first():
         config = BeamSearchConfig(4, 1, 12, START, END, LengthPenalty.parse("none"), patience=patience)  # one by one
         limits, start = jnp.full((30,), 12), jnp.zeros((1,), jnp.int32)
         functions = DecoderFunctions(step, lambda s, _: s, lambda s, f, n: jnp.where(f, n, s))
-        beam_search(functions, config, start, limits)
+        jax.block_until_ready(jax.jit(functools.partial(beam_search, functions, config))(start, limits))
         jax.effects_barrier()
         steps[patience] = len(taken)
     assert steps[0.25] < steps[1.0]
@@ -443,7 +445,7 @@ def test_beams_carry_their_own_state():
 
     start = jnp.zeros((1, beams), jnp.int32)
     functions = DecoderFunctions(step, reorder, lambda s, *_: s)
-    found = jax.device_get(beam_search(functions, config, start, jnp.array([limit])))
+    found = jax.device_get(jax.jit(functools.partial(beam_search, functions, config))(start, jnp.array([limit])))
     log_p = np.asarray(jax.nn.log_softmax(table), np.float64)
     for tokens, score, _ in outputs(found):
         padded = (START, START, *tokens)

@@ -536,11 +536,12 @@ def test_token_ids_are_those_of_transformers(reference):
 def test_logits_are_those_of_transformers(reference):
     ours, expected, order = reference
     model = nnx.merge(ours.parameters.graphdef, ours.params)
+    run = jax.jit(lambda model, batch: model.output_projection().logits(model(batch)))
     for source, target, logits in zip(expected["source_ids"], expected["target_ids"], expected["logits"], strict=False):
-        tokens = [jnp.asarray([order[ids]], jnp.int32) for ids in (source, target)]
-        places = [jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in tokens]
-        batch = Batch(tokens[0], places[0], jnp.ones_like(tokens[0]), tokens[1], places[1], jnp.ones_like(tokens[1]))
-        found = np.asarray(model.output_projection().logits(model(batch)))[0]
+        tokens = [np.asarray([order[ids]], np.int32) for ids in (source, target)]
+        places = [np.arange(x.shape[1], dtype=np.int32)[None] for x in tokens]
+        batch = Batch(tokens[0], places[0], np.ones_like(tokens[0]), tokens[1], places[1], np.ones_like(tokens[1]))
+        found = np.asarray(run(model, batch))[0]
         np.testing.assert_allclose(found[:, order], logits, rtol=1e-4, atol=1e-4)
     assert len(expected["logits"]) == 5
 
