@@ -89,7 +89,7 @@ def run_reference(reference: Mapping[str, np.ndarray]) -> Outcome:
         *positions_and_segments(target, reference["target_lengths"]),
     )
 
-    # Not compiled as one program: compiling that takes longer than the small operations that cases have in common.
+    @jax.jit
     def compute(parameters: Any, batch: Batch) -> tuple[jax.Array, LossSums, Any]:
         def loss(parameters: Any) -> tuple[jax.Array, LossSums]:
             sums = batch_loss(nnx.merge(graphdef, parameters), batch, Objective(case["label_smoothing"]), None)
