@@ -7,9 +7,9 @@
 The model is the paper's base size in bfloat16. Nothing is run: there are no times here, and no numbers to compare with
 any other machine.
 
-Exit codes: 0 as it should be; 1 when the search talks between devices, the train step does not, a program copies arrays
-whole to every device or has a form that only a CPU is given, or a device draws random bits that are not its own; 2
-usage, or a program does not fit a device.
+Exit code 1 means a wrong program. The search must not communicate between devices, and the train step must. No program
+copies whole arrays to every device, or has a form that only a CPU is given. A device draws only its own random bits.
+Exit code 2 means wrong usage, or a program that does not fit a device.
 """
 
 import sys

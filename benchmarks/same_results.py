@@ -1,46 +1,40 @@
 """Whether two commits compute the same on this machine, to the bit.
 
-    python benchmarks/same_results.py BEFORE AFTER --data FOLDER [--work FOLDER] [--time differing]
+    python benchmarks/same_results.py BEFORE AFTER [--data FOLDER] [--work FOLDER] [--time differing]
 
 Each commit runs from its own files, by its commands alone, so the two may differ inside in any way. AFTER trains by the
-complete configuration that BEFORE wrote into its run folder: no default can differ. Compared are
+complete configuration that BEFORE wrote into its run folder: no default can differ. These are compared:
 
-    training      every step's loss, gradient norm and learning rate; validation; checksums of parameters and optimiser;
-                  tokenizer files; translations of the test part
-    translation   n-best lists with scores of runs that BEFORE trained, in float32 and with 8-bit weights, as bytes
-    export        the MarianMT folder of a run that BEFORE trained, as bytes
-    programs      what XLA made of the train step, the evaluation step and the search, as text (see program_text.py)
+    training: loss, gradient norm and learning rate of every step, validation, checksums of the state, tokenizer files.
+    translation: bytes of n-best lists with scores of runs that BEFORE trained, in float32 and with 8-bit weights.
+    export: bytes of the MarianMT folder of a run that BEFORE trained.
+    programs: text that XLA made of the train step, the evaluation step and the search (commits/program_text.py).
 
-Where programs differ, `--time differing` shows what that costs: training steps and translations of both commits in
-turns, and the 95 % interval of the mean ratio of their times. An interval that excludes a loss of 5 % is accepted.
+If programs differ, `--time differing` runs training steps and translations of both commits in turns. It prints the 95 %
+interval of the mean ratio of their times. An interval that excludes a loss of one twentieth is accepted.
 
-What a commit computes is kept under WORK/HASH, so that a baseline is computed once; what depends on BEFORE as well has
-its hash in its name.
+The results of a commit are kept under WORK/HASH, so a baseline is computed once. Results that also depend on BEFORE
+have its hash in their names.
 
-Exit codes: 0 all that must be equal is; 1 something is not, or a command failed; 2 usage.
+Exit code 0 means that all results are equal. 1 means a difference or a failed command, and 2 wrong usage.
 """
 
 import dataclasses
-import gzip
 import itertools
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
-from commit import Commit, Failed, check_out, kept
-from program_text import read_program
-from scipy import stats
-from verdicts import (
+from commits.commit import Commit, Failed, check_out, kept
+from commits.program_text import read_program
+from commits.verdicts import (
     Verdict,
     checksums,
     compare_lines,
@@ -50,6 +44,11 @@ from verdicts import (
     contents,
     records,
 )
+from harness import Report, machine
+from scipy import stats
+
+from flax_transformer.data.text_files import iterate_lines
+from flax_transformer.errors import InputError
 
 STEPS = 50
 LINES = 200  # of the test part, translated by every run
@@ -57,10 +56,10 @@ LEARNT = "number_words_learnt"  # a run that has learnt something, which both co
 QUANTIZED = {"float32": "none", "int8": "int8"}
 MOST_LOSS = 1.05  # of time, that an interval must exclude
 
-# Recipe -> what to train by it; the test part is as many lines as are translated.
+# Recipe -> settings beside its own.
 RECIPES: dict[str, list[str]] = {
-    "number_words": ["--data.num-test", str(LINES)],
-    LEARNT: ["--data.num-test", str(LINES), "--model.zero-start"],
+    "number_words": [],
+    LEARNT: ["--model.zero-start"],
     "multi30k_en_de_rnn_attention": [],
     "multi30k_en_de_tiny": [],
 }
@@ -75,49 +74,48 @@ class Options:
     Attributes:
         before: the commit that is right.
         after: the commit that must compute the same.
-        data: folder with the files of the multi30k recipes; needed where one of them is among the recipes.
+        data: the clone of multi30k/dataset, where one of its recipes is among the recipes.
         work: folder for what the commits compute; kept.
         recipes: which recipes are trained and translated with.
         step_programs: what BEFORE calls its train and evaluation steps; in AFTER they may be called otherwise.
         search_programs: what BEFORE calls its search.
         time: which recipes are timed: none, those whose programs differ, or all.
         pairs: of timings, in turns.
-        python: interpreter with the libraries; this one when left out.
         output: file for the result, in Markdown; none is written when left out.
     """
 
     before: tyro.conf.Positional[str]
     after: tyro.conf.Positional[str]
-    data: Path | None = None
+    data: Path = Path("data/multi30k")
     work: Path = Path("runs/same_results")
     recipes: tuple[str, ...] = tuple(RECIPES)
     step_programs: tuple[str, ...] = ("jit_step",)
     search_programs: tuple[str, ...] = ("jit_search",)
     time: Literal["none", "differing", "all"] = "none"
     pairs: int = 20
-    python: Path = Path(sys.executable)
     output: Path | None = None
 
 
 # --- What is computed
 
 
-def test_part(options: Options, recipe: str) -> list[str]:
-    """Returns the flags that name data in files: the folder, and a test part of `LINES` lines."""
+def text_flags(options: Options, recipe: str) -> list[str]:
+    """Returns the flags that name the files of a recipe's text, with a test part of `LINES` lines."""
     if recipe.startswith("number_words"):
-        return []
-    if options.data is None:
-        print(f"error: recipe {recipe} needs --data, the folder with the files that it names.", file=sys.stderr)
-        raise SystemExit(2)
-    form = "lc.norm.tok." if recipe == "multi30k_en_de_tiny" else ""
-    flags = ["--data.folder", str(options.data.resolve())]
-    for side, language in (("source", "en"), ("target", "de")):
-        name = f"test_2016_flickr.{form}{language}"
-        short = options.work.resolve() / "data" / name
+        return ["--data.num-test", str(LINES)]
+    tokenised = recipe == "multi30k_en_de_tiny"
+    folder = options.data.resolve() / "data" / "task1" / ("tok" if tokenised else "raw")
+    flags = ["--data.folder", str(folder)]
+    for side, other, language in (("source", "de", "en"), ("target", "en", "de")):
+        form = "{}.lc.norm.tok.{}" if tokenised else "{}.{}.gz"
+        train = [form.format("train", each) for each in ((language, other) if tokenised else (language,))]
+        flags += [f"--data.train-{side}", *train, f"--data.validation-{side}", form.format("val", language)]
+        test = folder / form.format("test_2016_flickr", language)
+        short = options.work.resolve() / "data" / test.name.removesuffix(".gz")
         if not short.exists():
             short.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.open(options.data / f"{name}.gz", "rt", encoding="utf-8") as file:
-                short.write_text("".join(itertools.islice(file, LINES)), encoding="utf-8")
+            lines = itertools.islice(iterate_lines(test), LINES)
+            short.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         flags += [f"--data.test-{side}", str(short)]
     return flags
 
@@ -141,7 +139,7 @@ def train(options: Options, commit: Commit, recipe: str, before: Commit | None =
     steps = 6 * STEPS if recipe == LEARNT else STEPS
     if before is None:
         name = "number_words" if recipe == LEARNT else recipe
-        flags = ["--config", f"configs/{name}.yaml", *RECIPES[recipe], *test_part(options, recipe), *intervals(steps)]
+        flags = ["--config", f"configs/{name}.yaml", *RECIPES[recipe], *text_flags(options, recipe), *intervals(steps)]
     else:
         flags = ["--config", str(train(options, before, recipe) / "run" / "config.yaml")]
 
@@ -185,7 +183,7 @@ def keep_programs(folder: Path) -> None:
     programs = folder / "programs"
     programs.mkdir()
     for path in (folder / "dump").glob("*after_optimizations.txt"):
-        if read_program(path).num_instructions >= SMALLEST_PROGRAM:
+        if read_program(path).instructions.total() >= SMALLEST_PROGRAM:
             shutil.move(path, programs / path.name)
     shutil.rmtree(folder / "dump")
 
@@ -251,7 +249,7 @@ def translation_seconds(options: Options, commit: Commit, recipe: str, before: C
     run = train(options, before, recipe) / "run"
     text = commit.folder / "timed.txt"
     text.write_text(10 * (run / "samples" / "test.sources.txt").read_text(encoding="utf-8"), encoding="utf-8")
-    said = commit.command("translate", "--run", run, "--input", text, cached=True).stderr
+    said = commit.command("translate", "--run", run, "--input", text, cached=True).stderr.decode(errors="replace")
     found = re.search(r"([\d,.]+) sentences/s", said)
     if found is None:
         raise Failed(f"{commit.short}: translate said nothing of its speed:\n{said}")
@@ -279,27 +277,20 @@ def time_pairs(options: Options, recipe: str, before: Commit, after: Commit) -> 
 # --- The result
 
 
-def check_environment(options: Options) -> dict[str, Any]:
+def check_environment(options: Options) -> str:
     """Returns what results depend on beside the commit, the same as when the folder `work` was begun.
 
     Raises:
         SystemExit: it is not the same.
     """
-    code = "import platform, importlib.metadata as m; print(platform.python_version(), "
-    code += "*(f'{n} {m.version(n)}' for n in ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'sentencepiece')), sep=', ')"
-    versions = subprocess.run([options.python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    processor = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "GLIBC_"))}
-    found = {"versions": versions, "processor": processor, "cores": cores, "settings": settings}
-    file = options.work / "environment.json"
+    found = machine("jax", "jaxlib", "flax", "optax", "numpy", "sentencepiece")
+    found += f", settings {settings}" * bool(settings)
+    file = options.work / "environment.txt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=2), encoding="utf-8")
-    if (past := json.loads(file.read_text(encoding="utf-8"))) != found:
+        file.write_text(found, encoding="utf-8")
+    if (past := file.read_text(encoding="utf-8")) != found:
         print(
             f"error: {options.work} holds results of {past}, and this is {found}. Choose another --work.",
             file=sys.stderr,
@@ -316,25 +307,24 @@ def main(arguments: list[str]) -> int:
         return 2
     environment = check_environment(options)
     try:
-        before, after = (check_out(c, options.work, options.python) for c in (options.before, options.after))
-    except Failed as error:
+        before, after = (check_out(commit, options.work) for commit in (options.before, options.after))
+        for recipe in options.recipes:
+            text_flags(options, recipe)  # which reads the text
+    except (Failed, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    verdicts: list[Verdict] = []
-    for recipe in options.recipes:
-        for verdict in judge(options, recipe, before, after):
-            print(verdict.row, flush=True)
-            verdicts.append(verdict)
+    report, verdicts = Report(options.output), []
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for recipe in options.recipes:
+            for verdict in judge(options, recipe, before, after):
+                verdicts.append(verdict)
+                yield verdict.row
+
+    report.head(f"{after.short} against {before.short}", environment)
+    report.table(("recipe", "what", "verdict", "detail"), rows())
     wrong = sum(verdict.equal is False for verdict in verdicts)
-    summary = f"{after.short} against {before.short}: {len(verdicts)} verdicts, {wrong} different"
-    print(summary)
-    if options.output is not None:
-        shown = re.sub(r"(--(?:work|data|python|output)[ =])\S+", r"\1...", " ".join(arguments))  # no one's folders
-        command = f"python benchmarks/same_results.py {shown}"
-        about = f"{environment['processor']}, {environment['cores']} cores, Python {environment['versions']}"
-        head = f"# {summary}\n\n{datetime.now(UTC):%Y-%m-%d}. {about}.\n\n    {command}\n\n"
-        table = "| recipe | what | verdict | detail |\n|---|---|---|---|\n"
-        options.output.write_text(head + table + "".join(f"{v.row}\n" for v in verdicts), encoding="utf-8")
+    report.say(f"{len(verdicts)} verdicts, {wrong} different")
     return 1 if wrong else 0
 
 

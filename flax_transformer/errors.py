@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import errno
 import math
+import reprlib
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def shortened(text: str, num_characters: int = 80) -> str:
     return text if len(text) <= num_characters else f"{text[:num_characters]}..."
 
 
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 80, 80, 80
+
+
+def shown(value: Any) -> str:
+    """Returns `repr` of a value for an error message, cut to about 80 characters, at a cost that is bounded, too."""
+    try:
+        return shortened(_short.repr(value), 100)
+    except ValueError:  # Python refuses to write out an integer of thousands of digits
+        return "a number of thousands of digits"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" with the nearest known names, or a list of all known names.
 
@@ -42,7 +55,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         name: name that the user wrote.
         known: names that are right.
     """
-    known = sorted(known)
+    name, known = name[:80], sorted(known)
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if nearest:
         return " Did you mean " + " or ".join(repr(n) for n in nearest) + "?"
@@ -95,14 +108,12 @@ def as_texts(name: str, texts: Any) -> list[str]:
         ConfigError: not an iterable of several texts, or an item that is no text.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise ConfigError(
-            f"{name} must be a list of texts, got {shortened(repr(texts))}; put a single one into a list: [text]."
-        )
+        raise ConfigError(f"{name} must be a list of texts, got {shown(texts)}; put a single one into a list: [text].")
     found = list(texts)
     for number, text in enumerate(found):
         if not isinstance(text, str):
             raise ConfigError(
-                f"{name} must be texts, but {name}[{number}] is {shortened(repr(text))} ({type(text).__name__}). Leave "
+                f"{name} must be texts, but {name}[{number}] is {shown(text)} ({type(text).__name__}). Leave "
                 "it out, or put a text in its place; bytes need decode()."
             )
     return [str(text) for text in found]
@@ -115,7 +126,12 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_finite(section: str, config: object) -> None:
-    """Raises a `ConfigError` if a field of a dataclass is infinite or NaN."""
+    """Raises a `ConfigError` if a field of a dataclass is infinite, NaN, or an integer beyond 32 bits.
+
+    A larger integer is a mistake in every field, and the arithmetic of later checks could not take it.
+    """
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{section}.{name} must be a finite number, got {value}.")
+        if isinstance(value, int) and abs(value) >= 2**32:
+            raise ConfigError(f"{section}.{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")

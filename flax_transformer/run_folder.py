@@ -6,7 +6,7 @@
     train.log     = printed lines; the training process keeps a lock on this file
     bad_batch.npz = batch at which a training diverged
     tokenizer/    = tokenizers of both languages, or one for both
-    checkpoints/  = STEP/{params,optimizer,meta}
+    checkpoints/  = STEP/{params,optimizer,meta}; removed/ is being deleted, and damaged/ cannot be read
     samples/      = sources, references and translations of the test part
     tensorboard/  = event files
     plots/        = pictures
@@ -15,8 +15,10 @@ With `training.ema_decay` a checkpoint's `params` is the average, and its `train
 """
 
 import contextlib
+import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.locks import take_lock
+from flax_transformer.small_files import write_atomically
 
 
 class RunFolder:
@@ -38,6 +41,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The complete configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizers."""
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:
@@ -103,7 +111,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} already holds a run. {go_on} another folder by {option} FOLDER; nothing was changed."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        remains = {"tokenizer", "config.yaml.new"}  # of a process that was killed inside `create`
+        if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= remains):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -118,8 +127,10 @@ class RunFolder:
             RunFolderError: as `check_unused`.
         """
         self.check_unused()
-        tokenizers.save(self.path / "tokenizer")
-        self.update_config(config)
+        with self.writing():
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+            tokenizers.save(self.tokenizer)
+            self.update_config(config)
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None, None, None]:
@@ -136,11 +147,23 @@ class RunFolder:
                 )
             yield
 
+    @contextlib.contextmanager
+    def writing(self) -> Generator[None, None, None]:
+        """Turns an `OSError` inside a `with` block, such as one of a full disk, into a `RunFolderError`."""
+        try:
+            yield
+        except OSError as error:
+            file = "" if error.filename is None else f" ({error.filename})"
+            go_on = "go on by --resume; its checkpoints are whole" if self.config_file.exists() else "begin again"
+            raise RunFolderError(
+                f"the run folder {self.path} cannot be written: {error.strerror or error}{file}. Make room, or mend "
+                f"the file system, and {go_on}."
+            ) from error
+
     def update_config(self, config: Config) -> None:
         """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""
-        partial = self.path / "config.partial"
-        write_config(config, partial)
-        os.replace(partial, self.config_file)
+        with self.writing():
+            write_config(config, self.config_file)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -156,26 +179,36 @@ class RunFolder:
             )
         return folder
 
+    @classmethod
+    def of_config(cls, path: Path) -> "RunFolder | None":
+        """Returns the run folder that a configuration belongs to, or None if it is a recipe."""
+        folder = cls(path.parent)
+        return folder if path.name == folder.config_file.name and folder.tokenizer.is_dir() else None
+
     def read_config(self) -> Config:
-        """Returns the run's configuration; raises as `read_config` does."""
-        return read_config(self.config_file, of_run=True)
+        """Returns the run's configuration, whose `run` is this folder; raises as `read_config` does.
+
+        The file itself names the folder that the run had when it was written. A run may have been moved or copied.
+        """
+        return dataclasses.replace(read_config(self.config_file, of_run=True), run=str(self.path))
 
     def tokenizers(self) -> TokenizerPair:
         """Returns the run's tokenizers; raises as `TokenizerPair.load` does."""
-        return TokenizerPair.load(self.path / "tokenizer")
+        return TokenizerPair.load(self.tokenizer)
 
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""
-        partial = self.path / "run_card.partial"
-        partial.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.card_file)
+        with self.writing():
+            write_atomically(self.card_file, json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
     def write_test(self, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> None:
         """Writes the test part and its translations, one sentence a line."""
-        self.test_sources.parent.mkdir(exist_ok=True)
-        for file, lines in (
-            (self.test_sources, sources),
-            (self.test_references, references),
-            (self.test_hypotheses, hypotheses),
-        ):
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        parts = {
+            self.test_sources: sources,
+            self.test_references: references,
+            self.test_hypotheses: hypotheses,
+        }
+        with self.writing():
+            self.test_sources.parent.mkdir(exist_ok=True)
+            for file, lines in parts.items():
+                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Strict settings for all tests: 8 fake devices, no silent promotion, warnings are errors (pyproject.toml)."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -11,9 +12,13 @@ from jax.sharding import Mesh
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.small_run import SMALL, command
 
-# Most of the time goes into compiling small programs: LLVM's optimisations are left out, XLA's own are not. With
-# XLA_FLAGS set, to nothing as well, they are as they are for a user (.ci/run does so in one of its suites).
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time goes into compiling small programs. LLVM's optimisations are left out, and fusions are not emitted
+# through MLIR (later versions of JAX ignore that option). XLA's own passes over a program are as they are for a user.
+# With XLA_FLAGS set, to nothing as well, so is all the rest (.ci/run does so).
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,7 +28,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = tempfile.TemporaryDirectory(prefix="flax_transformer_tests_", ignore_cleanup_errors=True)
 os.environ["XDG_CACHE_HOME"] = _cache.name
 jax.config.update("jax_compilation_cache_dir", f"{_cache.name}/compiled")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# Traced programs are millions of objects that live as long as the session; to walk through them again and again takes
+# long, and finds little.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -116,15 +116,15 @@ def test_attention_equals_its_equation(kind):
         "segments": AttentionMask(key_segments=segments, query_segments=segments),
     }[kind]
     expected, expected_weights = attention64(q, k, v, mask.materialize(5, 5))
-    np.testing.assert_allclose(attention(q, k, v, mask), expected, **ONE_OP)
-    np.testing.assert_allclose(attention_weights(q, k, mask), expected_weights, **ONE_OP)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v, mask), expected, **ONE_OP)
+    np.testing.assert_allclose(jax.jit(attention_weights)(q, k, mask), expected_weights, **ONE_OP)
 
 
 def test_bias_scale_and_soft_cap_enter_the_equation_where_it_says():
     q, k, v, bias = normal(1, 2, 5, 3, 4), normal(2, 2, 6, 3, 4), normal(3, 2, 6, 3, 4), normal(4, 1, 3, 5, 6)
     scores = 2.0 * np.tanh(0.3 * np.einsum("btnh,bsnh->bnts", float64(q), float64(k)) / 2.0) + float64(bias)
     expected = np.einsum("bnts,bsnh->btnh", softmax64(scores, np.array(True)), float64(v))
-    found = attention(q, k, v, AttentionMask(), bias=bias, scale=0.3, soft_cap=2.0)
+    found = jax.jit(functools.partial(attention, scale=0.3, soft_cap=2.0))(q, k, v, AttentionMask(), bias=bias)
     np.testing.assert_allclose(found, expected, **ONE_OP)
 
 
@@ -132,8 +132,8 @@ def test_a_key_value_head_serves_several_query_heads():
     q, k, v = normal(1, 2, 5, 6, 4), normal(2, 2, 5, 2, 4), normal(3, 2, 5, 2, 4)
     mask = AttentionMask(causal=True)
     served = [0, 0, 0, 1, 1, 1]
-    expected = attention(q, k[:, :, served], v[:, :, served], mask)
-    np.testing.assert_allclose(attention(q, k, v, mask), expected, **ONE_OP)
+    expected = jax.jit(attention)(q, np.asarray(k)[:, :, served], np.asarray(v)[:, :, served], mask)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v, mask), expected, **ONE_OP)
 
 
 def test_a_row_with_nothing_to_attend_to_is_zero_in_value_and_gradient():
@@ -152,27 +152,31 @@ def test_softmax_survives_scores_beyond_the_range_of_exp():
 
 
 def test_nothing_depends_on_what_a_query_gets_that_may_attend_to_nothing(monkeypatch):
-    """A fused kernel may leave there what it likes, as long as it is finite: loss and gradient stay, to the bit."""
+    """A fused kernel may leave there what it likes, as long as it is finite: loss and gradient stay, to the bit.
+
+    One program, so that both are rounded alike: what such a query gets is an argument, a zero being what it gets here.
+    """
     graphdef, params = nnx.split(tiny.transformer(num_encoder_layers=1, num_decoder_layers=1))
     batch = tiny.batch([9, 4], [8, 5])
+    reference, rows = attention_module.reference_attention, []
 
-    def gradient(params: Any) -> Any:
+    @jax.jit
+    def gradient(params: Any, rubbish: Any) -> Any:
+        def with_rubbish(query, key, value, mask, **options):
+            attended = reference(query, key, value, mask, **options)
+            nothing = ~jnp.any(mask.materialize(query.shape[1], key.shape[1]), axis=-1)[:, 0, :, None, None]
+            jax.debug.callback(lambda places: rows.append(int(places.sum())), nothing)
+            return jnp.where(nothing, rubbish, attended)
+
         def loss(params):
             return batch_loss(nnx.merge(graphdef, params), batch, Objective(0.1), jax.random.key(0)).loss
 
-        return jax.jit(jax.value_and_grad(loss))(params)  # traced anew by each call, as `loss` is another
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_module, "reference_attention", with_rubbish)
+            return jax.value_and_grad(loss)(params)
 
-    expected = gradient(params)
-    reference, rows = attention_module.reference_attention, []
-
-    def with_rubbish(query, key, value, mask, **options):
-        attended = reference(query, key, value, mask, **options)
-        nothing = ~jnp.any(mask.materialize(query.shape[1], key.shape[1]), axis=-1)[:, 0, :, None, None]
-        jax.debug.callback(lambda places: rows.append(int(places.sum())), nothing)
-        return jnp.where(nothing, 7.0, attended)
-
-    monkeypatch.setattr(attention_module, "reference_attention", with_rubbish)
-    chex.assert_trees_all_equal(gradient(params), expected)
+    chex.assert_trees_all_equal(gradient(params, 7.0), gradient(params, 0.0))
+    jax.effects_barrier()
     assert sum(rows) > 0  # there were such queries
 
 
@@ -199,7 +203,7 @@ def test_multi_head_attention_equals_its_equation(key_heads, head_dim):
     keys, values = (projected(part, encoded)[:, :, served] for part in (layer.key, layer.value))
     attended, _ = attention64(projected(layer.query, x), keys, values, mask.materialize(3, 5))
     expected = np.einsum("btnh,nhd->btd", attended, float64(layer.output.kernel[...])) + float64(layer.output.bias[...])
-    np.testing.assert_allclose(layer(x, encoded, mask), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(layer)(x, encoded, mask), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_key_value_heads_must_divide_the_heads():
@@ -215,26 +219,32 @@ def test_key_value_heads_must_divide_the_heads():
 def test_cached_attention_equals_attention_over_what_the_ancestors_wrote(platform, length, key_heads):
     """In two blocks and in three, and whole."""
     batch, beams, heads, dim = 2, 3, 2, 4
-    q = normal(1, length, batch, beams, heads, dim)
-    k, v = (normal(s, length, batch, beams, key_heads, dim) for s in (2, 3))
+    rng = np.random.default_rng(1)
+    q = rng.normal(size=(length, batch, beams, heads, dim)).astype(np.float32)
+    k, v = rng.normal(size=(2, length, batch, beams, key_heads, dim)).astype(np.float32)
     parents = np.random.default_rng(4).integers(0, beams, (length, batch, beams))
     rows = np.arange(batch)[:, None]
     with tracing_for(platform):
         cache = empty_self_attention_cache(batch, beams, key_heads, length, dim, FLOAT32)
     assert len(cache.keys) == (1 if platform is None else 2 if length == 20 else 3)
-    ancestors = jnp.zeros((batch, beams, length), jnp.int32)
+    ancestors = np.zeros((batch, beams, length), np.int32)
+
+    @jax.jit
+    def step(cache, q, k, v, positions, ancestors):
+        ancestors = write_ancestors(ancestors, positions)
+        return *cached_self_attention(cache, q, k, v, positions, ancestors), ancestors
+
     history = np.zeros((2, batch, beams, 0, heads, dim))  # keys and values, copied when beams are reordered
     for t in range(length):
-        positions = jnp.full((batch,), t)
-        ancestors = write_ancestors(ancestors, positions)
-        out, cache = cached_self_attention(cache, q[t], k[t], v[t], positions, ancestors)
+        positions = np.full((batch,), t, np.int32)
+        out, cache, ancestors = step(cache, q[t], k[t], v[t], positions, ancestors)
         new = np.repeat(np.stack([float64(k[t]), float64(v[t])]), heads // key_heads, axis=3)
         history = np.concatenate([history, new[:, :, :, None]], axis=3)
         flat = history.reshape(2, batch * beams, t + 1, heads, dim)
-        expected, _ = attention64(q[t].reshape(-1, 1, heads, dim), flat[0], flat[1], jnp.ones((1, 1, 1, 1), bool))
+        expected, _ = attention64(q[t].reshape(-1, 1, heads, dim), flat[0], flat[1], np.ones((1, 1, 1, 1), bool))
         np.testing.assert_allclose(out, expected.reshape(out.shape), rtol=1e-4, atol=1e-5)
         history = history[:, rows, parents[t]]
-        ancestors = jnp.asarray(np.asarray(ancestors)[rows, parents[t]])
+        ancestors = np.asarray(ancestors)[rows, parents[t]]
 
 
 def empty_cache_of_a_cpu(sentences: int, beams: int, heads: int, length: int, dim: int) -> Any:
@@ -247,9 +257,10 @@ def test_beams_that_are_never_reordered_attend_to_what_they_wrote():
     cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_cache_of_a_cpu(2, 5, 3, 20, 4))
     query, key, value = (normal(s, *shape) for s in (2, 3, 4))
     own = jnp.broadcast_to(jnp.arange(5)[None, :, None], (2, 5, 20))
+    step = jax.jit(cached_self_attention)
     for positions in (jnp.array([3, 7]), jnp.array([3, 18])):
-        expected, _ = cached_self_attention(cache, query, key, value, positions, own)
-        out, _ = cached_self_attention(cache, query, key, value, positions, None)
+        expected, _ = step(cache, query, key, value, positions, own)
+        out, _ = step(cache, query, key, value, positions, None)
         np.testing.assert_allclose(out, expected, **ONE_OP)
 
 
@@ -258,8 +269,9 @@ def test_a_cache_is_read_as_far_as_a_sentence_has_come_whatever_the_others_need(
     cache = jax.tree.map(lambda x: normal(1, *x.shape), empty_cache_of_a_cpu(2, 3, heads, length, dim))
     query, key, value = (normal(s, 2, 3, heads, dim) for s in (2, 3, 4))
     ancestors = jnp.asarray(np.random.default_rng(5).integers(0, 3, (2, 3, length)))
+    step = jax.jit(cached_self_attention)
     outs, caches = zip(
-        *(cached_self_attention(cache, query, key, value, jnp.array([9, n]), ancestors) for n in (2, 20, 39)),
+        *(jax.device_get(step(cache, query, key, value, jnp.array([9, n]), ancestors)) for n in (2, 20, 39)),
         strict=True,
     )
     for out, new in zip(outs[1:], caches[1:], strict=True):
@@ -269,11 +281,12 @@ def test_a_cache_is_read_as_far_as_a_sentence_has_come_whatever_the_others_need(
 
 
 def test_sentences_of_a_cache_may_stand_at_different_positions():
-    key, value, query = (normal(s, 3, 1, 2, 4) for s in (1, 2, 3))
+    key, value, query = (np.asarray(normal(s, 3, 1, 2, 4)) for s in (1, 2, 3))
     cache = empty_cache_of_a_cpu(3, 1, 2, 20, 4)
     positions = jnp.array([0, 17, 20])  # the last is beyond the end, as in a slot that stands idle
-    _, cache = cached_self_attention(cache, query, key, value, positions, jnp.zeros((3, 1, 20), jnp.int32))
-    keys, values = jnp.concatenate(cache.keys, axis=4), jnp.concatenate(cache.values, axis=3)
+    step = jax.jit(cached_self_attention)
+    _, cache = jax.device_get(step(cache, query, key, value, positions, jnp.zeros((3, 1, 20), jnp.int32)))
+    keys, values = np.concatenate(cache.keys, axis=4), np.concatenate(cache.values, axis=3)
     for row, place in ((0, 0), (1, 17)):
         np.testing.assert_array_equal(keys[row, :, :, 0, place], key[row, 0])
         np.testing.assert_array_equal(values[row, :, 0, place], value[row, 0])
@@ -284,10 +297,12 @@ def test_sentences_of_a_cache_may_stand_at_different_positions():
 def test_cross_attention_shares_one_source_among_beams(key_heads):
     query, keys, values = normal(1, 2, 3, 2, 4), normal(2, 2, 5, key_heads, 4), normal(3, 2, 5, key_heads, 4)
     mask = AttentionMask(key_segments=jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
-    attended, weights = cached_cross_attention(cross_attention_cache(keys, values), query, mask)
+    attend = jax.jit(lambda keys, values: cached_cross_attention(cross_attention_cache(keys, values), query, mask))
+    attended, weights = jax.device_get(attend(keys, values))
+    query, array = np.asarray(query), np.asarray(mask.materialize(1, 5))
     keys, values = (np.repeat(x, 2 // key_heads, axis=2) for x in (keys, values))
     for beam in range(3):
-        alone, _ = attention64(query[:, beam : beam + 1], keys, values, mask.materialize(1, 5))
+        alone, _ = attention64(query[:, beam : beam + 1], keys, values, array)
         np.testing.assert_allclose(attended[:, beam], alone[:, 0], **ONE_OP)
     assert not weights[0, :, :, 3:].any()
 
@@ -296,14 +311,18 @@ def test_cached_attention_takes_a_scale_a_soft_cap_and_a_window():
     """Step by step, one beam, in two blocks: as all positions at once."""
     q, k, v = (normal(s, 2, 20, 2, 4) for s in (1, 2, 3))
     options = {"scale": 0.9, "soft_cap": 1.5}
-    expected = attention(q, k, v, AttentionMask(causal=True, window=3), **options)
+    attend = jax.jit(functools.partial(attention, **options))
+    expected = np.asarray(attend(q, k, v, AttentionMask(causal=True, window=3)))
     cache = empty_cache_of_a_cpu(2, 1, 2, 20, 4)
     step = jax.jit(functools.partial(cached_self_attention, window=3, **options))
     for t in range(20):
         now = slice(t, t + 1)
-        out, cache = step(cache, q[:, now], k[:, now], v[:, now], jnp.full((2,), t), None)
+        new = (jnp.asarray(np.asarray(x)[:, now]) for x in (q, k, v))
+        out, cache = step(cache, *new, jnp.asarray(np.full(2, t)), None)
         np.testing.assert_allclose(out, expected[:, now], **ONE_OP)
     source = AttentionMask(key_segments=jnp.array([[1] * 20, [1] * 5 + [0] * 15]))
-    expected = attention(q[:, :3], k, v, source, **options)
-    found, _ = cached_cross_attention(cross_attention_cache(k, v), q[:, :3], source, **options)
+    expected = attend(q[:, :3], k, v, source)
+    found, _ = jax.jit(lambda k, v: cached_cross_attention(cross_attention_cache(k, v), q[:, :3], source, **options))(
+        k, v
+    )
     np.testing.assert_allclose(found, expected, **ONE_OP)

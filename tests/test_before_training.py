@@ -5,7 +5,7 @@ import re
 import jax
 
 from flax_transformer.training import loop
-from flax_transformer.training.run_log import read_metrics
+from flax_transformer.training.metrics_file import read_metrics
 from tests.small_run import command
 
 

@@ -67,7 +67,7 @@ def test_kernels_in_bfloat16_change_no_bit_of_a_step(changes):
     """They are rounded once for all steps, where each step rounds them otherwise."""
     model = tiny.transformer(compute_dtype="bfloat16", **changes)
     with backend.tracing_for("cpu"):
-        made = prepared_model(model)
+        made = jax.jit(prepared_model)(model)
     kernels = [p[...] for path, p in nnx.to_flat_state(nnx.state(made)) if path[-1] == "kernel"]
     kernels.append(made.output_projection().kernel)
     assert len(kernels) == 2 * 6 + 3 * 10 + 1
@@ -91,19 +91,19 @@ def test_kernels_in_bfloat16_change_no_bit_of_a_step(changes):
 
 def test_a_cpu_keeps_caches_in_float32():
     """A token that is written into bfloat16 would turn the whole cache into float32 and back."""
-    model = prepared_model(tiny.transformer(compute_dtype="bfloat16"))
+    model = jax.jit(prepared_model)(tiny.transformer(compute_dtype="bfloat16"))
 
     def types(state: Any) -> set[Any]:
         return {leaf.dtype for leaf in jax.tree.leaves((state.per_sentence[0], state.append_only))}
 
     with backend.tracing_for("cpu"):
-        state, tokens = start(model)
+        state, tokens = jax.jit(start)(model)
         program = jax.jit(lambda state: model.decode_step(tokens, state)).lower(state).compile().as_text() or ""
     assert types(state) == {np.dtype("float32")}
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.append_only)}
     assert all(f"f32[{shape}]" in program and f"bf16[{shape}]" not in program for shape in shapes)
     with backend.tracing_for("gpu"):
-        assert types(start(model)[0]) == {BFLOAT16}
+        assert types(jax.eval_shape(start, model)[0]) == {BFLOAT16}
 
 
 def test_a_step_is_the_same_within_rounding_whatever_the_caches_are():

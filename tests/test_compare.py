@@ -149,7 +149,7 @@ def another_log(folder: RunFolder) -> None:
         (no_sources, "FileNotFoundError"),
         (too_few_translations, "12 sources, 12 references, 1 hypotheses"),
         (an_empty_log, "metrics.jsonl has no progress, or no evaluation"),
-        (another_log, "AttributeError"),
+        (another_log, r"RunFolderError, \S+metrics.jsonl, line 1: expected a JSON object"),
     ],
 )
 def test_damaged_files_of_a_run_are_explained(runs, damage, reason):

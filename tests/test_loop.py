@@ -1,5 +1,7 @@
 """The training loop by itself: how far the host runs ahead of the devices, and what is said when it gives up."""
 
+import signal
+from typing import Any
 from unittest.mock import MagicMock
 
 import jax
@@ -8,9 +10,9 @@ import pytest
 
 from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import Position
-from flax_transformer.errors import DivergenceError
+from flax_transformer.errors import DivergenceError, RunFolderError
 from flax_transformer.ops.cross_entropy import LossSums
-from flax_transformer.training import loop
+from flax_transformer.training import loop, stopping
 from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
 from flax_transformer.training.step import StepMetrics
@@ -18,20 +20,28 @@ from flax_transformer.training.throughput import FlopFigures, ModelFlops
 from tests import tiny
 
 
-def train(step, mesh, first_step: int = 0, log_every_steps: int = 60, log=None) -> loop.Trained:
-    """Runs the loop up to step 60 with a made-up step; nothing is evaluated, saved or logged."""
+def train(
+    step,
+    mesh,
+    first_step: int = 0,
+    log_every_steps: int = 60,
+    log=None,
+    owes_evaluation: bool = False,
+    **callbacks: Any,
+) -> loop.Trained:
+    """Runs the loop up to step 60 with a made-up step; unless `callbacks` say more, nothing is evaluated or saved."""
+    nothing: dict[str, Any] = {
+        "save": lambda state, position, quality: None,
+        "check_saved": lambda: None,
+        "evaluate": lambda params, step: 0.0,
+    }
     batch = tiny.batch([4] * 8, [4] * 8, source=8, target=8)
     return loop.train_loop(
-        TrainState(jnp.int32(first_step), {}, {}, None),
+        loop.TrainingStart(TrainState(jnp.int32(first_step), {}, {}, None), Position(0, 0), owes_evaluation),
         iter([(batch, Position(0, number)) for number in range(60)]),
         TrainingConfig(steps=60, log_every_steps=log_every_steps, evaluate_every_steps=60, checkpoint_every_steps=60),
         loop.CompiledSteps({(8, 8, 8): step}, mesh),
-        loop.Callbacks(
-            log or MagicMock(spec=RunLog),
-            save=lambda state, position, quality: None,
-            evaluate=lambda params, step: 0.0,
-            history=[],
-        ),
+        loop.Callbacks(log or MagicMock(spec=RunLog), history=[], **nothing | callbacks),
         FlopFigures(ModelFlops(1, 1), None),
     )
 
@@ -118,3 +128,65 @@ def test_only_a_few_steps_are_under_way_at_the_same_time(one_device, monkeypatch
     trained = train(step, one_device)
     assert (int(trained.state.step), trained.signal) == (60, None)
     assert most == loop.MAX_STEPS_IN_FLIGHT + 1
+
+
+def one_step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+    one = jnp.float32(1.0)
+    return TrainState(state.step + 1, {}, {}, None), StepMetrics(
+        LossSums(one, one, one, one), one, one, jnp.asarray(False)
+    )
+
+
+@pytest.fixture
+def no_copies(monkeypatch):
+    monkeypatch.setattr(stopping, "SECONDS_OF_COPIES", 0.0)
+
+
+@pytest.mark.parametrize("steps_before", [1, loop.WARM_UP_STEPS - 1, loop.WARM_UP_STEPS, loop.WARM_UP_STEPS + 1, 13])
+def test_a_stop_records_every_step_before_it(one_device, no_copies, steps_before):
+    """Also at the end of the warm-up, where no metrics are pending."""
+    log = MagicMock(spec=RunLog)
+
+    def step(state: TrainState, batch) -> tuple[TrainState, StepMetrics]:
+        if int(state.step) == steps_before - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return one_step(state, batch)
+
+    trained = train(step, one_device, log=log)
+    (report,) = (call.args[0] for call in log.progress.call_args_list)
+    assert (int(trained.state.step), report.step, report.tokens.target) == (
+        steps_before,
+        steps_before,
+        32 * steps_before,
+    )
+    assert report.loss.loss == 1.0
+
+
+def test_an_evaluation_that_a_signal_stopped_comes_first_after_a_start(one_device, no_copies):
+    saved, evaluated = [], []
+
+    def evaluate(_params, step: int) -> float:
+        evaluated.append(step)
+        if len(evaluated) == 1:
+            signal.raise_signal(signal.SIGHUP)
+        return float(step)
+
+    start = 59
+    callbacks = {"save": lambda state, _, quality: saved.append((int(state.step), quality)), "evaluate": evaluate}
+    stopped = train(one_step, one_device, first_step=start, **callbacks)
+    assert (stopped.signal, saved) == (signal.SIGHUP, [(60, None), (60, None)])
+    finished = train(one_step, one_device, first_step=60, owes_evaluation=True, **callbacks)
+    assert (finished.signal, evaluated, saved[2:]) == (None, [60, 60], [(60, 60.0)])
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_a_training_at_the_next_step(one_device):
+    done = []
+
+    def check_saved() -> None:
+        done.append(1)
+        if len(done) == 7:
+            raise RunFolderError("a checkpoint could not be written")
+
+    with pytest.raises(RunFolderError, match="could not be written"):
+        train(one_step, one_device, check_saved=check_saved)
+    assert len(done) == 7

@@ -500,19 +500,6 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert not list((tmp_path / "tokens").iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "meta"])
-def test_a_damaged_cache_is_explained(tmp_path, damage):
-    folder = tokenized_parts((TEXT,), TOKENIZERS, tmp_path).folder
-    if damage == "cut":
-        (folder / "target_ids").write_bytes((folder / "target_ids").read_bytes()[:-4])
-    elif damage == "missing":
-        (folder / "digests").unlink()
-    else:
-        (folder / "meta.json").write_text("{}")
-    with pytest.raises(InputError, match=rf"text in {re.escape(str(folder))} is damaged: .*Delete that folder"):
-        tokenized_parts((TEXT,), TOKENIZERS, tmp_path)
-
-
 # --- the verb
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from flax_transformer.cli import main as cli
 from flax_transformer.cli import train
-from flax_transformer.config.reading import from_dict
+from flax_transformer.config.reading import from_dict, read_config, write_config
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.inference.translation import EMPTY
 from flax_transformer.inference.translator import Translator, changed
@@ -56,9 +56,10 @@ def only_parsed(tmp_path, monkeypatch) -> None:
     """A folder with the recipes and runs that the README speaks of, and commands that end once they are understood."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "configs" / "multi30k_en_de.yaml", tmp_path / "my.yaml")
+    recipe = read_config(tmp_path / "my.yaml")
     for run in ("number_words", "mine", "other", "opus"):
         (tmp_path / "runs" / run).mkdir(parents=True)
-        shutil.copy(tmp_path / "my.yaml", tmp_path / "runs" / run / "config.yaml")
+        write_config(recipe, tmp_path / "runs" / run / "config.yaml")
     monkeypatch.chdir(tmp_path)
     understand = tyro.cli
 
@@ -110,13 +111,19 @@ def test_it_can_be_skimmed():
     assert len(README.split()) <= 900
 
 
-@pytest.mark.parametrize("file", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+WRITTEN = ["README.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+WRITTEN += [
+    f"{folder}/{p.name}" for folder in ("configs", "benchmarks/results") for p in sorted((ROOT / folder).iterdir())
+]
+
+
+@pytest.mark.parametrize("file", WRITTEN)
 def test_named_files_exist(file):
     path = ROOT / file
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", text):
         assert (path.parent / name).exists(), name
-    for name in re.findall(r"configs/\w+\.yaml", text):
+    for name in re.findall(r"configs/\w+\.yaml|(?<!:)benchmarks/results/[\w-]+\.md", text):  # not of a commit
         assert (ROOT / name).exists(), name
 
 

@@ -1,12 +1,13 @@
-"""The recipes of published set-ups, whole: each builds, compiles and takes ten steps on text that is generated.
+"""Recipes: those of text say how it is fetched, those of published set-ups build, compile and take ten steps.
 
-The text is shaped like the real one (words by Zipf's law, lengths about those of the corpus). What takes steps has
-fewer rows and no long pairs, since a CPU takes minutes for a whole batch.
+The steps are on generated text of the shape of the real one. Words follow Zipf's law, and lengths are about those of
+the corpus. What takes steps has fewer rows and no long pairs, since a CPU takes minutes for a whole batch.
 """
 
 import dataclasses
 import itertools
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from flax_transformer.config.reading import read_config
 from flax_transformer.data.batching import Position
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.loader import training_batches, training_plan
-from flax_transformer.data.parallel_text import ParallelText
+from flax_transformer.data.parallel_text import ParallelText, ParallelTextConfig
 from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
@@ -53,6 +54,21 @@ def generated_text(pairs: int, mean: int, spread: float, words: int) -> Parallel
     lengths = rng.lognormal(math.log(mean), math.log(spread), pairs)
     unlike = rng.lognormal(0.0, 0.2, pairs)  # a translation is about as long as its source
     return ParallelText([line(n) for n in lengths], [line(n * u) for n, u in zip(lengths, unlike, strict=True)])
+
+
+OF_TEXT = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("number_words"))
+
+
+@pytest.mark.parametrize("path", OF_TEXT, ids=lambda path: path.stem)
+def test_a_recipe_of_text_begins_with_the_lines_that_fetch_it(path):
+    config = read_config(path)
+    assert isinstance(config.data, ParallelTextConfig) and config.data.folder.startswith("data/")  # git ignores it
+    text = path.read_text(encoding="utf-8")
+    header = text[: text.index("\nrun:")]
+    commands = [line.lstrip("# ") for line in header.splitlines()]
+    assert f"python train.py --config configs/{path.name}" in commands
+    cloned = [found[1] for line in commands if (found := re.fullmatch(r"git clone --depth 1 https://\S+ (\S+)", line))]
+    assert any(config.data.folder.startswith(f"{folder}/") for folder in cloned) or "curl -L" in header
 
 
 @pytest.mark.parametrize("name", RECIPES)

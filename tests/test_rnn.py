@@ -56,8 +56,25 @@ def model(name: str, **changes: Any) -> Any:
     return tiny.randomised(nnx.eval_shape(lambda: build_model(config, tiny.VOCABULARY, rngs=nnx.Rngs(0))), 0)
 
 
+@jax.jit
+def _hidden(of: Any, batch: Batch) -> jax.Array:
+    return of(batch)
+
+
 def hidden(of: Any, batch: Batch) -> np.ndarray:
-    return np.asarray(jax.jit(lambda m, b: m(b))(of, batch))
+    return np.asarray(_hidden(of, batch))
+
+
+@jax.jit
+def started(of: Any, batch: Batch) -> Any:
+    """The state of a decoder with two beams before the first of eight steps."""
+    memory = of.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
+    return of.init_decode_state(memory, 2, 8)
+
+
+@jax.jit
+def decode_step(of: Any, tokens: jax.Array, state: Any) -> Any:
+    return of.decode_step(tokens, state)
 
 
 def float64(x: Any) -> np.ndarray:
@@ -95,7 +112,8 @@ def test_a_layer_equals_its_equations_and_passes_over_padding(kind, reverse):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 3)), jnp.float32)
     lengths = [5, 2, 4]
     mask = jnp.arange(5)[None, :] < jnp.asarray(lengths)[:, None]
-    outputs, last = run_over_time(cell, x, mask, reverse=reverse)
+    run = jax.jit(lambda cell, x, mask: run_over_time(cell, x, mask, reverse=reverse))
+    outputs, last = jax.device_get(run(cell, x, mask))
     for row, length in enumerate(lengths):
         state = [np.zeros((1, 4))] * len(last)
         for t in range(length)[:: -1 if reverse else 1]:
@@ -111,7 +129,8 @@ def test_attention_equals_its_equations(kind):
     rng = np.random.default_rng(1)
     query, states = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 4), (2, 5, 4)))
     mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
-    context, weights = attend(alignment.scores(query, alignment.keys(states)), states, mask)
+    attended = jax.jit(lambda alignment: attend(alignment.scores(query, alignment.keys(states)), states, mask))
+    context, weights = jax.device_get(attended(alignment))
     q, h = float64(query), float64(states)
     for b, k in itertools.product(range(2), range(3)):
         if kind in ("additive", "concat"):
@@ -142,19 +161,19 @@ def test_it_satisfies_the_interface_and_every_parameter_has_a_place(name):
 def test_stepping_equals_teacher_forcing(name):
     of = model(name)
     batch = tiny.batch([9, 4], [8, 8])
-    expected = jax.jit(lambda m, b: m.output_projection().logits(m(b)))(of, batch)
-    step = jax.jit(lambda m, tokens, state: m.decode_step(tokens, state))
-    state = of.init_decode_state(of.encode(batch.source_tokens, batch.source_positions, batch.source_segments), 2, 8)
-    inputs = shift_right(batch.target_tokens, batch.target_positions, 1)
+    expected = np.asarray(jax.jit(lambda m, b: m.output_projection().logits(m(b)))(of, batch))
+    state = started(of, batch)
+    inputs = np.asarray(shift_right(batch.target_tokens, batch.target_positions, 1))
     for t in range(8):
-        output, state = step(of, jnp.stack([inputs[:, t], inputs[:, t]], axis=1), state)
+        output, state = decode_step(of, np.stack([inputs[:, t], inputs[:, t]], axis=1), state)
+        logits = np.asarray(output.logits)
         for beam in range(2):
-            np.testing.assert_allclose(output.logits[:, beam], expected[:, t], **MODEL)
+            np.testing.assert_allclose(logits[:, beam], expected[:, t], **MODEL)
         if OPTIONS[name]["attention"] == "none":
             assert output.attention is None
         else:
             assert output.attention.shape == (2, 2, 1, 1, 9)
-            np.testing.assert_allclose(output.attention.sum(-1), 1.0, rtol=1e-5)
+            np.testing.assert_allclose(np.asarray(output.attention).sum(-1), 1.0, rtol=1e-5)
             assert not np.asarray(output.attention)[1, ..., 4:].any()
 
 
@@ -163,17 +182,15 @@ def test_padding_and_batch_mates_cannot_change_a_sentence_nor_the_future_the_pas
     of = model(name)
     batch = tiny.batch([5, 9, 3], [4, 8, 6])
     together = hidden(of, batch)
-    garbage = batch._replace(
-        source_tokens=jnp.where(batch.source_segments > 0, batch.source_tokens, 17),
-        target_tokens=jnp.where(batch.target_segments > 0, batch.target_tokens, 17),
-    )
+    garbage = tiny.with_padding_tokens(batch, 17)
     after = hidden(of, garbage)
     for row, target in enumerate([4, 8, 6]):
         np.testing.assert_array_equal(after[row, :target], together[row, :target])
-    alone = Batch(*(a[:1, : 5 if i < 3 else 4] for i, a in enumerate(batch)))
+    alone = Batch(*(np.asarray(a)[:1, : 5 if i < 3 else 4] for i, a in enumerate(batch)))
     np.testing.assert_allclose(hidden(of, alone)[0], together[0, :4], **MODEL)
-    changed = batch._replace(target_tokens=batch.target_tokens.at[1, 4].add(1))
-    later = hidden(of, changed)
+    tokens = np.array(batch.target_tokens)
+    tokens[1, 4] += 1
+    later = hidden(of, batch._replace(target_tokens=tokens))
     np.testing.assert_array_equal(later[1, :5], together[1, :5])
     assert np.abs(later[1, 5:] - together[1, 5:]).max() > 1e-4
 
@@ -181,12 +198,11 @@ def test_padding_and_batch_mates_cannot_change_a_sentence_nor_the_future_the_pas
 def test_reordered_beams_continue_as_their_parents():
     of = model("luong_general_feeding")
     batch = tiny.batch([9], [8])
-    state = of.init_decode_state(of.encode(batch.source_tokens, batch.source_positions, batch.source_segments), 2, 8)
-    _, state = of.decode_step(jnp.array([[4, 9]]), state)
-    straight, _ = of.decode_step(jnp.array([[5, 5]]), state)
-    crossed, _ = of.decode_step(jnp.array([[5, 5]]), reorder_beams(state, jnp.array([[1, 1]])))
-    np.testing.assert_array_equal(crossed.logits[:, 0], straight.logits[:, 1])
-    assert np.abs(straight.logits[:, 0] - straight.logits[:, 1]).max() > 1e-4
+    _, state = decode_step(of, jnp.array([[4, 9]]), started(of, batch))
+    reordered = jax.jit(reorder_beams)(state, jnp.array([[1, 1]]))
+    straight, crossed = (np.asarray(decode_step(of, jnp.array([[5, 5]]), s)[0].logits) for s in (state, reordered))
+    np.testing.assert_array_equal(crossed[:, 0], straight[:, 1])
+    assert np.abs(straight[:, 0] - straight[:, 1]).max() > 1e-4
 
 
 def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
@@ -195,7 +211,7 @@ def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
     sizes = tiny.VocabularyInfo(vocab, vocab, start)
     of = tiny.randomised(nnx.eval_shape(lambda: build_model(config, sizes, rngs=nnx.Rngs(0))), 3)
     source = jnp.array([[3, 4, 2]])
-    memory = of.encode(source, jnp.arange(3)[None], jnp.ones_like(source))
+    memory = jax.jit(of.encode)(source, jnp.arange(3)[None], jnp.ones_like(source))
 
     @jax.jit
     def log_p(tokens):  # [R, T] -> log-probability of each token
@@ -221,9 +237,13 @@ def test_the_search_over_a_recurrent_model_equals_exhaustive_search():
         output, state = of.decode_step(tokens, state)
         return output.logits, None, state
 
-    state = of.init_decode_state(memory, beams, limit)
     functions = DecoderFunctions(step, reorder_beams, lambda s, *_: s)
-    found = jax.device_get(beam_search(functions, search, state, jnp.array([limit])))
+
+    @jax.jit
+    def run(memory):
+        return beam_search(functions, search, of.init_decode_state(memory, beams, limit), jnp.array([limit]))
+
+    found = jax.device_get(run(memory))
     finished = [i for i in range(beams) if found.finished[0, i]]
     assert len(finished) == len(expected) == 21
     np.testing.assert_allclose(found.scores[0, finished], [s for s, _ in expected], rtol=1e-4)
@@ -252,11 +272,12 @@ def test_what_a_search_reads_makes_the_same_logits(compute_dtype):
     """As with a Transformer: padding rows in a column of the kernel in float32, kernels cast once in bfloat16."""
     config = RecurrentConfig(model_dim=16, hidden_dim=16, attention="dot", compute_dtype=compute_dtype)
     model = tiny.randomised(nnx.eval_shape(lambda: build_model(config, tiny.VOCABULARY, rngs=nnx.Rngs(0))), 0)
-    vectors = jax.random.normal(jax.random.key(2), (2, 3, 16)).astype(compute_dtype)
-    expected = model.output_projection().logits(vectors)
+    vectors = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 16)), compute_dtype)
+    logits = jax.jit(lambda model: model.output_projection().logits(vectors))
+    expected = logits(model)
     with backend.tracing_for("cpu"):
-        prepared = prepared_model(model)
-        found = prepared.output_projection().logits(vectors)
+        prepared = jax.jit(prepared_model)(model)
+        found = logits(prepared)
     assert prepared.output_projection().bias_in_kernel == (compute_dtype == "float32")
     assert prepared.decoder.readout.kernel[...].dtype == compute_dtype
     # A bias that is rounded to bfloat16 would differ far more; the order of sums is the compiler's choice.

@@ -34,7 +34,7 @@ from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.training.checkpoint import Checkpoints
-from flax_transformer.training.run_log import read_metrics
+from flax_transformer.training.metrics_file import read_metrics
 from tests.small_run import SMALL, checkpoint_params, command
 
 
@@ -83,7 +83,7 @@ def test_a_training_has_all_devices_search_together(monkeypatch, tmp_path):
 def test_a_run_leaves_everything_in_its_folder(run):
     names = {p.name for p in run.iterdir()}
     assert names >= {"config.yaml", "run_card.json", "metrics.jsonl", "train.log", "tokenizer", "checkpoints"}
-    assert not [p for p in run.rglob("*.partial")]
+    assert not [p for p in run.rglob("*.new")]
     records = read_metrics(run / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [2, 4, 6, 8]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [4, 8]
@@ -211,7 +211,7 @@ def test_a_signal_saves_the_state_and_gives_code_3(recipe, tmp_path, monkeypatch
     assert command("train", *arguments) == 3
     chex.assert_trees_all_equal(checkpoint_params(folder, 6), checkpoint_params(run, 6))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not ended
-    assert "the evaluation at step 6 was stopped: its checkpoint can be" in (folder / "train.log").read_text()
+    assert "the evaluation at step 6 was stopped: --resume will begin with it" in (folder / "train.log").read_text()
     with Checkpoints(folder / "checkpoints") as checkpoints:
         assert checkpoints.saved is not None and checkpoints.saved[-1] == (6, None) and not checkpoints.best_steps()
 

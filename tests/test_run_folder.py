@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_noticed(run, tmp_path, one_device):
     shutil.rmtree(item)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(item, params)
-    message = r"is damaged: params decoder/layers/feed_forward/up/kernel \(1 in all\).* Delete that folder to go on"
+    message = r"is damaged: params decoder/layers/feed_forward/up/kernel \(1 in all\).* delete that folder to go on"
     with pytest.raises(RunFolderError, match=message):
         Translator.load(copy, one_device, checkpoint="last")
 
@@ -136,6 +136,6 @@ def test_a_tokenizer_that_was_exchanged_is_noticed(run, tmp_path, capsys):
     assert not (tmp_path / "mean").exists()
     for file in copy.glob("checkpoints/*/meta/metadata"):
         meta = json.loads(file.read_text())
-        assert meta.pop("tokenizers") == before.fingerprint
+        assert meta.pop("tokenizers") == before.fingerprint and meta.pop("sha256")
         file.write_text(json.dumps(meta))
     assert Translator.load(copy).tokenizers.fingerprint == other.fingerprint

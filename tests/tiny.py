@@ -62,5 +62,13 @@ def batch(source_lengths: list[int], target_lengths: list[int], seed: int = 0, s
     )
 
 
+def with_padding_tokens(of: Batch, token: int) -> Batch:
+    """The batch with a token at all places of padding."""
+    return of._replace(
+        source_tokens=jnp.asarray(np.where(np.asarray(of.source_segments) > 0, of.source_tokens, token)),
+        target_tokens=jnp.asarray(np.where(np.asarray(of.target_segments) > 0, of.target_tokens, token)),
+    )
+
+
 def rows(of: Batch, *indices: int) -> Batch:
     return Batch(*(jnp.asarray(np.asarray(a)[list(indices)]) for a in of))

@@ -1,5 +1,6 @@
 """compare: a table and two pictures of finished runs."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import tyro
 
 from flax_transformer.inference.comparison import common_quality, comparison_table, read_runs
 from flax_transformer.plots.comparison import plot_bleu_by_length, plot_quality_over_time
+from flax_transformer.plots.picture import missing_letters_note
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class CompareOptions:
     Attributes:
         runs: run folders.
         output: folder for comparison.md, quality_over_time.png and bleu_by_length.png; created if it does not exist.
+            A picture is an SVG if no font of the machine has its letters.
         quality: validation BLEU; the table shows the time to reach it. None is the highest whole BLEU that all runs
             reached.
     """
@@ -35,10 +38,13 @@ def main(arguments: list[str], program: str) -> int:
     runs = read_runs(options.runs)
     quality = common_quality(runs) if options.quality is None else options.quality
     table = comparison_table(runs, quality)
-    print(table)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
-    plot_quality_over_time(runs, options.output / "quality_over_time.png")
-    plot_bleu_by_length(runs, options.output / "bleu_by_length.png")
-    print(f"\nthe table and two pictures lie in {options.output}")
+    pictures = [
+        plot_quality_over_time(runs, options.output / "quality_over_time.png"),
+        plot_bleu_by_length(runs, options.output / "bleu_by_length.png"),
+    ]
+    print(f"{table}\n\nthe table and two pictures lie in {options.output}")
+    if note := missing_letters_note(pictures):
+        print(f"note: {note}", file=sys.stderr)
     return 0

@@ -10,7 +10,7 @@ import tyro
 from flax_transformer.cli.partial_output import output_of_lines
 from flax_transformer.data.parallel_text import read_parallel_text
 from flax_transformer.decoding.beam_search import StopRule
-from flax_transformer.inference.evaluate import evaluate
+from flax_transformer.inference.evaluate import bleu_metric, evaluate
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
@@ -58,6 +58,7 @@ def main(arguments: list[str], program: str) -> int:
     """
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()
+    bleu_metric(config.evaluation.bleu_tokenizer)  # which may be missing
     text = read_parallel_text(options.source, options.reference, config.text_format)
     output = contextlib.nullcontext() if options.output is None else output_of_lines(options.output)
     with output as write:

@@ -9,16 +9,18 @@ Exit codes:
     130: another command was interrupted.
 """
 
+import contextlib
 import importlib
 import logging
 import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
-from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean
+from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
+from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.user_cache import writable_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
@@ -124,9 +126,39 @@ def keep_memory() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+@contextlib.contextmanager
+def quiet_orbax() -> Generator[None, None, None]:
+    """Keeps Orbax from printing in a `with` block. It raises the errors that it prints, too.
+
+    It logs normal events as warnings, and an error of a full disk several times. After such an error TensorStore, its
+    library, prints a traceback for each array whose writing ends when nobody waits for it.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def without_late_arrays(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_late_arrays
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
-    """Returns the exit code of a verb. An error that a user can cause is one paragraph; --debug adds the traceback."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs normal events as warnings
+    """Returns the exit code of a verb. An error that a user can cause is one paragraph; --debug adds the traceback.
+
+    Messages that standard error cannot take are lost, and end nothing.
+    """
+    with quiet_orbax(), lossy_standard_streams(output=False):
+        return _exit_code(verb, arguments, program)
+
+
+def _exit_code(verb: Verb, arguments: list[str], program: str) -> int:
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
     try:
         use_compilation_cache()
@@ -163,7 +195,8 @@ def main() -> int:
         )
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
-        print(f"error: unknown verb {arguments[0]!r}.{did_you_mean(arguments[0], VERBS)}\n\n{USAGE}", file=sys.stderr)
+        near = did_you_mean(arguments[0], VERBS)
+        print(f"error: unknown verb {shown(arguments[0])}.{near}\n\n{USAGE}", file=sys.stderr)
         return 2
     return run_verb(verb(arguments[0]), arguments[1:], f"flax-transformer {arguments[0]}")
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flax_transformer.data.text_files import STANDARD_STREAM, compression_of
-from flax_transformer.errors import InputError, writing
+from flax_transformer.errors import InputError, shown, writing
 from flax_transformer.locks import take_lock
+from flax_transformer.small_files import as_dataclass, parse_object, sealed, unsealed, write_atomically
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ class PartialOutput:
             name = changed[0]
             raise InputError(
                 f"--resume: {self._partial} was made with other settings: {name} was "
-                f"{self.progress.settings.get(name)!r} and is {self._settings[name]!r}. Use the same, or remove the "
-                "file to begin anew."
+                f"{shown(self.progress.settings.get(name))} and is {shown(self._settings[name])}. Use the same, or "
+                "remove the file to begin anew."
             )
 
     def _recorded(self) -> Progress:
@@ -178,8 +179,11 @@ class PartialOutput:
         if not (self._record.exists() and self._partial.exists() and self._partial.stat().st_size):
             return nothing
         try:
-            return Progress(**json.loads(self._record.read_text()))
-        except (ValueError, TypeError) as error:
+            progress = as_dataclass(Progress, unsealed(parse_object(self._record.read_bytes())))
+            if min(progress.lines, progress.size) < 0:
+                raise ValueError(f"it counts {progress.lines} lines and {progress.size} bytes")
+            return progress
+        except ValueError as error:
             raise InputError(
                 f"--resume: {self._record} cannot be read ({error}), so the progress of {self._partial} is not known. "
                 "Remove both to begin anew."
@@ -233,9 +237,8 @@ class PartialOutput:
         with writing(self._partial):
             self._file.write(data)
             self._file.flush()
+            os.fsync(self._file.fileno())  # before the record, which may not say more than there is
             self.progress = Progress(
                 before.lines + len(lines), before.size + len(data), source, before.faulty or faulty, before.settings
             )
-            new = self._record.with_name(self._record.name + ".new")
-            new.write_text(json.dumps(asdict(self.progress)))
-            os.replace(new, self._record)
+            write_atomically(self._record, json.dumps(sealed(asdict(self.progress))))

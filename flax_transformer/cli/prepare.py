@@ -7,8 +7,10 @@ from flax_transformer.data.preparation import prepare_training_pairs
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.new_run import tokenizers_of_new_run
 from flax_transformer.experiment.report import describe_batches, describe_normalization, describe_pairs, describe_tokens
+from flax_transformer.standard_streams import lossy_standard_streams
 
 
+@lossy_standard_streams()
 def main(arguments: list[str], program: str) -> int:
     """Returns the exit code.
 

@@ -13,6 +13,8 @@ from flax_transformer.run_folder import RunFolder
 def read_recipe(arguments: list[str], program: str, default_config: Path | None = None) -> tuple[Config, bool]:
     """Returns the configuration that a command line describes, and whether it resumes a run.
 
+    A configuration that lies in a run folder belongs to that run, whatever folder it names.
+
     Args:
         arguments: `[--config FILE] [--section.field value ...]`, or `--run FOLDER --resume [--section.field ...]`.
         program: name of the program in the help.
@@ -49,7 +51,9 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
         path = default_config
     if path is None:
         raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
-    return override(read_config(path, of_run=resume), rest, program), resume
+    folder = RunFolder.of_config(path)
+    config = read_config(path) if folder is None else folder.read_config()
+    return override(config, rest, program), resume
 
 
 def main(arguments: list[str], program: str = "train.py", default_config: Path | None = None) -> int:

@@ -16,7 +16,7 @@ from flax_transformer.cli.partial_output import PartialOutput, StreamOutput, dig
 from flax_transformer.config.recipe import METHOD_FIELDS, DecodingConfig
 from flax_transformer.data.parallel_text import SentenceReader
 from flax_transformer.data.text_files import STANDARD_STREAM, chunks_of, iterate_lines
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, shown
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_none
@@ -201,7 +201,7 @@ def warnings_of(number: int, translation: Translation | NoTranslation, max_sourc
         empty = not translation.source
         reason = "the line is empty, and so is its output" if empty else "it reached its maximum length first"
         for phrase in translation.hypotheses[0].missing:
-            yield f"the output of line {number} lacks {phrase!r}: {reason}."
+            yield f"the output of line {number} lacks {shown(phrase)}: {reason}."
     if translation.truncated:
         yield cut_line(f"line {number}", max_source_length)
 

@@ -4,6 +4,7 @@ A recipe with an old key is refused, with the new name. A run folder keeps its c
 old keys are translated.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping
@@ -64,13 +65,16 @@ def with_new_keys(values: dict[str, Any]) -> dict[str, Any]:
     is_old = False
     for name, old in OLD_KEYS.items():
         section, key = name.split(".")
-        if key not in (fields := found.get(section) or {}):
+        fields = found.get(section)
+        if not isinstance(fields, dict) or key not in fields:
             continue
         is_old |= old.new != name
         value = fields.pop(key)
         if old.new is not None:
             fields[old.new.split(".")[1]] = old.values.get(value, value) if isinstance(value, str) else value
-    if is_old and (decoding := found.get("decoding")):  # these lengths counted the end tokens of source and output
-        factor = decoding.get("max_length_factor", 2.0)
-        decoding["max_length_offset"] = decoding.get("max_length_offset", 10) + math.ceil(factor) - 1
+    decoding = found.get("decoding")
+    if is_old and isinstance(decoding, dict):  # these lengths counted the end tokens of source and output
+        factor, offset = decoding.get("max_length_factor", 2.0), decoding.get("max_length_offset", 10)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # of values that `from_dict` will refuse
+            decoding["max_length_offset"] = offset + math.ceil(factor) - 1
     return found

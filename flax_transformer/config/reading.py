@@ -10,9 +10,17 @@ import yaml
 
 from flax_transformer.config.old_keys import explain_old_key, with_new_keys
 from flax_transformer.config.recipe import Config
-from flax_transformer.errors import ConfigError, did_you_mean
+from flax_transformer.errors import ConfigError, did_you_mean, shortened, shown
+from flax_transformer.small_files import write_atomically
 
 Section = TypeVar("Section")
+
+# Limits of a configuration file. They bound the time and the memory that any file can take.
+MOST_BYTES = 1 << 18
+MOST_NESTED = 20
+
+# Sections that the configuration of every run has, since the first version.
+SECTIONS_OF_RUN = ("run", "data", "tokenizer", "model", "batching", "optimizer", "training", "decoding", "mesh")
 
 
 # --- YAML -> dataclass
@@ -26,7 +34,7 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
     """
     where = f"section '{path}'" if path else "the configuration"
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} must be a mapping of fields to values, got {values!r}.")
+        raise ConfigError(f"{where} must be a mapping of fields to values, got {shown(values)}.")
     hints = get_type_hints(cls)
     # Every section is a dataclass; Python has no public type to say that of `Section`.
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -36,7 +44,7 @@ def from_dict(cls: type[Section], values: Any, path: str = "") -> Section:
         if key == "kind" and kind is not None:
             continue
         if key not in known:
-            full = f"{path}.{key}" if path else str(key)
+            full = shortened(f"{path}.{key}" if path else str(key))
             if explained := explain_old_key(full, value):
                 raise ConfigError(explained)
             raise ConfigError(f"unknown key '{full}' in the configuration.{did_you_mean(str(key), known)}")
@@ -58,7 +66,7 @@ def section_class(hint: Any, values: Any, path: str) -> Any:
         return choices[0]
     if not isinstance(kind, str) or kind not in kinds:
         names = [k for k in kinds if k]
-        raise ConfigError(f"{path}.kind: unknown kind {kind!r}.{did_you_mean(str(kind), names)}")
+        raise ConfigError(f"{path}.kind: unknown kind {shown(kind)}.{did_you_mean(str(kind), names)}")
     return kinds[kind]
 
 
@@ -71,7 +79,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value in choices and type(value) in {type(c) for c in choices}:
             return value
         explained = explain_old_key(path, value) if isinstance(value, str) else ""
-        raise ConfigError(explained or f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}.")
+        raise ConfigError(explained or f"{path}: expected one of {', '.join(map(str, choices))}; got {shown(value)}.")
     if get_origin(hint) in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
@@ -82,13 +90,57 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):  # YAML 1.1 reads 1e-3 as text
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
+    if isinstance(value, str) and not _is_plain(value):
+        raise ConfigError(f"{path}: {shown(value)} has a NUL character or half of a surrogate pair. Take it out.")
     if type(value) is not hint:
-        raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__}).")
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {shown(value)} ({type(value).__name__}).")
     return value
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Loader of plain YAML that refuses a key which occurs twice in a mapping; PyYAML silently forgets the first."""
+def _is_plain(text: str) -> bool:
+    """Returns whether a text can be written to a file, and can be a part of a path."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Loader of plain YAML with limits, which refuses a key that occurs twice in a mapping.
+
+    PyYAML silently forgets the first of two equal keys.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._nested = 0
+
+    def compose_node(self, parent, index):
+        """Returns the next node.
+
+        Raises:
+            yaml.YAMLError: the node is nested too deeply.
+        """
+        if self._nested == MOST_NESTED:
+            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        self._nested += 1
+        node = super().compose_node(parent, index)
+        self._nested -= 1
+        return node
+
+    def construct_object(self, node, deep=False):
+        """Returns the value of a node.
+
+        Raises:
+            yaml.YAMLError: the value does not fit the tag of the node, such as `!!timestamp foo`.
+        """
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # as PyYAML meets it
+            value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a collection"
+            what = f"{value} cannot be read as {shown(node.tag.removeprefix('tag:yaml.org,2002:'))}"
+            raise yaml.MarkedYAMLError(None, None, what, node.start_mark) from error
 
     def construct_mapping(self, node, deep=False):
         """Returns the mapping of a node.
@@ -97,13 +149,14 @@ class UniqueKeyLoader(yaml.SafeLoader):
             yaml.YAMLError: a key occurs twice, or is not plain text.
         """
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
+                raise yaml.MarkedYAMLError(
                     None, None, "a key must be plain text; is a template not filled in?", key.start_mark
                 )
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                twice = f"key {shown(key.value)} stands twice"
+                raise yaml.MarkedYAMLError(None, None, twice, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -113,7 +166,8 @@ def read_config(path: Path, of_run: bool = False) -> Config:
 
     Args:
         path: the file.
-        of_run: whether the file belongs to a run folder, whose old keys are translated. In a recipe they are errors.
+        of_run: whether the file belongs to a run folder. Then old keys are translated, and no section may be missing.
+            In a recipe an old key is an error.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type or out of range, or fields that
@@ -121,18 +175,34 @@ def read_config(path: Path, of_run: bool = False) -> Config:
     """
     try:
         values = _read_yaml(path)
-        return from_dict(Config, with_new_keys(values) if of_run and isinstance(values, dict) else values)
+        if of_run and isinstance(values, dict):
+            _check_complete(values)
+            values = with_new_keys(values)
+        return from_dict(Config, values)
     except ConfigError as error:
         raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _check_complete(values: dict[str, Any]) -> None:
+    """Raises a `ConfigError` if the configuration of a run lacks a section, which `write_config` has written."""
+    if missing := [name for name in SECTIONS_OF_RUN if name not in values]:
+        raise ConfigError(
+            f"the configuration of a run has all sections, and this file lacks '{missing[0]}': it is cut short or "
+            "damaged. Put it back from a copy, or from the recipe that the run was started with."
+        )
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.exists() or path.is_dir():
         raise ConfigError(f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone.")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"{path} is no configuration: it has more than {MOST_BYTES:,} bytes. Give a recipe.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:  # such as a 13th month in what looks like a date
-        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+        values = yaml.load(content.decode("utf-8"), Loader=StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {shortened(str(error), 300)}. Mend it.") from error
     return {} if values is None else values
 
 
@@ -150,5 +220,5 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes all fields as YAML, with the defaults, so that the file alone describes the run."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes all fields as YAML, atomically, with the defaults, so that the file alone describes the run."""
+    write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

@@ -6,7 +6,10 @@ Sections `data` and `model` have several kinds. The key `kind` names the kind.
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Literal
+
+from sacrebleu.metrics import BLEU
 
 from flax_transformer.data.batching import BatchingConfig
 from flax_transformer.data.corpus import DataConfig
@@ -17,7 +20,7 @@ from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConf
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
-from flax_transformer.errors import ConfigError, check_finite, check_seed
+from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
@@ -63,6 +66,7 @@ class TrainingConfig:
     keep_best: int = 1
 
     def __post_init__(self):
+        check_finite("training", self)
         for name in ("steps", "log_every_steps", "evaluate_every_steps", "evaluate_sentences",
                      "checkpoint_every_steps", "keep_newest", "keep_best"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -77,7 +81,6 @@ class TrainingConfig:
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"training.label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
-        check_finite("training", self)
         if self.r_drop < 0:
             raise ConfigError(f"training.r_drop must not be negative (0 turns it off), got {self.r_drop}.")
 
@@ -125,7 +128,8 @@ class DecodingConfig:
         min_p: minimum probability in sampling, as a share of the highest probability; 0 allows all.
         mbr_samples: number of samples for minimum Bayes risk, which puts first the sample that agrees best with all
             samples. With 0 the most probable sample comes first.
-        mbr_utility: measure of agreement for mbr_samples: sacreBLEU's "chrf" or "bleu" of single sentences.
+        mbr_utility: measure of agreement for mbr_samples: sacreBLEU's "chrf" or "bleu" of single sentences. BLEU takes
+            the tokenizer "13a" here, so "chrf" is better for text without spaces between words.
         seed: seed of sampling. What is drawn for a sentence depends on the seed and on its text alone.
         batch_size: number of sentences decoded together. Padding fills up a smaller batch.
     """
@@ -216,11 +220,20 @@ class EvaluationConfig:
     """Settings of the scores of translations.
 
     Attributes:
-        bleu_tokenizer: tokenizer of sacreBLEU: "13a" (its default) or "intl" for plain text, "none" for text that is
-            tokenised already, "char" where a sentence is one word.
+        bleu_tokenizer: name of a tokenizer of sacreBLEU, which finds the words for BLEU; `sacrebleu --help` lists all.
+            Its default, "13a", and "intl" split at spaces and punctuation. For Chinese there is "zh", for Japanese
+            there is "ja-mecab", for Korean "ko-mecab", and for any language "flores200". With "char", each character is
+            a word. With "none", text stays as it is, which is right for text that is tokenised already.
     """
 
-    bleu_tokenizer: Literal["13a", "intl", "char", "none"] = "13a"
+    bleu_tokenizer: str = "13a"
+
+    def __post_init__(self):
+        if self.bleu_tokenizer not in BLEU.TOKENIZERS:
+            raise ConfigError(
+                f"evaluation.bleu_tokenizer: sacreBLEU {version('sacrebleu')} has no tokenizer "
+                f"{shown(self.bleu_tokenizer)}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from flax_transformer.data.filters import TOO_LONG, FilterConfig, PairMarks, filter_pairs
+from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.tokenizer import TokenizedText
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, check_finite
 from flax_transformer.shapes import Batch
 
 # Default of `batching.row_multiple`. It does not depend on the number of devices, so neither does the plan.
@@ -47,6 +48,7 @@ class BatchingConfig:
     row_multiple: int = ROW_MULTIPLE
 
     def __post_init__(self):
+        check_finite("batching", self)
         for name in ("tokens_per_batch", "num_buckets", "row_length", "gradient_accumulation_steps", "row_multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")
@@ -240,23 +242,40 @@ def _counts(reason: np.ndarray, reasons: list[str]) -> dict[str, int]:
     return dict(zip(reasons, np.bincount(reason, minlength=len(reasons) + 1)[1:].tolist(), strict=True))
 
 
-def data_fingerprint(variants: Sequence[TokenizedPairs], drawn: bool) -> str:
-    """Returns the fingerprint of training pairs.
+class DataFingerprint(NamedTuple):
+    """What a checkpoint knows of the text that its run reads.
 
-    For pairs that were cut at random (`drawn`) it is "TEXT:DRAWS": a hash of the text, and one of its segmentations.
-    Another process may draw other segmentations (docs/lab_book.md, "SentencePiece draws differently in each process").
-    So a segmentation that the cache has lost cannot be drawn again.
+    The names and the folder of the files are not part of it, so files may be moved.
+
+    Attributes:
+        train: fingerprint of the training pairs. If they were cut at random, it is that of their text alone.
+        draws: fingerprint of the random segmentations of the training text; "" without them. Another process may draw
+            others (docs/lab_book.md, "SentencePiece draws differently in each process"). So a segmentation that the
+            cache has lost cannot be drawn again.
+        held_out: fingerprint of the validation and the test text; "" in a checkpoint of an earlier version.
     """
-    if not drawn:
-        (pairs,) = variants
-        return pairs.fingerprint
-    draws = hashlib.sha256("".join(pairs.fingerprint for pairs in variants).encode()).hexdigest()
-    return f"{variants[0].text_fingerprint}:{draws}"
 
+    train: str
+    draws: str = ""
+    held_out: str = ""
 
-def same_text(one: str, other: str) -> bool:
-    """Returns whether two fingerprints belong to the same text, even if its random segmentations differ."""
-    return one.partition(":")[0] == other.partition(":")[0]
+    @classmethod
+    def of(cls, variants: Sequence[TokenizedPairs], drawn: bool, held_out: Sequence[ParallelText]) -> "DataFingerprint":
+        """Returns the fingerprint of training pairs, which were cut at random if `drawn`, and of held-out text."""
+        others = hashlib.sha256("".join(text.fingerprint for text in held_out).encode()).hexdigest()
+        if not drawn:
+            (pairs,) = variants
+            return cls(pairs.fingerprint, "", others)
+        draws = hashlib.sha256("".join(pairs.fingerprint for pairs in variants).encode()).hexdigest()
+        return cls(variants[0].text_fingerprint, draws, others)
+
+    @classmethod
+    def parse(cls, text: str) -> "DataFingerprint":
+        """Returns the fingerprint that `str` wrote."""
+        return cls(*text.split(":"))
+
+    def __str__(self) -> str:
+        return ":".join(self)
 
 
 class PlannedBatch(NamedTuple):

@@ -1,5 +1,6 @@
 """Parallel text: sentence n of one side translates sentence n of the other."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from flax_transformer.data.text_files import STANDARD_STREAM, LineReader, text_suffix
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, check_finite, shown
 
 
 @runtime_checkable
@@ -111,6 +112,7 @@ class ParallelTextConfig:
     target_key: str = "target"
 
     def __post_init__(self):
+        check_finite("data", self)
         num = len(self.train_source)
         if not num or len(self.train_target) != num or len(self.train_weights) not in (0, num):
             raise ConfigError(
@@ -124,6 +126,12 @@ class ParallelTextConfig:
         for name in ("source_column", "target_column"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
+
+    def without_places(self) -> "ParallelTextConfig":
+        """Returns these settings without the folder and the names of the files."""
+        names = {f"{part}_{side}": "" for part in ("validation", "test") for side in ("source", "target")}
+        nameless = ("",) * len(self.train_source)
+        return dataclasses.replace(self, folder="", train_source=nameless, train_target=nameless, **names)
 
 
 class SentenceReader(LineReader):
@@ -163,8 +171,8 @@ class SentenceReader(LineReader):
             sentence = None
         if not isinstance(sentence, str):
             raise InputError(
-                f"{self.name}, line {self.number}: expected a JSON object with a text under the key {self._key!r}. "
-                "Mend the line, or set data.source_key and data.target_key."
+                f"{self.name}, line {self.number}: expected a JSON object with a text under the key "
+                f"{shown(self._key)}. Mend the line, or set data.source_key and data.target_key."
             )
         return " ".join(sentence.splitlines())
 

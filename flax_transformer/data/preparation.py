@@ -25,7 +25,11 @@ from flax_transformer.data.tokenizer import (
 )
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError, writing
+from flax_transformer.small_files import write_atomically
 from flax_transformer.user_cache import user_cache
+
+# File beside cached tokenizers with the fingerprint that they were learnt with.
+FINGERPRINT = "fingerprint.txt"
 
 # Number of pairs that show what normalisation changes. They are normalised once more, at each start.
 MAX_PAIRS_LOOKED_AT = 10_000
@@ -43,8 +47,10 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = user_cache("tokenizers")
     if (folder / key).is_dir():
-        with contextlib.suppress(RunFolderError):  # a damaged tokenizer is learnt again
-            return TokenizerPair.load(folder / key)
+        with contextlib.suppress(RunFolderError, OSError, ValueError):  # a damaged tokenizer is learnt again
+            tokenizers = TokenizerPair.load(folder / key)
+            if (folder / key / FINGERPRINT).read_text(encoding="utf-8") == tokenizers.fingerprint:
+                return tokenizers
         shutil.rmtree(folder / key, ignore_errors=True)
     names = ", ".join(part.name for part in parts)
     tokenizers = TokenizerPair.train(*_sample(parts, config.max_training_pairs), config, names)
@@ -52,6 +58,7 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
     try:
         with writing(partial):
             tokenizers.save(partial)
+            write_atomically(partial / FINGERPRINT, tokenizers.fingerprint)
         partial.rename(folder / key)
     except OSError:
         if not (folder / key).is_dir():  # else another process has made the same folder

@@ -1,7 +1,8 @@
 """Tokenised training text on disk, memory-mapped.
 
 A cache is a folder, named by a hash of the text and of the tokenizers. It is written under another name, and renamed
-when it is complete. So a process that is killed never leaves a partial cache under the final name.
+when it is complete. So a process that is killed never leaves a partial cache under the final name. Each file has a
+checksum, which is checked when a cache is opened. A damaged cache is made again.
 """
 
 import contextlib
@@ -27,9 +28,10 @@ from flax_transformer.data.parallel_text import TextPart
 from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokenizer
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError
+from flax_transformer.small_files import parse_object, sealed, unsealed, write_atomically
 
 # Version of the files in a cache. A new number makes older caches unused.
-FORMAT = 1
+FORMAT = 2
 
 # Number of pairs that are tokenised together, on all CPU cores.
 PAIRS_AT_ONCE = 16_384
@@ -93,23 +95,39 @@ def tokenized_parts(
         sample: a random segmentation; None means the best one.
 
     Raises:
-        InputError: bad text, or a damaged cache.
+        InputError: bad text, or a cache that is damaged as soon as it is made.
     """
     made = folder / cache_key(parts, tokenizers, sample)
-    if not made.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
-        partial = Path(tempfile.mkdtemp(prefix=f"{made.name}.partial-", dir=folder))
+    if made.is_dir():
         try:
-            _write(parts, tokenizers, sample, partial)
-            try:
-                partial.rename(made)
-            except OSError:
-                if not made.is_dir():  # else another process has made the same folder
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return _open(made)
+            return _open(made)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"warning: {made} is damaged ({error}), so the text is tokenised again", file=sys.stderr, flush=True)
+            shutil.rmtree(made, ignore_errors=True)
+    _make(parts, tokenizers, sample, made)
+    try:
+        return _open(made)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"the cache of tokenised text in {made} is damaged, though it has just been made: {error}. Check that "
+            "disk, or set XDG_CACHE_HOME to a folder on another one."
+        ) from error
+
+
+def _make(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: SubwordSample | None, made: Path) -> None:
+    """Writes a cache to the folder `made`, unless another process has written it in the meantime."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(made.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f"{made.name}.partial-", dir=made.parent))
+    try:
+        _write(parts, tokenizers, sample, partial)
+        try:
+            partial.rename(made)
+        except OSError:
+            if not made.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -123,15 +141,15 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: SubwordSample | None, folder: Path) -> None:
-    """Writes the arrays as flat files, and then `meta.json` with their lengths."""
-    counts = dict.fromkeys(DTYPES, 0)
+    """Writes the arrays as flat files, and then `meta.json` with their checksums."""
+    digests = {name: hashlib.sha256() for name in DTYPES}
     ends, pairs_done = [], 0
     files = {name: (folder / name).open("wb") for name in DTYPES}
 
     def write(name: str, values: np.ndarray) -> None:
         array = np.ascontiguousarray(values, DTYPES[name])
         files[name].write(array.data)
-        counts[name] += len(array)
+        digests[name].update(array.data)
 
     try:
         with _Progress() as progress:
@@ -163,7 +181,8 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
         with contextlib.ExitStack() as stack:  # closes every file, also if a full disk makes one fail
             for file in files.values():
                 stack.callback(file.close)
-    (folder / "meta.json").write_text(json.dumps({"counts": counts, "ends": ends}), encoding="utf-8")
+    checksums = {name: digest.hexdigest() for name, digest in digests.items()}
+    write_atomically(folder / "meta.json", json.dumps(sealed({"ends": ends, "checksums": checksums})))
 
 
 class _Progress:
@@ -219,19 +238,16 @@ def _open(folder: Path) -> TokenizedParts:
     """Maps the arrays of a cache into memory.
 
     Raises:
-        InputError: a file is missing or has the wrong length.
+        FileNotFoundError: a file is missing.
+        ValueError: a file does not have the content that it was written with.
     """
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        arrays = {}
-        for name, dtype in DTYPES.items():
-            if (folder / name).stat().st_size != meta["counts"][name] * np.dtype(dtype).itemsize:
-                raise ValueError(f"{name} has another length than it was written with")
-            arrays[name] = np.memmap(folder / name, dtype, mode="r")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise InputError(
-            f"the cache of tokenised text in {folder} is damaged: {error}. Delete that folder; it will be made again."
-        ) from error
+    meta = unsealed(parse_object((folder / "meta.json").read_bytes()))
+    arrays = {}
+    for name, dtype in DTYPES.items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != meta["checksums"][name]:
+                raise ValueError(f"{name} does not have the checksum that it was written with")
+        arrays[name] = np.memmap(folder / name, dtype, mode="r")
     return TokenizedParts(
         TokenizedText(arrays["source_ids"], arrays["source_offsets"]),
         TokenizedText(arrays["target_ids"], arrays["target_offsets"]),

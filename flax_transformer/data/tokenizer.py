@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from flax_transformer.errors import ConfigError, check_finite
+from flax_transformer.errors import ConfigError, check_finite, shown
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class TokenizerConfig:
     max_training_pairs: int = 500_000
 
     def __post_init__(self):
+        check_finite("tokenizer", self)
         if self.max_training_pairs < 1:
             raise ConfigError(f"tokenizer.max_training_pairs must be at least 1, got {self.max_training_pairs}.")
         num_special = len(dataclasses.fields(SpecialIds))
@@ -117,8 +118,8 @@ class SubwordSamplingConfig:
         """Raises a `ConfigError` unless a tokenizer's algorithm can cut text at random in this way."""
         if self.alpha and algorithm not in ("unigram", "bpe"):
             raise ConfigError(
-                f"subword_sampling.alpha ({self.alpha}) needs tokenizer.algorithm unigram or bpe: {algorithm!r} cuts a "
-                "text in one way alone."
+                f"subword_sampling.alpha ({self.alpha}) needs tokenizer.algorithm unigram or bpe: {shown(algorithm)} "
+                "cuts a text in one way alone."
             )
         if algorithm == "bpe" and self.alpha >= 1:
             raise ConfigError(

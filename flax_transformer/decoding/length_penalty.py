@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_transformer.errors import ConfigError, did_you_mean
+from flax_transformer.errors import ConfigError, did_you_mean, shown
 
 NAMES = ("gnmt", "average", "none")
 
@@ -36,10 +36,10 @@ class LengthPenalty:
         """
         name, _, exponent = text.partition(":")
         if name not in NAMES:
-            raise ConfigError(f"unknown length penalty {text!r}.{did_you_mean(name, NAMES)}")
+            raise ConfigError(f"unknown length penalty {shown(text)}.{did_you_mean(name, NAMES)}")
         if name == "none":
             if exponent:
-                raise ConfigError(f"length penalty 'none' takes no exponent, got {text!r}.")
+                raise ConfigError(f"length penalty 'none' takes no exponent, got {shown(text)}.")
             return cls("none", 0.0)
         try:
             value = float(exponent)
@@ -47,8 +47,8 @@ class LengthPenalty:
             value = -1.0
         if not 0.0 <= value < float("inf"):
             raise ConfigError(
-                f"length penalty {name!r} needs an exponent of at least 0 after a colon, such as '{name}:0.6'; "
-                f"got {text!r}."
+                f"length penalty {shown(name)} needs an exponent of at least 0 after a colon, such as '{name}:0.6'; "
+                f"got {shown(text)}."
             )
         return cls(name, value)
 

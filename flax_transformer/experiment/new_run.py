@@ -16,6 +16,8 @@ from flax_transformer.experiment.text import PreparedText
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
+from flax_transformer.training.loop import TrainingStart
+from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import StateLayout, TrainState, init_state
 
 
@@ -25,17 +27,19 @@ class Start:
 
     Attributes:
         checkpoints: checkpoints of the run, open during the training.
-        state: first state.
-        position: next batch to train on.
+        place: place at which the training loop starts.
         compiled: all programs of the run, or None if no step is left.
         notes: lines for the log.
     """
 
     checkpoints: Checkpoints
-    state: TrainState
-    position: Position
+    place: TrainingStart
     compiled: CompiledPrograms | None
     notes: tuple[str, ...] = ()
+
+    def log(self, folder: RunFolder) -> RunLog:
+        """Returns the log of the training, without earlier records of what is done again."""
+        return RunLog(folder, int(self.place.state.step), self.place.owes_evaluation)
 
 
 class NewRun:
@@ -77,7 +81,7 @@ class NewRun:
         with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             state = initial_state(self.config, text.tokenizers, programs.layout, params)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
-            yield Start(checkpoints, state, Position(0, 0), compiled)
+            yield Start(checkpoints, TrainingStart(state, Position(0, 0)), compiled)
 
 
 def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:

@@ -20,7 +20,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
 from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.requests import num_awaited
-from flax_transformer.inference.search_program import SearchConfig, SearchInputs, jit_search
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
@@ -114,7 +114,7 @@ class RecipePrograms:
         graphdef, params = self.prepared()
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
         inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length)
-        return jit_search(graphdef, SearchConfig(beam), mesh).trace(params, inputs)
+        return search.trace(graphdef, SearchConfig(beam), mesh, params, inputs)
 
     def search(self, source_length: int, max_length: int) -> Program:
         """Returns the beam search of sentences of one length, compiled. The arguments are those of `traced_search`.

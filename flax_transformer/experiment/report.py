@@ -22,10 +22,9 @@ from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
-from flax_transformer.plots.attention import plot_attention
-from flax_transformer.plots.curves import plot_curves
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.metrics_file import read_metrics
+from flax_transformer.training.run_log import RunLog
 
 NUM_SAMPLES = 10
 PACKAGES = ("flax-transformer", "jax", "flax", "optax", "orbax-checkpoint", "sentencepiece", "sacrebleu")
@@ -149,17 +148,26 @@ def score_test_part(
 
 
 def draw_pictures(
-    config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int]
+    config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int], log: RunLog
 ) -> None:
     """Draws the curves of the training, and the attention of the sample of middle length."""
-    folder.plots.mkdir(exist_ok=True)
-    plot_curves(read_metrics(folder.metrics_file), folder.plots / "curves.png", f"training of {config.run}")
+    from flax_transformer.plots.attention import plot_attention  # Matplotlib is needed at the end of a training alone
+    from flax_transformer.plots.curves import plot_curves
+    from flax_transformer.plots.picture import missing_letters_note
+
+    records = read_metrics(folder.metrics_file)
+    with folder.writing():
+        folder.plots.mkdir(exist_ok=True)
+        pictures = [plot_curves(records, folder.plots / "curves.png", f"training of {config.run}")]
     by_length = sorted((corpus.test.source[index] for index in samples), key=len)
     source = by_length[len(by_length) // 2]
     (found,) = translator.translate([source])
     attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if attention is not None:
-        plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}")
+        with folder.writing():
+            pictures.append(plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}"))
+    if note := missing_letters_note(pictures):
+        log.say(f"note: {note}")
 
 
 def run_card(

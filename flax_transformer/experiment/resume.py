@@ -5,8 +5,8 @@ from collections.abc import Generator
 from typing import Any
 
 from flax_transformer.config.recipe import Config
-from flax_transformer.data.batching import Position, same_text
-from flax_transformer.data.parallel_text import Corpus
+from flax_transformer.data.batching import DataFingerprint, Position
+from flax_transformer.data.parallel_text import Corpus, ParallelTextConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.new_run import Start, initial_params, initial_state, training_checkpoints
@@ -14,6 +14,8 @@ from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
+from flax_transformer.training.loop import TrainingStart, evaluation_is_due
+from flax_transformer.training.metrics_file import read_metrics
 
 # Settings that a resumed run must keep: whole sections, and fields of section training.
 SECTIONS_KEPT = (
@@ -31,13 +33,15 @@ class ResumedRun:
         folder: the run's folder.
 
     Raises:
-        RunFolderError: there is no run, or it was made by another recipe.
+        RunFolderError: there is no run, it was made by another recipe, or its log is damaged.
     """
 
     def __init__(self, config: Config, folder: RunFolder):
         self.config = config
         self.folder = folder
         _check_same_recipe(folder, config)
+        if folder.metrics_file.exists():
+            read_metrics(folder.metrics_file)  # a damaged log is told before anything is done
 
     def tokenizers(self, _: Corpus) -> TokenizerPair:
         """Returns the tokenizers of the run.
@@ -61,55 +65,72 @@ class ResumedRun:
                 not fit the memory.
         """
         with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
-            position, redrawn = Position(0, 0), False
+            position, redrawn, notes = Position(0, 0), False, []
             if checkpoints.latest_step() is None:  # stopped before its first checkpoint
                 params = initial_params(self.config, text.tokenizers, programs.layout)
                 state = initial_state(self.config, text.tokenizers, programs.layout, params)
             else:
                 restored = checkpoints.restore(programs.layout)
-                state, redrawn = restored.state, restored.data != text.fingerprint
-                position = _position(self.folder, restored, text)
+                state, notes = restored.state, [*restored.notes]
+                position, redrawn = _position(self.folder, restored, text)
             step = int(state.step)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
+            owes_evaluation = evaluation_is_due(step, self.config.training) and step not in checkpoints.best_steps()
             compiled = None
             if step < self.config.training.steps:
                 compiled = programs.compile(text)
                 self.folder.card_file.unlink(missing_ok=True)  # it describes the shorter training
+            elif owes_evaluation:
+                programs.validation.compile()
             self.folder.update_config(self.config)
-            notes = [f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}"]
+            notes.append(f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}")
             if redrawn:
                 notes.append(
                     "the random segmentations of this run are no longer in the cache and were drawn anew: this epoch "
                     "has other batches than before"
                 )
-            yield Start(checkpoints, state, position, compiled, tuple(notes))
+            if owes_evaluation:
+                notes.append(f"the evaluation of step {step} was stopped before its end: it comes first")
+            yield Start(checkpoints, TrainingStart(state, position, owes_evaluation), compiled, tuple(notes))
 
 
-def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> Position:
-    """Returns the position of a checkpoint in the present text.
+def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> tuple[Position, bool]:
+    """Returns the position of a checkpoint in the present text, and whether random segmentations were drawn anew.
 
     Raises:
-        RunFolderError: the run was trained on other text.
+        RunFolderError: the run was trained or evaluated on other text.
     """
-    if not same_text(restored.data, text.fingerprint):
+    before, now = DataFingerprint.parse(restored.data), DataFingerprint.parse(text.fingerprint)
+    if before.train != now.train:
         raise RunFolderError(
-            f"{folder.path} was trained on other text than its configuration now finds: the files of section "
+            f"{folder.path} was trained on other text than its configuration now finds: the training files of section "
             "'data' have changed, so its position in them means nothing. Put them back, or start a new run."
         )
+    if before.held_out and before.held_out != now.held_out:
+        raise RunFolderError(
+            f"{folder.path} was evaluated on other text than its configuration now finds: the validation or the test "
+            "files of section 'data' have changed, so its scores cannot be compared. Put them back, or start a new run."
+        )
     position = restored.position
-    if restored.data == text.fingerprint:
-        return position
-    # Random segmentations were drawn anew, and an epoch may now have fewer batches.
-    return position._replace(batch=min(position.batch, len(text.plan.epoch(position.epoch)) - 1))
+    if before.draws == now.draws:
+        return position, False
+    # An epoch of other segmentations may have fewer batches.
+    last = len(text.plan.epoch(position.epoch)) - 1
+    return position._replace(batch=min(position.batch, last)), True
 
 
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
     before = RunFolder.open(folder.path).read_config()
     for section in SECTIONS_KEPT:
-        _check_same(folder, section, getattr(before, section), getattr(config, section))
+        _check_same(folder, section, *(_kept(getattr(each, section)) for each in (before, config)))
     for name in TRAINING_FIELDS_KEPT:
         _check_same(folder, f"training.{name}", getattr(before.training, name), getattr(config.training, name))
+
+
+def _kept(section: Any) -> Any:
+    """Returns what a resumed run must keep of a section. Files may be moved: their content has a fingerprint."""
+    return section.without_places() if isinstance(section, ParallelTextConfig) else section
 
 
 def _check_same(folder: RunFolder, name: str, before: Any, now: Any) -> None:

@@ -13,11 +13,11 @@ from flax_transformer.experiment.programs import make_programs
 from flax_transformer.experiment.report import TrainingSummary, describe_run, draw_pictures, run_card, score_test_part
 from flax_transformer.experiment.resume import ResumedRun
 from flax_transformer.experiment.text import prepare_text
-from flax_transformer.inference.evaluate import Scores
+from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.training.loop import Callbacks, CompiledSteps, train_loop
-from flax_transformer.training.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Outcome:
     signal: int | None
 
 
+@lossy_standard_streams()
 def run_experiment(config: Config, resume: bool = False) -> Outcome:
     """Trains by a recipe, evaluates on the test part, and leaves everything in the run folder.
 
@@ -52,6 +53,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     started = time.monotonic()
     folder = RunFolder(config.run)
     _check_trainable(config)
+    bleu_metric(config.evaluation.bleu_tokenizer)  # what is missing is told before the training
     run = ResumedRun(config, folder) if resume else NewRun(config, folder)
 
     # --- text and programs
@@ -60,7 +62,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     text = prepare_text(config, corpus, run.tokenizers(corpus), mesh)
     programs = make_programs(config, text, mesh)
 
-    with run.start(text, programs) as start, RunLog(folder, int(start.state.step)) as log:
+    with run.start(text, programs) as start, start.log(folder) as log:
         # --- description
         log.say(describe_run(config, text, programs.layout.num_parameters, mesh))
         for note in start.notes:
@@ -71,8 +73,8 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         # --- training
         clock = time.monotonic()
         trained = train_loop(
-            start.state,
-            training_batches(text.train, text.plan, start.position),
+            start.place,
+            training_batches(text.train, text.plan, start.place.position),
             config.training,
             CompiledSteps({}, mesh) if start.compiled is None else start.compiled.steps,
             Callbacks(
@@ -80,6 +82,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 save=lambda state, position, quality: start.checkpoints.save(
                     state, position, text.fingerprint, quality
                 ),
+                check_saved=start.checkpoints.check_saved,
                 evaluate=functools.partial(programs.validation, log),
                 history=programs.validation.history(folder),
             ),
@@ -104,7 +107,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         # --- report
         training = TrainingSummary(step, best, training_seconds)
         folder.write_card(run_card(config, text, programs, training, result.scores))
-        draw_pictures(config, corpus, translator, folder, result.samples)
+        draw_pictures(config, corpus, translator, folder, result.samples, log)
         log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, result.scores, None)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import Config
-from flax_transformer.data.batching import Plan, TokenizedPairs, data_fingerprint
+from flax_transformer.data.batching import DataFingerprint, Plan, TokenizedPairs
 from flax_transformer.data.loader import evaluation_plan, training_plan
 from flax_transformer.data.parallel_text import Corpus
 from flax_transformer.data.preparation import held_out_pairs, prepare_training_pairs
@@ -25,7 +25,7 @@ class PreparedText:
         validation: pairs of the validation part.
         plan: batches of the training pairs.
         validation_plan: batches of the validation pairs.
-        fingerprint: fingerprint of the training pairs. A position in `plan` is valid only for the same fingerprint.
+        fingerprint: text of the `DataFingerprint`. A position in `plan` is valid only for the same training pairs.
     """
 
     corpus: Corpus
@@ -45,7 +45,8 @@ def prepare_text(config: Config, corpus: Corpus, tokenizers: TokenizerPair, mesh
     """
     limits = config.model.max_source_length, config.model.max_target_length
     train = prepare_training_pairs(corpus.train, tokenizers, config.filters, *limits, config.subword_sampling)
-    fingerprint = data_fingerprint(train, drawn=config.subword_sampling.alpha > 0)
+    drawn = config.subword_sampling.alpha > 0
+    fingerprint = str(DataFingerprint.of(train, drawn, (corpus.validation, corpus.test)))
     validation = held_out_pairs(corpus.validation, tokenizers, *limits)
     plan = training_plan(train, config.batching, config.training.seed)
     validation_plan = evaluation_plan(validation.lengths, config.batching, mesh.shape["data"] * mesh.shape["fsdp"])

@@ -16,7 +16,8 @@ from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.loop import compile_steps, shape_of
 from flax_transformer.training.metrics import LossSummary
-from flax_transformer.training.run_log import RunLog, read_metrics
+from flax_transformer.training.metrics_file import read_metrics
+from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import StateLayout
 from flax_transformer.training.step import Objective, jit_evaluation_step
 

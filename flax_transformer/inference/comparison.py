@@ -1,19 +1,19 @@
 """Several finished runs side by side: cost and quality of each model. This reads run folders and loads no model."""
 
-import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from flax_transformer.config.recipe import Config
-from flax_transformer.errors import InputError, RunFolderError
-from flax_transformer.inference.evaluate import Scores
+from flax_transformer.errors import InputError, RunFolderError, shown
+from flax_transformer.inference.evaluate import Scores, bleu_metric
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.run_log import read_metrics
+from flax_transformer.small_files import as_dataclass, parse_object
+from flax_transformer.training.metrics_file import read_metrics
 
 MOST_LENGTH_GROUPS = 8
 NUM_RESAMPLES = 300  # bootstrap resamples for the confidence intervals of BLEU by length
@@ -33,7 +33,7 @@ class RunSummary:
         curve: (training minutes, validation BLEU) at each evaluation.
         scores: scores on the test part.
         sources, references, hypotheses: lines of the test part.
-        bleu_tokenizer: sacreBLEU's name of the tokenizer for BLEU.
+        bleu_tokenizer: see `evaluation.bleu_tokenizer`.
     """
 
     name: str
@@ -70,12 +70,14 @@ class RunSummary:
             raise RunFolderError(
                 f"{path} cannot be compared, since {folder.card_file.name}, {folder.metrics_file.name} or the files of "
                 f"its test part are missing or damaged: {type(error).__name__}, {error}. `flax-transformer train --run "
-                f"{path} --resume` tests once more. If the log is damaged, train again."
+                f"{path} --resume` tests once more. If the log is damaged, mend it or train again."
             ) from error
 
     @classmethod
     def _read(cls, folder: RunFolder, config: Config) -> "RunSummary":
-        card = json.loads(folder.card_file.read_text(encoding="utf-8"))
+        card = parse_object(folder.card_file.read_bytes())
+        if type(card["parameters"]) is not int:
+            raise ValueError(f"{folder.card_file.name}: parameters cannot be {shown(card['parameters'])}")
         records = read_metrics(folder.metrics_file)
         train = [r for r in records if r["kind"] == "train"]
         steps = [0, *(r["step"] for r in train)]
@@ -83,6 +85,8 @@ class RunSummary:
         curve = [(float(np.interp(r["step"], steps, minutes)), r["bleu"]) for r in records if r["kind"] == "validation"]
         if not train or not curve:
             raise ValueError(f"{folder.metrics_file.name} has no progress, or no evaluation")
+        if not all(math.isfinite(bleu) for _, bleu in curve):
+            raise ValueError(f"{folder.metrics_file.name} has an evaluation without a BLEU")
         sources, references, hypotheses = (
             file.read_bytes().decode("utf-8").split("\n")[:-1]
             for file in (folder.test_sources, folder.test_references, folder.test_hypotheses)
@@ -97,7 +101,7 @@ class RunSummary:
             tokens_per_second=statistics.median(r["target_tokens_per_second"] for r in train),
             training_minutes=float(minutes[-1]),
             curve=curve,
-            scores=Scores(**card["test"]),
+            scores=as_dataclass(Scores, card["test"]),
             sources=sources,
             references=references,
             hypotheses=hypotheses,
@@ -132,12 +136,14 @@ def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
 
     Raises:
         InputError: no run, two runs of the same name, or runs with different test text or different BLEU.
+        ConfigError: see `bleu_metric`.
         RunFolderError: see `RunSummary.read`.
     """
     if not paths:
         raise InputError("give at least one run folder to compare.")
     runs = [RunSummary.read(path) for path in paths]
     first = runs[0]
+    bleu_metric(first.bleu_tokenizer)  # which may be missing
     for path, run in zip(paths, runs, strict=True):
         if (run.sources, run.references) != (first.sources, first.references):
             raise InputError(
@@ -170,7 +176,7 @@ def bleu_by_length(run: RunSummary) -> list[LengthGroup]:
     edges = np.unique(lengths)
     if len(edges) > MOST_LENGTH_GROUPS:
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, MOST_LENGTH_GROUPS + 1)[1:], method="inverted_cdf"))
-    bleu = BLEU(tokenize=run.bleu_tokenizer, force=run.bleu_tokenizer == "none")
+    bleu = bleu_metric(run.bleu_tokenizer)
     groups, shorter = [], -1
     for edge in edges:
         members = np.flatnonzero((lengths > shorter) & (lengths <= edge))

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.errors import ConfigError, InputError, shortened
+from flax_transformer.errors import ConfigError, InputError, shown
 
 # The beginning of a sentence's outputs: text, or piece names as in `Hypothesis.tokens`.
 Prefix = str | Sequence[str]
@@ -75,11 +75,11 @@ class Constraints:
         phrases = dict(zip(texts, self.target.encode(texts), strict=True))
         for text, ids in phrases.items():
             if not ids:
-                raise ConfigError(f"decoding.suppress_sequences: {text!r} has no token that could be suppressed.")
+                raise ConfigError(f"decoding.suppress_sequences: {shown(text)} has no token that could be suppressed.")
             if self.target.special.unknown in ids:
                 raise ConfigError(
-                    f"decoding.suppress_sequences: {text!r} has characters that the target vocabulary does not hold, "
-                    "so no output contains it. Leave it out (decoding.suppress_unknown excludes unknown tokens)."
+                    f"decoding.suppress_sequences: {shown(text)} has characters that the target vocabulary does not "
+                    "hold, so no output contains it. Leave it out (decoding.suppress_unknown excludes unknown tokens)."
                 )
         return phrases
 
@@ -101,12 +101,11 @@ class Constraints:
         return found
 
     @functools.cached_property
-    def _suppressed(self) -> dict[str, list[int]]:
-        """The ids of each suppressed phrase and token, by its name in errors."""
-        phrases = {f"decoding.suppress_sequences ({text!r})": ids for text, ids in self.suppress_sequences.items()}
-        return phrases | {
-            f"decoding.suppress_tokens ({name!r})": [number] for name, number in self.suppress_tokens.items()
-        }
+    def _suppressed(self) -> list[tuple[str, list[int]]]:
+        """Each suppressed phrase and token: its name in errors, and its ids."""
+        phrases = [(f"decoding.suppress_sequences ({shown(text)})", i) for text, i in self.suppress_sequences.items()]
+        tokens = [(f"decoding.suppress_tokens ({shown(name)})", [i]) for name, i in self.suppress_tokens.items()]
+        return phrases + tokens
 
     def _no_piece(self, name: str) -> str:
         """Returns the error text for a name that no piece has, without a full stop."""
@@ -115,10 +114,10 @@ class Constraints:
         except InputError:
             meant = []
         known = len(meant) == 1 and meant[0] != self.target.special.unknown
-        hint = f" Did you mean {self.target.pieces(meant)[0]!r}?" if known else ""
+        hint = f" Did you mean {shown(self.target.pieces(meant)[0])}?" if known else ""
         return (
-            f"{name!r} is no piece that outputs are made of.{hint} Name pieces as translate --json does, which shows "
-            "where a word begins"
+            f"{shown(name)} is no piece that outputs are made of.{hint} Name pieces as translate --json does, which "
+            "shows where a word begins"
         )
 
     def prefix(self, prefix: Prefix) -> list[int]:
@@ -131,7 +130,7 @@ class Constraints:
                 that is too long.
             ConfigError: another setting contradicts the prefix.
         """
-        named = f"prefix {shortened(prefix if isinstance(prefix, str) else ' '.join(prefix))!r}"
+        named = f"prefix {shown(prefix if isinstance(prefix, str) else ' '.join(prefix))}"
         if isinstance(prefix, str):
             (ids,) = self.target.encode([prefix])
         else:
@@ -168,7 +167,7 @@ class Constraints:
         """
         phrases = self.target.encode(list(texts))
         for text, ids in zip(texts, phrases, strict=True):
-            named = f"required phrase {shortened(text)!r}"
+            named = f"required phrase {shown(text)}"
             if not ids or self.target.special.unknown in ids:
                 what = "is empty." if not ids else "has characters that the target vocabulary does not hold."
                 raise InputError(f"{named} {what}")
@@ -183,14 +182,14 @@ class Constraints:
 
     def _check_allowed(self, named: str, ids: list[int]) -> None:
         """Raises a `ConfigError` if a setting forbids these ids. `named` is their name in the error."""
-        for by, phrase in self._suppressed.items():
+        for by, phrase in self._suppressed:
             if contains(ids, phrase):
                 raise ConfigError(f"{named} and {by} contradict each other: leave out one of them.")
         size = self.decoding.no_repeat_ngram
         if size and (twice := _repeated(ids, size)):
             raise ConfigError(
                 f"{named} and decoding.no_repeat_ngram ({size}) contradict each other, since it holds "
-                f"{' '.join(self.target.pieces(twice))!r} twice: leave out one of them."
+                f"{shown(' '.join(self.target.pieces(twice)))} twice: leave out one of them."
             )
 
 

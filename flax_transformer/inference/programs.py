@@ -16,7 +16,7 @@ from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request
-from flax_transformer.inference.search_program import SearchConfig, SearchInputs, jit_search
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, search
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 
@@ -184,7 +184,7 @@ class Programs:
         key = number, spec, shapes_of(arguments)
         if key not in parameters.programs:
             parameters.programs[key] = compile_checked(
-                jit_search(graphdef, spec, parameters.search_meshes[number]).lower(*arguments),
+                search.lower(graphdef, spec, parameters.search_meshes[number], *arguments),
                 parameters.mesh,
                 f"a search of {beam.num_slots * parameters.mesh.size} sentences at a time, with {beam.beam_size} "
                 f"hypotheses of at most {beam.max_length} tokens for each,",

@@ -8,7 +8,7 @@ from typing import Any
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.errors import ConfigError, InputError, as_texts, shortened
+from flax_transformer.errors import ConfigError, InputError, as_texts, shown
 from flax_transformer.inference.chunks import Shape, length_bucket
 from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
@@ -198,9 +198,7 @@ def _required(num_sentences: int, required: Iterable[Any] | None) -> list[list[s
     each = _one_each("required", num_sentences, required, [])
     for number, texts in enumerate(each, start=1):
         if isinstance(texts, str):
-            raise ConfigError(
-                f"required phrases of sentence {number}: give a list, not one text ({shortened(repr(texts))})."
-            )
+            raise ConfigError(f"required phrases of sentence {number}: give a list, not one text ({shown(texts)}).")
     return [as_texts(f"required[{number}]", texts) for number, texts in enumerate(each)]
 
 

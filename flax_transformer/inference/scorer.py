@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.errors import DivergenceError, InputError, as_texts, shortened
+from flax_transformer.errors import DivergenceError, InputError, as_texts, shown
 from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.inference.requests import encode_each, is_cut
 from flax_transformer.inference.search_program import ALL_AXES
@@ -59,7 +60,7 @@ class NoScore:
     @property
     def error(self) -> InputError | DivergenceError:
         """The reason, with the target that it concerns."""
-        return type(self.reason)(f"{shortened(self.target)!r} has no score: {self.reason}")
+        return type(self.reason)(f"{shown(self.target)} has no score: {self.reason}")
 
     def _raised(self) -> NoReturn:
         raise self.error from self.reason
@@ -80,7 +81,7 @@ def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
         raise diverged[0].error from diverged[0].reason
 
 
-def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
+def _token_log_probs_on_device(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
     """Returns the log-probability of each target token under teacher forcing.
 
     An ensemble averages its models' probabilities, as in a search. Their parameters are stacked.
@@ -102,6 +103,12 @@ def _token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) 
     return jax.nn.logsumexp(jax.vmap(of_model)(params), axis=0) - jnp.log(jnp.float32(num_models))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _token_log_probs(graphdef: Any, num_models: int, mesh: Mesh, params: Any, batch: Batch) -> Float[Array, "B T"]:
+    rows, function = jax.P(ALL_AXES), functools.partial(_token_log_probs_on_device, graphdef, num_models)
+    return jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)(params, batch)
+
+
 class Scorer:
     """Scores pairs with the model of a translator.
 
@@ -112,11 +119,6 @@ class Scorer:
 
     def __init__(self, translator: Translator):
         self.translator = translator
-        rows, parameters = jax.P(ALL_AXES), translator.parameters
-        function = functools.partial(_token_log_probs, parameters.graphdef, parameters.num_models)
-        self._program = jax.jit(
-            jax.shard_map(function, mesh=translator.mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)
-        )
 
     def score(
         self, sources: Iterable[Any], targets: Iterable[Any], length_penalty: str | None = None
@@ -222,10 +224,14 @@ class Scorer:
         shape: tuple[int, int],
     ) -> list[np.ndarray]:
         """Returns the log-probability of each target token, for the pairs of a chunk."""
-        tokenizers, room = self.translator.tokenizers, self.translator.model.max_source_length - 1
+        translator = self.translator
+        tokenizers, room = translator.tokenizers, translator.model.max_source_length - 1
         closed = [targets[i] + [tokenizers.target.special.end] * end for i in chunk]
         batch = self._batch([sources[i][:room] + [tokenizers.source.special.end] for i in chunk], closed, shape)
-        found = np.asarray(self._program(self.translator.params, batch))
+        parameters = translator.parameters
+        found = np.asarray(
+            _token_log_probs(parameters.graphdef, parameters.num_models, translator.mesh, translator.params, batch)
+        )
         return [found[row, : len(target)] for row, target in enumerate(closed)]
 
     def _result(

@@ -262,7 +262,7 @@ def decoder_functions(
     return DecoderFunctions(step, reorder, refill), empty
 
 
-def search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+def search_on_device(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
     """Returns the outputs of the sentences of one device, with the parameters of `prepare_for_inference`.
 
     Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
@@ -283,20 +283,21 @@ def search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs)
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 
-def jit_search(graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns the compiled search: (params, `SearchInputs`) -> `Hypotheses`.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def search(
+    graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Any, inputs: SearchInputs
+) -> Hypotheses:
+    """Searches on every device of a mesh. JAX traces it once for all translators that differ in parameters alone.
 
     Sentences are split over all axes of the mesh, and every device has all parameters. Each device runs its own loop
     with `spec.beam.num_slots` slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
-    inputs = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())
-    return jax.jit(
-        jax.shard_map(
-            functools.partial(search, graphdef, spec),
-            mesh=mesh,
-            in_specs=(jax.P(), inputs),
-            out_specs=rows,
-            check_vma=False,
-        )
-    )
+    split = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())
+    return jax.shard_map(
+        functools.partial(search_on_device, graphdef, spec),
+        mesh=mesh,
+        in_specs=(jax.P(), split),
+        out_specs=rows,
+        check_vma=False,
+    )(params, inputs)

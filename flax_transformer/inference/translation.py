@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from flax_transformer.errors import ConfigError, DivergenceError, InputError, shortened
+from flax_transformer.errors import ConfigError, DivergenceError, InputError, shown
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class NoTranslation:
     @property
     def error(self) -> InputError | DivergenceError:
         """The reason, with the sentence that it concerns."""
-        return type(self.reason)(f"{shortened(self.sentence)!r} has no translation: {self.reason}")
+        return type(self.reason)(f"{shown(self.sentence)} has no translation: {self.reason}")
 
     def _raised(self) -> NoReturn:
         raise self.error from self.reason
@@ -136,7 +136,7 @@ def no_output_line(answers: Sequence[Translation | NoTranslation], what: str) ->
     first = without[0]
     return (
         f"{len(without):,} of {len(answers):,} {what} have no output and count as empty. The first is "
-        f"{shortened(first.sentence)!r}: {first.reason}"
+        f"{shown(first.sentence)}: {first.reason}"
     )
 
 

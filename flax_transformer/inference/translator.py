@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean
+from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean, shown
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, replicated
 from flax_transformer.inference.prepare import Quantize
@@ -247,7 +247,7 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
     known = {f.name for f in dataclasses.fields(decoding)}
     for name in changes:
         if name not in known:
-            raise ConfigError(f"unknown decoding option {name!r}.{did_you_mean(name, known)}")
+            raise ConfigError(f"unknown decoding option {shown(name)}.{did_you_mean(name, known)}")
     given = {name: value for name, value in changes.items() if value is not None}
     if "method" in given:  # drops settings of the other method
         decoding = decoding.with_method(given["method"])

@@ -24,7 +24,7 @@ from flax_transformer.data.sentencepiece_tokenizer import (
 )
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, InputError, shown
 from flax_transformer.interop.marian import NEVER, UNUSED, parameter_table
 from flax_transformer.interop.marian_files import read_json, read_weights
 from flax_transformer.interop.marian_generation import Generation, read_generation
@@ -71,9 +71,9 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
     for name in NEEDED:
         wanted = str if name in ("model_type", "activation_function") else int
         if not isinstance(theirs[name], wanted):
-            raise ConfigError(f"config.json: {name} must be of type {wanted.__name__}, got {theirs[name]!r}.")
+            raise ConfigError(f"config.json: {name} must be of type {wanted.__name__}, got {shown(theirs[name])}.")
     if theirs.get("model_type") != "marian":
-        raise ConfigError(f"config.json has model_type {theirs.get('model_type')!r}; only marian can be imported.")
+        raise ConfigError(f"config.json has model_type {shown(theirs.get('model_type'))}; only marian can be imported.")
     for name, value in REQUIRED.items():
         if theirs.get(name, value) != value:
             raise ConfigError(f"config.json: {name}: {theirs[name]} cannot be imported; {value} can.")
@@ -85,7 +85,7 @@ def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
     activation = ACTIVATIONS.get(theirs["activation_function"])
     if activation is None:
         raise ConfigError(
-            f"config.json: activation_function {theirs['activation_function']!r} cannot be imported; "
+            f"config.json: activation_function {shown(theirs['activation_function'])} cannot be imported; "
             f"{', '.join(ACTIVATIONS)} can."
         )
     shared = theirs.get("share_encoder_decoder_embeddings", True)
@@ -172,7 +172,7 @@ def renumbered(
     if lacking and proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         raise InputError(
             f"{name_of_model} is a BPE model, and lacks {len(lacking)} pieces of the vocabulary, the first is "
-            f"{lacking[0]!r}. Two models of one vocabulary can be imported if they are unigram models."
+            f"{shown(lacking[0])}. Two models of one vocabulary can be imported if they are unigram models."
         )
     control, unknown = Piece.Type.CONTROL, Piece.Type.UNKNOWN
     special = {

@@ -8,6 +8,7 @@ References:
     Vaswani et al. 2017, "Attention Is All You Need", section 3 and figure 1.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -91,7 +92,7 @@ class TransformerConfig:
     share_embeddings: ShareKind = "all"
     dropout: float = 0.1
     embedding_dropout: float | None = None
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.0
     activation_dropout: float = 0.1
     vocab_multiple: int = 8
     output_bias: bool = False
@@ -110,7 +111,8 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
         if self.model_dim % self.num_heads:
-            divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
+            small = [n for n in range(1, math.isqrt(self.model_dim) + 1) if self.model_dim % n == 0]
+            divisors = [*small, *(self.model_dim // n for n in small)]
             below = max(n for n in divisors if n < self.num_heads)
             above = min((n for n in divisors if n > self.num_heads), default=self.model_dim)
             raise ConfigError(

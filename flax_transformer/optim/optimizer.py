@@ -10,7 +10,7 @@ import jax
 import optax
 from optax import contrib
 
-from flax_transformer.errors import ConfigError, check_finite
+from flax_transformer.errors import ConfigError, check_finite, shown
 from flax_transformer.models.parameters import ParameterInfo
 
 DECAYS_TO_AN_END = ("linear", "cosine")
@@ -128,8 +128,8 @@ def decays(config: OptimizerConfig, params: Any) -> Any:
     wrong = [f"{_path(path)} ({'both' if yes else 'neither'})" for path, (yes, no) in found.items() if yes == no]
     if wrong:
         raise ConfigError(
-            f"optimizer.weight_decay_include ({include!r}) and optimizer.weight_decay_exclude ({exclude!r}) must say "
-            f"of every parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
+            f"optimizer.weight_decay_include ({shown(include)}) and optimizer.weight_decay_exclude ({shown(exclude)}) "
+            f"must say of every parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
         )
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
 
@@ -249,5 +249,5 @@ def _check_only_kernels_decay(config: OptimizerConfig, parameter_info: Any) -> N
     if wrong:
         raise ConfigError(
             "optimizer.name: muon lets weight decay act on kernels alone, but optimizer.weight_decay_include "
-            f"({config.weight_decay_include!r}) matches {', '.join(wrong[:4])}."
+            f"({shown(config.weight_decay_include)}) matches {', '.join(wrong[:4])}."
         )

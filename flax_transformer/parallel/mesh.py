@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, check_finite
 
 # Highest number of CPU devices that each get a search program of their own.
 MOST_SEARCH_MESHES = 4
@@ -25,6 +25,9 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+    def __post_init__(self):
+        check_finite("mesh", self)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from flax_transformer.errors import ConfigError, did_you_mean
+from flax_transformer.errors import ConfigError, did_you_mean, shown
 
 # Memory of one chip in GiB, by the generation in a topology's name (see References).
 TPU_MEMORY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
@@ -91,11 +91,11 @@ def described_devices(topology: str) -> list[jax.Device]:
     descriptions = gpu_descriptions()
     if name not in TPU_MEMORY_GIB and name not in descriptions:
         known = [*TPU_MEMORY_GIB, *descriptions]
-        raise ConfigError(f"unknown hardware {name!r}; known are {', '.join(known)}.{did_you_mean(name, known)}")
+        raise ConfigError(f"unknown hardware {shown(name)}; known are {', '.join(known)}.{did_you_mean(name, known)}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", layout):
         raise ConfigError(
             f"the topology must be NAME:LAYOUT, such as v5e:4x4 (chips along each axis) or h100_sxm:8 (GPUs of a host) "
-            f"or h100_sxm:4x8 (hosts x GPUs), got {topology!r}."
+            f"or h100_sxm:4x8 (hosts x GPUs), got {shown(topology)}."
         )
     package = "libtpu" if name in TPU_MEMORY_GIB else "jax_plugins.xla_cuda13"
     if importlib.util.find_spec(package.split(".")[0]) is None or importlib.util.find_spec(package) is None:

@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 
-def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None:
-    """Writes a PNG of loss, accuracy, learning rate with gradient norm, and validation BLEU over steps.
+from flax_transformer.plots.picture import Picture, set_title, write_picture
+
+
+def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> Picture:
+    """Writes a picture of loss, accuracy, learning rate with gradient norm, and validation BLEU over steps.
 
     Args:
         records: of metrics.jsonl, kinds "train" and "validation".
         output: the file to write.
         title: above the picture.
     """
-    from matplotlib.figure import Figure
-
     train = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation"]
 
@@ -21,7 +23,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
         return [r["step"] for r in of], [r[name] for r in of]
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    set_title(figure, title)
     ((loss, accuracy), (rate, bleu)) = figure.subplots(2, 2)
     loss.plot(*series(train, "loss"), label="training (with smoothing and dropout)")
     loss.plot(*series(validation, "loss"), "o-", label="validation (with smoothing)")
@@ -45,7 +47,7 @@ def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> None
     for axes in (loss, accuracy, rate, bleu):
         axes.set(xlabel="step", xlim=(0, None))
         axes.grid(alpha=0.3)
-    figure.savefig(output, dpi=110)
+    return write_picture(figure, output)
 
 
 def _percent(series: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:

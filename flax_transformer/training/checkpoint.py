@@ -2,13 +2,19 @@
 
 Orbax notices a file that is cut short or missing, but not a changed byte. So each array is saved with a checksum. The
 array's devices compute it, and it does not depend on the sharding.
+
+A folder that is named after a step is a whole checkpoint, even if the process is killed. A checkpoint gets this name
+when it is complete, and loses it before its files are deleted.
 """
 
 import contextlib
+import dataclasses
+import errno
 import functools
 import hashlib
 import json
-from collections.abc import Generator
+import shutil
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +26,30 @@ from orbax.checkpoint import checkpoint_managers
 
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
+from flax_transformer.small_files import write_atomically
+from flax_transformer.training.checkpoint_meta import CheckpointMeta
 from flax_transformer.training.state import StateLayout, TrainState
 
 Choice = Literal["best", "last"]
+
+# Sub-folders of a folder of checkpoints: of those that are being deleted, and of those that cannot be read.
+REMOVED = "removed"
+DAMAGED = "damaged"
+
+
+class DamagedCheckpointError(RunFolderError):
+    """A file of a checkpoint is missing, or its content is not what was saved.
+
+    Args:
+        what: a sentence that names the checkpoint and the damage.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        super().__init__(
+            f"{what} Fetch it again, or delete that folder to go on from the checkpoint before it; a training does so "
+            "by itself with --resume."
+        )
 
 
 @dataclass(frozen=True)
@@ -33,11 +60,13 @@ class Restored:
         state: training state, in the shardings of the layout.
         position: next batch to train on.
         data: fingerprint of the text that the position belongs to.
+        notes: a line for each newer checkpoint that cannot be read, with the place that it was moved to.
     """
 
     state: TrainState
     position: Position
     data: str
+    notes: tuple[str, ...] = ()
 
 
 def _leaf_checksum(leaf: jax.Array) -> jax.Array:
@@ -80,14 +109,41 @@ def checksums_of(state: TrainState) -> dict[str, dict[str, str]]:
     return {name: checksums(tree) for name, tree in _trees(state).items()}
 
 
+def _is_damage(error: Exception) -> bool:
+    """Returns whether files are damaged or missing. Otherwise they may be read another time, such as by their owner."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR)
+    passing = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # of TensorStore
+    return not any(code in str(error) for code in passing)
+
+
 def _in_short(error: Exception) -> str:
     """Returns the kind of an error and the beginning of its text; texts of Orbax can be long."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
-def _quality(metrics: dict[str, float]) -> float:
-    return metrics["quality"]
+@dataclass(frozen=True)
+class _KeptSteps(checkpoint_managers.PreservationPolicy):
+    """Orbax's policy to keep the newest and the best checkpoints.
+
+    Orbax has a policy of its own for the best ones. It reads their qualities from a file of each checkpoint. If that
+    file is missing, another checkpoint becomes the best, without a word.
+
+    Attributes:
+        checkpoints: checkpoints of the run.
+        newest, best: numbers of checkpoints to keep.
+    """
+
+    checkpoints: "Checkpoints"
+    newest: int
+    best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint whether it is kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.newest :], *self.checkpoints.ranked(steps)[: self.best]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -104,19 +160,18 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
         self.folder = folder
         self.tokenizers = tokenizers
-        best = {"best_fn": _quality, "best_mode": "max"}
+        self._writes = keep is not None
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0, **best)
-        else:
-            newest, of_quality = keep
-            policies = [
-                checkpoint_managers.LatestN(newest),
-                checkpoint_managers.BestN(get_metric_fn=_quality, n=of_quality, keep_checkpoints_without_metrics=False),
-            ]
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
+            )
+        else:
+            self._empty_removed()
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_KeptSteps(self, *keep),
+                todelete_subdir=REMOVED,
                 cleanup_tmp_directories=True,
-                **best,
+                lightweight_initialize=True,
             )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
@@ -133,6 +188,18 @@ class Checkpoints:
         # Closing waits for the checkpoint being written. An error that is already raised must not be hidden by another.
         with contextlib.suppress(Exception) if kind is not None else self._writing():
             self._manager.close()
+            self._empty_removed()
+
+    def _finish(self) -> None:
+        """Waits for the checkpoint that is being written. Then each step can be read, and nothing is being renamed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._empty_removed()
+
+    def _empty_removed(self) -> None:
+        """Deletes the checkpoints that Orbax has only renamed. A kill in between leaves the rest to the next call."""
+        if self._writes:
+            shutil.rmtree(self.folder / REMOVED, ignore_errors=True)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None if there is none."""
@@ -140,13 +207,13 @@ class Checkpoints:
 
     def best_steps(self) -> list[int]:
         """Returns the steps with a known quality, best first. Among equal qualities the later step comes first."""
-        with self._writing():
-            self._manager.wait_until_finished()  # a checkpoint being written has no quality yet
-        known = []
-        for step in self._manager.all_steps():
-            with self._reading(step):
-                known.append((step, self._manager.metrics(step)))
-        return [s for _, s in sorted(((m["quality"], s) for s, m in known if m is not None), reverse=True)]
+        self._finish()
+        return self.ranked(self._manager.all_steps())
+
+    def ranked(self, steps: Sequence[int]) -> list[int]:
+        """Returns those of the steps that have a known quality, in the order of `best_steps`."""
+        known = self._qualities
+        return sorted((s for s in steps if s in known), key=lambda s: (known[s], s), reverse=True)
 
     def newest_steps(self) -> list[int]:
         """Returns all steps, newest first."""
@@ -159,18 +226,36 @@ class Checkpoints:
         It is None for runs of earlier versions, which did not write it down.
         """
         newest = self.latest_step()
-        saved = [] if newest is None else self._meta(newest).get("saved")
-        return None if saved is None else [(step, quality) for step, quality in saved]
+        saved = () if newest is None else self._meta(newest).saved
+        return None if saved is None else [*saved]
+
+    @functools.cached_property
+    def _qualities(self) -> dict[int, float]:
+        """The known qualities by their steps. The newest checkpoint knows them all, and has a checksum of them."""
+        if self.saved is None:
+            found = {step: self._quality_by_itself(step) for step in self._manager.all_steps()}
+        else:
+            found = dict(self.saved)
+        return {step: quality for step, quality in found.items() if quality is not None}
+
+    def _quality_by_itself(self, step: int) -> float | None:
+        """Returns the quality that a checkpoint of a run from an earlier version says it has; None without one."""
+        if (quality := self._meta(step).quality) is not None:
+            return quality
+        with self._reading(step):
+            metrics = self._manager.metrics(step)
+            return None if metrics is None else float(metrics["quality"])
 
     def check_tokenizers(self) -> None:
-        """Checks that the newest checkpoint, if there is one, was saved with the run's tokenizers.
+        """Checks that the newest checkpoint that can be read, if there is one, was saved with the run's tokenizers.
 
         Raises:
             RunFolderError: it was saved with other tokenizers.
         """
-        newest = self.latest_step()
-        if newest is not None:
-            self._check_tokenizers(newest, self._meta(newest))
+        for step in self.newest_steps():
+            with contextlib.suppress(DamagedCheckpointError):
+                self._check_tokenizers(step, self._meta(step))
+                return
 
     def _newest(self) -> int:
         step = self.latest_step()
@@ -184,6 +269,8 @@ class Checkpoints:
     def save(self, state: TrainState, position: Position, data: str, quality: float | None = None) -> None:
         """Saves `state` under its step, in the background. The state may be donated at once.
 
+        If there is a checkpoint of this step already, only its quality is saved.
+
         Args:
             state: state to save.
             position: next batch to train on.
@@ -194,50 +281,90 @@ class Checkpoints:
             RunFolderError: this checkpoint, or the one before it, cannot be written.
         """
         step = int(state.step)
+        self._finish()
         if step in self._manager.all_steps():
+            if quality is not None:
+                self._save_quality(step, quality)
             return
-        trees = _trees(state)
+        trees, qualities = _trees(state), self._qualities
         if self.saved is not None:
             self.saved.append((step, quality))
-        meta = {
-            "step": step,
-            "saved": None if self.saved is None else [*self.saved],
-            "tokenizers": self.tokenizers,
-            "data": data,
-            "epoch": position.epoch,
-            "batch": position.batch,
-            "checksums": checksums_of(state),
-        }
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        if quality is not None:
+            qualities[step] = quality
+        saved = None if self.saved is None else tuple(self.saved)
+        meta = CheckpointMeta(step, checksums_of(state), saved, quality, self.tokenizers, position, data)
+        self._save(meta, trees)
+
+    def _save_quality(self, step: int, quality: float) -> None:
+        """Adds the quality to the newest checkpoint, which was saved without one. Returns once it is on disk."""
+        meta = self._meta(step)
+        if self.saved is not None:
+            self.saved[:] = [(number, quality if number == step else each) for number, each in self.saved]
+        self._qualities[step] = quality
+        saved = None if self.saved is None else tuple(self.saved)
+        record = dataclasses.replace(meta, saved=saved, quality=quality).record
         with self._writing():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
-                metrics=None if quality is None else {"quality": quality},
-            )
+            write_atomically(self.folder / str(step) / "meta" / "metadata", json.dumps(record))
+
+    def check_saved(self) -> None:
+        """Checks the newest checkpoint, if it has been written in the meantime. It does not wait for it.
+
+        Raises:
+            RunFolderError: the checkpoint could not be written.
+        """
+        if not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()  # raises the error of the writing thread, which has ended
 
     def save_params(self, step: int, params: Any) -> None:
         """Saves parameters alone, for translation or as the start of another run. Returns once they are on disk."""
-        meta = {"step": step, "tokenizers": self.tokenizers, "checksums": {"params": checksums(params)}}
+        meta = CheckpointMeta(step, {"params": checksums(params)}, ((step, None),), tokenizers=self.tokenizers)
+        self._save(meta, {"params": params})
+        self._finish()
+
+    def _save(self, meta: CheckpointMeta, trees: dict[str, Any]) -> None:
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with self._writing():
-            self._manager.save(
-                step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
-            )
-            self._manager.wait_until_finished()
+            self._manager.save(meta.step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta.record), **items))
 
     def restore(self, layout: StateLayout) -> Restored:
-        """Returns the newest checkpoint in the shardings of `layout`.
+        """Returns the newest checkpoint that can be read, in the shardings of `layout`.
+
+        Newer ones are moved to the folder "damaged". A training that goes on will save their steps again.
 
         Raises:
-            RunFolderError: there is no checkpoint. Or it was saved with other tokenizers, has only parameters, does not
-                have the shapes of `layout`, or is damaged.
+            RunFolderError: there is no checkpoint, or all are damaged. Or the newest one was saved with other
+                tokenizers, has only parameters, or does not have the shapes of `layout`.
         """
-        step = self._newest()
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in self.newest_steps() or [self._newest()]:
+            try:
+                restored = self._restore(step, layout)
+            except DamagedCheckpointError as error:
+                damaged[step] = error
+                continue
+            notes = [self._set_aside(number, error) for number, error in damaged.items()]
+            return dataclasses.replace(restored, notes=tuple(notes))
+        raise RunFolderError(
+            f"none of the {len(damaged)} checkpoints of {self.folder.parent} can be read. The newest: "
+            f"{damaged[max(damaged)]}"
+        ) from damaged[max(damaged)]
+
+    def _set_aside(self, step: int, error: DamagedCheckpointError) -> str:
+        """Moves a damaged checkpoint out of the way, and returns a line for the log."""
+        place = self.folder / DAMAGED / str(step)
+        shutil.rmtree(place, ignore_errors=True)  # one that was damaged earlier
+        place.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(place)
+        self._manager.reload()
+        return f"warning: {error.what} It was moved to {place}, and this run goes on from the checkpoint before it."
+
+    def _restore(self, step: int, layout: StateLayout) -> Restored:
         abstract = layout.abstract
         meta = self._meta(step)
         self._check_tokenizers(step, meta)
         self._check_shapes(step, abstract.params)
-        if not (self.folder / str(step) / "optimizer").is_dir():
+        if "optimizer" not in meta.checksums:
             raise RunFolderError(
                 f"{self.folder / str(step)} holds parameters without the state of an optimiser, so there is no "
                 "training to go on with. Start a new run from it by --init-from."
@@ -250,8 +377,7 @@ class Checkpoints:
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         average = None if abstract.average is None else restored["params"]
         params = restored["params"] if abstract.average is None else restored["trained"]
-        state = TrainState(count, params, restored["optimizer"], average)
-        return Restored(state, Position(meta["epoch"], meta["batch"]), meta["data"])
+        return Restored(TrainState(count, params, restored["optimizer"], average), meta.position, meta.data)
 
     def choose(self, which: Choice) -> int:
         """Returns the step of the best or the newest checkpoint. Without any known quality the newest is the best.
@@ -265,7 +391,7 @@ class Checkpoints:
 
     def digest(self, step: int) -> str:
         """Returns SHA-256 of the checksums of a checkpoint's parameters."""
-        sums = self._meta(step)["checksums"]["params"]
+        sums = self._meta(step).checksums["params"]
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
@@ -275,8 +401,7 @@ class Checkpoints:
             RunFolderError: they were saved with other tokenizers, their shapes are not those of `abstract_params`, or
                 they are damaged.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
+        self._finish()
         meta = self._meta(step)
         self._check_tokenizers(step, meta)
         self._check_shapes(step, abstract_params)
@@ -286,16 +411,17 @@ class Checkpoints:
         self._check_sums(step, {"params": params}, meta)
         return params
 
-    def _meta(self, step: int) -> dict[str, Any]:
+    def _meta(self, step: int) -> CheckpointMeta:
         with self._reading(step):
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            if not isinstance(meta["checksums"]["params"], dict):
-                raise ValueError("meta holds no checksums")
-        return meta
+            record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return CheckpointMeta.of_record(record, step)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Generator[None, None, None]:
-        """Turns an error of Orbax about damaged or missing files, of any class, into a `RunFolderError`."""
+        """Turns an error of Orbax while it reads, of any class, into a `RunFolderError`.
+
+        For files that are damaged or missing it is a `DamagedCheckpointError`.
+        """
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
@@ -303,10 +429,10 @@ class Checkpoints:
         # The clause is this wide because Orbax has no common class of errors. Damaged files gave ValueError, OSError,
         # AttributeError, JSONDecodeError and plain Exception. The message shows the error, which is also chained.
         except Exception as error:
-            raise RunFolderError(
-                f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}. A file of it is missing "
-                "or damaged. Fetch it again, or delete that folder to go on from the checkpoint before it."
-            ) from error
+            what = f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}."
+            if _is_damage(error):
+                raise DamagedCheckpointError(f"{what} A file of it is missing or damaged.") from error
+            raise RunFolderError(f"{what} Mend the cause, and try again.") from error
 
     @contextlib.contextmanager
     def _writing(self) -> Generator[None, None, None]:
@@ -323,8 +449,8 @@ class Checkpoints:
                 "Make room, or mend the file system, and go on by --resume."
             ) from error
 
-    def _check_tokenizers(self, step: int, meta: dict[str, Any]) -> None:
-        saved = meta.get("tokenizers")
+    def _check_tokenizers(self, step: int, meta: CheckpointMeta) -> None:
+        saved = meta.tokenizers
         if self.tokenizers is None or saved is None or saved == self.tokenizers:
             return
         raise RunFolderError(
@@ -359,13 +485,12 @@ class Checkpoints:
                 + f"{more}\nUse the settings and the tokenizer that it was trained with; {self.folder.parent} has them."
             )
 
-    def _check_sums(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> None:
+    def _check_sums(self, step: int, items: dict[str, Any], meta: CheckpointMeta) -> None:
         for item, tree in items.items():
-            saved = meta["checksums"][item]
+            saved = meta.checksums.get(item, {})
             wrong = [name for name, value in checksums(tree).items() if saved.get(name) != value]
             if wrong:
-                raise RunFolderError(
+                raise DamagedCheckpointError(
                     f"the checkpoint {self.folder / str(step)} is damaged: {item} {', '.join(wrong[:3])} "
-                    f"({len(wrong)} in all) do not have the checksum that they were saved with. Delete that folder to "
-                    "go on from the checkpoint before it."
+                    f"({len(wrong)} in all) do not have the checksum that they were saved with."
                 )

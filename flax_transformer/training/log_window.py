@@ -45,6 +45,11 @@ class LogWindow:
     warm_up_seconds: float = 0.0
     saved: bool = False
 
+    @property
+    def empty(self) -> bool:
+        """Whether there was no update since the last progress line."""
+        return self.tokens.padded == 0
+
     def end_warm_up(self) -> None:
         """Leaves the updates so far out of the throughput."""
         self.warm_up, self.warm_up_seconds = self.tokens, time.monotonic() - self.started

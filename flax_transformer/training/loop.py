@@ -92,16 +92,35 @@ class Callbacks:
     Attributes:
         log: log of the progress.
         save: function of (state, position, quality or None). The loop calls it at intervals, after each evaluation, and
-            after a signal. A signal interrupts an evaluation.
+            after a signal. The files may be written later, in the background. If the state is saved already, its
+            checkpoint gets the quality.
+        check_saved: function without arguments. The loop calls it after each step. It raises an error if a file could
+            not be written in the background.
         evaluate: function of (parameters, step). The loop calls it at intervals and after the last step. It returns the
-            quality; higher is better.
+            quality; higher is better. A signal interrupts it.
         history: earlier results of `evaluate` if a run is resumed.
     """
 
     log: RunLog
     save: Callable[[TrainState, Position, float | None], None]
+    check_saved: Callable[[], None]
     evaluate: Callable[[Any, int], float]
     history: list[float]
+
+
+@dataclass(frozen=True)
+class TrainingStart:
+    """The place at which a training loop starts.
+
+    Attributes:
+        state: state to start from, which is donated.
+        position: next batch to train on.
+        owes_evaluation: whether a signal stopped the evaluation of this state. The loop begins with it.
+    """
+
+    state: TrainState
+    position: Position
+    owes_evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +128,7 @@ class Trained:
     """Result of a training loop.
 
     Attributes:
-        state: last state. It has been saved if there was a step.
+        state: last state. `Callbacks.save` was called with it if there was a step.
         signal: signal that stopped the training, or None.
     """
 
@@ -117,8 +136,13 @@ class Trained:
     signal: int | None
 
 
+def evaluation_is_due(step: int, config: TrainingConfig) -> bool:
+    """Returns whether a training evaluates its parameters after `step`."""
+    return step > 0 and (step % config.evaluate_every_steps == 0 or step == config.steps)
+
+
 def train_loop(
-    state: TrainState,
+    start: TrainingStart,
     batches: Iterator[tuple[Batch, Position]],
     config: TrainingConfig,
     steps: CompiledSteps,
@@ -130,7 +154,7 @@ def train_loop(
     The loop is one function with banners, since its parts share the step, the window and the signal.
 
     Args:
-        state: state to start from, which is donated.
+        start: place to start at.
         batches: batches, each with the position after it.
         config: length of the training, and its intervals.
         steps: train step for every shape of `batches`.
@@ -140,14 +164,28 @@ def train_loop(
     Raises:
         DivergenceError: the loss, the gradient or the update was not finite in `MAX_SKIPPED_STEPS` steps in a row. The
             parameters are those before these steps.
+        RunFolderError: a file of the run cannot be written.
     """
     log, sharding = callbacks.log, batch_sharding(steps.mesh)
+    state, position = start.state, start.position
     step = first_step = int(state.step)
-    position = None
     window, loop_start = LogWindow(saved=first_step > 0), time.monotonic()
     patience = Patience(config.early_stopping_patience, callbacks.history)
 
+    def evaluate() -> float | None:
+        """Returns the quality of the present state, or None if a signal came before it was known."""
+        quality = stop.interruptible(callbacks.evaluate, state.eval_params, step)
+        if quality is None:
+            log.say(f"the evaluation at step {step} was stopped: --resume will begin with it")
+        else:
+            patience.note(quality)
+        return quality
+
     with StopRequest() as stop:
+        # --- an evaluation that a signal stopped before
+        if start.owes_evaluation and (quality := evaluate()) is not None:
+            callbacks.save(state, position, quality)
+
         while step < config.steps and stop.signal is None and not patience.exhausted:
             # --- one update; the host makes the next batch while the device computes
             batch, position = next(batches)
@@ -157,8 +195,7 @@ def train_loop(
             step += 1
             if len(window.pending) > MAX_STEPS_IN_FLIGHT:
                 window.fetch(step, log, leave=MAX_STEPS_IN_FLIGHT)
-            last = step == config.steps
-            to_evaluate = step % config.evaluate_every_steps == 0 or last
+            to_evaluate = evaluation_is_due(step, config)
             to_save = step % config.checkpoint_every_steps == 0 or to_evaluate
             to_log = step % config.log_every_steps == 0 or to_save  # so a run resumed here has all counts
 
@@ -173,14 +210,9 @@ def train_loop(
                 window = LogWindow(skipped_in_a_row=window.skipped_in_a_row, saved=window.saved)
 
             # --- evaluate, then save with the quality; neither counts as training time
-            pause, quality = time.monotonic(), None
-            if to_evaluate and stop.signal is None:
-                with stop.interrupting():
-                    quality = callbacks.evaluate(state.eval_params, step)
-            if to_evaluate and quality is None:
-                log.say(f"the evaluation at step {step} was stopped: its checkpoint can be the newest, not the best")
-            elif quality is not None:
-                patience.note(quality)
+            pause = time.monotonic()
+            quality = evaluate() if to_evaluate else None
+            callbacks.check_saved()
             if to_save:
                 callbacks.save(state, position, quality)
                 window.saved = True
@@ -188,8 +220,8 @@ def train_loop(
 
         if patience.exhausted:
             log.say(f"no new best in {patience.since_best} evaluations in a row: the training ends at step {step}")
-        if stop.signal is not None and position is not None:
-            if window.pending:
+        if stop.signal is not None and step > first_step:
+            if not window.empty:
                 window.fetch(step, log)
                 log.progress(window.report(step, config.steps, 0.0, flops))
             callbacks.save(state, position, None)

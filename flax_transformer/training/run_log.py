@@ -1,12 +1,9 @@
 """The log of a run: progress lines on the terminal, train.log, metrics.jsonl, and TensorBoard events."""
 
-import io
+import contextlib
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
+from flax_transformer.small_files import write_atomically
+from flax_transformer.training.event_file import EventFile
 from flax_transformer.training.metrics import LossSummary, TokenCounts
+from flax_transformer.training.metrics_file import records_and_lines
 from flax_transformer.training.throughput import Throughput
 
 BAR_WIDTH = 20
@@ -95,17 +94,21 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        first_step: step from which a run is resumed. Records of later steps are dropped.
+        first_step: step at which the training starts. Records of later steps are dropped.
+        owes_evaluation: whether the training starts with the evaluation of that step. A record of it is dropped, too.
+
+    Raises:
+        RunFolderError: a file cannot be written. The methods raise it, too.
     """
 
-    def __init__(self, folder: RunFolder, first_step: int = 0):
+    def __init__(self, folder: RunFolder, first_step: int = 0, owes_evaluation: bool = False):
         self._folder = folder
-        _keep_records_up_to(folder.metrics_file, first_step)
-        self._metrics = folder.metrics_file.open("a", encoding="utf-8")
-        self._log = folder.log_file.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # so a terminal without UTF-8 does not end a training
-            sys.stdout.reconfigure(errors="backslashreplace")
+        with folder.writing(), contextlib.ExitStack() as files:
+            _keep_records(folder.metrics_file, first_step, owes_evaluation)
+            self._metrics = files.enter_context(folder.metrics_file.open("a", encoding="utf-8"))
+            self._log = files.enter_context(folder.log_file.open("a", encoding="utf-8"))
+            self._events = files.enter_context(contextlib.closing(EventFile(folder.tensorboard, first_step + 1)))
+            self._files = files.pop_all()
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
         self._progress: Progress | None = None
         self._started = time.monotonic()
@@ -113,11 +116,11 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: Any, *_) -> None:
         self.stop_progress()
-        self._metrics.close()
-        self._log.close()
-        self._events.close()
+        # An error that is already raised must not be hidden by another.
+        with contextlib.suppress(OSError) if kind is not None else self._folder.writing():
+            self._files.close()
 
     def say(self, text: str) -> None:
         """Prints `text` and logs it."""
@@ -146,15 +149,17 @@ class RunLog:
             for name, value in values.items()
         }
         elapsed = time.monotonic() - self._started
-        self._metrics.write(json.dumps({"kind": kind, "elapsed_seconds": elapsed, **numbers}, allow_nan=False) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, values["step"])
+        line = json.dumps({"kind": kind, "elapsed_seconds": elapsed, **numbers}, allow_nan=False)
+        scalars = {f"{kind}/{n}": v for n, v in values.items() if n != "step" and isinstance(v, int | float)}
+        with self._folder.writing():
+            self._metrics.write(f"{line}\n")
+            self._metrics.flush()
+            self._events.add(values["step"], scalars)
 
     def keep_batch(self, batch: Batch) -> Path:
         """Writes the arrays of a batch to a file, for the user to look at, and returns its path."""
-        np.savez(self._folder.bad_batch, **batch._asdict())
+        with self._folder.writing():
+            np.savez(self._folder.bad_batch, **batch._asdict())
         return self._folder.bad_batch
 
     def stop_progress(self) -> None:
@@ -173,8 +178,9 @@ class RunLog:
         self._progress.update(self._progress.task_ids[0], completed=report.step, description=report.text)
 
     def _write_log(self, text: str) -> None:
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        with self._folder.writing():
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
 
 
 def _bar(done: int, total: int) -> str:
@@ -182,24 +188,13 @@ def _bar(done: int, total: int) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl, with NaN for null. A last line that a kill cut short is left out."""
-    return [record for record, _ in _records(path)]
-
-
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields each record and its line."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield {name: math.nan if value is None else value for name, value in json.loads(line).items()}, line
-        except json.JSONDecodeError:
-            return
-
-
-def _keep_records_up_to(path: Path, step: int) -> None:
+def _keep_records(path: Path, first_step: int, owes_evaluation: bool) -> None:
     if not path.exists():
         return
-    kept = [line for record, line in _records(path) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+
+    def owed(record: dict[str, Any]) -> bool:
+        return owes_evaluation and record["step"] == first_step and record["kind"] == "validation"
+
+    records = records_and_lines(path)
+    kept = [line for record, line in records if record["step"] <= first_step and not owed(record)]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))

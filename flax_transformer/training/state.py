@@ -1,6 +1,7 @@
 """The training state: parameters, optimiser state and step, sharded from the start."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -76,13 +77,15 @@ class StateLayout:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
 
 
+@functools.cache
 def _model_of_shapes(model: ModelConfig, vocabulary: VocabularyInfo) -> Seq2Seq:
     return nnx.eval_shape(lambda: build_model(model, vocabulary, rngs=nnx.Rngs(params=0)))
 
 
 def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, Any]:
     """Returns the graph definition of a model, and the `nnx.State` of its parameters' shapes. Allocates nothing."""
-    return nnx.split(_model_of_shapes(model, vocabulary))
+    graphdef, params = nnx.split(_model_of_shapes(model, vocabulary))
+    return graphdef, jax.tree.map(lambda shape: shape, params)  # variables of the caller's own
 
 
 def describe_parameters(model: ModelConfig, vocabulary: VocabularyInfo) -> dict[str, Any]:

@@ -1,11 +1,20 @@
 """Early ends of a training: early stopping, and signals."""
 
-import contextlib
 import math
 import signal
 import threading
-from collections.abc import Generator
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+# Signals that ask a training to stop. Windows has no SIGHUP.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
+# Time after a signal in which further signals belong to the same request. `timeout` sends SIGTERM twice, to a process
+# and to its group. A terminal that closes sends SIGHUP, and so does its shell.
+SECONDS_OF_COPIES = 0.25
+
+Result = TypeVar("Result")
 
 
 class Patience:
@@ -36,13 +45,14 @@ class Patience:
 
 
 class _Stopped(BaseException):
-    """Exception that ends `StopRequest.interrupting`. It is no `Exception`, so no handler of errors catches it."""
+    """Exception that ends `StopRequest.interruptible`. It is no `Exception`, so no handler of errors catches it."""
 
 
 class StopRequest:
-    """Context that turns SIGTERM and SIGINT into a flag. A second signal acts as usual.
+    """Context that turns SIGTERM, SIGINT and SIGHUP into a flag. A second signal acts as usual.
 
-    Python delivers signals to the main thread alone. In other threads this context does nothing.
+    A signal that the process ignores stays ignored; `nohup` has SIGHUP ignored. Python delivers signals to the main
+    thread alone. In other threads this context does nothing.
     """
 
     def __init__(self):
@@ -53,27 +63,32 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def interrupting(self) -> Generator[None, None, None]:
-        """Lets a signal interrupt a `with` block, which must tolerate that."""
-        self._interrupts = True
-        try:
-            yield
+    def interruptible(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Returns the result of a function, or None if a signal came before its end. It must tolerate an early end."""
+        if self.signal is not None:
+            return None
+        try:  # a signal may raise at every call in this block, the last one included
+            self._interrupts = True
+            return function(*arguments)
         except _Stopped:
-            pass
+            return None
         finally:
             self._interrupts = False
 
     def _note(self, number: int, _frame: Any) -> None:
+        if self.signal is not None:  # a copy, which came while the first one is handled
+            return
         self.signal = number
+        time.sleep(SECONDS_OF_COPIES)
         for each, handler in self._previous.items():
             signal.signal(each, handler)
         if self._interrupts:

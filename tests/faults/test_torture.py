@@ -1,0 +1,32 @@
+"""Three kills of the torture script, in one training: what it leaves equals a training that nobody killed."""
+
+import shutil
+import signal
+
+import jax
+
+from benchmarks.torture import Tally, differences, torture
+from tests.faults.kills import Moment
+
+# What conftest.py sets, so that a process of its own computes the same bits as the tests.
+SETTINGS = ("jax_num_cpu_devices", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+def test_a_training_that_was_killed_three_times_equals_one_that_was_not(run, recipe, tmp_path):
+    kills = [
+        (Moment("checkpoint write", 2, 0.01), signal.SIGKILL),
+        (Moment("evaluation", 1, 0.01), signal.SIGHUP),
+        (Moment("step", 3), signal.SIGKILL),
+    ]
+    tally, killed = Tally(), tmp_path / "killed"
+    torture(recipe, killed, iter(kills), tally, {name: getattr(jax.config, name) for name in SETTINGS})
+    assert (tally.kills, tally.signals["SIGHUP"]) == (3, 1)
+    assert differences(run, killed) == []
+    # The comparison sees a figure that is missing, and one bit of an array.
+    metrics = killed / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"validation"' not in line))
+    shutil.rmtree(killed / "checkpoints" / "8" / "params")
+    wrong = differences(run, killed)
+    assert any(text.startswith("arrays of one alone") for text in wrong)
+    assert any(text.startswith("validation up to step 8") for text in wrong)
