@@ -108,14 +108,12 @@ def as_texts(name: str, texts: Any) -> list[str]:
         ConfigError: not an iterable of several texts, or an item that is no text.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise ConfigError(
-            f"{name} must be a list of texts, got {shortened(repr(texts))}; put a single one into a list: [text]."
-        )
+        raise ConfigError(f"{name} must be a list of texts, got {shown(texts)}; put a single one into a list: [text].")
     found = list(texts)
     for number, text in enumerate(found):
         if not isinstance(text, str):
             raise ConfigError(
-                f"{name} must be texts, but {name}[{number}] is {shortened(repr(text))} ({type(text).__name__}). Leave "
+                f"{name} must be texts, but {name}[{number}] is {shown(text)} ({type(text).__name__}). Leave "
                 "it out, or put a text in its place; bytes need decode()."
             )
     return [str(text) for text in found]

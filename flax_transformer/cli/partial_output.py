@@ -180,8 +180,8 @@ class PartialOutput:
             return nothing
         try:
             progress = as_dataclass(Progress, unsealed(parse_object(self._record.read_bytes())))
-            if progress.lines < 0:
-                raise ValueError(f"it counts {progress.lines} lines")
+            if min(progress.lines, progress.size) < 0:
+                raise ValueError(f"it counts {progress.lines} lines and {progress.size} bytes")
             return progress
         except ValueError as error:
             raise InputError(

@@ -52,7 +52,8 @@ class SentencePieceTokenizer:
             if not model:  # SentencePiece would accept it
                 raise RuntimeError("it is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            self.pieces(range(self._processor.get_piece_size()))  # a damaged one may be no UTF-8
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise RunFolderError(f"not a SentencePiece model, or a damaged one: {error}") from error
         self._num_pieces = self._processor.get_piece_size()
         end = self._processor.piece_to_id(END_OF_VOCABULARY)
@@ -188,7 +189,7 @@ class SentencePieceTokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the surface form of each id."""
-        return [self._processor.id_to_piece(i) for i in ids]
+        return self._processor.id_to_piece(list(ids))
 
     def id_of(self, piece: str) -> int | None:
         """Returns the id of a piece by its surface form, or None if it does not exist or is special."""
