@@ -317,7 +317,7 @@ def test_a_pair_without_a_score_says_why_and_costs_the_others_nothing(translator
 
 def test_what_translate_makes_of_an_empty_and_of_a_long_line_is_scored_as_it_was(translator):
     text = ["", *(f"{word} " * 60 for word in "one two three four five six seven eight nine ten".split())]
-    made = translator.translate(text, suppress_unknown=True)  # the text of an unknown token is cut otherwise
+    made = translator.translate(text)
     scores = Scorer(translator).score(text, [found.text for found in made])
     assert (scores[0].score, scores[0].tokens, scores[0].token_scores) == (made[0].score, [], [])
     assert [score.truncated for score in scores] == [False] + [True] * 10
