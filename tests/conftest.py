@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,11 @@ _cache = tempfile.TemporaryDirectory(prefix="flax_transformer_tests_", ignore_cl
 os.environ["XDG_CACHE_HOME"] = _cache.name
 jax.config.update("jax_compilation_cache_dir", f"{_cache.name}/compiled")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# A shell starts a job in the background with ignored signals, and a training leaves those alone. Tests send them.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 # Traced programs are millions of objects that live as long as the session. To walk through them again and again takes
 # long, and finds little.
