@@ -293,7 +293,7 @@ class ParallelFiles:
         name, source, target = sides[suffix]
         if source == target:
             raise InputError(
-                f"{self.source}: source and target are both {name} {source!r}, so each line would be its own "
+                f"{self.source}: source and target are both {name} {shown(source)}, so each line would be its own "
                 f"translation. Set data.source_{name} and data.target_{name}."
             )
 

@@ -16,6 +16,7 @@ from flax_transformer.data.batching import Plan, TokenizedPairs
 from flax_transformer.data.parallel_text import Corpus, TextPart
 from flax_transformer.data.preparation import normalized_lines
 from flax_transformer.data.tokenizer_pair import TokenizerPair
+from flax_transformer.errors import shown
 from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.attention_map import attention_map
@@ -54,7 +55,7 @@ def describe_normalization(parts: Sequence[TextPart], tokenizers: TokenizerPair)
         return ""
     return (
         f"normalisation changes {found.num_changed:,} of the first {found.num_lines:,} lines of training text, such as "
-        f"{found.before!r} to {found.after!r}; tokenizer.normalization: identity changes none\n"
+        f"{shown(found.before)} to {shown(found.after)}; tokenizer.normalization: identity changes none\n"
     )
 
 
