@@ -1,6 +1,7 @@
 """Kills trainings and translations at random moments, and compares what they leave with undisturbed ones, bit by bit.
 
-    python -m benchmarks.torture [--kills 100] [--translation-kills 20] [--seed 0] [--folder DIR]
+    python -m benchmarks.torture trainings [--kills 100] [--seed 0] [--folder DIR]
+    python -m benchmarks.torture translations [--kills 20]
 
 A training is killed several times, resumed each time, and then left alone until its end. Its checkpoints must have the
 arrays of the undisturbed training, its metrics.jsonl the same figures, and its translations the same text. Moments are
@@ -9,6 +10,7 @@ drawn from the phases in turn. Most signals are SIGKILL; SIGTERM and SIGHUP save
 
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,15 +20,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tyro
 import yaml
 
-from benchmarks.harness import machine
+from benchmarks import harness
+from benchmarks.harness import Benchmark, Report
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.training.metrics_file import read_metrics
 from tests.faults.kills import Command, Moment
@@ -56,28 +58,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PHASES = ("start", "step", "evaluation", "checkpoint write", "removal", "end")
 TRANSLATION_PHASES = ("start", "translation", "write", "end")
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGHUP)
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 KILLS_OF_A_RUN = 6
 
 # What a clock measures is different in each training.
 CLOCKED = {"elapsed_seconds", "seconds", "mfu", "flops_per_second"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Kills commands at random moments.
-
-    Attributes:
-        kills: number of kills of trainings.
-        translation_kills: number of kills of translations.
-        seed: seed of the moments and the signals.
-        folder: new folder for all runs; None makes one, and removes it at the end if all results are equal.
-    """
-
-    kills: int = 100
-    translation_kills: int = 20
-    seed: int = 0
-    folder: Path | None = None
 
 
 @dataclass
@@ -93,12 +78,17 @@ class Tally:
         phase = moment.phase if moment.phase in open_now else next(reversed(open_now), "between phases")
         self.phases[phase] += 1
         self.signals[signal.Signals(number).name] += 1
-        print(f"  {signal.Signals(number).name} in {phase!r}", flush=True)
 
     @property
     def kills(self) -> int:
         """Number of kills."""
         return self.signals.total()
+
+    def tell(self, report: Report, seconds: float) -> None:
+        """Adds the numbers to a report."""
+        report.say(f"{self.kills} kills, {seconds / max(self.kills, 1):.1f} s each; all results are equal.\n")
+        report.table(["phase", "kills"], sorted(self.phases.items()))
+        report.table(["signal", "kills"], sorted(self.signals.items()))
 
 
 def write_recipe(changes: dict[str, Any], folder: Path) -> Path:
@@ -133,6 +123,23 @@ def write_corpora(folder: Path) -> dict[str, Any]:
     return data
 
 
+class Reference(NamedTuple):
+    """An undisturbed training: its recipe, its run folder, and the command that has its phases."""
+
+    recipe: Path
+    run: Path
+    command: Command
+
+
+def undisturbed(changes: dict[str, Any], folder: Path) -> Reference:
+    """Trains by a recipe with some changes. A training before it fills the caches, so that its phases are typical."""
+    folder.mkdir(parents=True)
+    recipe = write_recipe(changes, folder)
+    finish(train(recipe, folder / "warm"), folder / "warm.log")
+    run = folder / "reference"
+    return Reference(recipe, run, finish(train(recipe, run), run.with_suffix(".log")))
+
+
 # --- one training
 
 
@@ -159,8 +166,8 @@ def check_stopped(code: int, number: int, log: Path) -> None:
 
 def torture(
     recipe: Path, run: Path, kills: Iterator[tuple[Moment, int]], tally: Tally, settings: dict[str, Any] | None = None
-) -> bool:
-    """Kills a training at each of some moments, lets it end, and returns whether all signals stop without a trace.
+) -> None:
+    """Kills a training at each of some moments, and lets it end.
 
     Args:
         recipe: recipe of the training.
@@ -169,16 +176,14 @@ def torture(
         tally: tally of all kills.
         settings: settings of JAX.
     """
-    log, exact = run.with_suffix(".log"), True
+    log = run.with_suffix(".log")
     for moment, number in kills:
         command = train(recipe, run, settings)
         if not command.kill_at(moment, number):
             break  # it has ended before
         check_stopped(command.wait(), number, log)
         tally.add(command, moment, number)
-        exact = exact and number == signal.SIGKILL
     finish(train(recipe, run, settings), log)
-    return exact
 
 
 # --- comparison
@@ -237,8 +242,8 @@ def differences(expected: Path, found: Path) -> list[str]:
 # --- random moments
 
 
-def moments(phases: tuple[str, ...], reference: Command, rng: random.Random) -> Iterator[Moment]:
-    """Yields random moments without end, from the phases in turn.
+def random_kills(phases: tuple[str, ...], reference: Command, rng: random.Random) -> Iterator[tuple[Moment, int]]:
+    """Yields random moments without end, from the phases in turn, each with a signal.
 
     Args:
         phases: names of phases.
@@ -248,90 +253,101 @@ def moments(phases: tuple[str, ...], reference: Command, rng: random.Random) -> 
     for phase in itertools.cycle(phases):
         seconds = reference.phases.seconds[phase]
         occurrence = rng.randint(1, min(len(seconds), 3 if phase != "step" else 9))
-        yield Moment(phase, occurrence, rng.uniform(0.0, seconds[occurrence - 1]))
+        yield Moment(phase, occurrence, rng.uniform(0.0, seconds[occurrence - 1])), rng.choice(SIGNALS)
 
 
-def kill_trainings(options: Options, folder: Path, rng: random.Random) -> Tally:
-    """Kills trainings of all recipes in turn."""
-    tally, recipes, references = Tally(), {}, {}
-    signals = itertools.cycle(SIGNALS)
-    for number in itertools.count():
-        if tally.kills >= options.kills:
-            return tally
-        name = list(RECIPES)[number % len(RECIPES)]
-        place = folder / name.replace(", ", "_").replace(" ", "_")
-        if name not in recipes:
-            place.mkdir(parents=True)
-            recipes[name] = write_recipe(RECIPES[name], place)
-            finish(train(recipes[name], place / "warm"), place / "warm.log")  # fills the caches
-            references[name] = finish(train(recipes[name], place / "reference"), place / "reference.log")
-        print(f"training {number + 1}: {name}", flush=True)
-        run, before = place / f"run{number}", tally.kills
-        drawn = moments(PHASES[before % len(PHASES) :] + PHASES[: before % len(PHASES)], references[name], rng)
-        kills = itertools.islice(zip(drawn, signals, strict=False), min(KILLS_OF_A_RUN, options.kills - before))
-        torture(recipes[name], run, kills, tally)
-        if wrong := differences(place / "reference", run):
-            raise SystemExit(f"{run} is not {place / 'reference'}:\n" + "\n".join(wrong))
-        shutil.rmtree(run)
-    raise AssertionError
+@dataclass(frozen=True)
+class Torture(Benchmark):
+    """Kills commands at random moments.
+
+    Attributes:
+        kills: number of kills.
+        seed: seed of the moments.
+        folder: new folder for all runs and caches; None makes one, and removes it if all results are equal.
+    """
+
+    packages: ClassVar[tuple[str, ...]] = ("jax", "flax", "orbax-checkpoint")
+
+    kills: int = 100
+    seed: int = 0
+    folder: Path | None = None
+
+    def measure(self, report: Report) -> None:
+        """Kills, and reports the number of kills of each phase."""
+        folder = self.folder or Path(tempfile.mkdtemp(prefix="torture_"))
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        started, tally = time.monotonic(), Tally()
+        self.kill(folder, random.Random(self.seed), tally)
+        tally.tell(report, time.monotonic() - started)
+        if self.folder is None:
+            shutil.rmtree(folder)
+
+    def kill(self, folder: Path, rng: random.Random, tally: Tally) -> None:
+        """Kills commands until there are `kills`."""
+        raise NotImplementedError
 
 
-def kill_translations(options: Options, folder: Path, rng: random.Random) -> Tally:
-    """Kills `translate --output --resume`, by the reference run of the first recipe."""
-    tally, run = Tally(), next(folder.glob("*/reference"))
-    text = folder / "input.txt"
-    pairs = number_words_corpus(NumberWordsConfig(400, 16, 16)).train[0].pairs()
-    text.write_text("".join(f"{source}\n" for source, _ in pairs))
-    settings = {"lines_at_once": 16}
+@dataclass(frozen=True)
+class Trainings(Torture):
+    """Trainings that are killed at random moments and resumed, beside undisturbed ones."""
 
-    def translate(output: Path) -> Command:
-        resume = ["--resume"] if output.with_name(f"{output.name}.partial").exists() else []
-        arguments = ["translate", "--run", str(run), "--input", str(text), "--output", str(output), *resume]
-        return Command(arguments, output.with_suffix(".log"), dict(settings))
-
-    finish(translate(folder / "warm.txt"), folder / "warm.log")
-    expected = folder / "expected.txt"
-    reference = finish(translate(expected), expected.with_suffix(".log"))
-    drawn, signals = moments(TRANSLATION_PHASES, reference, rng), itertools.cycle(SIGNALS)
-    for number in itertools.count():
-        if tally.kills >= options.translation_kills:
-            return tally
-        output = folder / f"output{number}.txt"
-        print(f"translation {number + 1}", flush=True)
-        for moment, kill in itertools.islice(zip(drawn, signals, strict=False), KILLS_OF_A_RUN):
-            command = translate(output)
-            if not command.kill_at(moment, kill):
-                break
-            check_stopped(command.wait(), kill, output.with_suffix(".log"))
-            tally.add(command, moment, kill)
-            if output.exists() or tally.kills >= options.translation_kills:
-                break
-        if not output.exists():
-            finish(translate(output), output.with_suffix(".log"))
-        if output.read_bytes() != expected.read_bytes():
-            raise SystemExit(f"{output} is not {expected}")
-    raise AssertionError
+    def kill(self, folder: Path, rng: random.Random, tally: Tally) -> None:
+        """Kills trainings of all recipes in turn."""
+        references: dict[str, Reference] = {}
+        for number in itertools.count():
+            if tally.kills >= self.kills:
+                return
+            name = list(RECIPES)[number % len(RECIPES)]
+            if name not in references:
+                references[name] = undisturbed(RECIPES[name], folder / str(number))
+            recipe, reference, command = references[name]
+            run, turn = reference.with_name(f"run{number}"), tally.kills % len(PHASES)
+            kills = random_kills(PHASES[turn:] + PHASES[:turn], command, rng)
+            torture(recipe, run, itertools.islice(kills, min(KILLS_OF_A_RUN, self.kills - tally.kills)), tally)
+            if wrong := differences(reference, run):
+                raise SystemExit(f"{run} is not {reference}:\n" + "\n".join(wrong))
+            print(f"training {number + 1}, {name}: {tally.kills} kills so far", flush=True)
+            shutil.rmtree(run)
 
 
-def main() -> None:
-    """Prints each kill, and the numbers of all."""
-    options = tyro.cli(Options)
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="torture_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{options}\n{machine('jax', 'flax', 'orbax-checkpoint')}\nfolder {folder}\n", flush=True)
-    rng, started = random.Random(options.seed), time.monotonic()
-    for what, kill in (("trainings", kill_trainings), ("translations", kill_translations)):
-        before = time.monotonic()
-        tally = kill(options, folder, rng)
-        print(
-            f"\n{tally.kills} kills of {what} in {time.monotonic() - before:.0f} s, all results equal\n"
-            f"  by phase: {dict(tally.phases)}\n  by signal: {dict(tally.signals)}\n",
-            flush=True,
-        )
-    print(f"{time.monotonic() - started:.0f} s in all")
-    if options.folder is None:
-        shutil.rmtree(folder)
+@dataclass(frozen=True)
+class Translations(Torture):
+    """`translate --output --resume` that is killed at random moments, beside an undisturbed one."""
+
+    kills: int = 20
+
+    def kill(self, folder: Path, rng: random.Random, tally: Tally) -> None:
+        """Kills translations of one text."""
+        text, expected = folder / "input.txt", folder / "expected.txt"
+        _, run, _ = undisturbed(RECIPES["bucketed"], folder / "run")
+        pairs = number_words_corpus(NumberWordsConfig(400, 16, 16)).train[0].pairs()
+        text.write_text("".join(f"{source}\n" for source, _ in pairs))
+        finish(translate(run, text, folder / "warm.txt"), folder / "warm.log")
+        reference = finish(translate(run, text, expected), expected.with_suffix(".log"))
+        kills = random_kills(TRANSLATION_PHASES, reference, rng)
+        for output in (folder / f"output{number}.txt" for number in itertools.count()):
+            if tally.kills >= self.kills:
+                return
+            log = output.with_suffix(".log")
+            while not output.exists() and tally.kills < self.kills:
+                command, (moment, number) = translate(run, text, output), next(kills)
+                if command.kill_at(moment, number):
+                    check_stopped(command.wait(), number, log)
+                    tally.add(command, moment, number)
+            if not output.exists():
+                finish(translate(run, text, output), log)
+            if output.read_bytes() != expected.read_bytes():
+                raise SystemExit(f"{output} is not {expected}")
+            print(f"{output.name}: {tally.kills} kills so far", flush=True)
+
+
+def translate(run: Path, text: Path, output: Path) -> Command:
+    """Starts a translation, or resumes it if its output has begun."""
+    resume = ["--resume"] if output.with_name(f"{output.name}.partial").exists() else []
+    arguments = ["translate", "--run", str(run), "--input", str(text), "--output", str(output), *resume]
+    return Command(arguments, output.with_suffix(".log"), {"lines_at_once": 16})
 
 
 if __name__ == "__main__":
-    main()
+    harness.run({"trainings": Trainings, "translations": Translations})

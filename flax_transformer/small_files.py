@@ -14,11 +14,11 @@ Fields = TypeVar("Fields")
 SEAL = "sha256"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file. After a kill or a power loss the file has its old content or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file. After a kill or a power loss the file has its old content or the new one."""
     new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)

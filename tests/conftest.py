@@ -30,9 +30,14 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 jax.config.update("jax_compilation_cache_dir", f"{_cache.name}/compiled")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# Traced programs are millions of objects that live as long as the session; to walk through them again and again takes
+# Traced programs are millions of objects that live as long as the session. To walk through them again and again takes
 # long, and finds little.
 gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_other_files_left_is_not_walked_through():
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from flax_transformer.cli import main as cli
-from flax_transformer.training.checkpoint import Checkpoints
 
 SMALL = """
 data: {kind: number_words, num_train: 300, num_validation: 20, num_test: 24}
@@ -35,6 +34,5 @@ def command(*arguments: str) -> int:
 
 def checkpoint_params(folder: Path, step: int) -> Any:
     """Returns the parameters that a run saved at a step, as arrays of NumPy."""
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        arguments = ocp.args.Composite(params=ocp.args.StandardRestore())
-        return jax.device_get(checkpoints._manager.restore(step, args=arguments)["params"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        return jax.device_get(checkpointer.restore(folder.absolute() / "checkpoints" / str(step) / "params"))

@@ -118,7 +118,7 @@ def test_pieces_of_an_output_belong_to_the_words_of_its_text(kind):
         for piece, of in zip(tokenizer.pieces(ids), numbers, strict=True):
             if piece == "<unk>":
                 assert len(of) == 1 and "\u2047" in words[of[0]]
-            elif tokenizer._processor.piece_to_id(piece) >= len(SPECIAL.ids) and (letters := piece.strip("\u2581")):
+            elif tokenizer.id_of(piece) is not None and (letters := piece.strip("\u2581")):
                 assert len(of) == 1 and letters in words[of[0]]
 
 

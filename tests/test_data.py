@@ -180,9 +180,11 @@ def test_line_ends_and_halves_of_characters():
     )  # fmt: skip
     tokenizer = SentencePieceTokenizer(model.getvalue())
     one, two = tokenizer.encode(["one", "two"])
-    assert tokenizer.decode([*one, tokenizer._processor.piece_to_id("<0x0A>"), *two]).split("one")[1].strip() == "two"
-    assert tokenizer._processor.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == "\n"
-    assert tokenizer.decode([tokenizer._processor.piece_to_id("<0x0A>")]) == " "
+    end_of_line = tokenizer.id_of("<0x0A>")
+    assert end_of_line is not None and tokenizer.pieces([end_of_line]) == ["<0x0A>"]
+    assert tokenizer.decode([*one, end_of_line, *two]).split("one")[1].strip() == "two"
+    assert sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).decode([end_of_line]) == "\n"
+    assert tokenizer.decode([end_of_line]) == " "
     with pytest.raises(InputError, match=r"not valid Unicode: 'a\\udcff' holds bytes or lone surrogates"):
         tokenizer.encode(["one", "a\udcff"])
 

@@ -33,19 +33,24 @@ def random_progress(seed: int, slots: int = 5, beams: int = 3, length: int = 9) 
     tokens = jnp.asarray(rng.integers(0, VOCAB, (slots, beams, length)), jnp.int32)
     steps = jnp.asarray(rng.integers(0, length, slots), jnp.int32)
     sentences = jnp.asarray(rng.permutation(slots), jnp.int32)
-    log_probs = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(slots, beams, VOCAB)), jnp.float32))
+    log_probs = jax.jit(jax.nn.log_softmax)(jnp.asarray(rng.normal(size=(slots, beams, VOCAB)), jnp.float32))
     return Progress(tokens, steps, sentences), log_probs
+
+
+@jax.jit
+def _ruled(processor, log_probs, progress):
+    return processor(log_probs, progress)
 
 
 def allowed(processor, seed: int):
     """Yields for each hypothesis: its slot, its tokens so far, and the set of tokens that the processor leaves."""
     progress, log_probs = random_progress(seed)
-    ruled = np.asarray(processor(log_probs, progress))
+    ruled, log_probs, progress = jax.device_get((_ruled(processor, log_probs, progress), log_probs, progress))
     left = ruled > MASKED / 2
-    np.testing.assert_array_equal(ruled[left], np.asarray(log_probs)[left])
+    np.testing.assert_array_equal(ruled[left], log_probs[left])
     for slot in range(left.shape[0]):
         for beam in range(left.shape[1]):
-            so_far = np.asarray(progress.tokens)[slot, beam, : int(progress.steps[slot])].tolist()
+            so_far = progress.tokens[slot, beam, : int(progress.steps[slot])].tolist()
             yield int(progress.sentences[slot]), so_far, set(np.flatnonzero(left[slot, beam]).tolist())
 
 
@@ -95,7 +100,7 @@ def test_the_last_place_belongs_to_the_end_token():
     for seed in range(6):
         progress, log_probs = random_progress(seed)
         steps, sentences = np.asarray(progress.steps).tolist(), np.asarray(progress.sentences).tolist()
-        ruled = np.asarray(ForceEos(lengths, END)(log_probs, progress))
+        ruled = np.asarray(_ruled(ForceEos(lengths, END), log_probs, progress))
         for slot, (step, sentence) in enumerate(zip(steps, sentences, strict=True)):
             if is_last := step + 1 == int(lengths[sentence]):
                 only_end = np.where(np.arange(VOCAB) == END, 0.0, MASKED)
@@ -140,7 +145,8 @@ def test_a_search_that_forces_the_end_closes_what_reaches_its_limit_for_nothing(
 
 def test_what_has_occurred_is_less_probable():
     progress, log_probs = random_progress(1)
-    ruled = RepetitionPenalty(1.5)(log_probs, progress)
+    ruled = np.asarray(_ruled(RepetitionPenalty(1.5), log_probs, progress))
+    progress = jax.device_get(progress)
     for slot in range(5):
         for beam in range(3):
             seen = set(np.asarray(progress.tokens)[slot, beam, : int(progress.steps[slot])].tolist())

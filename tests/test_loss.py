@@ -1,5 +1,7 @@
 """The loss, fused and as its reference, against its definition in NumPy and the gradients of the plain form."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from flax_transformer.ops.cross_entropy import (
 from flax_transformer.ops.vocabulary import OutputProjection
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def loss_sums(elements: int | None, hidden, projection, targets, mask, smoothing, divergence_weight=0.0) -> LossSums:
     """The sums, in blocks of so many logits that skip padding; None is the reference."""
     if elements is None:
@@ -78,8 +81,8 @@ def test_gradients_equal_those_of_the_plain_form(elements):
         nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         return 3.0 * jnp.sum(jnp.where(mask, 0.9 * nll - 0.1 * log_p.mean(-1), 0.0))
 
-    value, gradient = jax.value_and_grad(fused)((hidden, kernel, bias))
-    expected_value, expected = jax.value_and_grad(plain)((hidden, kernel, bias))
+    value, gradient = jax.jit(jax.value_and_grad(fused))((hidden, kernel, bias))
+    expected_value, expected = jax.jit(jax.value_and_grad(plain))((hidden, kernel, bias))
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-5)
     assert not gradient[1][11:].any() and not gradient[2][11:].any()  # padding rows learn nothing
@@ -111,10 +114,10 @@ def test_two_passes_are_drawn_together_as_r_drop_writes_it(elements):
     def plain(h, k, b):
         return plain_r_drop(h, k, b, targets, mask, 11, 0.1, 2.5)
 
-    assert plain_r_drop(hidden, kernel, bias, targets, mask, 11, 0.1, 0.0) < 0.9 * plain(hidden, kernel, bias)
-    np.testing.assert_allclose(fused(hidden, kernel, bias), plain(hidden, kernel, bias), rtol=1e-5)
-    value, gradient = jax.value_and_grad(fused, argnums=(0, 1, 2))(hidden, kernel, bias)
-    expected_value, expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(hidden, kernel, bias)
+    value, gradient = jax.jit(jax.value_and_grad(fused, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    expected_value, expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    without = jax.jit(plain_r_drop, static_argnums=(5, 6, 7))(hidden, kernel, bias, targets, mask, 11, 0.1, 0.0)
+    assert without < 0.9 * expected_value
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-5)
     assert not gradient[1][11:].any() and not gradient[2][11:].any()
@@ -149,7 +152,7 @@ def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products
         def loss(k):
             return loss_sums(1 << 21, hidden, OutputProjection(k, None, 11), targets, targets > 0, 0.1).loss
 
-        return jax.grad(loss)(kernel)
+        return jax.jit(jax.grad(loss))(kernel)
 
     found, expected = by_kernel(hidden), by_kernel(hidden.astype(jnp.float32))
     assert found.dtype == jnp.float32
@@ -165,7 +168,7 @@ def test_masked_positions_count_for_nothing(elements):
     before = loss_sums(elements, hidden, projection, targets, mask, 0.1)
     after = loss_sums(elements, changed, projection, targets, mask, 0.1)
     chex.assert_trees_all_equal(before, after)
-    gradient = jax.grad(lambda h: loss_sums(elements, h, projection, targets, mask, 0.1).loss)(hidden)
+    gradient = jax.jit(jax.grad(lambda h: loss_sums(elements, h, projection, targets, mask, 0.1).loss))(hidden)
     assert not np.asarray(gradient)[~np.asarray(mask)].any()
 
 
@@ -185,11 +188,12 @@ def test_blocks_that_are_padding_alone_are_left_out():
             terms, blocking = LossTerms(5, 0.1, 0.0), Blocking(3 * 5, skips_padding)
             return fused_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, terms, blocking).loss
 
-        return jax.grad(loss)(hidden)
+        return jax.jit(jax.grad(loss))(hidden)
 
-    expected = jax.grad(
-        lambda h: reference_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, 0.1).loss
-    )(hidden)
+    def reference(h):
+        return reference_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, 0.1).loss
+
+    expected = jax.jit(jax.grad(reference))(hidden)
     broken = jnp.where(far[..., None], jnp.nan, hidden)
     np.testing.assert_allclose(gradient(broken, True), expected, rtol=1e-5, atol=1e-6)
     assert jnp.isnan(gradient(broken, False)).any()
@@ -200,25 +204,30 @@ def test_on_an_accelerator_the_number_of_blocks_is_fixed(platform, is_fixed):
     """A loop of unknown length makes a GPU wait for the host in each of its turns."""
     hidden, kernel, bias, targets, mask = example()
 
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def gradient(h, k):
-        return jax.value_and_grad(
-            lambda h, k: cross_entropy(h, OutputProjection(k, bias, 11), targets, mask, 0.1).loss, argnums=(0, 1)
-        )(h, k)
+        return cross_entropy(h, OutputProjection(k, bias, 11), targets, mask, 0.1).loss
 
     with backend.tracing_for(platform):
         program = str(jax.make_jaxpr(gradient)(hidden, kernel))
-        found = gradient(hidden, kernel)
+        found = jax.jit(gradient)(hidden, kernel)
     assert ("while[" not in program and "scan[" in program) == is_fixed
-    chex.assert_trees_all_close(found, gradient(hidden, kernel), rtol=1e-5, atol=1e-6)  # without a mesh: the reference
+    expected = jax.jit(gradient)(hidden, kernel)  # without a mesh: the reference
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("elements", [None, 1 << 21])
 def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(elements):
     hidden, kernel, bias, targets, mask = example()
     projection = OutputProjection(kernel, bias, 11)
-    value, gradient = jax.value_and_grad(lambda h: loss_sums(elements, h, projection, targets, mask & False, 0.1).loss)(
-        hidden
-    )
+    nothing = jnp.zeros_like(mask)
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient_of(h):
+        return loss_sums(elements, h, projection, targets, nothing, 0.1).loss
+
+    value, gradient = gradient_of(hidden)
     assert value == 0.0 and not np.asarray(gradient).any()
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as made_by_protobuf
 
-from flax_transformer.cli import main as cli
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL, SentencePieceTokenizer
 from flax_transformer.data.tokenizer import SubwordSample, Tokenizer, TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
@@ -34,16 +32,16 @@ from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of
+from tests.small_run import command
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # a checker sees nothing of what it holds
 MODEL = MODELS["transformer"]
 SEPARATE = TokenizerPair.train(SOURCES, TARGETS, TokenizerConfig(vocab_size=45, joint=False))
 
 
-def convert(monkeypatch, *arguments: str | Path) -> int:
+def convert(*arguments: str | Path) -> int:
     """The exit code of `flax-transformer convert`."""
-    monkeypatch.setattr(sys, "argv", ["flax-transformer", "convert", *map(str, arguments)])
-    return cli.main()
+    return command("convert", *map(str, arguments))
 
 
 def pieces_to_marian(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -173,7 +171,7 @@ def test_a_run_comes_back_to_the_bit_in_all_that_is_read(share, tokenizers, zero
     assert dataclasses.replace(run.read_config().model, **changed) == model
 
 
-def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_device, monkeypatch, capsys):
+def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_device, capsys):
     """Made by hand: no <unused>, an output bias, a language token, a zero start, one vocabulary over two models."""
     folder = foreign_marian(tmp_path / "theirs")
     run, lost = read_marian(folder, tmp_path / "run")
@@ -190,7 +188,7 @@ def test_a_model_that_knows_no_unused_token_is_written_as_it_was(tmp_path, one_d
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value, err_msg=name)
     assert json.loads((tmp_path / "again" / "vocab.json").read_text()) == words
-    assert convert(monkeypatch, "from-hf", folder, "--output", run.path) == 2
+    assert convert("from-hf", folder, "--output", run.path) == 2
     assert "already holds a run" in capsys.readouterr().err
 
 
@@ -263,8 +261,8 @@ def test_a_language_token_is_taken_off_before_the_text_is_cut(tmp_path):
 def without_pieces(folder: Path, dropped: int) -> tuple[dict[str, int], list[str]]:
     """Takes the last pieces that source text is cut into out of vocab.json; returns that, and what was taken out."""
     words = json.loads((folder / "vocab.json").read_text())
-    processor = SentencePieceTokenizer((folder / "source.spm").read_bytes())._processor
-    cut = {piece for line in processor.encode(SOURCES, out_type=str) for piece in line}
+    tokenizer = SentencePieceTokenizer((folder / "source.spm").read_bytes())
+    cut = {piece for ids in tokenizer.encode(SOURCES) for piece in tokenizer.pieces(ids)}
     gone = [name for name in words if name in cut][-dropped:]
     names = [name for name in words if name not in gone]
     words = {name: number for number, name in enumerate(names)}
@@ -281,7 +279,7 @@ def test_pieces_that_the_vocabulary_lacks_are_cut_and_unknown(tmp_path):
     assert after.vocab_size == len(words) + 1  # and our padding
     number_unknown = 0
     for text in SOURCES:
-        cut = before._processor.encode(text, out_type=str)
+        cut = before.pieces(before.encode([text])[0])
         expected = ["<unk>" if piece in gone else piece for piece in cut]
         (ids,) = after.encode([text])
         assert after.pieces(ids) == expected and max(ids) < after.vocab_size
@@ -398,29 +396,28 @@ def test_what_does_not_fit_on_either_side_is_in_one_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_it(tmp_path, monkeypatch, capsys):
+def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_it(tmp_path, capsys):
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     files = {"source": tmp_path / "en", "target": tmp_path / "de"}
     for side, lines in (("source", SOURCES[:24]), ("target", TARGETS[:24])):
         files[side].write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
-    def command(*arguments: str | Path) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["flax-transformer", *map(str, arguments)])
-        assert cli.main() == 0
+    def done(*arguments: str | Path) -> list[str]:
+        assert command(*map(str, arguments)) == 0
         return capsys.readouterr().out.splitlines()
 
-    command("convert", "from-hf", foreign_marian(tmp_path / "theirs"), "--output", run)
+    done("convert", "from-hf", foreign_marian(tmp_path / "theirs"), "--output", run)
     hypotheses = tmp_path / "hypotheses"
-    command("translate", "--run", run, "--input", files["source"], "--output", hypotheses, "--no-force-end")
+    done("translate", "--run", run, "--input", files["source"], "--output", hypotheses, "--no-force-eos")
     translations = Translator.load(run).translate(SOURCES[:24], force_eos=False)
     assert hypotheses.read_text(encoding="utf-8").splitlines() == [t.text for t in translations]
-    scores = command("score", "--run", run, "--source", files["source"], "--target", files["target"])
+    scores = done("score", "--run", run, "--source", files["source"], "--target", files["target"])
     assert len(scores) == 24 and all(float(score) < 0 for score in scores)
-    evaluated = command("evaluate", "--run", run, "--source", files["source"], "--reference", files["target"])
+    evaluated = done("evaluate", "--run", run, "--source", files["source"], "--reference", files["target"])
     assert "of 24 sentences" in evaluated[-1]
 
     parts = [(f"--data.{part}-{s}", file) for part in ("train", "validation", "test") for s, file in files.items()]
-    command(
+    done(
         "train", "--config", run / "config.yaml", "--run", tuned, "--init-from", run, *sum(parts, ()),
         "--training.steps", "2", "--batching.tokens-per-batch", "512", "--batching.num-buckets", "1",
         "--optimizer.learning-rate-scale", "1e-6", "--decoding.batch-size", "8",
@@ -430,7 +427,7 @@ def test_every_verb_takes_a_run_that_was_taken_over_and_a_training_starts_from_i
     chex.assert_trees_all_close(before.params, after.params, atol=1e-5)  # it went on from theirs, by tiny steps
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(before.params, after.params, atol=0)
-    command("convert", "to-hf", tuned, "--output", tmp_path / "back")
+    done("convert", "to-hf", tuned, "--output", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").is_file()
 
 
@@ -536,11 +533,12 @@ def test_token_ids_are_those_of_transformers(reference):
 def test_logits_are_those_of_transformers(reference):
     ours, expected, order = reference
     model = nnx.merge(ours.parameters.graphdef, ours.params)
+    run = jax.jit(lambda model, batch: model.output_projection().logits(model(batch)))
     for source, target, logits in zip(expected["source_ids"], expected["target_ids"], expected["logits"], strict=False):
-        tokens = [jnp.asarray([order[ids]], jnp.int32) for ids in (source, target)]
-        places = [jnp.arange(x.shape[1], dtype=jnp.int32)[None] for x in tokens]
-        batch = Batch(tokens[0], places[0], jnp.ones_like(tokens[0]), tokens[1], places[1], jnp.ones_like(tokens[1]))
-        found = np.asarray(model.output_projection().logits(model(batch)))[0]
+        tokens = [np.asarray([order[ids]], np.int32) for ids in (source, target)]
+        places = [np.arange(x.shape[1], dtype=np.int32)[None] for x in tokens]
+        batch = Batch(tokens[0], places[0], np.ones_like(tokens[0]), tokens[1], places[1], np.ones_like(tokens[1]))
+        found = np.asarray(run(model, batch))[0]
         np.testing.assert_allclose(found[:, order], logits, rtol=1e-4, atol=1e-4)
     assert len(expected["logits"]) == 5
 

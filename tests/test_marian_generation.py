@@ -166,30 +166,30 @@ def test_settings_of_a_run_become_those_of_generate_or_are_named(changes, lost):
         assert read_generation(made, ORDER, TOKENIZERS.target, LONGEST) == (decoding, False, [])
 
 
-def test_what_is_left_out_is_said_by_the_command(tmp_path, monkeypatch, capsys):
+def test_what_is_left_out_is_said_by_the_command(tmp_path, capsys):
     """Settings are taken from generation_config.json alone where it is there, else from config.json."""
     folder = foreign_marian(tmp_path / "theirs")
     config = json.loads((folder / "config.json").read_text()) | {"max_length": 9, "num_beam_groups": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "first") == 0
+    assert convert("from-hf", folder, "--output", tmp_path / "first") == 0
     warning = "warning: outputs may be other than Hugging Face's, since these settings of .* have no equivalent here: "
     assert re.fullmatch(f"{warning}num_beam_groups: 2.\n", capsys.readouterr().err)
     assert RunFolder.open(tmp_path / "first").read_config().decoding.max_length_offset == 7
 
     (folder / "generation_config.json").write_text('{"num_beams": 2, "top_p": 0.5, "max_length": 7}')
-    assert convert(monkeypatch, "from-hf", folder, "--output", tmp_path / "second") == 0
+    assert convert("from-hf", folder, "--output", tmp_path / "second") == 0
     assert not capsys.readouterr().err
     decoding = RunFolder.open(tmp_path / "second").read_config().decoding
     assert (decoding.beam_size, decoding.max_length_offset, decoding.force_eos) == (2, 5, False)
 
     run = make_run(tmp_path / "ours", MODEL, 1)
-    assert convert(monkeypatch, "to-hf", run, "--output", tmp_path / "marian") == 0
+    assert convert("to-hf", run, "--output", tmp_path / "marian") == 0
     warning = "warning: Hugging Face's generate may give other outputs than this run, since it does not have: "
     expected = f"{warning}length_penalty: gnmt:0.6; max_length_factor: 0.5 (of section 'decoding').\n"
     said = capsys.readouterr().err
     assert said.startswith(f"{expected}warning: CTranslate2 begins every output with a vector of zeros, and this run")
     assert said.endswith("For CTranslate2 train with model.zero_start: true.\n")
     started = make_run(tmp_path / "zeros", dataclasses.replace(MODEL, zero_start=True, embedding_dropout=0.4), 1)
-    assert convert(monkeypatch, "to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
+    assert convert("to-hf", started, "--output", tmp_path / "for_ctranslate2") == 0
     expected += "warning: a MarianMT model has no place for embedding_dropout: 0.4 (a training from that folder uses "
     assert capsys.readouterr().err == f"{expected}0.1) (of section 'model').\n"

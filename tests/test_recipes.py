@@ -5,6 +5,7 @@ the corpus. What takes steps has fewer rows and no long pairs, since a CPU takes
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -71,13 +72,19 @@ def test_a_recipe_of_text_begins_with_the_lines_that_fetch_it(path):
     assert any(config.data.folder.startswith(f"{folder}/") for folder in cloned) or "curl -L" in header
 
 
+@functools.cache
+def text_and_tokenizers(mean: int, spread: float) -> tuple[ParallelText, TokenizerPair]:
+    text = generated_text(3_000, mean, spread, 30_000)
+    # Generated words hold fewer pieces than a recipe asks for: its tables have the recipe's size all the same.
+    return text, TokenizerPair.train(text.source, text.target, TokenizerConfig("bpe", vocab_size=8_000))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_batches_of_a_published_recipe_are_as_many_shapes_and_tokens_as_it_says(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mean, spread, _ = RECIPES[name]
     config = read_config(CONFIGS / f"{name}.yaml")
-    text = generated_text(3_000, mean, spread, 30_000)
-    tokenizers = TokenizerPair.train(text.source, text.target, TokenizerConfig("bpe", vocab_size=8_000))
+    text, tokenizers = text_and_tokenizers(mean, spread)
     limits = config.model.max_source_length, config.model.max_target_length
     (pairs,) = prepare_training_pairs((text,), tokenizers, config.filters, *limits)
     assert len(pairs) > 0.95 * 3_000
@@ -97,9 +104,7 @@ def test_a_published_recipe_takes_ten_steps(name, one_device, tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mean, spread, millions = RECIPES[name]
     config = read_config(CONFIGS / f"{name}.yaml")
-    text = generated_text(3_000, mean, spread, 30_000)
-    # Generated words hold fewer pieces than the recipe asks for: the table has the recipe's size all the same.
-    tokenizers = TokenizerPair.train(text.source, text.target, TokenizerConfig("bpe", vocab_size=8_000))
+    text, tokenizers = text_and_tokenizers(mean, spread)
     pairs = prepare_training_pairs((text,), tokenizers, FilterConfig(), 64, 64)
     batching = dataclasses.replace(config.batching, tokens_per_batch=8 * 64, num_buckets=2)
     plan = training_plan(pairs, batching, 0)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from typing import Any
 
 import chex
 import jax
@@ -308,15 +307,13 @@ def test_hypotheses_are_sorted_and_score_what_the_model_says(translator):
     assert 1 <= len(found.hypotheses) <= 3
     finished = [h.finished for h in found.hypotheses]
     assert finished == sorted(finished, reverse=True)
-    target: Any = translator.tokenizers.target
-    tokenizer = target._processor
     model = nnx.merge(translator.parameters.graphdef, translator.params)
     source_ids = jnp.array([[*translator.tokenizers.source.encode([source])[0], SPECIAL.end]])
     positions = jnp.arange(source_ids.shape[1])[None]
     memory = jax.jit(model.encode)(source_ids, positions, jnp.ones_like(source_ids))
     step = jax.jit(model.decode_step)
     for hypothesis in found.hypotheses:
-        ids = [tokenizer.piece_to_id(p) for p in hypothesis.tokens] + [SPECIAL.end] * hypothesis.finished
+        ids = [translator.tokenizers.target.id_of(p) for p in hypothesis.tokens] + [SPECIAL.end] * hypothesis.finished
         state = model.init_decode_state(memory, 1, 64)
         total, previous = 0.0, SPECIAL.start
         for token in ids:

@@ -77,7 +77,7 @@ NUMBERS = range(1, 90, 2)
 TEXT = ParallelText([english_number_words(n) for n in NUMBERS], [german_number_words(n) for n in NUMBERS])
 MODEL = TransformerConfig(
     model_dim=16, num_heads=2, feed_forward_dim=32, num_encoder_layers=1, num_decoder_layers=1, max_source_length=24,
-    max_target_length=24, share_embeddings="all",
+    max_target_length=24, share_embeddings="all", attention_dropout=0.1,
 )  # fmt: skip
 DECODING = DecodingConfig(beam_size=3, batch_size=4, max_length_factor=0.0, max_length_offset=11)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from flax_transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig
 from flax_transformer.errors import RunFolderError
+from flax_transformer.small_files import write_atomically
 
 # For each `Tokenizer.suffix`, a function that makes a tokenizer from the contents of its file.
 KINDS: dict[str, Callable[[bytes], Tokenizer]] = {SentencePieceTokenizer.suffix: SentencePieceTokenizer}
@@ -51,7 +52,7 @@ class TokenizerPair:
         folder.mkdir(parents=True, exist_ok=True)
         named = {"joint": self.source} if self.joint else {"source": self.source, "target": self.target}
         for name, tokenizer in named.items():
-            (folder / f"{name}.{tokenizer.suffix}").write_bytes(tokenizer.model)
+            write_atomically(folder / f"{name}.{tokenizer.suffix}", tokenizer.model)
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizerPair":

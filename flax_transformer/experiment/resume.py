@@ -83,6 +83,7 @@ class ResumedRun:
             elif owes_evaluation:
                 programs.validation.compile()
             self.folder.update_config(self.config)
+            checkpoints.remove_superseded()
             notes.append(f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}")
             if redrawn:
                 notes.append(

@@ -142,8 +142,12 @@ class _KeptSteps(checkpoint_managers.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each checkpoint whether it is kept."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.newest :], *self.checkpoints.ranked(steps)[: self.best]}
+        kept = self.kept(steps)
         return [step in kept for step in steps]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Returns those of the steps that are kept."""
+        return {*sorted(steps)[-self.newest :], *self.checkpoints.ranked(steps)[: self.best]}
 
 
 class Checkpoints:
@@ -160,15 +164,15 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
         self.folder = folder
         self.tokenizers = tokenizers
-        self._writes = keep is not None
-        if keep is None:
+        self._policy = None if keep is None else _KeptSteps(self, *keep)
+        if self._policy is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
             )
         else:
             self._empty_removed()
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_KeptSteps(self, *keep),
+                preservation_policy=self._policy,
                 todelete_subdir=REMOVED,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
@@ -198,7 +202,7 @@ class Checkpoints:
 
     def _empty_removed(self) -> None:
         """Deletes the checkpoints that Orbax has only renamed. A kill in between leaves the rest to the next call."""
-        if self._writes:
+        if self._policy is not None:
             shutil.rmtree(self.folder / REMOVED, ignore_errors=True)
 
     def latest_step(self) -> int | None:
@@ -305,6 +309,21 @@ class Checkpoints:
         record = dataclasses.replace(meta, saved=saved, quality=quality).record
         with self._writing():
             write_atomically(self.folder / str(step) / "meta" / "metadata", json.dumps(record))
+        self.remove_superseded()
+
+    def remove_superseded(self) -> None:
+        """Removes the checkpoints that a save removes at its end. A kill before that end may have left them.
+
+        Raises:
+            RunFolderError: they cannot be removed.
+        """
+        self._finish()
+        steps = self._manager.all_steps()
+        assert self._policy is not None, "it is for those who write"
+        with self._writing():
+            for step in set(steps) - self._policy.kept(steps):
+                self._manager.delete(step)
+        self._empty_removed()
 
     def check_saved(self) -> None:
         """Checks the newest checkpoint, if it has been written in the meantime. It does not wait for it.

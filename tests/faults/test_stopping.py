@@ -119,18 +119,31 @@ def test_a_checkpoint_gets_the_quality_that_its_evaluation_owed(tmp_path):
 
     with Checkpoints(folder, (1, 1)) as checkpoints:
         save(checkpoints, 1, None)
-    left = folder / "1" / "metrics.orbax-checkpoint-tmp"  # of a kill while the quality was written
-    left.mkdir()
     with Checkpoints(folder, (1, 1)) as checkpoints:
         assert checkpoints.best_steps() == []
         save(checkpoints, 1, 0.9)
         assert checkpoints.best_steps() == [1]
         save(checkpoints, 2, 0.1)
         save(checkpoints, 3, None)
-        assert checkpoints.best_steps() == [1]  # kept as the best
+        assert (checkpoints.newest_steps(), checkpoints.best_steps()) == ([3, 1], [1])  # kept as the best
+        save(checkpoints, 3, 1.0)
+        assert checkpoints.newest_steps() == [3]  # which it is no longer
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.newest_steps() == [3, 1] and checkpoints.choose("best") == 1
-        assert checkpoints.saved == [(1, 0.9), (2, 0.1), (3, None)]
+        assert checkpoints.saved == [(1, 0.9), (2, 0.1), (3, 1.0)]
+
+
+def test_what_a_kill_kept_from_its_removal_is_removed_by_the_next_start(tmp_path):
+    """Otherwise the last checkpoints of a training would stay for good."""
+    folder, tree = tmp_path / "checkpoints", {"w": jnp.arange(4.0)}
+    for keep, removed in (((9, 9), False), ((2, 1), True)):
+        with Checkpoints(folder, keep) as checkpoints:
+            if not removed:
+                for step, quality in ((1, 0.1), (2, 0.9), (3, 0.5), (4, None), (5, 0.2)):
+                    state = TrainState(jnp.int32(step), tree, tree, None)
+                    checkpoints.save(state, Position(0, step), "", quality)
+            else:
+                checkpoints.remove_superseded()
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5"]
 
 
 def test_a_record_of_an_evaluation_that_is_made_again_is_dropped(tmp_path):

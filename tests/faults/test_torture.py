@@ -14,9 +14,9 @@ SETTINGS = ("jax_num_cpu_devices", "jax_compilation_cache_dir", "jax_persistent_
 
 def test_a_training_that_was_killed_three_times_equals_one_that_was_not(run, recipe, tmp_path):
     kills = [
+        (Moment("start", 1, 0.5), signal.SIGKILL),
         (Moment("checkpoint write", 2, 0.01), signal.SIGKILL),
         (Moment("evaluation", 1, 0.01), signal.SIGHUP),
-        (Moment("step", 3), signal.SIGKILL),
     ]
     tally, killed = Tally(), tmp_path / "killed"
     torture(recipe, killed, iter(kills), tally, {name: getattr(jax.config, name) for name in SETTINGS})
