@@ -226,7 +226,7 @@ class LineReader:
         except errors as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise InputError(f"{self.name} cannot be read: {error.strerror}.") from error
-            kind = "gzip" if self._compression is None else self._compression.name
+            kind = "text" if self._compression is None else self._compression.name
             raise InputError(
                 f"{self.name}, after line {self.number}: not a whole {kind} file ({error}). Get the file again."
             ) from error
