@@ -50,9 +50,10 @@ def translator(request, translators) -> Translator:
 
 
 def ids_of(hypothesis) -> list[int]:
-    special = TOKENIZERS.target.special
-    ids = (TOKENIZERS.target.id_of(piece) for piece in hypothesis.tokens)
-    return [special.unknown if number is None else number for number in ids]
+    target = TOKENIZERS.target
+    assert target.special.unknown is not None
+    ids = (target.id_of(piece) for piece in hypothesis.tokens)
+    return [target.special.unknown if number is None else number for number in ids]
 
 
 def test_the_models_of_these_tests_make_outputs_of_many_lengths_and_cut_ones(translator):

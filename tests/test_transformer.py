@@ -204,8 +204,8 @@ def test_embeddings_have_a_dropout_of_their_own():
     batch = tiny.batch([9, 5], [8, 3])
 
     def varies(**changes) -> bool:
-        rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0} | changes
-        model = tiny.transformer(**rates)
+        rates: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        model = tiny.transformer(**(rates | changes))
         run = jax.jit(lambda key: model(batch, key))
         one, other = (np.asarray(run(jax.random.key(seed))) for seed in (1, 2))
         return not np.array_equal(one, other)

@@ -101,7 +101,8 @@ def run_reference(reference: Mapping[str, np.ndarray]) -> Outcome:
 
     expected_shapes, given_shapes = shapes_of(nnx.to_pure_dict(abstract)), shapes_of(parameters)
     reference_gradients = nested(reference, "gradients/")
-    return Outcome(case, batch, expected_shapes, given_shapes, *compute(parameters, batch), reference_gradients)
+    logits, sums, gradients = compute(parameters, batch)
+    return Outcome(case, batch, expected_shapes, given_shapes, logits, sums, gradients, reference_gradients)
 
 
 def check_parameters(outcome: Outcome) -> None:
