@@ -262,7 +262,8 @@ def test_numbers_of_rows_agree_on_tokens(translator):
     few, many = translator.translate(ALIKE[:60]), translator.translate(ALIKE[:60], batch_size=16)
     alike = [(a.score, b.score) for a, b in zip(few, many, strict=True) if a.tokens == b.tokens]
     assert len(alike) >= 59  # a near tie may be decided the other way
-    np.testing.assert_allclose(*zip(*alike, strict=True), rtol=1e-5)
+    # Sums of a whole model in float32: the order depends on the rows and on the version of XLA.
+    np.testing.assert_allclose(*zip(*alike, strict=True), rtol=5e-5)
 
 
 # --- one score
