@@ -137,6 +137,7 @@ def test_packed_batches_in_pieces_train_resume_and_are_described(recipe, tmp_pat
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow  # three kills of tests/faults/test_torture.py say the same in the fast suite
 def test_resuming_equals_not_stopping_bit_for_bit(run, recipe, tmp_path):
     folder = tmp_path / "stopped"
     assert command("train", "--config", str(recipe), "--run", str(folder), "--training.steps", "4") == 0
