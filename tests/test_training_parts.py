@@ -17,7 +17,8 @@ from flax_transformer.errors import RunFolderError
 from flax_transformer.parallel.memory import available_bytes, needed_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.training import averaging
-from flax_transformer.training.checkpoint import Checkpoints, checksums
+from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.checksums import checksums
 from flax_transformer.training.state import TrainState
 from flax_transformer.training.stopping import Patience
 

@@ -22,12 +22,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
 from flax_transformer.small_files import write_atomically
 from flax_transformer.training.checkpoint_meta import CheckpointMeta
+from flax_transformer.training.checksums import checksums
+from flax_transformer.training.retention import KeptSteps
 from flax_transformer.training.state import StateLayout, TrainState
 
 Choice = Literal["best", "last"]
@@ -69,35 +70,6 @@ class Restored:
     notes: tuple[str, ...] = ()
 
 
-def _leaf_checksum(leaf: jax.Array) -> jax.Array:
-    """Returns two uint32 sums over all elements, of a hash of each element's bits and place."""
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for dim, size in enumerate(leaf.shape):  # indices by dimension keep a sharded leaf in its place
-        place = place * jnp.uint32(size % (1 << 32)) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
-
-    def mix(x):  # the finaliser of MurmurHash3, by Austin Appleby
-        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-        return x ^ (x >> 16)
-
-    mixed = mix(bits ^ mix(place + jnp.uint32(0x9E3779B9)))
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mix(mixed + jnp.uint32(1)), dtype=jnp.uint32)])
-
-
-@functools.cache
-def _jit_checksums() -> Any:
-    return jax.jit(lambda leaves: [_leaf_checksum(leaf) for leaf in leaves])
-
-
-def checksums(tree: Any) -> dict[str, str]:
-    """Returns a checksum of each array of a tree, by its path. It does not depend on sharding or device."""
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    sums = jax.device_get(_jit_checksums()(list(leaves)))
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}
-
-
 def _trees(state: TrainState) -> dict[str, Any]:
     """Returns the parts of a checkpoint. If there is an average, it is `params`, which translation and others read."""
     trees = {"params": state.eval_params, "optimizer": state.optimizer}
@@ -123,33 +95,6 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
-@dataclass(frozen=True)
-class _KeptSteps(checkpoint_managers.PreservationPolicy):
-    """Orbax's policy to keep the newest and the best checkpoints.
-
-    Orbax has a policy of its own for the best ones. It reads their qualities from a file of each checkpoint. If that
-    file is missing, another checkpoint becomes the best, without a word.
-
-    Attributes:
-        checkpoints: checkpoints of the run.
-        newest, best: numbers of checkpoints to keep.
-    """
-
-    checkpoints: "Checkpoints"
-    newest: int
-    best: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns for each checkpoint whether it is kept."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = self.kept(steps)
-        return [step in kept for step in steps]
-
-    def kept(self, steps: Sequence[int]) -> set[int]:
-        """Returns those of the steps that are kept."""
-        return {*sorted(steps)[-self.newest :], *self.checkpoints.ranked(steps)[: self.best]}
-
-
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -164,7 +109,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
         self.folder = folder
         self.tokenizers = tokenizers
-        self._policy = None if keep is None else _KeptSteps(self, *keep)
+        self._policy = None if keep is None else KeptSteps(self.ranked, *keep)
         if self._policy is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
