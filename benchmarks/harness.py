@@ -6,6 +6,7 @@ Systems that are compared live in processes of their own, since jax and torch bo
 Neither is imported here.
 """
 
+import abc
 import dataclasses
 import inspect
 import multiprocessing
@@ -31,7 +32,7 @@ from flax_transformer.cli.main import KEPT_MEMORY, keep_memory  # which imports 
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
+class Benchmark(abc.ABC):
     """One comparison; its fields are its command line.
 
     Attributes:
@@ -46,9 +47,9 @@ class Benchmark:
     threads: int = 2
     output: Path | None = None
 
+    @abc.abstractmethod
     def measure(self, report: "Report") -> None:
         """Measures, and adds to the report."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

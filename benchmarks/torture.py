@@ -8,6 +8,7 @@ arrays of the undisturbed training, its metrics.jsonl the same figures, and its 
 drawn from the phases in turn. Most signals are SIGKILL; SIGTERM and SIGHUP save the state first.
 """
 
+import abc
 import itertools
 import json
 import os
@@ -283,9 +284,9 @@ class Torture(Benchmark):
         if self.folder is None:
             shutil.rmtree(folder)
 
+    @abc.abstractmethod
     def kill(self, folder: Path, rng: random.Random, tally: Tally) -> None:
         """Kills commands until there are `kills`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
