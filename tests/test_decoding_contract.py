@@ -440,7 +440,7 @@ def with_probable_unknown(translator: Translator, factor: float) -> Translator:
     return translator.with_params(translator.params | {"target_embedding": {"table": table.at[3].multiply(factor)}})
 
 
-def test_unknown_tokens_are_banned(translators):
+def test_unknown_tokens_are_suppressed(translators):
     unsure = with_probable_unknown(translators["transformer"], -9.0)
     assert any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30]))
     assert not any("<unk>" in t.tokens for t in unsure.translate(ALIKE[:30], suppress_unknown=True))

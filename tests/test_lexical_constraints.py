@@ -150,7 +150,7 @@ def test_sentences_that_share_slots_are_as_alone_and_one_without_phrases_is_free
             np.testing.assert_allclose(free.scores, alone.scores, rtol=1e-5)
 
 
-def test_what_does_not_fit_is_unfinished_and_what_is_banned_is_not_required():
+def test_what_does_not_fit_is_unfinished_and_what_is_suppressed_is_not_required():
     table = chains(4, 1, 6)
     _, (cut,) = search(table, padded([[[2, 3, 4, 5]]]), 3, 4)  # no room for the end
     assert cut and not any(finished for _, _, finished in cut)

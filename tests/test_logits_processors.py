@@ -68,7 +68,7 @@ def test_no_ngram_is_repeated(size, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_phrases_are_banned(seed):
+def test_phrases_are_suppressed(seed):
     phrases = [[3], [1, 2], [4, 4, 0], [2, 5]]
     for _, so_far, left in allowed(SuppressSequences.of(phrases), seed):
         suppressed = {
@@ -77,7 +77,7 @@ def test_phrases_are_banned(seed):
         assert left == EVERY - suppressed, so_far
 
 
-def test_tokens_are_banned_and_the_end_waits_for_the_minimum():
+def test_tokens_are_suppressed_and_the_end_waits_for_the_minimum():
     for _, _, left in allowed(SuppressTokens(jnp.asarray(np.arange(VOCAB) == 4)), 0):
         assert left == EVERY - {4}
     lengths = jnp.array([0, 3, 5, 9, 1])

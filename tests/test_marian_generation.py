@@ -77,7 +77,7 @@ def test_settings_of_generate_become_those_of_a_run(theirs, ours):
         ({}, [[INSIDE]], True),
     ],
 )
-def test_banned_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
+def test_suppressed_padding_is_excluded_where_its_probability_is_shared_out(more, phrases, lost):
     """What other rules take away is shared out there, too, and not here."""
     theirs = (
         {"bad_words_ids": [[ORDER.tolist().index(SPECIAL.start)], *phrases], "renormalize_logits": True} | LIMIT | more

@@ -32,7 +32,7 @@ def tokens_of(translations) -> collections.Counter[str]:
 
 
 @pytest.mark.parametrize("method", ["beam", "sampling"])
-def test_no_output_holds_a_banned_token(translator, method):
+def test_no_output_holds_a_suppressed_token(translator, method):
     usual = tokens_of(translator.translate(ALIKE[:8], num_hypotheses=3, method=method))
     inner, first = (
         next(token for token, _ in usual.most_common() if token in EVERY and token.startswith("\u2581") == begins)
@@ -78,7 +78,7 @@ def test_bans_that_leave_no_output_are_explained(translator):
         _ = translator.translate(ALIKE[:1], **bans)[0].text
 
 
-def test_the_recipe_and_the_command_take_banned_tokens(tmp_path):
+def test_the_recipe_and_the_command_take_suppressed_tokens(tmp_path):
     names = ("neun", "\u2581hundred")
     write_config(Config(decoding=DecodingConfig(suppress_tokens=names)), tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml").decoding.suppress_tokens == names

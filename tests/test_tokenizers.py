@@ -185,7 +185,7 @@ def test_outputs_and_their_scores(translator):
     assert len(ended) == 6
 
 
-def test_what_is_banned_by_its_ids(translator, one_device):
+def test_what_is_suppressed_by_its_ids(translator, one_device):
     def suppressed(**changes) -> list[int]:
         other = translator.with_decoding(dataclasses.replace(DECODING.with_method(changes.pop("method")), **changes))
         reader = other.requests
