@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.locks import take_lock
+from flax_transformer.parallel import processes
 from flax_transformer.small_files import write_atomically
 
 
@@ -136,15 +138,21 @@ class RunFolder:
     def locked(self) -> Generator[None, None, None]:
         """Keeps the folder's lock inside a `with` block, so that no two trainings delete each other's files.
 
+        Of several processes of one training the first one keeps it.
+
         Raises:
             RunFolderError: another process trains in the folder.
         """
-        with self.log_file.open("a", encoding="utf-8") as log:
-            if not take_lock(log):
-                raise RunFolderError(
-                    f"{self.path} is being trained by another process. Wait for it to end, or stop it and go on by "
-                    "--resume; nothing was changed."
-                )
+        with contextlib.ExitStack() as files:
+
+            def take() -> None:
+                if not take_lock(files.enter_context(self.log_file.open("a", encoding="utf-8"))):
+                    raise RunFolderError(
+                        f"{self.path} is being trained by another process. Wait for it to end, or stop it and go on by "
+                        "--resume; nothing was changed."
+                    )
+
+            processes.from_first(take)
             yield
 
     @contextlib.contextmanager
@@ -159,6 +167,25 @@ class RunFolder:
                 f"the run folder {self.path} cannot be written: {error.strerror or error}{file}. Make room, or mend "
                 f"the file system, and {go_on}."
             ) from error
+
+    def check_shared(self) -> None:
+        """Checks that all processes of a training see the same folder.
+
+        Raises:
+            RunFolderError: a process does not see a file that process 0 has written.
+        """
+        if not processes.joined():
+            return
+        mark = self.path / f"shared-{processes.from_first(lambda: secrets.token_hex(8))}"
+        with self.writing():
+            processes.from_first(lambda: mark.write_text("All processes must see this file.\n") and None)
+            seen = processes.exchange(mark.exists())
+            processes.from_first(mark.unlink)
+        if not all(seen):
+            raise RunFolderError(
+                f"process {seen.index(False)} does not see the run folder {self.path} of process 0: all processes read "
+                "and write the same folder. Put it on a disk that all of them share."
+            )
 
     def update_config(self, config: Config) -> None:
         """Writes the configuration atomically, with the changes of a resumed run, such as its number of steps."""

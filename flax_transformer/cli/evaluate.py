@@ -14,6 +14,7 @@ from flax_transformer.inference.evaluate import bleu_metric, evaluate
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
@@ -59,12 +60,16 @@ def main(arguments: list[str], program: str) -> int:
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()
     bleu_metric(config.evaluation.bleu_tokenizer)  # which may be missing
-    text = read_parallel_text(options.source, options.reference, config.text_format)
-    output = contextlib.nullcontext() if options.output is None else output_of_lines(options.output)
-    with output as write:
+    with contextlib.ExitStack() as opened:
+        if processes.is_first():
+            text = read_parallel_text(options.source, options.reference, config.text_format)
+            write = None if options.output is None else opened.enter_context(output_of_lines(options.output))
         translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
-        changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
-        translations = translator.translate(text.source, **changes)
+        with processes.calls_of_first(translator.translate) as translate:
+            if translate is None:
+                return 0
+            changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
+            translations = translate(sentences=text.source, **changes)
         hypotheses = texts_or_empty(translations)
         print(evaluate(hypotheses, text.target, config.evaluation.bleu_tokenizer).text, flush=True)
         if write is not None:

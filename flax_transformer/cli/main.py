@@ -152,38 +152,48 @@ def quiet_orbax() -> Generator[None, None, None]:
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
     """Returns the exit code of a verb. An error that a user can cause is one paragraph; --debug adds the traceback.
 
-    Messages that standard error cannot take are lost, and end nothing.
+    Messages that standard error cannot take are lost, and end nothing. An error of one process ends all others.
     """
-    with quiet_orbax(), lossy_standard_streams(output=False):
-        return _exit_code(verb, arguments, program)
-
-
-def _exit_code(verb: Verb, arguments: list[str], program: str) -> int:
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
-    try:
-        use_compilation_cache()
-        use_every_core()
-        return verb(arguments, program)
-    except (InputError, DivergenceError, MemoryError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of standard output has ended
-            sys.stderr.close()
-            return 1
-        if debug:
-            traceback.print_exc()
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2 if isinstance(error, InputError | OSError) else 1
-    except KeyboardInterrupt:  # a training catches the signal itself and saves its state
-        print("interrupted", file=sys.stderr)
+    with quiet_orbax(), lossy_standard_streams(output=False):
+        from flax_transformer.cli.process_group import run_in_group
+        from flax_transformer.parallel import processes
+
+        try:
+            use_compilation_cache()
+            use_every_core()
+            return run_in_group(verb, arguments, program)
+        except (InputError, DivergenceError, MemoryError, OSError, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError):  # the reader of standard output has ended
+                code, text = 1, ""
+                sys.stderr.close()
+            else:
+                code, text = exit_code(error), describe(error)
+                if debug:
+                    traceback.print_exc()
+                print(text, file=sys.stderr)
+            if processes.joined():
+                processes.fail(code, text or "the reader of its output has ended")
+            return code
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns the exit code for an error that a user can cause."""
+    if isinstance(error, KeyboardInterrupt):  # a training catches the signal itself and saves its state
         return 130
+    return 2 if isinstance(error, InputError | OSError) else 1
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Returns the message of an error that a user can cause."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, OSError):  # such as a file that cannot be read, a folder that cannot be written, a full disk
-        return describe_os_error(error)
+        return f"error: {describe_os_error(error)}"
     if isinstance(error, MemoryError):
-        return f"there is not enough memory{f': {error}' if str(error) else ''}. Use a smaller model, batch or text."
-    return str(error)
+        what = f": {error}" if str(error) else ""
+        return f"error: there is not enough memory{what}. Use a smaller model, batch or text."
+    return f"error: {error}"
 
 
 def main() -> int:
@@ -191,7 +201,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            USAGE + "\n\nflax-transformer VERB --help prints the options of a verb. --debug adds tracebacks to errors."
+            f"{USAGE}\n\nflax-transformer VERB --help prints the options of a verb. --debug adds tracebacks to errors. "
+            "train, translate, evaluate and score can be the work of several processes; see docs/scale/README.md."
         )
         return 0 if arguments else 2
     if arguments[0] not in VERBS:

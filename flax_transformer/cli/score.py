@@ -1,5 +1,6 @@
 """score: the log-probability of existing translations."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.scorer import NoScore, PairScore, Scorer, raise_if_diverged
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
@@ -106,25 +108,33 @@ def main(arguments: list[str], program: str) -> int:
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     config = RunFolder.open(options.run[0]).read_config()
-    with ParallelFiles(options.source, options.target, config.text_format).open() as pairs:
-        # The first pair is read before the model, so that bad files fail early.
-        given = itertools.chain([next(pairs)], pairs)
+    with contextlib.ExitStack() as opened:
+        if processes.is_first():
+            files = ParallelFiles(options.source, options.target, config.text_format)
+            pairs = opened.enter_context(files.open())
+            # The first pair is read before the model, so that bad files fail early.
+            given = itertools.chain([next(pairs)], pairs)
         scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
-        total = Total()
-        for chunk in chunks_of(given, PAIRS_AT_ONCE, lambda pair: len(pair[0]) + len(pair[1]), pairs.next_has_arrived):
-            write_scores(options, scorer, chunk, total)
+        with processes.calls_of_first(scorer.score) as score:
+            if score is None:
+                return 0
+            total = Total()
+            for chunk in chunks_of(given, PAIRS_AT_ONCE, lambda pair: len("".join(pair)), pairs.next_has_arrived):
+                sources, targets = zip(*chunk, strict=True)
+                scores = score(sources=sources, targets=targets, length_penalty=options.length_penalty)
+                write_scores(options, scores, scorer.translator.model.max_source_length, total)
     print(total.text, file=sys.stderr)
     return 4 if total.shortened or total.without else 0
 
 
-def write_scores(options: ScoreOptions, scorer: Scorer, pairs: list[tuple[str, str]], total: Total) -> None:
+def write_scores(
+    options: ScoreOptions, scores: list[PairScore | NoScore], max_source_length: int, total: Total
+) -> None:
     """Writes the scores of pairs, and adds them to the totals.
 
     Raises:
         DivergenceError: no pair so far has a score, since the model's scores are not finite.
     """
-    sources, targets = zip(*pairs, strict=True)
-    scores = scorer.score(sources, targets, options.length_penalty)
     if not total.tokens:
         raise_if_diverged(scores)
     for score in scores:
@@ -132,8 +142,7 @@ def write_scores(options: ScoreOptions, scorer: Scorer, pairs: list[tuple[str, s
         if isinstance(score, NoScore):
             print(f"warning: pair {total.pairs} has no score: {score.reason}", file=sys.stderr)
         elif score.truncated:
-            longest = scorer.translator.model.max_source_length
-            warning = cut_line(f"{options.source}, line {total.pairs}", longest, "read")
+            warning = cut_line(f"{options.source}, line {total.pairs}", max_source_length, "read")
             print(f"warning: {warning}", file=sys.stderr)
         sys.stdout.buffer.write(f"{as_line(options, score)}\n".encode())  # UTF-8 in every locale
     sys.stdout.buffer.flush()

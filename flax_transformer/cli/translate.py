@@ -1,11 +1,12 @@
 """translate: one output line for each input line."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_none
 from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 
@@ -132,16 +134,27 @@ def as_line(options: TranslateOptions, translation: Translation | NoTranslation)
     return json.dumps(found, ensure_ascii=False)
 
 
-def output_of(options: TranslateOptions, phrases: list[list[str]] | None) -> PartialOutput | StreamOutput:
-    """Returns the output that translations are written to.
+def output_of(options: TranslateOptions, settings: dict[str, Any] | None) -> PartialOutput | StreamOutput:
+    """Returns the output that translations are written to; `settings` is the result of `settings_of`.
 
     Raises:
-        InputError: --resume without a file; see also `PartialOutput`.
+        InputError: see `PartialOutput`.
+    """
+    if options.output is None or settings is None:
+        return StreamOutput(STANDARD_STREAM if options.output is None else options.output)
+    return PartialOutput(options.output, settings, options.resume)
+
+
+def settings_of(options: TranslateOptions, phrases: list[list[str]] | None) -> dict[str, Any] | None:
+    """Returns the settings that determine an output file, as JSON values; None for a stream.
+
+    Raises:
+        InputError: --resume without a file, or a run folder that cannot be read.
     """
     if options.output is None or is_stream(options.output):
         if options.resume:
             raise ConfigError(f"--resume continues a file, and --output {options.output} is a stream. Name a file.")
-        return StreamOutput(STANDARD_STREAM if options.output is None else options.output)
+        return None
     settings: dict[str, Any] = asdict(options)
     settings |= settings.pop("decoding")
     for name in ("input", "output", "resume"):  # a digest of its lines stands for the input
@@ -156,7 +169,7 @@ def output_of(options: TranslateOptions, phrases: list[list[str]] | None) -> Par
         settings["run"].append([str(run.resolve()), step, digest])
     if phrases is not None:
         settings["required"] = hashlib.sha256(repr(phrases).encode()).hexdigest()
-    return PartialOutput(options.output, settings, options.resume)
+    return settings
 
 
 def values_of(arguments: list[str], option: str) -> list[str]:
@@ -186,11 +199,15 @@ def main(arguments: list[str], program: str) -> int:
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     phrases = None if options.required is None else read_phrases(options.required)
-    files = RunFolder.open(options.run[0]).read_config().text_format
-    source = SentenceReader(options.input or STANDARD_STREAM, files.source_column, files.source_key)
-    with source, output_of(options, phrases) as output:
+    files, settings = RunFolder.open(options.run[0]).read_config().text_format, settings_of(options, phrases)
+    with contextlib.ExitStack() as opened:
+        if processes.is_first():
+            reader = SentenceReader(options.input or STANDARD_STREAM, files.source_column, files.source_key)
+            source, output = opened.enter_context(reader), opened.enter_context(output_of(options, settings))
         translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
-        return translate_stream(options, translator.with_decoding(options.decoding), phrases, source, output)
+        translator = translator.with_decoding(options.decoding)
+        with processes.calls_of_first(translator.translate) as translate:
+            return 0 if translate is None else translate_stream(options, translator, translate, phrases, source, output)
 
 
 def warnings_of(number: int, translation: Translation | NoTranslation, max_source_length: int) -> Iterator[str]:
@@ -292,11 +309,12 @@ def next_chunk(chunks: Iterator[list[str]], done: int) -> list[str]:
 def translate_stream(
     options: TranslateOptions,
     translator: Translator,
+    translate: Callable[..., list[Translation | NoTranslation]],
     phrases: list[list[str]] | None,
     source: SentenceReader,
     output: PartialOutput | StreamOutput,
 ) -> int:
-    """Translates a stream chunk by chunk, and returns the exit code.
+    """Translates a stream chunk by chunk with `translate`, a form of `translator.translate`. Returns the exit code.
 
     Raises:
         InputError: a line that cannot be read; the lines before it are translated. Or --required has another number of
@@ -310,8 +328,8 @@ def translate_stream(
     while chunk := next_chunk(chunks, done):
         if phrases is not None:
             check_phrases(options, phrases, source.name, done + len(chunk), ended=False)
-        translations = translator.translate(
-            chunk,
+        translations = translate(
+            sentences=chunk,
             num_hypotheses=options.num_hypotheses,
             prefixes=None if options.prefix is None else [options.prefix] * len(chunk),
             required=None if phrases is None else phrases[done : done + len(chunk)],

@@ -1,8 +1,11 @@
 """The start of a new run, with new parameters or those of another run."""
 
+import base64
 import contextlib
+import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flax_transformer.config.recipe import Config
@@ -14,10 +17,11 @@ from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.programs import CompiledPrograms, Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.models.build import vocabulary_info
+from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
 from flax_transformer.training.loop import TrainingStart
-from flax_transformer.training.run_log import RunLog
+from flax_transformer.training.run_log import RunLog, SilentLog
 from flax_transformer.training.state import StateLayout, TrainState, init_state
 
 
@@ -39,6 +43,8 @@ class Start:
 
     def log(self, folder: RunFolder) -> RunLog:
         """Returns the log of the training, without earlier records of what is done again."""
+        if not processes.is_first():
+            return SilentLog(folder)
         return RunLog(folder, int(self.place.state.step), self.place.owes_evaluation)
 
 
@@ -77,7 +83,8 @@ class NewRun:
         """
         params = initial_params(self.config, text.tokenizers, programs.layout)
         compiled = programs.compile(text)
-        self.folder.create(self.config, text.tokenizers)
+        processes.from_first(lambda: self.folder.create(self.config, text.tokenizers))
+        self.folder.check_shared()
         with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             state = initial_state(self.config, text.tokenizers, programs.layout, params)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
@@ -92,7 +99,22 @@ def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:
     """
     if config.init_from is not None:
         return _parent(config.init_from, config).tokenizers()
-    return prepare_tokenizers(corpus.train, config.tokenizer)
+    if not processes.joined():
+        return prepare_tokenizers(corpus.train, config.tokenizer)
+    return _tokenizers_of_first(corpus, config)
+
+
+def _tokenizers_of_first(corpus: Corpus, config: Config) -> TokenizerPair:
+    """Returns the tokenizers that process 0 prepares. The others get their files, since hosts may share no cache."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def files() -> dict[str, str]:
+            prepare_tokenizers(corpus.train, config.tokenizer).save(Path(folder))
+            return {file.name: base64.b64encode(file.read_bytes()).decode() for file in Path(folder).iterdir()}
+
+        for name, content in processes.from_first(files).items():
+            (Path(folder) / name).write_bytes(base64.b64decode(content))
+        return TokenizerPair.load(Path(folder))
 
 
 def training_checkpoints(config: Config, folder: RunFolder, tokenizers: TokenizerPair) -> Checkpoints:

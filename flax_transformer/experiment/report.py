@@ -23,6 +23,7 @@ from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
 from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.metrics_file import read_metrics
 from flax_transformer.training.run_log import RunLog
@@ -127,7 +128,7 @@ def score_test_part(
     seconds = time.monotonic() - clock
     hypotheses = texts_or_empty(translations)
     scores = evaluate(hypotheses, corpus.test.target, config.evaluation.bleu_tokenizer)
-    folder.write_test(corpus.test.source, corpus.test.target, hypotheses)
+    processes.from_first(lambda: folder.write_test(corpus.test.source, corpus.test.target, hypotheses))
 
     log.say("\nsamples from the test part")
     chosen = np.linspace(0, len(hypotheses) - 1, min(NUM_SAMPLES, len(hypotheses))).astype(int).tolist()
@@ -156,15 +157,17 @@ def draw_pictures(
     from flax_transformer.plots.curves import plot_curves
     from flax_transformer.plots.picture import missing_letters_note
 
-    records = read_metrics(folder.metrics_file)
-    with folder.writing():
-        folder.plots.mkdir(exist_ok=True)
-        pictures = [plot_curves(records, folder.plots / "curves.png", f"training of {config.run}")]
     by_length = sorted((corpus.test.source[index] for index in samples), key=len)
     source = by_length[len(by_length) // 2]
     (found,) = translator.translate([source])
     attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
-    if attention is not None:
+    if not processes.is_first():
+        return
+    records = read_metrics(folder.metrics_file)
+    with folder.writing():
+        folder.plots.mkdir(exist_ok=True)
+        pictures = [plot_curves(records, folder.plots / "curves.png", f"training of {config.run}")]
+    if attention is not None and not isinstance(found, NoTranslation):
         with folder.writing():
             pictures.append(plot_attention(attention, folder.plots / "attention.png", f"{source}\n{found.text}"))
     if note := missing_letters_note(pictures):

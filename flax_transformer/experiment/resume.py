@@ -12,6 +12,7 @@ from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.new_run import Start, initial_params, initial_state, training_checkpoints
 from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
+from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
 from flax_transformer.training.loop import TrainingStart, evaluation_is_due
@@ -54,6 +55,10 @@ class ResumedRun:
             checkpoints.check_tokenizers()
         return tokenizers
 
+    def _remove_card(self) -> None:
+        """Removes the run card, which describes the shorter training."""
+        self.folder.card_file.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:
         """Keeps the lock of the run's folder, and yields the place at which the training goes on.
@@ -64,6 +69,7 @@ class ResumedRun:
             InputError: another process trains the run, a checkpoint is damaged or belongs to other text, or programs do
                 not fit the memory.
         """
+        self.folder.check_shared()
         with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
             position, redrawn, notes = Position(0, 0), False, []
             if checkpoints.latest_step() is None:  # stopped before its first checkpoint
@@ -79,10 +85,10 @@ class ResumedRun:
             compiled = None
             if step < self.config.training.steps:
                 compiled = programs.compile(text)
-                self.folder.card_file.unlink(missing_ok=True)  # it describes the shorter training
+                processes.from_first(self._remove_card)
             elif owes_evaluation:
                 programs.validation.compile()
-            self.folder.update_config(self.config)
+            processes.from_first(lambda: self.folder.update_config(self.config))
             checkpoints.remove_superseded()
             notes.append(f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}")
             if redrawn:

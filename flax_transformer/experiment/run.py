@@ -14,6 +14,7 @@ from flax_transformer.experiment.report import TrainingSummary, describe_run, dr
 from flax_transformer.experiment.resume import ResumedRun
 from flax_transformer.experiment.text import prepare_text
 from flax_transformer.inference.evaluate import Scores, bleu_metric
+from flax_transformer.parallel import processes
 from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.standard_streams import lossy_standard_streams
@@ -54,12 +55,15 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     folder = RunFolder(config.run)
     _check_trainable(config)
     bleu_metric(config.evaluation.bleu_tokenizer)  # what is missing is told before the training
+    processes.check_agreement(described(config))
     run = ResumedRun(config, folder) if resume else NewRun(config, folder)
 
     # --- text and programs
     mesh = make_mesh(config.mesh)
     corpus = load_corpus(config.data)
-    text = prepare_text(config, corpus, run.tokenizers(corpus), mesh)
+    tokenizers = run.tokenizers(corpus)
+    text = processes.first_then_others(lambda: prepare_text(config, corpus, tokenizers, mesh))
+    processes.check_agreement({"text": text.fingerprint, "tokenizer": tokenizers.fingerprint})
     programs = make_programs(config, text, mesh)
 
     with run.start(text, programs) as start, start.log(folder) as log:
@@ -106,10 +110,16 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
 
         # --- report
         training = TrainingSummary(step, best, training_seconds)
-        folder.write_card(run_card(config, text, programs, training, result.scores))
+        card = run_card(config, text, programs, training, result.scores)
+        processes.from_first(lambda: folder.write_card(card))
         draw_pictures(config, corpus, translator, folder, result.samples, log)
         log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, result.scores, None)
+
+
+def described(config: Config) -> dict[str, str]:
+    """Returns a text for each section of a configuration, which all processes of a training must agree on."""
+    return {f"section '{name}'": repr(section) for name, section in vars(config).items()}
 
 
 def _check_trainable(config: Config) -> None:

@@ -11,8 +11,10 @@ from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.translation import no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel import processes
 from flax_transformer.parallel.memory import stored_bytes
 from flax_transformer.parallel.mesh import batch_sharding
+from flax_transformer.parallel.placement import put
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.loop import compile_steps, shape_of
 from flax_transformer.training.metrics import LossSummary
@@ -50,7 +52,11 @@ class Validation:
 
     def history(self, folder: RunFolder) -> list[float]:
         """Returns the qualities of all evaluations of a run so far."""
-        return [self.quality(r) for r in read_metrics(folder.metrics_file) if r["kind"] == "validation"]
+
+        def qualities() -> list[float]:
+            return [self.quality(r) for r in read_metrics(folder.metrics_file) if r["kind"] == "validation"]
+
+        return processes.from_first(qualities)
 
     def compile(self) -> None:
         """Compiles all programs of an evaluation.
@@ -68,7 +74,7 @@ class Validation:
         clock = time.monotonic()
         sharding = batch_sharding(self.translator.mesh)
         sums = [  # one after the other: see `MAX_STEPS_IN_FLIGHT` of the training loop
-            jax.device_get(self.compiled[shape_of(batch)](params, jax.device_put(batch, sharding)))
+            jax.device_get(self.compiled[shape_of(batch)](params, put(batch, sharding)))
             for batch in evaluation_batches(self.pairs, self.plan)
         ]
         loss = LossSummary.of(*(float(sum(values)) for values in zip(*sums, strict=True)))

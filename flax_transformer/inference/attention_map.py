@@ -9,6 +9,7 @@ from flax import nnx
 
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel.placement import fetch
 
 
 @dataclass(frozen=True)
@@ -57,5 +58,5 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
     return AttentionMap(
         tokenizers.source.pieces(source_ids),
         tokenizers.target.pieces(target_ids),
-        np.moveaxis(np.asarray(weights)[:, 0, 0], 0, 2),
+        np.moveaxis(fetch(weights)[:, 0, 0], 0, 2),
     )

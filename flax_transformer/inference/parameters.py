@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_transformer.inference.prepare import InferenceParams, is_quantized, prepare_for_inference, quantized_params
-from flax_transformer.parallel.mesh import replicated_sharding
+from flax_transformer.parallel.placement import fetch, replicated
 
 Value = TypeVar("Value")
 
@@ -65,7 +65,7 @@ class Parameters:
     @functools.cached_property
     def are_finite(self) -> bool:
         """Whether all parameters are finite numbers."""
-        return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(self.params))
+        return all(bool(np.isfinite(fetch(leaf)).all()) for leaf in jax.tree.leaves(self.params))
 
     @functools.cached_property
     def num_bytes(self) -> int:
@@ -96,15 +96,3 @@ class Parameters:
 def shapes_of(tree: Any) -> Any:
     """Returns the structure, shapes and dtypes of `tree`, for which a program is compiled."""
     return jax.tree.structure(tree), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
-
-
-def replicated(params: Any, mesh: Mesh) -> Any:
-    """Returns parameters, or their shapes, with a copy on every device."""
-    sharding = replicated_sharding(mesh)
-
-    def place(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
-
-    return jax.tree.map(place, params)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +17,10 @@ from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request
 from flax_transformer.inference.search_program import SearchConfig, SearchInputs, search
+from flax_transformer.inference.shares import Found, exchange_results, own_share
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
+from flax_transformer.parallel.placement import spans_processes
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,6 @@ class ProgramOptions:
     def refill_at(self, num_slots: int) -> int:
         """Returns the number of empty slots at which they are refilled."""
         return max(1, num_slots // self.refill_share)
-
-
-class Found(NamedTuple):
-    """The results of one request, by their place among those of a call.
-
-    Attributes:
-        index: number of the request.
-        hypotheses: results of the whole call.
-        row: row of the request in them.
-    """
-
-    index: int
-    hypotheses: Hypotheses
-    row: int
 
 
 @dataclass(frozen=True)
@@ -78,9 +66,8 @@ class Programs:
     @property
     def batch_size(self) -> int:
         """Number of sentences that each search mesh searches at the same time."""
-        return rounded_up(self.constraints.decoding.batch_size, self.parameters.mesh) // len(
-            self.parameters.search_meshes
-        )
+        mesh, search_mesh = self.parameters.mesh, self.parameters.search_meshes[0]
+        return rounded_up(self.constraints.decoding.batch_size, mesh) * search_mesh.size // mesh.size
 
     @property
     def num_sentences(self) -> int:
@@ -225,8 +212,15 @@ class Programs:
         return cut_into_chunks(groups, len(self.parameters.search_meshes), self.batch_size, self.num_sentences)
 
     def search(self, requests: Mapping[int, Request]) -> Iterator[Found]:
-        """Yields the results of each request as soon as they are available."""
+        """Yields the results of each request as soon as they are available.
 
+        If the mesh spans processes, each process searches its share, and results come when all are there.
+        """
+        if spans_processes(self.parameters.mesh):
+            return exchange_results(self._search(own_share(requests)))
+        return self._search(requests)
+
+    def _search(self, requests: Mapping[int, Request]) -> Iterator[Found]:
         def launch(number: int, chunk: Chunk) -> Hypotheses:
             return self.launch([requests[index] for index in chunk.members], chunk.shape, number)
 

@@ -22,6 +22,7 @@ from flax_transformer.inference.requests import encode_each, is_cut
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import all_devices_sharding
+from flax_transformer.parallel.placement import fetch, put
 from flax_transformer.shapes import Batch
 
 
@@ -229,7 +230,7 @@ class Scorer:
         closed = [targets[i] + [tokenizers.target.special.end] * end for i in chunk]
         batch = self._batch([sources[i][:room] + [tokenizers.source.special.end] for i in chunk], closed, shape)
         parameters = translator.parameters
-        found = np.asarray(
+        found = fetch(
             _token_log_probs(parameters.graphdef, parameters.num_models, translator.mesh, translator.params, batch)
         )
         return [found[row, : len(target)] for row, target in enumerate(closed)]
@@ -256,4 +257,4 @@ class Scorer:
             return [tokens, positions, segments]
 
         sharding = all_devices_sharding(self.translator.mesh)
-        return Batch(*(jax.device_put(a, sharding) for a in (*side(sources, shape[0]), *side(targets, shape[1]))))
+        return Batch(*(put(a, sharding) for a in (*side(sources, shape[0]), *side(targets, shape[1]))))

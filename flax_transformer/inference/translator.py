@@ -16,7 +16,7 @@ from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean, shown
 from flax_transformer.inference.constraints import Constraints
-from flax_transformer.inference.parameters import Parameters, replicated
+from flax_transformer.inference.parameters import Parameters
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
 from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
@@ -24,6 +24,7 @@ from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding, search_meshes
+from flax_transformer.parallel.placement import local_mesh, replicated
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 from flax_transformer.training.state import abstract_model
@@ -69,13 +70,15 @@ class Translator:
             tokenizers: tokenizers of both sides.
             params: parameters of the model; those of an ensemble's models are stacked.
             decoding: settings of the search.
-            mesh: devices.
+            mesh: devices. If they belong to several processes, all of these make the same calls, and each searches its
+                share of the sentences.
             num_models: number of an ensemble's models; 1 for a single model.
             side_by_side: whether each CPU device searches by itself (see `search_meshes`). Compilation then takes
                 longer, and long texts run faster.
         """
         graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
-        meshes = tuple(search_meshes(mesh)) if side_by_side else (mesh,)
+        local = local_mesh(mesh)
+        meshes = tuple(search_meshes(local)) if side_by_side else (local,)
         parameters = Parameters(graphdef, num_models, replicated(params, mesh), mesh, meshes)
         return cls(model, tokenizers, decoding, parameters)
 

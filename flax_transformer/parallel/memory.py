@@ -36,9 +36,11 @@ def stored_bytes(tree: Any) -> int:
 def available_bytes(mesh: Mesh) -> int | None:
     """Returns the bytes of memory of one device of a mesh, or None if they are not known.
 
-    The devices of a CPU have equal parts of the memory of the machine or the container.
+    The devices of a CPU have equal parts of the memory of the machine or the container. Other processes on the same
+    machine are not considered.
     """
-    device = mesh.devices.flat[0]
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    device = next(iter(own), mesh.devices.flat[0])  # described devices need not belong to this process
     if device.platform == "cpu":
         if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
             return None
@@ -46,7 +48,7 @@ def available_bytes(mesh: Mesh) -> int | None:
         for path in CONTAINER_LIMITS:
             text = path.read_text().strip() if path.is_file() else "max"
             limits += [int(text)] if text.isdigit() else []  # "max" is no limit
-        return min(limits) // mesh.size
+        return min(limits) // len(own)
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a described device, which is not there

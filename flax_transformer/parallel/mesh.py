@@ -38,17 +38,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         devices: devices to choose from; None means all devices of JAX.
 
     Raises:
-        ConfigError: a size is below 1, or the product of the sizes is not an available number of devices.
+        ConfigError: a size is below 1, or the product of the sizes is not an available number of devices. With several
+            processes all devices must be used, so that each process has some.
     """
+    all_of_processes = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else devices
     fixed = config.fsdp * config.tensor
     if config.fsdp < 1 or config.tensor < 1 or (config.data < 1 and config.data != -1):
         raise ConfigError(f"mesh axes must be at least 1 (mesh.data may be -1 for 'all that are left'), got {config}.")
     data = max(len(devices) // fixed, 1) if config.data == -1 else config.data
-    if data * fixed > len(devices) or (config.data == -1 and data * fixed != len(devices)):
+    exact = config.data == -1 or all_of_processes
+    if data * fixed > len(devices) or (exact and data * fixed != len(devices)):
+        processes = f" in {jax.process_count()} processes" if all_of_processes else ""
         raise ConfigError(
             f"the mesh needs data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} = {data * fixed} devices, "
-            f"but JAX has {len(devices)} ({devices[0].platform}). Choose sizes whose product is {len(devices)}."
+            f"but JAX has {len(devices)} ({devices[0].platform}){processes}. Choose sizes whose product is "
+            f"{len(devices)}."
         )
     shape = (data, config.fsdp, config.tensor)
     return jax.make_mesh(

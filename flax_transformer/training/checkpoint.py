@@ -21,10 +21,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
+from flax_transformer.parallel import processes
+from flax_transformer.parallel.placement import put
 from flax_transformer.small_files import write_atomically
 from flax_transformer.training.checkpoint_meta import CheckpointMeta
 from flax_transformer.training.checksums import checksums
@@ -147,7 +150,7 @@ class Checkpoints:
 
     def _empty_removed(self) -> None:
         """Deletes the checkpoints that Orbax has only renamed. A kill in between leaves the rest to the next call."""
-        if self._policy is not None:
+        if self._policy is not None and processes.is_first():
             shutil.rmtree(self.folder / REMOVED, ignore_errors=True)
 
     def latest_step(self) -> int | None:
@@ -252,8 +255,9 @@ class Checkpoints:
         self._qualities[step] = quality
         saved = None if self.saved is None else tuple(self.saved)
         record = dataclasses.replace(meta, saved=saved, quality=quality).record
+        file = self.folder / str(step) / "meta" / "metadata"
         with self._writing():
-            write_atomically(self.folder / str(step) / "meta" / "metadata", json.dumps(record))
+            processes.from_first(lambda: write_atomically(file, json.dumps(record)))
         self.remove_superseded()
 
     def remove_superseded(self) -> None:
@@ -302,10 +306,15 @@ class Checkpoints:
         """
         damaged: dict[int, DamagedCheckpointError] = {}
         for step in self.newest_steps() or [self._newest()]:
+            restored, error = None, None
             try:
                 restored = self._restore(step, layout)
-            except DamagedCheckpointError as error:
-                damaged[step] = error
+            except DamagedCheckpointError as found:
+                error = found
+            # Each process reads its part. A part that one of them cannot read is damage for all.
+            reports = processes.exchange(None if error is None else error.what)
+            if restored is None or any(reports):
+                damaged[step] = error or DamagedCheckpointError(next(filter(None, reports)))
                 continue
             notes = [self._set_aside(number, error) for number, error in damaged.items()]
             return dataclasses.replace(restored, notes=tuple(notes))
@@ -317,9 +326,13 @@ class Checkpoints:
     def _set_aside(self, step: int, error: DamagedCheckpointError) -> str:
         """Moves a damaged checkpoint out of the way, and returns a line for the log."""
         place = self.folder / DAMAGED / str(step)
-        shutil.rmtree(place, ignore_errors=True)  # one that was damaged earlier
-        place.parent.mkdir(exist_ok=True)
-        (self.folder / str(step)).rename(place)
+
+        def move() -> None:
+            shutil.rmtree(place, ignore_errors=True)  # one that was damaged earlier
+            place.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(place)
+
+        processes.from_first(move)
         self._manager.reload()
         return f"warning: {error.what} It was moved to {place}, and this run goes on from the checkpoint before it."
 
@@ -338,7 +351,7 @@ class Checkpoints:
         with self._reading(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self._check_sums(step, {name: restored[name] for name in trees}, meta)
-        count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+        count = put(np.asarray(step, np.int32), abstract.step.sharding)
         average = None if abstract.average is None else restored["params"]
         params = restored["params"] if abstract.average is None else restored["trained"]
         return Restored(TrainState(count, params, restored["optimizer"], average), meta.position, meta.data)

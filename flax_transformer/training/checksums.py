@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_transformer.parallel.placement import fetch
+
 
 def _leaf_checksum(leaf: jax.Array) -> jax.Array:
     """Returns two uint32 sums over all elements, of a hash of each element's bits and place."""
@@ -31,6 +33,6 @@ def _jit_checksums() -> Any:
 def checksums(tree: Any) -> dict[str, str]:
     """Returns a checksum of each array of a tree, by its path. It does not depend on sharding or device."""
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    sums = jax.device_get(_jit_checksums()(list(leaves)))
+    sums = fetch(_jit_checksums()(list(leaves)))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     return {name: f"{int(a):08x}{int(b):08x}" for name, (a, b) in zip(names, sums, strict=True)}

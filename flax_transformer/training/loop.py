@@ -12,12 +12,13 @@ from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import batch_sharding
+from flax_transformer.parallel.placement import put
 from flax_transformer.shapes import Batch
 from flax_transformer.training.log_window import LogWindow
 from flax_transformer.training.metrics import TokenCounts
 from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
-from flax_transformer.training.stopping import Patience, StopRequest
+from flax_transformer.training.stopping import Patience, StopRequest, StopVote
 from flax_transformer.training.throughput import FlopFigures
 
 # Maximum number of updates that the devices have been given and not finished. A few keep the devices busy. With many,
@@ -171,6 +172,7 @@ def train_loop(
     step = first_step = int(state.step)
     window, loop_start = LogWindow(saved=first_step > 0), time.monotonic()
     patience = Patience(config.early_stopping_patience, callbacks.history)
+    vote = StopVote(steps.mesh)
 
     def evaluate() -> float | None:
         """Returns the quality of the present state, or None if a signal came before it was known."""
@@ -186,11 +188,12 @@ def train_loop(
         if start.owes_evaluation and (quality := evaluate()) is not None:
             callbacks.save(state, position, quality)
 
-        while step < config.steps and stop.signal is None and not patience.exhausted:
+        stopped_by = vote.result(step, stop.signal)
+        while step < config.steps and stopped_by is None and not patience.exhausted:
             # --- one update; the host makes the next batch while the device computes
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
-            state, metrics = steps.programs[shape_of(batch)](state, jax.device_put(batch, sharding))
+            state, metrics = steps.programs[shape_of(batch)](state, put(batch, sharding))
             window.pending.append((metrics, batch))
             step += 1
             if len(window.pending) > MAX_STEPS_IN_FLIGHT:
@@ -217,12 +220,13 @@ def train_loop(
                 callbacks.save(state, position, quality)
                 window.saved = True
             window.started += time.monotonic() - pause
+            stopped_by = vote.result(step, stop.signal)
 
         if patience.exhausted:
             log.say(f"no new best in {patience.since_best} evaluations in a row: the training ends at step {step}")
-        if stop.signal is not None and step > first_step:
+        if stopped_by is not None and step > first_step:
             if not window.empty:
                 window.fetch(step, log)
                 log.progress(window.report(step, config.steps, 0.0, flops))
             callbacks.save(state, position, None)
-    return Trained(state, stop.signal)
+    return Trained(state, stopped_by)

@@ -183,6 +183,32 @@ class RunLog:
             self._log.flush()
 
 
+class SilentLog(RunLog):
+    """The log of a process whose training another process logs. It writes nothing."""
+
+    def __init__(self, folder: RunFolder):
+        self._folder = folder
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def progress(self, report: ProgressReport) -> None:
+        """Does nothing."""
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def keep_batch(self, batch: Batch) -> Path:
+        """Returns the path of the file that the other process writes."""
+        return self._folder.bad_batch
+
+    def stop_progress(self) -> None:
+        """Does nothing."""
+
+
 def _bar(done: int, total: int) -> str:
     filled = BAR_WIDTH * done // total
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"

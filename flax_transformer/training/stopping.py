@@ -7,12 +7,24 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_transformer.parallel import processes
+from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
+from flax_transformer.parallel.placement import put, spans_processes
+
 # Signals that ask a training to stop. Windows has no SIGHUP.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 # Time after a signal in which further signals belong to the same request. `timeout` sends SIGTERM twice, to a process
 # and to its group. A terminal that closes sends SIGHUP, and so does its shell.
 SECONDS_OF_COPIES = 0.25
+
+# Votes on a stop that several processes make together are so many steps apart.
+STEPS_BETWEEN_VOTES = 4
 
 Result = TypeVar("Result")
 
@@ -44,6 +56,38 @@ class Patience:
         return 0 < self.limit <= self.since_best
 
 
+class StopVote:
+    """The vote of all processes on whether to stop. All stop after the same step, whichever of them got a signal.
+
+    The devices find the result. It is read at the next vote, so that no process waits for the devices.
+
+    Args:
+        mesh: devices of all processes.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._shared = spans_processes(mesh)
+        self._sharding = all_devices_sharding(mesh)
+        self._highest = jax.jit(jnp.max, out_shardings=replicated_sharding(mesh))
+        self._voted: jax.Array | None = None
+        self._signal: int | None = None
+
+    def result(self, step: int, signal: int | None) -> int | None:
+        """Returns the signal that stops the training after `step`, or None.
+
+        Args:
+            step: number of the newest update. All processes call for each step.
+            signal: signal that this process got, or None.
+        """
+        if not self._shared:
+            return signal
+        if step % STEPS_BETWEEN_VOTES == 0:
+            if self._voted is not None:
+                self._signal = int(self._voted) or None
+            self._voted = self._highest(put(np.full(self._sharding.mesh.size, signal or 0, np.int32), self._sharding))
+        return self._signal
+
+
 class _Stopped(BaseException):
     """Exception that ends `StopRequest.interruptible`. It is no `Exception`, so no handler of errors catches it."""
 
@@ -73,7 +117,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def interruptible(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
-        """Returns the result of a function, or None if a signal came before its end. It must tolerate an early end."""
+        """Returns the result of a function, or None if a signal came before its end. It must tolerate an early end.
+
+        Several processes work together until its end.
+        """
+        if processes.joined():  # one process alone must not leave a computation of all
+            return function(*arguments)
         if self.signal is not None:
             return None
         try:  # a signal may raise at every call in this block, the last one included

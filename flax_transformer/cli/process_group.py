@@ -1,0 +1,64 @@
+"""A command that several processes run together: its flags, its beginning, its end."""
+
+import platform
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+
+import jax
+
+from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.parallel import processes
+
+FLAGS = ("processes", "process-id", "coordinator", "seconds-to-join")
+SHARED_VERBS = ("train", "train.py", "translate", "evaluate", "score")
+PACKAGES = ("flax-transformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+
+
+def take_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the values of the flags of a process group, and all other arguments.
+
+    Raises:
+        ConfigError: a flag without a value.
+    """
+    flags, rest, position = {}, [], 0
+    while position < len(arguments):
+        name, equals, value = arguments[position].partition("=")
+        if name.removeprefix("--").replace("_", "-") in FLAGS and name.startswith("--"):
+            if not equals:
+                position += 1
+                if position == len(arguments):
+                    raise ConfigError(f"{name} needs a value.")
+                value = arguments[position]
+            flags[name.removeprefix("--").replace("_", "-")] = value
+        else:
+            rest.append(arguments[position])
+        position += 1
+    return flags, rest
+
+
+def run_in_group(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
+    """Returns the exit code of a verb, which runs in one process or, as flags say, in several together.
+
+    Raises:
+        InputError: invalid input, flags that contradict each other, or processes that differ in arguments or versions.
+    """
+    flags, arguments = take_flags(arguments)
+    group = processes.ProcessGroup.parse(flags)
+    if group.count == 1:
+        return verb(arguments, program)
+    if program.split()[-1] not in SHARED_VERBS:
+        raise ConfigError(f"{program} is the work of one process. Leave out --processes.")
+    processes.join(group)
+    versions = {name: version(name) for name in PACKAGES} | {"Python": platform.python_version()}
+    processes.check_agreement({"command line": " ".join(arguments)} | versions)
+    try:
+        code = processes.exchange(verb(arguments, program))[0]
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # when another process has gone, exchanges of arrays fail
+        if isinstance(error, InputError):
+            raise
+        processes.wait_for_failure_of_another()
+        traceback.print_exc()
+        processes.fail(1, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    processes.leave()
+    return code
