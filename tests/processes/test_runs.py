@@ -87,7 +87,7 @@ def test_a_training_is_stopped_killed_and_resumed_on_other_numbers_of_processes(
         assert math.isclose(loss, other, rel_tol=1e-4 if step <= stopped + 8 else 2e-2), (kind, step, loss, other)
 
 
-def test_two_processes_translate_score_and_evaluate_as_one(tmp_path, reference):
+def test_two_processes_translate_score_and_evaluate_as_one_with_two_devices(tmp_path, reference):
     sources = reference / "samples" / "test.sources.txt"
     (tmp_path / "references.txt").write_text((reference / "samples" / "test.references.txt").read_text())
     pairs = ("--source", str(sources), "--target", str(tmp_path / "references.txt"), "--json")
@@ -98,7 +98,8 @@ def test_two_processes_translate_score_and_evaluate_as_one(tmp_path, reference):
     }
     for verb, options in verbs.items():
         arguments = (verb, "--run", str(reference), *options)
-        one, two = (Group(command, count, tmp_path / f"{verb}{count}", arguments) for count in (1, 2))
+        one = Group(command, 1, tmp_path / f"{verb}1", arguments, devices=2)
+        two = Group(command, 2, tmp_path / f"{verb}2", arguments)
         assert (one.wait(), two.wait()) == ([0], [0, 0]), two.errors(0) + two.errors(1)
         assert two.output(0) == one.output(0) != "" and two.output(1) == ""
 
