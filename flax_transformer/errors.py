@@ -31,6 +31,10 @@ class DivergenceError(RuntimeError):
     """A training or a search met numbers that are not finite. The user has to change the recipe."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process of the same command has ended, or cannot be reached."""
+
+
 def shortened(text: str, num_characters: int = 80) -> str:
     """Returns a text for an error message; of a long text only the beginning."""
     return text if len(text) <= num_characters else f"{text[:num_characters]}..."

@@ -19,7 +19,14 @@ import traceback
 from collections.abc import Callable, Generator
 from typing import Any
 
-from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
+from flax_transformer.errors import (
+    DivergenceError,
+    InputError,
+    LostProcessError,
+    describe_os_error,
+    did_you_mean,
+    shown,
+)
 from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.user_cache import writable_cache
 
@@ -163,7 +170,7 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
             use_compilation_cache()
             use_every_core()
             return run_in_group(verb, arguments, program)
-        except (InputError, DivergenceError, MemoryError, OSError, KeyboardInterrupt) as error:
+        except (InputError, DivergenceError, LostProcessError, MemoryError, OSError, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError):  # the reader of standard output has ended
                 code, text = 1, ""
                 sys.stderr.close()

@@ -5,13 +5,14 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 
-import jax
-
-from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.errors import ConfigError, DivergenceError, InputError, LostProcessError, shortened
 from flax_transformer.parallel import processes
 
 FLAGS = ("processes", "process-id", "coordinator", "seconds-to-join")
 SHARED_VERBS = ("train", "train.py", "translate", "evaluate", "score")
+# Parts of the messages of JAX's communication libraries.
+SIGNS_OF_LOSS = ("Gloo", "NCCL", "Connection reset", "Connection closed", "coordination service", "barrier")
+
 PACKAGES = ("flax-transformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
 
@@ -42,6 +43,7 @@ def run_in_group(verb: Callable[[list[str], str], int], arguments: list[str], pr
 
     Raises:
         InputError: invalid input, flags that contradict each other, or processes that differ in arguments or versions.
+        LostProcessError: another process has ended.
     """
     flags, arguments = take_flags(arguments)
     group = processes.ProcessGroup.parse(flags)
@@ -54,11 +56,18 @@ def run_in_group(verb: Callable[[list[str], str], int], arguments: list[str], pr
     processes.check_agreement({"command line": " ".join(arguments)} | versions)
     try:
         code = processes.exchange(verb(arguments, program))[0]
-    except (ValueError, jax.errors.JaxRuntimeError) as error:  # when another process has gone, exchanges of arrays fail
-        if isinstance(error, InputError):
-            raise
+    except (InputError, DivergenceError, MemoryError, OSError):
+        raise
+    except Exception as error:  # of any class: the others must hear of it, or they wait for this process for ever
         processes.wait_for_failure_of_another()
+        what = f"{type(error).__name__}: {shortened(str(error).partition(chr(10))[0], 200)}"
+        if any(word in str(error) for word in SIGNS_OF_LOSS):
+            raise LostProcessError(
+                f"process {processes.process_id()} has lost the connection to another one, which has probably ended "
+                f"({what}). See what that process printed, mend the cause, and start all processes again, a training "
+                "with --resume."
+            ) from error
         traceback.print_exc()
-        processes.fail(1, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        processes.fail(1, what)
     processes.leave()
     return code

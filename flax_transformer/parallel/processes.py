@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_OF_A_WAIT = 2.0  # Python handles signals between two waits
 
 # A process that learns of a failure first gives its own error this time. All may have the same one.
-SECONDS_FOR_OWN_ERROR = 2.0
+SECONDS_FOR_OWN_ERROR = 2
 
 # Keys in the store. A message is stored in pieces, since the store has a limit.
 FOLDER = "flax_transformer"
@@ -116,6 +116,9 @@ def join(group: ProcessGroup) -> None:
     who = "the environment's processes" if group.count == "auto" else f"process {group.process_id} of {group.count}"
     where = "" if group.coordinator is None else f" at {group.coordinator}"
     print(f"{who}: waiting for the others{where}, at most {group.seconds_to_join} s", file=sys.stderr, flush=True)
+    in_vain = threading.Timer(group.seconds_to_join, _give_up, (who, where, group.seconds_to_join))
+    in_vain.daemon = True
+    in_vain.start()
     try:
         jax.distributed.initialize(
             group.coordinator,
@@ -123,7 +126,7 @@ def join(group: ProcessGroup) -> None:
             group.process_id,
             # Under SLURM, JAX would hide all GPUs but one from a process, even if flags say all else.
             cluster_detection_method=None if group.count == "auto" else "deactivate",
-            initialization_timeout=group.seconds_to_join,
+            initialization_timeout=group.seconds_to_join + SECONDS_FOR_OWN_ERROR,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, KeyError, ImportError) as error:  # the last two of an incomplete environment
@@ -131,6 +134,19 @@ def join(group: ProcessGroup) -> None:
     _Watch.start()
     _keep_output_for_python()
     jax.devices()  # waits for all processes
+    in_vain.cancel()
+
+
+def _give_up(who: str, where: str, seconds: int) -> NoReturn:
+    """Ends a process that the others have not joined. JAX would abort it, with a trace of C++ functions."""
+    print(
+        f"error: {who} has waited {seconds} s in vain: another one was not started, has the number of a third one, or "
+        f"does not reach process 0{where}. Start every process, each with its own --process-id and with the same "
+        "--processes and --coordinator. If they start slowly, raise --seconds-to-join.",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _not_joined(group: ProcessGroup, what: str, error: Exception) -> ConfigError:
