@@ -13,10 +13,12 @@ import yaml
 
 from flax_transformer.cli import main as cli
 from flax_transformer.cli import train
+from flax_transformer.cli.process_group import take_flags
 from flax_transformer.config.reading import from_dict, read_config, write_config
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.inference.translation import EMPTY
 from flax_transformer.inference.translator import Translator, changed
+from flax_transformer.parallel.processes import ProcessGroup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +46,7 @@ def commands(file: str = "README.md") -> list[list[str]]:
 
 COMMANDS = commands()
 OF_DECODING, OF_TRAINING = commands("docs/decoding.md"), commands("docs/training.md")
-ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING]
+ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *commands("docs/scale/README.md")]
 
 
 class Parsed(Exception):
@@ -57,7 +59,7 @@ def only_parsed(tmp_path, monkeypatch) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "configs" / "multi30k_en_de.yaml", tmp_path / "my.yaml")
     recipe = read_config(tmp_path / "my.yaml")
-    for run in ("number_words", "mine", "other", "opus"):
+    for run in ("number_words", "mine", "other", "opus", "two"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         write_config(recipe, tmp_path / "runs" / run / "config.yaml")
     monkeypatch.chdir(tmp_path)
@@ -73,6 +75,8 @@ def only_parsed(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("words", ALL, ids=map(" ".join, ALL))
 def test_every_command_is_understood(words, only_parsed):
     program, *arguments = words
+    flags, arguments = take_flags(arguments)
+    ProcessGroup.parse(flags)
     with pytest.raises(Parsed):
         if program == "train.py":
             train.main(arguments, program, Path("configs/number_words.yaml"))
@@ -111,7 +115,7 @@ def test_it_can_be_skimmed():
     assert len(README.split()) <= 900
 
 
-WRITTEN = ["README.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+WRITTEN = ["README.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
 WRITTEN += [
     f"{folder}/{p.name}" for folder in ("configs", "benchmarks/results") for p in sorted((ROOT / folder).iterdir())
 ]
@@ -127,7 +131,7 @@ def test_named_files_exist(file):
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+@pytest.mark.parametrize("file", sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")))
 def test_each_test_that_a_table_names_is_there(file):
     there = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
@@ -135,7 +139,7 @@ def test_each_test_that_a_table_names_is_there(file):
     rows = re.findall(r"^\|.*$", (ROOT / "docs" / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
     named = set(re.findall(r"`(test_\w+)`", "\n".join(rows)))
     assert named <= there, named - there
-    assert len(named) > {"decoding.md": 50, "training.md": 25}.get(file, -1)
+    assert len(named) > {"decoding.md": 50, "training.md": 25, "scale/README.md": 8}.get(file, -1)
 
 
 def test_the_python_of_decoding_is_understood(monkeypatch):

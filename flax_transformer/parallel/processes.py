@@ -124,14 +124,13 @@ def join(group: ProcessGroup) -> None:
             group.coordinator,
             None if group.count == "auto" else group.count,
             group.process_id,
+            # Under SLURM, JAX would hide all GPUs but one from a process, even if flags say all else.
+            cluster_detection_method=None if group.count == "auto" else "deactivate",
             initialization_timeout=group.seconds_to_join + SECONDS_FOR_OWN_ERROR,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"{who} could not join the others{where}: {_first_line(error)} Start every process, each with its own "
-            "--process-id and with the same --processes and --coordinator, and see that process 0 can be reached."
-        ) from error
+    except (RuntimeError, ValueError, KeyError, ImportError) as error:  # the last two of an incomplete environment
+        raise _not_joined(group, f"{who} could not join the others{where}", error) from error
     _Watch.start()
     _keep_output_for_python()
     jax.devices()  # waits for all processes
@@ -148,6 +147,20 @@ def _give_up(who: str, where: str, seconds: int) -> NoReturn:
     )
     sys.stderr.flush()
     os._exit(2)
+
+
+def _not_joined(group: ProcessGroup, what: str, error: Exception) -> ConfigError:
+    """Returns the error of a process that could not join a group."""
+    if group.count == "auto":
+        return ConfigError(
+            "--processes auto needs processes that SLURM, Open MPI, Cloud TPU or GKE has started, and found none to "
+            f"join ({type(error).__name__}: {_first_line(error)}). Start the command by srun, by mpirun or on each "
+            "host of a TPU slice, or give --processes, --process-id and --coordinator."
+        )
+    return ConfigError(
+        f"{what}: {_first_line(error)} Start every process, each with its own --process-id and with the same "
+        "--processes and --coordinator, and see that process 0 can be reached."
+    )
 
 
 def _keep_output_for_python() -> None:
