@@ -60,13 +60,15 @@ def main(arguments: list[str], program: str) -> int:
     options = tyro.cli(EvaluateOptions, args=arguments, prog=program)
     config = RunFolder.open(options.run).read_config()
     bleu_metric(config.evaluation.bleu_tokenizer)  # which may be missing
+    text, write = None, None
     with contextlib.ExitStack() as opened:
         if processes.is_first():
             text = read_parallel_text(options.source, options.reference, config.text_format)
-            write = None if options.output is None else opened.enter_context(output_of_lines(options.output))
+            if options.output is not None:
+                write = opened.enter_context(output_of_lines(options.output))
         translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
         with processes.calls_of_first(translator.translate) as translate:
-            if translate is None:
+            if translate is None or text is None:
                 return 0
             changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
             translations = translate(sentences=text.source, **changes)

@@ -108,18 +108,20 @@ def main(arguments: list[str], program: str) -> int:
     if not options.run:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     config = RunFolder.open(options.run[0]).read_config()
+    chunks = None
     with contextlib.ExitStack() as opened:
         if processes.is_first():
             files = ParallelFiles(options.source, options.target, config.text_format)
             pairs = opened.enter_context(files.open())
             # The first pair is read before the model, so that bad files fail early.
             given = itertools.chain([next(pairs)], pairs)
+            chunks = chunks_of(given, PAIRS_AT_ONCE, lambda pair: len("".join(pair)), pairs.next_has_arrived)
         scorer = Scorer(Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize))
         with processes.calls_of_first(scorer.score) as score:
-            if score is None:
+            if score is None or chunks is None:
                 return 0
             total = Total()
-            for chunk in chunks_of(given, PAIRS_AT_ONCE, lambda pair: len("".join(pair)), pairs.next_has_arrived):
+            for chunk in chunks:
                 sources, targets = zip(*chunk, strict=True)
                 scores = score(sources=sources, targets=targets, length_penalty=options.length_penalty)
                 write_scores(options, scores, scorer.translator.model.max_source_length, total)

@@ -200,14 +200,18 @@ def main(arguments: list[str], program: str) -> int:
         raise ConfigError("give the run folder of a trained model by --run FOLDER.")
     phrases = None if options.required is None else read_phrases(options.required)
     files, settings = RunFolder.open(options.run[0]).read_config().text_format, settings_of(options, phrases)
+    source, output = None, None
     with contextlib.ExitStack() as opened:
         if processes.is_first():
-            reader = SentenceReader(options.input or STANDARD_STREAM, files.source_column, files.source_key)
-            source, output = opened.enter_context(reader), opened.enter_context(output_of(options, settings))
+            source = SentenceReader(options.input or STANDARD_STREAM, files.source_column, files.source_key)
+            opened.enter_context(source)
+            output = opened.enter_context(output_of(options, settings))
         translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
         translator = translator.with_decoding(options.decoding)
         with processes.calls_of_first(translator.translate) as translate:
-            return 0 if translate is None else translate_stream(options, translator, translate, phrases, source, output)
+            if translate is None or source is None or output is None:
+                return 0
+            return translate_stream(options, translator, translate, phrases, source, output)
 
 
 def warnings_of(number: int, translation: Translation | NoTranslation, max_source_length: int) -> Iterator[str]:

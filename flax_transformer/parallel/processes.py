@@ -130,11 +130,17 @@ def join(group: ProcessGroup) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, KeyError, ImportError) as error:  # the last two of an incomplete environment
+        in_vain.cancel()
         raise _not_joined(group, f"{who} could not join the others{where}", error) from error
     _Watch.start()
     _keep_output_for_python()
     jax.devices()  # waits for all processes
     in_vain.cancel()
+    if group.count != "auto" and group.process_id != jax.process_index():  # TPUs number the processes themselves
+        raise ConfigError(
+            f"this process has --process-id {group.process_id}, and its devices say {jax.process_index()}. On a TPU "
+            "slice leave the numbers to the devices: give --processes auto alone."
+        )
 
 
 def _give_up(who: str, where: str, seconds: int) -> NoReturn:

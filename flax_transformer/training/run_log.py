@@ -189,7 +189,7 @@ class SilentLog(RunLog):
     def __init__(self, folder: RunFolder):
         self._folder = folder
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: Any, *_) -> None:
         pass
 
     def say(self, text: str) -> None:

@@ -3,6 +3,7 @@
 import signal
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,8 +45,8 @@ def test_one_process_is_the_identity():
 
 
 def hypotheses(number: int, rows: int) -> Hypotheses:
-    values = np.full((rows, 2), number, np.int32)
-    floats = values.astype(np.float32)
+    values = jnp.full((rows, 2), number, jnp.int32)
+    floats = values.astype(jnp.float32)
     return Hypotheses(values[..., None], values, floats, values > 0, floats[..., None], {"attention": floats})
 
 
