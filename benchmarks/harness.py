@@ -226,14 +226,27 @@ class Systems:
     def start(self, name: str, build: Callable[..., Built], *arguments: Any) -> dict[str, Any]:
         """Builds a system by `build(*arguments)`, a module's function, and returns its facts."""
         self.processes[name] = process()
-        return self.processes[name].submit(_build, build, arguments).result()
+        return self.call(name, _build, build, arguments)
+
+    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns the result of `function(*arguments)`, a module's function, in the process of a system."""
+        return self.processes[name].submit(function, *arguments).result()
+
+    def turns(self, rounds: int) -> dict[str, list[float]]:
+        """Returns the seconds of each system's turns."""
+        seconds: dict[str, list[float]] = {name: [] for name in self.processes}
+        for _ in range(rounds):
+            for name in self.processes:
+                seconds[name].append(self.call(name, _turn))
+        return seconds
+
+    def end(self, name: str) -> None:
+        """Ends a system."""
+        self.processes.pop(name).shutdown()
 
     def take_turns(self, rounds: int) -> dict[str, list[float]]:
         """Returns the seconds of each system's turns, and ends all."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.processes}
-        for _ in range(rounds):
-            for name, each in self.processes.items():
-                seconds[name].append(each.submit(_turn).result())
-        for each in self.processes.values():
-            each.shutdown()
+        seconds = self.turns(rounds)
+        for name in seconds:
+            self.end(name)
         return seconds
