@@ -1,11 +1,12 @@
 """Runs one part: `python -m accelerator PART [options]`, with `benchmarks` on Python's path."""
 
+from harness import run
+
 from accelerator.agreement import Agreement
 from accelerator.ceilings import Ceilings
 from accelerator.decoding import Decoding
 from accelerator.fused_attention import FusedAttention
 from accelerator.training import Training
-from harness import run
 
 if __name__ == "__main__":
     run(

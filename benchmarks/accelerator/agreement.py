@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from harness import Report
+
 from accelerator.decoding import PENALTY, word_tokenizer
 from accelerator.measurement import Measurement, short
-from harness import Report
 
 WORDS, ROWS, LENGTH, STEPS = 203, 16, 24, 3
 
@@ -51,11 +52,12 @@ def models() -> dict[str, Any]:
     from flax_transformer.models.recurrent import RecurrentConfig
     from flax_transformer.models.transformer import TransformerConfig
 
-    post = TransformerConfig(model_dim=64, attention_dropout=0.1, max_source_length=LENGTH, max_target_length=LENGTH)
-    pre = dataclasses.replace(post, norm_order="pre", positions="learned", share_embeddings="none", scan_layers=True)
-    recurrent = RecurrentConfig(model_dim=64, hidden_dim=64, max_source_length=LENGTH, max_target_length=LENGTH)
-    half = dataclasses.replace(post, compute_dtype="bfloat16")
-    return {"Transformer, post-norm": post, "pre-norm, scanned": pre, "recurrent": recurrent, "bfloat16": half}
+    sizes = {"model_dim": 64, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    lengths = {"max_source_length": LENGTH, "max_target_length": LENGTH}
+    plain = TransformerConfig(attention_dropout=0.1, **sizes, **lengths)
+    recurrent = RecurrentConfig(hidden_dim=64, **sizes, **lengths)
+    half = dataclasses.replace(plain, compute_dtype="bfloat16")
+    return {"Transformer": plain, "Transformer in bfloat16": half, "recurrent": recurrent}
 
 
 def meshes() -> list[Any]:
@@ -81,7 +83,9 @@ def training_rows(model: Any) -> Iterator[tuple[str, str]]:
     In bfloat16 a CPU accumulates in float32 as well, but rounds elsewhere.
     """
     cpu, accelerator = (trained(model, mesh, first) for mesh, first in zip(meshes(), parameters(model), strict=True))
-    for what, right, made in zip(("loss", "gradients", f"parameters after {STEPS} steps"), cpu, accelerator, strict=True):
+    for what, right, made in zip(
+        ("loss", "gradients", f"parameters after {STEPS} steps"), cpu, accelerator, strict=True
+    ):
         yield what, distance(right, made)
 
 
@@ -111,12 +115,14 @@ def trained(model: Any, mesh: Any, first: Any) -> tuple[Any, Any, Any]:
 
     from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
     from flax_transformer.optim.schedule import make_schedule
-    from flax_transformer.training.state import describe_parameters, init_state, make_layout
+    from flax_transformer.training.state import TrainState, describe_parameters, make_layout
     from flax_transformer.training.step import Objective, batch_loss, jit_train_step
 
     config = OptimizerConfig(clip_norm=1.0, warmup_steps=10)
     schedule = make_schedule(config, model.model_dim)
-    layout = make_layout(model, vocabulary(), make_optimizer(config, schedule, describe_parameters(model, vocabulary())), mesh)
+    layout = make_layout(
+        model, vocabulary(), make_optimizer(config, schedule, describe_parameters(model, vocabulary())), mesh
+    )
     placed, objective, batch = jax.device_put(first, layout.shardings.params), Objective(0.1), padded_batch()
 
     def loss(params: Any) -> Any:
@@ -125,7 +131,8 @@ def trained(model: Any, mesh: Any, first: Any) -> tuple[Any, Any, Any]:
     step = jit_train_step(layout, schedule, objective, 0, mesh)
     with jax.set_mesh(mesh):
         value, gradients = jax.jit(jax.value_and_grad(loss))(placed)
-        state = dataclasses.replace(init_state(model, vocabulary(), layout, 0), params=placed)
+        first_state = TrainState(np.zeros((), np.int32), placed, layout.optimizer.init(placed))
+        state = jax.device_put(first_state, layout.shardings)
         for _ in range(STEPS):
             state, _ = step(state, batch)
         return jax.tree.map(np.asarray, (value, gradients, state.params))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from accelerator.measurement import Measurement, gibibytes, median_of, seconds_of_calls
 from harness import Report, spread
+
+from accelerator.measurement import Measurement, gibibytes, median_of, seconds_of_calls
 
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,clocks.sm,power.limit,temperature.gpu"
 PACKAGES = (

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from accelerator.measurement import Measurement, median_of, seconds_of_calls, short
 from harness import Report, spread
+
+from accelerator.measurement import Measurement, seconds_of_calls, short
 
 Shape = tuple[int, int, int, int]
 
@@ -30,7 +31,15 @@ class FusedAttention(Measurement):
 
     def measure(self, report: Report) -> None:
         """Adds a row for each shape, mask and form."""
-        columns = ["[B, T, N, H]", "mask", "form", "forward ms", "forward and backward ms", "output off", "gradients off"]
+        columns = [
+            "[B, T, N, H]",
+            "mask",
+            "form",
+            "forward ms",
+            "forward and backward ms",
+            "output off",
+            "gradients off",
+        ]
         report.table(columns, self.rows())
 
     def rows(self) -> Iterator[list[str]]:
@@ -91,10 +100,14 @@ def distances(both: Any, inputs: list[Any], lengths: Any, mask: str) -> list[flo
     import jax.numpy as jnp
 
     with jax.default_matmul_precision("highest"):
-        exact = compiled(functools.partial(ours, mask=mask, rate=0.0), [x.astype(jnp.float32) for x in inputs], lengths)[1]()
+        exact = compiled(
+            functools.partial(ours, mask=mask, rate=0.0), [x.astype(jnp.float32) for x in inputs], lengths
+        )[1]()
     found = []
     for made, right in zip(both(), exact, strict=True):
-        made, right = (jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(t)]) for t in (made, right))
+        made, right = (
+            jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(t)]) for t in (made, right)
+        )
         found.append(float(jnp.linalg.norm(made - right) / jnp.linalg.norm(right)))
     return found
 

@@ -51,9 +51,10 @@ def profiled(work: Callable[[], Any], program_text: str) -> tuple[list[KernelTim
         with jax.profiler.trace(folder):
             work()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        events = list(device_events(jax.profiler.ProfileData.from_file(str(path))))
+        profile = jax.profiler.ProfileData.from_file(str(path))
+        events = list(device_events(profile))
     if not events:
-        raise LookupError("the profile has no events of a device")
+        raise LookupError(f"no events of a device in {[(p.name, [x.name for x in p.lines]) for p in profile.planes]}")
     origins = origins_of(program_text)
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
     for name, instruction, start, end in events:
@@ -74,20 +75,49 @@ def device_events(profile: Any) -> Iterator[tuple[str, str, float, float]]:
     """
     planes = list(profile.planes)
     on_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    for plane in on_gpu or [plane for plane in planes if plane.name == "/host:CPU"]:
-        for line in plane.lines:
-            if on_gpu and not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                stats = {str(name): value for name, value in event.stats}
-                instruction = str(stats.get("hlo_op", ""))
-                if on_gpu or instruction:
-                    yield event.name, instruction, event.start_ns, event.end_ns
+    lines = [line for plane in on_gpu or planes for line in plane.lines]
+    streams = [line for line in lines if line.name.startswith("Stream")] if on_gpu else []
+    for line in streams or lines:
+        for event in line.events:
+            instruction = str(dict(event.stats).get("hlo_op", ""))
+            if on_gpu or instruction:
+                yield event.name, instruction, event.start_ns, event.end_ns
 
 
 def origins_of(program_text: str) -> dict[str, str]:
-    """Returns the origin of each instruction of an optimised program."""
-    return dict(re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', program_text, flags=re.MULTILINE))
+    """Returns the origin of each instruction of an optimised program.
+
+    An origin is the innermost line of this package's code, or JAX's own name for the operation where there is none.
+    """
+    functions, backward = functions_of_frames(program_text), "transpose("
+    found = {}
+    pattern = r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"(?:.*?stack_frame_id=(\d+))?'
+    for name, operation, frame in re.findall(pattern, program_text, flags=re.MULTILINE):
+        function = functions.get(int(frame or 0))
+        found[name] = f"{function}{', backward' if backward in operation else ''}" if function else operation
+    return found
+
+
+def functions_of_frames(program_text: str) -> dict[int, str]:
+    """Returns "file:line function" of this package for each stack frame of a program, from the tables at its top."""
+
+    def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
+        section = re.search(rf"^{name}\n((?:\d+ .*\n)+)", program_text, flags=re.MULTILINE)
+        rows = re.findall(rf"^(\d+) {pattern}", section[1] if section else "", flags=re.MULTILINE)
+        return {int(number): tuple(values) for number, *values in rows}
+
+    files, names = table("FileNames", '"(.*)"'), table("FunctionNames", '"(.*)"')
+    places = table("FileLocations", r"{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
+    frames = table("StackFrames", r"{file_location_id=(\d+) parent_frame_id=(\d+)")
+    found: dict[int, str] = {}
+    for number, (place, parent) in sorted(frames.items()):
+        file, function, line = places[int(place)]
+        path = files[int(file)][0]
+        if "flax_transformer/" in path.removesuffix("training/step.py"):
+            found[number] = f"{path.rpartition('/')[2]}:{line} {names[int(function)][0]}"
+        elif int(parent) - 1 in found:  # parents come first, and their numbers are written one too high
+            found[number] = found[int(parent) - 1]
+    return found
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
@@ -112,7 +142,8 @@ def kernel_tables(report: Report, kernels: list[KernelTime], busy: float, steps:
         f"profile of {steps} steps: kernels take {1e3 * total / steps:.3f} ms a step in {launches:,.0f} runs; some "
         f"kernel runs during {1e3 * busy / steps:.3f} ms\n"
     )
-    for title, key in (("group of kernels", lambda k: without_numbers(k.kernel)), ("origin", lambda k: k.origin[-120:])):
+    keys = {"group of kernels": lambda k: without_numbers(k.kernel), "origin": lambda k: k.origin[-120:]}
+    for title, key in keys.items():
         report.table([title, "runs a step", "ms a step", "% of the kernels"], grouped(kernels, key, total, steps))
     rows = [
         [k.kernel[:80], k.instruction, k.origin[-100:], f"{k.count / steps:g}", f"{1e3 * k.seconds / steps:.4f}"]

@@ -29,6 +29,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, memory, mask, causal):
+        """Returns what each token attends to."""
         if self.query is None:
             query, key, value = self.joint(x).chunk(3, dim=-1)
         else:
@@ -62,6 +63,7 @@ class Layer(nn.Module):
         return self.down(functional.dropout(functional.relu(self.up(x)), self.activation_rate, self.training))
 
     def forward(self, x, memory, mask):
+        """Returns the output of the layer; `mask` is that of the source."""
         cross = self.cross
         if cross is None:
             x = self._add(0, x, lambda y: self.attention(y, None, mask, False))

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from accelerator.kernels import KernelTime, kernel_tables, profiled, save_kernels
-from accelerator.measurement import Measurement, gibibytes, median_of, short
 from harness import Built, Report, Systems, ratios, spread
 from training import SIZES
+
+from accelerator.kernels import KernelTime, kernel_tables, profiled, save_kernels
+from accelerator.measurement import Measurement, gibibytes, median_of, short
 
 Size = Literal["base", "big", "tiny"]
 
@@ -116,8 +117,12 @@ class Training(Measurement):
             systems.end(name)
             return
         systems.end(name)
-        report.say(f"{name}: {theirs['parameters']:,} parameters, {theirs['compile']:.1f} s to the end of the first step\n")
-        rows = [self.row(who, what, self.noted(who, what, seconds[who])) for who, what in (("ours", facts), (name, theirs))]
+        report.say(
+            f"{name}: {theirs['parameters']:,} parameters, {theirs['compile']:.1f} s to the end of the first step\n"
+        )
+        rows = [
+            self.row(who, what, self.noted(who, what, seconds[who])) for who, what in (("ours", facts), (name, theirs))
+        ]
         report.table(columns, rows)
         report.say(f"ours against {name}: {ratios(seconds['ours'], seconds[name])}\n")
 
@@ -125,7 +130,9 @@ class Training(Measurement):
         """Adds a system's figures to the file, and returns its milliseconds for each step."""
         per_step = [value / self.work.steps for value in seconds]
         kept = {key: value for key, value in facts.items() if key != "batches"}
-        self.note(name, size=self.size, seconds_a_step=per_step, tokens_a_side=self.work.rows * self.work.length, **kept)
+        self.note(
+            name, size=self.size, seconds_a_step=per_step, tokens_a_side=self.work.rows * self.work.length, **kept
+        )
         return [1e3 * value for value in per_step]
 
     def row(self, name: str, facts: dict[str, Any], milliseconds: list[float]) -> list[str]:
@@ -206,7 +213,10 @@ def our_step(options: Training) -> Built:
     lower_seconds, clock = time.perf_counter() - clock, time.perf_counter()
     compiled = lowered.compile()
     compile_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-    schedule, info = make_schedule(config.optimizer, config.model.model_dim), describe_parameters(config.model, vocabulary)
+    schedule, info = (
+        make_schedule(config.optimizer, config.model.model_dim),
+        describe_parameters(config.model, vocabulary),
+    )
     layout = make_layout(config.model, vocabulary, make_optimizer(config.optimizer, schedule, info), mesh)
     state = jax.block_until_ready(init_state(config.model, vocabulary, layout, 0))
     batches = [random_batch(work, seed) for seed in range(4)]
@@ -224,7 +234,8 @@ def our_step(options: Training) -> Built:
         "compile": compile_seconds,
         "init": init_seconds,
         "first_loss": first / (work.rows * work.length),
-        "memory": {name: getattr(found, f"{name}_size_in_bytes") for name in names} | {"needed": needed_bytes(compiled)},
+        "memory": {name: getattr(found, f"{name}_size_in_bytes") for name in names}
+        | {"needed": needed_bytes(compiled)},
         "peak": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "batches": [(batch.source_tokens, batch.target_tokens) for batch in batches],
         "learning_rate": float(np.asarray(schedule(config.optimizer.warmup_steps))),
