@@ -4,12 +4,13 @@ Random weights practically never give the end token. So every output has the max
 known. The lengths that came out are shown.
 """
 
-import ctypes
+import contextlib
+import ctypes.util
 import glob
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,6 @@ class Decoding(Measurement):
         length: tokens of each source, end token included, and of each output.
         vocab_size: rows of the one table.
     """
-
-    packages = ("jax", "flax", "torch", "transformers")
 
     rounds: int = 3
     batch_sizes: tuple[int, ...] = (128,)
@@ -83,7 +82,8 @@ class Decoding(Measurement):
             self.add_profile(report, systems)
         for name in self.systems:
             try:
-                facts[name] = systems.start(name, their_search, self, name, folder, size)
+                with stand_in_for_cublas() if name == "CTranslate2" else contextlib.nullcontext():
+                    facts[name] = systems.start(name, their_search, self, name, folder, size)
             except Exception as error:
                 report.say(f"{name}: {short(error)}\n")
                 self.note(name, batch_size=size, error=short(error))
@@ -277,8 +277,7 @@ def has_gpu() -> bool:
 
 
 def ctranslate2_search(options: Decoding, folder: str) -> Callable[[list[str], int], list[str]]:
-    """Returns CTranslate2's translation. Where the cuBLAS that it was built with is missing, a newer one stands in."""
-    stand_in_for_cublas()
+    """Returns CTranslate2's translation, by a model that it converts if there is none."""
     import ctranslate2
 
     if not os.path.exists(f"{folder}/ctranslate2"):
@@ -289,20 +288,23 @@ def ctranslate2_search(options: Decoding, folder: str) -> Callable[[list[str], i
     return decoding_peers.ctranslate2_translator(folder, options.beam_size, options.longest, options.threads, kind)
 
 
-def stand_in_for_cublas() -> None:
-    """Loads a newer cuBLAS under the name of the one that CTranslate2 looks for, if that is missing.
+@contextlib.contextmanager
+def stand_in_for_cublas() -> Generator[None]:
+    """Lets processes that start now find a newer cuBLAS by the name of the one that CTranslate2 was built with.
 
-    The functions that CTranslate2 calls have the same names and arguments in both.
+    It does nothing where that one is there. The functions that CTranslate2 calls have the same arguments in both.
     """
-    try:
-        ctypes.CDLL("libcublas.so.12")
+    roots = [path for path in sys.path if os.path.isdir(f"{path}/nvidia")]
+    found = [path for root in roots for path in glob.glob(f"{root}/nvidia/**/libcublas.so.13", recursive=True)]
+    before = os.environ.get("LD_LIBRARY_PATH", "")
+    if not found or ctypes.util.find_library("cublas") is not None:
+        yield
         return
-    except OSError:
-        found = [path for root in sys.path for path in glob.glob(f"{root}/nvidia/**/libcublas.so.13", recursive=True)]
-    if found:
-        folder = tempfile.mkdtemp()
-        for name in ("libcublas", "libcublasLt"):
-            os.symlink(f"{os.path.dirname(found[0])}/{name}.so.13", f"{folder}/{name}.so.12")
-            os.symlink(f"{os.path.dirname(found[0])}/{name}.so.13", f"{folder}/{name}.so.13")
-        ctypes.CDLL(f"{folder}/libcublasLt.so.13", ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(f"{folder}/libcublas.so.12", ctypes.RTLD_GLOBAL)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, version in (("libcublas", 12), ("libcublas", 13), ("libcublasLt", 12), ("libcublasLt", 13)):
+            os.symlink(f"{os.path.dirname(found[0])}/{name}.so.13", f"{folder}/{name}.so.{version}")
+        os.environ["LD_LIBRARY_PATH"] = f"{folder}:{before}" if before else folder
+        try:
+            yield
+        finally:
+            os.environ["LD_LIBRARY_PATH"] = before

@@ -1,8 +1,8 @@
 """The train step that ours is compared with: a Transformer by PyTorch, compiled by it.
 
-PyTorch is given what is best for it: one product for query, key and value, its fused attention with dropout, the whole
-forward pass and the loss in one compiled function, autocast to bfloat16, and the fused Adam. Padding at the end of
-targets needs no mask under a causal one, so decoder layers take the causal form alone.
+PyTorch is given what is best for it: one product for query, key and value, its fused attention with dropout, autocast
+to bfloat16, and the fused Adam. The whole forward pass and the loss are one compiled function. Padding at the end of
+targets needs no mask under a causal one. So decoder layers take the causal form alone.
 """
 
 import time

@@ -58,8 +58,6 @@ class Training(Measurement):
         profile: whether the kernels of some steps are listed, and the program is kept.
     """
 
-    packages = ("jax", "flax", "torch")
-
     size: Size = "base"
     torch: tuple[str, ...] = ("default",)
     profile: bool = False
