@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def run(benchmarks: dict[str, Any]) -> None:
 
 
 def commit() -> str:
-    """Returns the commit of the files, marked where they were changed; "unknown" outside a clone."""
+    """Returns the commit of the files, marked where they were changed; "unknown" outside a clone or without git."""
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 

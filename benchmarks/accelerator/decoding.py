@@ -68,17 +68,17 @@ class Decoding(Measurement):
         """Adds a table for each batch size."""
         report.say(f"beam {self.beam_size}, sources and outputs of {self.longest} tokens, {self.num_words:,} tokens\n")
         with tempfile.TemporaryDirectory() as temporary:
-            for size in (2, 1) if self.tiny else self.batch_sizes:
-                self.one_size(report, f"{temporary}/marian", size)
+            for number, size in enumerate((2, 1) if self.tiny else self.batch_sizes):
+                self.one_size(report, f"{temporary}/marian", size, self.profile and number == 0)
 
-    def one_size(self, report: Report, folder: str, size: int) -> None:
+    def one_size(self, report: Report, folder: str, size: int, profile: bool) -> None:
         """Adds the table of one batch size."""
         systems, facts = Systems(), {}
         columns = ["system", "batch", "ms a batch", "ms a step", "sentences/s", "output tokens", "start, s", "peak GiB"]
         facts["ours"] = systems.start("ours", our_search, self, folder, size)
         alone = systems.turns(self.rounds)["ours"]
         report.table(columns, [self.row("ours", size, facts["ours"], alone)])
-        if self.profile and size == self.batch_sizes[0]:
+        if profile:
             self.add_profile(report, systems)
         for name in self.systems:
             try:

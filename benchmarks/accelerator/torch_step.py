@@ -1,8 +1,9 @@
 """The train step that ours is compared with: a Transformer by PyTorch, compiled by it.
 
 PyTorch is given what is best for it: one product for query, key and value, its fused attention with dropout, autocast
-to bfloat16, and the fused Adam. The whole forward pass and the loss are one compiled function. Padding at the end of
-targets needs no mask under a causal one. So decoder layers take the causal form alone.
+to bfloat16, and the fused Adam. What is added up between layers is bfloat16, too, as in our model. The whole forward
+pass and the loss are one compiled function. Padding at the end of targets needs no mask under a causal one. So decoder
+layers take the causal form alone.
 """
 
 import time
@@ -57,7 +58,7 @@ class Layer(nn.Module):
     def _add(self, number, x, sublayer):
         norm = self.norms[number]
         made = functional.dropout(sublayer(norm(x) if self.pre else x), self.rate, self.training)
-        return x + made if self.pre else norm(x + made)
+        return x + made if self.pre else norm(x + made).to(x.dtype)  # autocast gives float32
 
     def _feed_forward(self, x):
         return self.down(functional.dropout(functional.relu(self.up(x)), self.activation_rate, self.training))
@@ -95,7 +96,7 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens):
         x = self.embedding(tokens) * self.embedding.embedding_dim**0.5 + self.positions
-        return functional.dropout(x, self.rate, self.training)
+        return functional.dropout(x.to(torch.bfloat16), self.rate, self.training)
 
     def forward(self, source, source_keys, inputs, target):
         """Returns the label-smoothed cross entropy; targets of -100 are padding."""
@@ -129,6 +130,7 @@ def torch_step(sizes: tuple[int, int, int, int], work: Any, facts: dict[str, Any
     def take(steps: int) -> float:
         loss = None
         for number in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
             with torch.autocast(device, torch.bfloat16):
                 loss = compiled(*batches[number % len(batches)])
             optimizer.zero_grad(set_to_none=True)

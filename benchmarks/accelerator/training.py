@@ -115,9 +115,9 @@ class Training(Measurement):
             systems.end(name)
             return
         systems.end(name)
-        report.say(
-            f"{name}: {theirs['parameters']:,} parameters, {theirs['compile']:.1f} s to the end of the first step\n"
-        )
+        losses = f"{facts['first_loss']:.3f} and {theirs['first_loss']:.3f}"
+        started = f"{theirs['parameters']:,} parameters, {theirs['compile']:.1f} s to the end of the first step"
+        report.say(f"{name}: {started}; first losses {losses}\n")
         rows = [
             self.row(who, what, self.noted(who, what, seconds[who])) for who, what in (("ours", facts), (name, theirs))
         ]
