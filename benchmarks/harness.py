@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def run(benchmarks: dict[str, Any]) -> None:
 
 
 def commit() -> str:
-    """Returns the commit of the files, marked where they were changed; "unknown" outside a clone."""
+    """Returns the commit of the files, marked where they were changed; "unknown" outside a clone or without git."""
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
@@ -226,14 +229,27 @@ class Systems:
     def start(self, name: str, build: Callable[..., Built], *arguments: Any) -> dict[str, Any]:
         """Builds a system by `build(*arguments)`, a module's function, and returns its facts."""
         self.processes[name] = process()
-        return self.processes[name].submit(_build, build, arguments).result()
+        return self.call(name, _build, build, arguments)
+
+    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns the result of `function(*arguments)`, a module's function, in the process of a system."""
+        return self.processes[name].submit(function, *arguments).result()
+
+    def turns(self, rounds: int) -> dict[str, list[float]]:
+        """Returns the seconds of each system's turns."""
+        seconds: dict[str, list[float]] = {name: [] for name in self.processes}
+        for _ in range(rounds):
+            for name in self.processes:
+                seconds[name].append(self.call(name, _turn))
+        return seconds
+
+    def end(self, name: str) -> None:
+        """Ends a system."""
+        self.processes.pop(name).shutdown()
 
     def take_turns(self, rounds: int) -> dict[str, list[float]]:
         """Returns the seconds of each system's turns, and ends all."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.processes}
-        for _ in range(rounds):
-            for name, each in self.processes.items():
-                seconds[name].append(each.submit(_turn).result())
-        for each in self.processes.values():
-            each.shutdown()
+        seconds = self.turns(rounds)
+        for name in seconds:
+            self.end(name)
         return seconds
