@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import warnings
@@ -87,7 +88,7 @@ class Command:
         self._process.start()
         sender.close()
 
-    def kill_at(self, moment: Moment, signal: int) -> bool:
+    def kill_at(self, moment: Moment, number: int) -> bool:
         """Sends a signal at a moment, waits for the end, and returns whether the command had reached the moment."""
         while self.phases.begun[moment.phase] < moment.occurrence and self._note_next(SECONDS_TO_END):
             pass
@@ -97,7 +98,7 @@ class Command:
             pass
         phases, reached, pid = dict(self.phases.open), self._process.is_alive(), self._process.pid
         if reached and pid is not None:
-            os.kill(pid, signal)
+            os.kill(pid, number)
         self.wait()
         self.phases.open = phases
         return reached
@@ -124,7 +125,8 @@ class Command:
 
 
 def _run(sender: Connection, arguments: list[str], output: Path, settings: dict[str, Any]) -> None:
-    """Runs a command in the process that was made for it."""
+    """Runs a command in the process that was made for it. Signals act as usual, also where `nohup` ignores them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
