@@ -32,6 +32,9 @@ _processes.set_forkserver_preload([__name__])
 VERBS = {"train": train.main, "translate": translate.main}
 SECONDS_TO_END = 600.0
 
+# The phase after the last line of a command. The system then takes a while to free the memory of its process.
+ENDED = "ended"
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -96,7 +99,8 @@ class Command:
             time.sleep(moment.delay)
         while self._note_next(0.0):  # so that `open` has the phases of this moment
             pass
-        phases, reached, pid = dict(self.phases.open), self._process.is_alive(), self._process.pid
+        phases, pid = dict(self.phases.open), self._process.pid
+        reached = self._process.is_alive() and not self.phases.begun[ENDED]
         if reached and pid is not None:
             os.kill(pid, number)
         self.wait()
@@ -134,7 +138,9 @@ def _run(sender: Connection, arguments: list[str], output: Path, settings: dict[
     for name, value in settings.items():
         jax.config.update(name, value)
     _tell_phases(lambda phase, begins: sender.send((phase, begins, time.monotonic())))
-    sys.exit(cli.run_verb(VERBS[arguments[0]], arguments[1:], f"flax-transformer {arguments[0]}"))
+    code = cli.run_verb(VERBS[arguments[0]], arguments[1:], f"flax-transformer {arguments[0]}")
+    sender.send((ENDED, True, time.monotonic()))
+    sys.exit(code)
 
 
 def _tell_phases(tell: Callable[[str, bool], None]) -> None:
