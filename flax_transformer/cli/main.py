@@ -21,7 +21,7 @@ from typing import Any
 
 from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
 from flax_transformer.standard_streams import lossy_standard_streams
-from flax_transformer.user_cache import writable_cache
+from flax_transformer.user_cache import remove_damaged_programs, writable_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
@@ -77,6 +77,7 @@ def use_compilation_cache() -> None:
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
         if (folder := writable_cache("compiled")) is not None:
+            remove_damaged_programs(folder)
             jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
