@@ -8,11 +8,13 @@ traceback.
 import contextlib
 import difflib
 import errno
+import functools
 import math
+import numbers
 import reprlib
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -125,13 +127,53 @@ def check_seed(name: str, seed: int) -> None:
         raise ConfigError(f"{name} must lie between 0 and 4294967295, got {seed}.")
 
 
-def check_finite(section: str, config: object) -> None:
-    """Raises a `ConfigError` if a field of a dataclass is infinite, NaN, or an integer beyond 32 bits.
+def check_fields(section: str, config: Any) -> None:
+    """Checks the types of a dataclass's fields, and that its numbers are finite and fit 32 bits.
 
     A larger integer is a mistake in every field, and the arithmetic of later checks could not take it.
+
+    Args:
+        section: section of the configuration, for messages; empty for the configuration itself.
+        config: the dataclass. Fields may be plain values, choices, tuples of these, or other dataclasses.
+
+    Raises:
+        ConfigError: a field has a value of another type, or a number that is not finite or too large.
     """
-    for name, value in vars(config).items():
+    hints = _field_types(type(config))
+    for field, value in vars(config).items():
+        name = f"{section}.{field}" if section else field
+        check_type(name, value, hints[field])
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{section}.{name} must be a finite number, got {value}.")
+            raise ConfigError(f"{name} must be a finite number, got {value}.")
         if isinstance(value, int) and abs(value) >= 2**32:
-            raise ConfigError(f"{section}.{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")
+            raise ConfigError(f"{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")
+
+
+_field_types = functools.cache(get_type_hints)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises a `ConfigError` unless a value has a type. NumPy's numbers are numbers, and a list stands for a tuple.
+
+    Args:
+        name: name of the value, for messages.
+        value: the value.
+        hint: a class, a `Literal`, a tuple of one type, or a union of these.
+    """
+    if not _has_type(value, hint):
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        expected = f"one of {', '.join(map(str, choices))}" if choices else getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{name}: expected {expected}, got {shown(value)} ({type(value).__name__}).")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_has_type(each, arguments[0]) for each in value)
+    if arguments:  # a union
+        return any(_has_type(value, each) for each in arguments)
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from flax_transformer.data.batching import Position
-from flax_transformer.errors import RunFolderError
+from flax_transformer.errors import RunFolderError, check_type
 from flax_transformer.small_files import write_atomically
 from flax_transformer.training.checkpoint_meta import CheckpointMeta
 from flax_transformer.training.checksums import checksums
@@ -348,7 +348,9 @@ class Checkpoints:
 
         Raises:
             RunFolderError: there is no checkpoint.
+            ConfigError: no such choice.
         """
+        check_type("checkpoint", which, Choice)
         newest = self._newest()
         best = self.best_steps()
         return best[0] if which == "best" and best else newest
