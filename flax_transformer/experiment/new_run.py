@@ -111,7 +111,9 @@ def initial_params(config: Config, tokenizers: TokenizerPair, layout: StateLayou
         return None
     parent = _parent(config.init_from, config)
     with Checkpoints(parent.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
-        return checkpoints.restore_params(checkpoints.choose("best"), layout.abstract.params)
+        return checkpoints.undisturbed(
+            lambda: checkpoints.restore_params(checkpoints.choose("best"), layout.abstract.params)
+        )
 
 
 def initial_state(config: Config, tokenizers: TokenizerPair, layout: StateLayout, params: Any) -> TrainState:

@@ -125,7 +125,11 @@ class Translator:
                     "the same tokenizers. Train them from one recipe, with other values of training.seed."
                 )
             with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
-                restored.append(checkpoints.restore_params(checkpoints.choose(checkpoint), target))
+
+                def restore(of: Checkpoints = checkpoints) -> Any:
+                    return of.restore_params(of.choose(checkpoint), target)
+
+                restored.append(checkpoints.undisturbed(restore))
         params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
         model = dataclasses.replace(config.model, compute_dtype="bfloat16") if quantize == "bfloat16" else config.model
         made = cls.from_params(model, tokenizers, params, config.decoding, mesh, len(restored), side_by_side=True)

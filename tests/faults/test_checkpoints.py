@@ -176,6 +176,28 @@ def test_a_best_checkpoint_that_is_not_known_is_not_replaced_by_another(copy):
         assert checkpoints.choose("best") == 4
 
 
+# --- readers beside a training
+
+
+def test_a_checkpoint_that_a_training_removes_while_it_is_chosen_is_no_damage(copy):
+    """A translation beside a training takes the one that is now the best or the newest."""
+    seen = []
+
+    def read() -> float:
+        seen.append(checkpoints.choose("best"))
+        if len(seen) == 1:
+            with Checkpoints(copy, (1, 1)) as training:
+                save(training, 10, 0.9)
+        return float(checkpoints.restore_params(seen[-1], {"w": SHAPE})["w"][0])
+
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.undisturbed(read) == 10 and seen == [4, 10]
+    with Checkpoints(copy) as checkpoints:
+        flip_bit(copy / "10" / "meta" / "metadata", 99)
+        with pytest.raises(DamagedCheckpointError, match="checkpoints/10 cannot be read"):
+            checkpoints.undisturbed(lambda: checkpoints.restore_params(10, {"w": SHAPE}))
+
+
 # --- damage
 
 
