@@ -60,7 +60,8 @@ def main(arguments: list[str], program: str) -> int:
     config = RunFolder.open(options.run).read_config()
     bleu_metric(config.evaluation.bleu_tokenizer)  # which may be missing
     text = read_parallel_text(options.source, options.reference, config.text_format)
-    output = contextlib.nullcontext() if options.output is None else output_of_lines(options.output)
+    read = options.source, options.reference
+    output = contextlib.nullcontext() if options.output is None else output_of_lines(options.output, read)
     with output as write:
         translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
         changes = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "stop")}
