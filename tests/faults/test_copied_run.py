@@ -65,6 +65,22 @@ def test_files_may_be_elsewhere_when_a_run_is_resumed_but_are_read_in_the_same_w
             ResumedRun(dataclasses.replace(config, data=other), folder)
 
 
+def test_a_path_that_is_not_unicode_is_no_run_folder(tmp_path, monkeypatch):
+    """TensorStore, which writes checkpoints, takes no such path. Its error looked like a damaged checkpoint."""
+    folder = tmp_path / "caf\udce9"
+    for path in (folder, folder / "run"):
+        with pytest.raises(
+            RunFolderError, match=r"caf\\udce9\S* cannot be a run folder, since its path is not"
+        ):
+            RunFolder.open(path)
+        with pytest.raises(RunFolderError, match="is not valid UTF-8. Rename the part of it that is not"):
+            RunFolder(path).check_unused()
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(RunFolderError, match="not valid UTF-8"):
+        RunFolder("run").check_unused()
+
+
 def test_the_run_that_another_started_from_may_be_elsewhere(tmp_path):
     folder = folder_of_run(tmp_path / "run", Config(run=str(tmp_path / "run"), init_from="here"))
     config = dataclasses.replace(folder.read_config(), init_from="there")
