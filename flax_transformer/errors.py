@@ -9,8 +9,8 @@ import contextlib
 import difflib
 import errno
 import functools
-import math
 import numbers
+import os
 import reprlib
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -79,7 +79,7 @@ ADVICE = {
 def describe_os_error(error: OSError) -> str:
     """Returns the message of an error of the system: the file, what happened, and what to do."""
     what = error.strerror or str(error) or type(error).__name__
-    file = "" if error.filename is None else f"{error.filename}: "
+    file = "" if error.filename is None else f"{shortened(os.fsdecode(error.filename), 300)}: "
     advice = ADVICE.get(error.errno or 0, "Check the path and the disk.")
     return f"{file}{what.rstrip('.')}. {advice}"
 
@@ -127,6 +127,10 @@ def check_seed(name: str, seed: int) -> None:
         raise ConfigError(f"{name} must lie between 0 and 4294967295, got {seed}.")
 
 
+# The largest number of float32, in which programs compute.
+MOST_FLOAT = 3.4028234663852886e38
+
+
 def check_fields(section: str, config: Any) -> None:
     """Checks the types of a dataclass's fields, and that its numbers are finite and fit 32 bits.
 
@@ -143,8 +147,8 @@ def check_fields(section: str, config: Any) -> None:
     for field, value in vars(config).items():
         name = f"{section}.{field}" if section else field
         check_type(name, value, hints[field])
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} must be a finite number, got {value}.")
+        if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
+            raise ConfigError(f"{name} must be a finite number, got {value} (32 bits hold at most 3.4e38).")
         if isinstance(value, int) and abs(value) >= 2**32:
             raise ConfigError(f"{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")
 

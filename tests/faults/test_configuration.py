@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flax_transformer.config.reading import MOST_BYTES, read_config, write_config
-from flax_transformer.config.recipe import Config, TrainingConfig
-from flax_transformer.errors import ConfigError, shown
+from flax_transformer.config.recipe import Config, DecodingConfig, TrainingConfig
+from flax_transformer.errors import ConfigError, describe_os_error, shown
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from tests.faults.damage import cut, empty, remove
@@ -88,6 +88,18 @@ def test_numbers_beyond_32_bits_are_refused_from_python_too():
         with pytest.raises(ConfigError, match="must lie between -4294967295 and 4294967295, got"):
             make()
     assert Config(training=TrainingConfig(seed=2**32 - 1)).training.seed == 2**32 - 1
+
+
+def test_numbers_beyond_those_of_float32_are_refused():
+    for value in (1e39, -1e308, float("inf"), float("nan")):
+        with pytest.raises(
+            ConfigError, match="repetition_penalty must be a finite number, got .* at most 3.4e38"
+        ):
+            DecodingConfig(repetition_penalty=value)
+
+
+def test_the_names_of_files_in_messages_are_short():
+    assert len(describe_os_error(OSError(36, "File name too long", "x" * 10_000))) < 500
 
 
 def test_values_in_messages_are_short():
