@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
-from flax_transformer.standard_streams import lossy_standard_streams
+from flax_transformer.standard_streams import escape_unknown_characters, lossy_standard_streams
 from flax_transformer.user_cache import remove_damaged_programs, writable_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
@@ -155,6 +155,7 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
 
     Messages that standard error cannot take are lost, and end nothing.
     """
+    escape_unknown_characters(sys.stdout)
     with quiet_orbax(), lossy_standard_streams(output=False):
         return _exit_code(verb, arguments, program)
 

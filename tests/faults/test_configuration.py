@@ -92,9 +92,7 @@ def test_numbers_beyond_32_bits_are_refused_from_python_too():
 
 def test_numbers_beyond_those_of_float32_are_refused():
     for value in (1e39, -1e308, float("inf"), float("nan")):
-        with pytest.raises(
-            ConfigError, match="repetition_penalty must be a finite number, got .* at most 3.4e38"
-        ):
+        with pytest.raises(ConfigError, match="repetition_penalty must be a finite number, got .* at most 3.4e38"):
             DecodingConfig(repetition_penalty=value)
 
 

@@ -69,9 +69,7 @@ def test_a_path_that_is_not_unicode_is_no_run_folder(tmp_path, monkeypatch):
     """TensorStore, which writes checkpoints, takes no such path. Its error looked like a damaged checkpoint."""
     folder = tmp_path / "caf\udce9"
     for path in (folder, folder / "run"):
-        with pytest.raises(
-            RunFolderError, match=r"caf\\udce9\S* cannot be a run folder, since its path is not"
-        ):
+        with pytest.raises(RunFolderError, match=r"caf\\udce9\S* cannot be a run folder, since its path is not"):
             RunFolder.open(path)
         with pytest.raises(RunFolderError, match="is not valid UTF-8. Rename the part of it that is not"):
             RunFolder(path).check_unused()

@@ -1,5 +1,6 @@
 """Standard streams: a program that talks through pipes, streams that are closed, errors and their tracebacks."""
 
+import io
 import os
 import subprocess
 import sys
@@ -93,6 +94,15 @@ def test_an_error_is_one_paragraph_and_debug_shows_its_traceback(capsys, error, 
     assert cli.run_verb(fails, ["--debug", "--option"], "flax-transformer") == code
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last)") and f"\nerror: {message}" in err
+
+
+def test_letters_that_standard_output_cannot_encode_are_escaped(monkeypatch):
+    """Such as those of a help text in the locale "C"."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert command("translate", "--help") == 0
+    stream.flush()
+    assert b"\\u2581the" in stream.buffer.getvalue()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is one of Linux")
