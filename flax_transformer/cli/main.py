@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
@@ -127,9 +127,8 @@ def keep_memory() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-@contextlib.contextmanager
-def quiet_orbax() -> Generator[None, None, None]:
-    """Keeps Orbax from printing in a `with` block. It raises the errors that it prints, too.
+def silence_orbax() -> Callable[[], None]:
+    """Keeps Orbax from printing, and returns a function that lets it print again. It raises the errors, too.
 
     It logs normal events as warnings, and an error of a full disk several times. After such an error TensorStore, its
     library, prints a traceback for each array whose writing ends when nobody waits for it.
@@ -141,13 +140,13 @@ def quiet_orbax() -> Generator[None, None, None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = without_late_arrays
-    try:
-        yield
-    finally:
+    def undo() -> None:
         logger.setLevel(level)
         sys.unraisablehook = hook
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_late_arrays
+    return undo
 
 
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
@@ -156,7 +155,9 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
     Messages that standard error cannot take are lost, and end nothing.
     """
     escape_unknown_characters(sys.stdout)
-    with quiet_orbax(), lossy_standard_streams(output=False):
+    with contextlib.ExitStack() as stack:
+        stack.callback(silence_orbax())
+        stack.enter_context(lossy_standard_streams(output=False))
         return _exit_code(verb, arguments, program)
 
 
@@ -207,6 +208,7 @@ def set_up_process() -> None:
     """Prepares the process of a command. It comes before slow imports, and before any file is opened."""
     open_standard_streams()
     keep_memory()
+    silence_orbax()  # until the process ends: its threads may print after the verb
 
 
 def command() -> int:

@@ -69,6 +69,18 @@ def test_the_command_survives_without_standard_streams(tmp_path):
     assert subprocess.run(["sh", "-c", program], env=_environment(), cwd=tmp_path).returncode == 2
 
 
+def test_threads_of_orbax_print_nothing_after_the_verb(tmp_path):
+    """As they did when a process had too few file handles: pages of tracebacks followed the one sentence."""
+    code = (
+        "from flax_transformer.cli import main as cli; cli.set_up_process(); import logging; "
+        "cli.run_verb(lambda *_: 2, [], ''); logging.getLogger('absl').error('late'); import types, sys; "
+        "sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError('Event loop is closed')))"
+    )
+    environment = _environment() | {"GLIBC_TUNABLES": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent.parent)}
 
