@@ -124,7 +124,7 @@ def as_texts(name: str, texts: Any) -> list[str]:
 def check_seed(name: str, seed: int) -> None:
     """Raises a `ConfigError` unless `seed` is an unsigned 32-bit number."""
     if not 0 <= seed < 2**32:
-        raise ConfigError(f"{name} must lie between 0 and 4294967295, got {seed}.")
+        raise ConfigError(f"{name} must lie between 0 and 4294967295, got {shown(seed)}.")
 
 
 # The largest number of float32, in which programs compute.
@@ -134,7 +134,7 @@ MOST_FLOAT = 3.4028234663852886e38
 def check_fields(section: str, config: Any) -> None:
     """Checks the types of a dataclass's fields, and that its numbers are finite and fit 32 bits.
 
-    A larger integer is a mistake in every field, and the arithmetic of later checks could not take it.
+    A larger integer is a mistake in every field but a seed, and the arithmetic of later steps could not take it.
 
     Args:
         section: section of the configuration, for messages; empty for the configuration itself.
@@ -149,8 +149,8 @@ def check_fields(section: str, config: Any) -> None:
         check_type(name, value, hints[field])
         if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
             raise ConfigError(f"{name} must be a finite number, got {value} (32 bits hold at most 3.4e38).")
-        if isinstance(value, int) and abs(value) >= 2**32:
-            raise ConfigError(f"{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")
+        if isinstance(value, int) and abs(value) >= 2**31 and field != "seed":
+            raise ConfigError(f"{name} must lie between -2147483647 and 2147483647, got {shown(value)}.")
 
 
 _field_types = functools.cache(get_type_hints)
