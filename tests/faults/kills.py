@@ -91,18 +91,22 @@ class Command:
         self._process.start()
         sender.close()
 
-    def kill_at(self, moment: Moment, number: int) -> bool:
-        """Sends a signal at a moment, waits for the end, and returns whether the command had reached the moment."""
+    def signal_at(self, moment: Moment, number: int) -> bool:
+        """Sends a signal at a moment, and returns whether the command had reached the moment."""
         while self.phases.begun[moment.phase] < moment.occurrence and self._note_next(SECONDS_TO_END):
             pass
         if self.phases.begun[moment.phase] == moment.occurrence:
             time.sleep(moment.delay)
         while self._note_next(0.0):  # so that `open` has the phases of this moment
             pass
-        phases, pid = dict(self.phases.open), self._process.pid
-        reached = self._process.is_alive() and not self.phases.begun[ENDED]
+        pid, reached = self._process.pid, self._process.is_alive() and not self.phases.begun[ENDED]
         if reached and pid is not None:
             os.kill(pid, number)
+        return reached
+
+    def kill_at(self, moment: Moment, number: int) -> bool:
+        """Does as `signal_at`, and waits for the end. Then `phases.open` has the phases of the moment."""
+        reached, phases = self.signal_at(moment, number), dict(self.phases.open)
         self.wait()
         self.phases.open = phases
         return reached
