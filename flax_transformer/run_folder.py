@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,22 @@ class RunFolder:
             shutil.rmtree(self.tokenizer, ignore_errors=True)
             tokenizers.save(self.tokenizer)
             self.update_config(config)
+
+    @contextlib.contextmanager
+    def made_whole(self) -> Generator["RunFolder", None, None]:
+        """Yields a run folder with a temporary name, which gets this folder's name at the end of the `with` block.
+
+        Raises:
+            RunFolderError: as `check_unused`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{self.path.name}.partial-", dir=self.path.parent) as partial:
+            made = RunFolder(Path(partial) / "run")
+            yield made
+            self.check_unused("--output")
+            if self.path.is_dir():  # empty, or begun by a training that was killed at once
+                shutil.rmtree(self.path)
+            made.path.rename(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None, None, None]:
