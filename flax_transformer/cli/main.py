@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shown
+from flax_transformer.errors import DivergenceError, InputError, describe_os_error, did_you_mean, shortened, shown
 from flax_transformer.standard_streams import escape_unknown_characters, lossy_standard_streams
 from flax_transformer.user_cache import remove_damaged_programs, writable_cache
 
@@ -167,7 +167,9 @@ def _exit_code(verb: Verb, arguments: list[str], program: str) -> int:
         use_compilation_cache()
         use_every_core()
         return verb(arguments, program)
-    except (InputError, DivergenceError, MemoryError, OSError) as error:
+    except (InputError, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (isinstance(error, DivergenceError) or _lacks_memory(error)):
+            raise
         if isinstance(error, BrokenPipeError):  # the reader of standard output has ended
             sys.stderr.close()
             return 1
@@ -180,8 +182,15 @@ def _exit_code(verb: Verb, arguments: list[str], program: str) -> int:
         return 130
 
 
+def _lacks_memory(error: Exception) -> bool:
+    """Returns whether JAX found no memory. A program is checked to fit, but others may use the device, too."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def describe(error: Exception) -> str:
     """Returns the message of an error that a user can cause."""
+    if _lacks_memory(error):
+        error = MemoryError(shortened(" ".join(str(error).split()), 200).rstrip("."))
     if isinstance(error, OSError):  # such as a file that cannot be read, a folder that cannot be written, a full disk
         return describe_os_error(error)
     if isinstance(error, MemoryError):

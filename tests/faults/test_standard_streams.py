@@ -92,6 +92,11 @@ def _environment() -> dict[str, str]:
         (OSError(28, "No space left on device", "out"), 2, "out: No space left on device. Make room on that disk"),
         (PermissionError(13, "Permission denied", "in"), 2, "in: Permission denied. Change its permissions, or"),
         (OSError("strange"), 2, "strange. Check the path and the disk."),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes."),
+            1,
+            "there is not enough memory: RESOURCE_",
+        ),
         (MemoryError(), 1, "there is not enough memory. Use a smaller model, batch or text."),
     ],
 )
@@ -106,6 +111,14 @@ def test_an_error_is_one_paragraph_and_debug_shows_its_traceback(capsys, error, 
     assert cli.run_verb(fails, ["--debug", "--option"], "flax-transformer") == code
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last)") and f"\nerror: {message}" in err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    def fails(*_) -> int:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.run_verb(fails, [], "flax-transformer")
 
 
 def test_letters_that_standard_output_cannot_encode_are_escaped(monkeypatch):
