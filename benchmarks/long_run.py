@@ -176,15 +176,14 @@ class LongRun(Benchmark):
         finally:
             shutil.rmtree(folder)
         # Before and after its steps or lines a command does other work, such as the test and the pictures of a run.
-        total = max(sample.done for sample in samples)
-        done = [sample for sample in samples if 0 < sample.done < total]
+        total, last = getattr(self, self.unit), max(sample.done for sample in samples)
+        done = [sample for sample in samples if 0 < sample.done < last]
         halves = [[s for s in done if (s.done > done[-1].done / 2) == second] for second in (False, True)]
         courses = [Course.of(half) for half in halves]
         report.say(f"{total:,} {self.unit} in {samples[-1].seconds:,.0f} s, {len(done)} samples.\n")
         names = ("memory, MiB", "growth, MiB", "open files", f"s for 1,000 {self.unit}", f"CPU s for 1,000 {self.unit}")
         report.table(["", "first half", "last half"], zip(names, *map(self._cells, courses), strict=True))
-        last = courses[1]
-        flat = last.growth <= MOST_MEBIBYTES and last.files[1] <= courses[0].files[1]
+        flat = courses[1].growth <= MOST_MEBIBYTES and courses[1].files[1] <= courses[0].files[1]
         medians = [statistics.median(sample.mebibytes for sample in half) for half in halves]
         report.say(
             f"Verdict: {'flat' if flat else 'NOT FLAT'}. Median memory of the halves: {medians[0]:,.0f} and "
