@@ -158,11 +158,15 @@ def finish(command: Command, log: Path) -> Command:
     return command
 
 
-def check_stopped(code: int, number: int, log: Path) -> None:
+def check_stopped(command: Command, number: int, log: Path) -> None:
     """Checks the exit code after a signal: that of the signal, or 3 if a training has saved its state."""
+    code = command.wait()
     saved = number != signal.SIGKILL and code == 3
     if not saved and code != -number or "Traceback" in log.read_text():
-        raise SystemExit(f"exit code {code} after {signal.Signals(number).name}:\n{log.read_text()[-4_000:]}")
+        place = ", ".join(command.phases.open) or "no phase"
+        raise SystemExit(
+            f"exit code {code} after {signal.Signals(number).name} in {place}:\n{log.read_text()[-4_000:]}"
+        )
 
 
 def torture(
@@ -182,7 +186,7 @@ def torture(
         command = train(recipe, run, settings)
         if not command.kill_at(moment, number):
             break  # it has ended before
-        check_stopped(command.wait(), number, log)
+        check_stopped(command, number, log)
         tally.add(command, moment, number)
     finish(train(recipe, run, settings), log)
 
@@ -334,7 +338,7 @@ class Translations(Torture):
             while not output.exists() and tally.kills < self.kills:
                 command, (moment, number) = translate(run, text, output), next(kills)
                 if command.kill_at(moment, number):
-                    check_stopped(command.wait(), number, log)
+                    check_stopped(command, number, log)
                     tally.add(command, moment, number)
             if not output.exists():
                 finish(translate(run, text, output), log)

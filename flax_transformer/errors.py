@@ -8,11 +8,13 @@ traceback.
 import contextlib
 import difflib
 import errno
-import math
+import functools
+import numbers
+import os
 import reprlib
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -33,6 +35,17 @@ class DivergenceError(RuntimeError):
 
 class LostProcessError(RuntimeError):
     """Another process of the same command has ended, or cannot be reached."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Returns whether JAX found no memory. A program is checked to fit, but others may use the device, too."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def explains_itself(error: BaseException) -> bool:
+    """Returns whether a user can cause an error, and its message is enough. Any other is a defect of the program."""
+    known = (InputError, DivergenceError, LostProcessError, MemoryError, OSError, KeyboardInterrupt)
+    return isinstance(error, known) or lacks_memory(error)
 
 
 def shortened(text: str, num_characters: int = 80) -> str:
@@ -81,7 +94,7 @@ ADVICE = {
 def describe_os_error(error: OSError) -> str:
     """Returns the message of an error of the system: the file, what happened, and what to do."""
     what = error.strerror or str(error) or type(error).__name__
-    file = "" if error.filename is None else f"{error.filename}: "
+    file = "" if error.filename is None else f"{shortened(os.fsdecode(error.filename), 300)}: "
     advice = ADVICE.get(error.errno or 0, "Check the path and the disk.")
     return f"{file}{what.rstrip('.')}. {advice}"
 
@@ -126,16 +139,60 @@ def as_texts(name: str, texts: Any) -> list[str]:
 def check_seed(name: str, seed: int) -> None:
     """Raises a `ConfigError` unless `seed` is an unsigned 32-bit number."""
     if not 0 <= seed < 2**32:
-        raise ConfigError(f"{name} must lie between 0 and 4294967295, got {seed}.")
+        raise ConfigError(f"{name} must lie between 0 and 4294967295, got {shown(seed)}.")
 
 
-def check_finite(section: str, config: object) -> None:
-    """Raises a `ConfigError` if a field of a dataclass is infinite, NaN, or an integer beyond 32 bits.
+# The largest number of float32, in which programs compute.
+MOST_FLOAT = 3.4028234663852886e38
 
-    A larger integer is a mistake in every field, and the arithmetic of later checks could not take it.
+
+def check_fields(section: str, config: Any) -> None:
+    """Checks the types of a dataclass's fields, and that its numbers are finite and fit 32 bits.
+
+    A larger integer is a mistake in every field but a seed, and the arithmetic of later steps could not take it.
+
+    Args:
+        section: section of the configuration, for messages; empty for the configuration itself.
+        config: the dataclass. Fields may be plain values, choices, tuples of these, or other dataclasses.
+
+    Raises:
+        ConfigError: a field has a value of another type, or a number that is not finite or too large.
     """
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{section}.{name} must be a finite number, got {value}.")
-        if isinstance(value, int) and abs(value) >= 2**32:
-            raise ConfigError(f"{section}.{name} must lie between -4294967295 and 4294967295, got {shown(value)}.")
+    hints = _field_types(type(config))
+    for field, value in vars(config).items():
+        name = f"{section}.{field}" if section else field
+        check_type(name, value, hints[field])
+        if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
+            raise ConfigError(f"{name} must be a finite number, got {value} (32 bits hold at most 3.4e38).")
+        if isinstance(value, int) and abs(value) >= 2**31 and field != "seed":
+            raise ConfigError(f"{name} must lie between -2147483647 and 2147483647, got {shown(value)}.")
+
+
+_field_types = functools.cache(get_type_hints)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises a `ConfigError` unless a value has a type. NumPy's numbers are numbers, and a list stands for a tuple.
+
+    Args:
+        name: name of the value, for messages.
+        value: the value.
+        hint: a class, a `Literal`, a tuple of one type, or a union of these.
+    """
+    if not _has_type(value, hint):
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        expected = f"one of {', '.join(map(str, choices))}" if choices else getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{name}: expected {expected}, got {shown(value)} ({type(value).__name__}).")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_has_type(each, arguments[0]) for each in value)
+    if arguments:  # a union
+        return any(_has_type(value, each) for each in arguments)
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, hint)

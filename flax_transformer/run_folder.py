@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from flax_transformer.config.reading import read_config, write_config
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.errors import RunFolderError
+from flax_transformer.errors import RunFolderError, shown
 from flax_transformer.locks import take_lock
 from flax_transformer.parallel import processes
 from flax_transformer.small_files import write_atomically
@@ -108,6 +109,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder contains a run or other files, or it cannot be written.
         """
+        self._check_name()
         if self.config_file.exists():
             go_on = f"Go on with it by --run {self.path} --resume, or choose" if option == "--run" else "Choose"
             raise RunFolderError(
@@ -122,6 +124,16 @@ class RunFolder:
                 f"{self.path} cannot be made, since {there} cannot be written. Choose another by {option} FOLDER."
             )
 
+    def _check_name(self) -> None:
+        """Raises a `RunFolderError` unless the path is valid Unicode; TensorStore writes and reads no other."""
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise RunFolderError(
+                f"{shown(str(self.path.absolute()))} cannot be a run folder, since its path is not valid UTF-8. Rename "
+                "the part of it that is not."
+            ) from error
+
     def create(self, config: Config, tokenizers: TokenizerPair) -> None:
         """Makes the folder with its tokenizers and its configuration, in this order.
 
@@ -133,6 +145,22 @@ class RunFolder:
             shutil.rmtree(self.tokenizer, ignore_errors=True)
             tokenizers.save(self.tokenizer)
             self.update_config(config)
+
+    @contextlib.contextmanager
+    def made_whole(self) -> Generator["RunFolder", None, None]:
+        """Yields a run folder with a temporary name, which gets this folder's name at the end of the `with` block.
+
+        Raises:
+            RunFolderError: as `check_unused`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{self.path.name}.partial-", dir=self.path.parent) as partial:
+            made = RunFolder(Path(partial) / "run")
+            yield made
+            self.check_unused("--output")
+            if self.path.is_dir():  # empty, or begun by a training that was killed at once
+                shutil.rmtree(self.path)
+            made.path.rename(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None, None, None]:
@@ -200,6 +228,7 @@ class RunFolder:
             RunFolderError: there is no run at `path`.
         """
         folder = cls(path)
+        folder._check_name()
         if not folder.config_file.is_file():
             raise RunFolderError(
                 f"{path} is not a run folder: it has no config.yaml. Give the folder of a training run."

@@ -8,6 +8,12 @@ from collections.abc import Generator
 from typing import Any
 
 
+def escape_unknown_characters(stream: Any) -> None:
+    """Makes a text stream escape the characters that its encoding lacks, such as letters in the locale "C"."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
 class LossyStream:
     """Text stream that never raises an `OSError`: text that cannot be written is lost.
 
@@ -21,8 +27,7 @@ class LossyStream:
 
     def __init__(self, stream: Any):
         self._stream = stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        escape_unknown_characters(stream)
 
     def write(self, text: str) -> int:
         """Writes text, and returns its length."""

@@ -4,11 +4,13 @@ Nothing needs it. Without a folder that can be written, the cache lasts as long 
 """
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 
@@ -29,6 +31,47 @@ def user_cache(name: str) -> Path:
         folder = _temporary_cache() / name
         folder.mkdir(exist_ok=True)
     return folder
+
+
+# First bytes of an entry that JAX has compressed by Zstandard. Where that library is missing it takes zlib.
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
+# Empty file in the folder of compiled programs. Entries that are older than this file have been checked.
+CHECKED = "checked"
+
+
+def remove_damaged_programs(folder: Path) -> None:
+    """Removes the compiled programs that a kill or a full disk has cut short.
+
+    JAX never replaces an entry of its cache. It would warn of such an entry and compile again, at each start. Only
+    entries that are new since the last call are read.
+    """
+    checked = folder / CHECKED
+    with contextlib.suppress(OSError):  # other processes remove entries, too
+        since = checked.stat().st_mtime if checked.exists() else 0.0
+        checked.touch()  # first, so that the next call reads what other processes write from now on
+        for entry in folder.glob("*-cache"):
+            if entry.stat().st_mtime >= since and not _is_whole(entry.read_bytes()):
+                entry.unlink(missing_ok=True)
+
+
+def _is_whole(program: bytes) -> bool:
+    """Returns whether a compressed program can be unpacked; True if the library for that is missing."""
+    if program.startswith(ZSTANDARD):
+        try:
+            import zstandard
+        except ImportError:
+            return True
+        try:
+            zstandard.ZstdDecompressor().decompress(program)
+        except zstandard.ZstdError:
+            return False
+        return True
+    try:
+        zlib.decompress(program)
+    except zlib.error:
+        return False
+    return True
 
 
 @functools.cache

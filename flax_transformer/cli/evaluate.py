@@ -65,7 +65,8 @@ def main(arguments: list[str], program: str) -> int:
         if processes.is_first():
             text = read_parallel_text(options.source, options.reference, config.text_format)
             if options.output is not None:
-                write = opened.enter_context(output_of_lines(options.output))
+                inputs = options.source, options.reference
+                write = opened.enter_context(output_of_lines(options.output, inputs))
         translator = Translator.load(options.run, checkpoint=options.checkpoint, quantize=options.quantize)
         with processes.calls_of_first(translator.translate) as translate:
             if translate is None or text is None:

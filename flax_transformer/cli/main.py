@@ -16,19 +16,20 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 from flax_transformer.errors import (
-    DivergenceError,
     InputError,
-    LostProcessError,
     describe_os_error,
     did_you_mean,
+    explains_itself,
+    lacks_memory,
+    shortened,
     shown,
 )
-from flax_transformer.standard_streams import lossy_standard_streams
-from flax_transformer.user_cache import writable_cache
+from flax_transformer.standard_streams import escape_unknown_characters, lossy_standard_streams
+from flax_transformer.user_cache import remove_damaged_programs, writable_cache
 
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
@@ -84,6 +85,7 @@ def use_compilation_cache() -> None:
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
         if (folder := writable_cache("compiled")) is not None:
+            remove_damaged_programs(folder)
             jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -133,9 +135,8 @@ def keep_memory() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-@contextlib.contextmanager
-def quiet_orbax() -> Generator[None, None, None]:
-    """Keeps Orbax from printing in a `with` block. It raises the errors that it prints, too.
+def silence_orbax() -> Callable[[], None]:
+    """Keeps Orbax from printing, and returns a function that lets it print again. It raises the errors, too.
 
     It logs normal events as warnings, and an error of a full disk several times. After such an error TensorStore, its
     library, prints a traceback for each array whose writing ends when nobody waits for it.
@@ -147,13 +148,13 @@ def quiet_orbax() -> Generator[None, None, None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = without_late_arrays
-    try:
-        yield
-    finally:
+    def undo() -> None:
         logger.setLevel(level)
         sys.unraisablehook = hook
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_late_arrays
+    return undo
 
 
 def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
@@ -161,8 +162,11 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
 
     Messages that standard error cannot take are lost, and end nothing. An error of one process ends all others.
     """
+    escape_unknown_characters(sys.stdout)
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
-    with quiet_orbax(), lossy_standard_streams(output=False):
+    with contextlib.ExitStack() as stack:
+        stack.callback(silence_orbax())
+        stack.enter_context(lossy_standard_streams(output=False))
         from flax_transformer.cli.process_group import run_in_group
         from flax_transformer.parallel import processes
 
@@ -170,17 +174,18 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
             use_compilation_cache()
             use_every_core()
             return run_in_group(verb, arguments, program)
-        except (InputError, DivergenceError, LostProcessError, MemoryError, OSError, KeyboardInterrupt) as error:
-            if isinstance(error, BrokenPipeError):  # the reader of standard output has ended
-                code, text = 1, ""
-                sys.stderr.close()
-            else:
-                code, text = exit_code(error), describe(error)
-                if debug:
-                    traceback.print_exc()
+        except (Exception, KeyboardInterrupt) as error:
+            if not explains_itself(error):
+                raise
+            code, text = exit_code(error), describe(error)
+            if debug and not isinstance(error, BrokenPipeError):
+                traceback.print_exc()
+            if text:
                 print(text, file=sys.stderr)
+            else:
+                sys.stderr.close()
             if processes.joined():
-                processes.fail(code, text or "the reader of its output has ended")
+                processes.fail(code, text.removeprefix("error: ") or "the reader of its output has ended.")
             return code
 
 
@@ -188,13 +193,17 @@ def exit_code(error: BaseException) -> int:
     """Returns the exit code for an error that a user can cause."""
     if isinstance(error, KeyboardInterrupt):  # a training catches the signal itself and saves its state
         return 130
-    return 2 if isinstance(error, InputError | OSError) else 1
+    return 2 if isinstance(error, InputError | OSError) and not isinstance(error, BrokenPipeError) else 1
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error that a user can cause."""
+    """Returns the message of an error that a user can cause; nothing if the reader of standard output has ended."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return ""
+    if lacks_memory(error):
+        error = MemoryError(shortened(" ".join(str(error).split()), 200).rstrip("."))
     if isinstance(error, OSError):  # such as a file that cannot be read, a folder that cannot be written, a full disk
         return f"error: {describe_os_error(error)}"
     if isinstance(error, MemoryError):
@@ -223,6 +232,7 @@ def set_up_process() -> None:
     """Prepares the process of a command. It comes before slow imports, and before any file is opened."""
     open_standard_streams()
     keep_memory()
+    silence_orbax()  # until the process ends: its threads may print after the verb
 
 
 def command() -> int:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,23 +96,28 @@ class StreamOutput:
 
 
 @contextlib.contextmanager
-def output_of_lines(path: Path) -> Generator[Callable[[list[str]], Any], None, None]:
+def output_of_lines(path: Path, inputs: Sequence[Path]) -> Generator[Callable[[list[str]], Any], None, None]:
     """Opens an output, and gives a function that writes all of its lines.
 
-    A file is replaced at the end of the `with` block. After an error it is as before.
+    A file is replaced at the end of the `with` block. After an error it is as before. A symbolic link stays one.
 
     Args:
         path: a file or a stream.
+        inputs: files that must not be replaced.
 
     Raises:
-        InputError: the path cannot be an output. Nothing has been done then.
+        InputError: the path cannot be an output, or it is an input. Nothing has been done then.
         OSError: the folder cannot be written.
     """
+    for each in inputs:
+        if path.is_file() and each.is_file() and path.samefile(each):
+            raise InputError(f"--output {path} is the file {each} that is read, too. Choose another name.")
     if is_stream(path):
         with StreamOutput(path) as stream:
             yield lambda lines: stream.write(lines, "", False)
         return
-    encode, new = check_file(path), path.with_name(f"{path.name}.unfinished")
+    encode, path = check_file(path), Path(os.path.realpath(path))
+    new = path.with_name(f"{path.name}.unfinished")
     try:
         with writing(path), new.open("wb") as file:
             yield lambda lines: file.write(encode(lines))

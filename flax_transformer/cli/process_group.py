@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 
-from flax_transformer.errors import ConfigError, DivergenceError, InputError, LostProcessError, shortened
+from flax_transformer.errors import ConfigError, LostProcessError, explains_itself, shortened
 from flax_transformer.parallel import processes
 
 FLAGS = ("processes", "process-id", "coordinator", "seconds-to-join")
@@ -56,9 +56,9 @@ def run_in_group(verb: Callable[[list[str], str], int], arguments: list[str], pr
     processes.check_agreement({"command line": " ".join(arguments)} | versions)
     try:
         code = processes.exchange(verb(arguments, program))[0]
-    except (InputError, DivergenceError, MemoryError, OSError):
-        raise
     except Exception as error:  # of any class: the others must hear of it, or they wait for this process for ever
+        if explains_itself(error):
+            raise
         processes.wait_for_failure_of_another()
         what = f"{type(error).__name__}: {shortened(str(error).partition(chr(10))[0], 200)}"
         if any(word in str(error) for word in SIGNS_OF_LOSS):

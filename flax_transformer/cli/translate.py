@@ -163,8 +163,13 @@ def settings_of(options: TranslateOptions, phrases: list[list[str]] | None) -> d
     for run in options.run:  # a training may have changed the run since
         folder = RunFolder.open(run)
         with Checkpoints(folder.checkpoints) as checkpoints:
-            step = checkpoints.choose(options.checkpoint)
-            made_by = (checkpoints.digest(step), folder.tokenizers().fingerprint, folder.read_config().model)
+
+            def chosen(of: Checkpoints = checkpoints) -> tuple[int, str]:
+                step = of.choose(options.checkpoint)
+                return step, of.digest(step)
+
+            step, digest = checkpoints.undisturbed(chosen)
+            made_by = (digest, folder.tokenizers().fingerprint, folder.read_config().model)
         digest = hashlib.sha256(repr(made_by).encode()).hexdigest()
         settings["run"].append([str(run.resolve()), step, digest])
     if phrases is not None:

@@ -20,7 +20,7 @@ from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConf
 from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
-from flax_transformer.errors import ConfigError, check_finite, check_seed, did_you_mean, shown
+from flax_transformer.errors import ConfigError, check_fields, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
@@ -66,7 +66,7 @@ class TrainingConfig:
     keep_best: int = 1
 
     def __post_init__(self):
-        check_finite("training", self)
+        check_fields("training", self)
         for name in ("steps", "log_every_steps", "evaluate_every_steps", "evaluate_sentences",
                      "checkpoint_every_steps", "keep_newest", "keep_best"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -158,7 +158,7 @@ class DecodingConfig:
     batch_size: int = 32
 
     def __post_init__(self):
-        check_finite("decoding", self)
+        check_fields("decoding", self)
         check_seed("decoding.seed", self.seed)
         LengthPenalty.parse(self.length_penalty)
         for name in ("beam_size", "batch_size"):
@@ -229,6 +229,7 @@ class EvaluationConfig:
     bleu_tokenizer: str = "13a"
 
     def __post_init__(self):
+        check_fields("evaluation", self)
         if self.bleu_tokenizer not in BLEU.TOKENIZERS:
             raise ConfigError(
                 f"evaluation.bleu_tokenizer: sacreBLEU {version('sacrebleu')} has no tokenizer "
@@ -276,6 +277,7 @@ class Config:
         return self.data if isinstance(self.data, ParallelTextConfig) else ParallelTextConfig()
 
     def __post_init__(self):
+        check_fields("", self)
         self.subword_sampling.check_algorithm(self.tokenizer.algorithm)
         if self.batching.packing and not self.model.supports_packing:
             raise ConfigError(

@@ -15,7 +15,7 @@ import numpy as np
 from flax_transformer.data.filters import TOO_LONG, FilterConfig, PairMarks, filter_pairs
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.tokenizer import TokenizedText
-from flax_transformer.errors import ConfigError, InputError, check_finite
+from flax_transformer.errors import ConfigError, InputError, check_fields
 from flax_transformer.shapes import Batch
 
 # Default of `batching.row_multiple`. It does not depend on the number of devices, so neither does the plan.
@@ -48,7 +48,7 @@ class BatchingConfig:
     row_multiple: int = ROW_MULTIPLE
 
     def __post_init__(self):
-        check_finite("batching", self)
+        check_fields("batching", self)
         for name in ("tokens_per_batch", "num_buckets", "row_length", "gradient_accumulation_steps", "row_multiple"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batching.{name} must be at least 1, got {getattr(self, name)}.")

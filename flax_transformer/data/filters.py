@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, check_fields
 
 TOO_LONG = "too long"
 
@@ -32,6 +32,7 @@ class FilterConfig:
     drop_duplicates: bool = False
 
     def __post_init__(self):
+        check_fields("filters", self)
         if self.max_length_ratio != 0 and not self.max_length_ratio >= 1:
             raise ConfigError(
                 f"filters.max_length_ratio must be at least 1 (or 0 for no limit), got {self.max_length_ratio}."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from flax_transformer.data.text_files import STANDARD_STREAM, LineReader, text_suffix
-from flax_transformer.errors import ConfigError, InputError, check_finite, shown
+from flax_transformer.errors import ConfigError, InputError, check_fields, shown
 
 
 @runtime_checkable
@@ -112,7 +112,7 @@ class ParallelTextConfig:
     target_key: str = "target"
 
     def __post_init__(self):
-        check_finite("data", self)
+        check_fields("data", self)
         num = len(self.train_source)
         if not num or len(self.train_target) != num or len(self.train_weights) not in (0, num):
             raise ConfigError(

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from flax_transformer.data.parallel_text import Corpus, ParallelText
-from flax_transformer.errors import ConfigError, check_finite, check_seed
+from flax_transformer.errors import ConfigError, check_fields, check_seed
 
 ENGLISH_UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -49,7 +49,7 @@ class NumberWordsConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_finite("data", self)
+        check_fields("data", self)
         check_seed("data.seed", self.seed)
         if min(self.num_train, self.num_validation, self.num_test) < 1 or self.num_validation + self.num_test > 20_000:
             raise ConfigError(

@@ -7,14 +7,13 @@ checksum, which is checked when a cache is opened. A damaged cache is made again
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import rich.progress
 
 from flax_transformer.data.filters import PairMarks
 from flax_transformer.data.parallel_text import TextPart
+from flax_transformer.data.text_files import chunks_of
 from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokenizer
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError
@@ -33,7 +33,7 @@ from flax_transformer.small_files import parse_object, sealed, unsealed, write_a
 # Version of the files in a cache. A new number makes older caches unused.
 FORMAT = 2
 
-# Number of pairs that are tokenised together, on all CPU cores.
+# Most pairs that are tokenised together, on all CPU cores. Long pairs are fewer (see `chunks_of`).
 PAIRS_AT_ONCE = 16_384
 
 # A killed process leaves a partial cache. It is removed when it has not changed for this time.
@@ -157,7 +157,8 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
             for side in starts:
                 write(f"{side}_offsets", np.zeros(1))
             for part in parts:
-                for group in _groups(part.pairs()):
+                pairs = iter(part.pairs())
+                for group in chunks_of(pairs, PAIRS_AT_ONCE, lambda pair: len(pair[0]) + len(pair[1]), _is_there):
                     for number, (side, tokenizer, lines) in enumerate(
                         (
                             ("source", tokenizers.source, [source for source, _ in group]),
@@ -219,9 +220,9 @@ class _Progress:
             print(f"tokenising: {pairs:,} pairs are done", file=sys.stderr, flush=True)
 
 
-def _groups(pairs: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    while group := list(itertools.islice(pairs, PAIRS_AT_ONCE)):
-        yield group
+def _is_there(_deadline: float) -> bool:
+    """Returns that the next pair can be read without waiting. Training text lies in files."""
+    return True
 
 
 def _encode(tokenizer: Tokenizer, lines: list[str], sample: SubwordSample | None) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from flax_transformer.errors import ConfigError, check_finite, shown
+from flax_transformer.errors import ConfigError, check_fields, shown
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TokenizerConfig:
     max_training_pairs: int = 500_000
 
     def __post_init__(self):
-        check_finite("tokenizer", self)
+        check_fields("tokenizer", self)
         if self.max_training_pairs < 1:
             raise ConfigError(f"tokenizer.max_training_pairs must be at least 1, got {self.max_training_pairs}.")
         num_special = len(dataclasses.fields(SpecialIds))
@@ -108,7 +108,7 @@ class SubwordSamplingConfig:
     variants: int = 10
 
     def __post_init__(self):
-        check_finite("subword_sampling", self)
+        check_fields("subword_sampling", self)
         if self.alpha < 0:
             raise ConfigError(f"subword_sampling.alpha must not be negative (0 turns it off), got {self.alpha}.")
         if self.variants < 1:

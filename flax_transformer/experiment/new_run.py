@@ -133,7 +133,9 @@ def initial_params(config: Config, tokenizers: TokenizerPair, layout: StateLayou
         return None
     parent = _parent(config.init_from, config)
     with Checkpoints(parent.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
-        return checkpoints.restore_params(checkpoints.choose("best"), layout.abstract.params)
+        return checkpoints.undisturbed(
+            lambda: checkpoints.restore_params(checkpoints.choose("best"), layout.abstract.params)
+        )
 
 
 def initial_state(config: Config, tokenizers: TokenizerPair, layout: StateLayout, params: Any) -> TrainState:
@@ -148,7 +150,12 @@ def _parent(path: str, config: Config) -> RunFolder:
     Raises:
         RunFolderError: there is no run, or its tokenizer was learnt with other settings.
     """
-    parent = RunFolder.open(path)
+    parent = RunFolder(path)
+    if not parent.config_file.is_file():
+        raise RunFolderError(
+            f"--init-from {path}: there is no run, since that folder has no config.yaml. Give the folder of a training "
+            "run; if it was moved, give its new place."
+        )
     if parent.read_config().tokenizer != config.tokenizer:
         raise RunFolderError(
             f"--init-from {path}: its tokenizer was learnt with other settings than section 'tokenizer' asks for. Its "

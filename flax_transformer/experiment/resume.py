@@ -130,13 +130,19 @@ def _check_same_recipe(folder: RunFolder, config: Config) -> None:
     """Raises a `RunFolderError` unless there is a run in `folder` and it was made by the same recipe."""
     before = RunFolder.open(folder.path).read_config()
     for section in SECTIONS_KEPT:
-        _check_same(folder, section, *(_kept(getattr(each, section)) for each in (before, config)))
+        _check_same(folder, section, *(_kept(section, getattr(each, section)) for each in (before, config)))
     for name in TRAINING_FIELDS_KEPT:
         _check_same(folder, f"training.{name}", getattr(before.training, name), getattr(config.training, name))
 
 
-def _kept(section: Any) -> Any:
-    """Returns what a resumed run must keep of a section. Files may be moved: their content has a fingerprint."""
+def _kept(name: str, section: Any) -> Any:
+    """Returns what a resumed run must keep of a section.
+
+    Text files may be moved, since their content has a fingerprint. So may the run of `init_from`, which is read only
+    before the first checkpoint, and whose tokenizers must be those of this run.
+    """
+    if name == "init_from":
+        return section is not None
     return section.without_places() if isinstance(section, ParallelTextConfig) else section
 
 

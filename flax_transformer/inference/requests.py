@@ -8,7 +8,7 @@ from typing import Any
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.errors import ConfigError, InputError, as_texts, shown
+from flax_transformer.errors import ConfigError, InputError, as_texts, check_type, shown
 from flax_transformer.inference.chunks import Shape, length_bucket
 from flax_transformer.inference.constraints import Constraints, Prefix
 from flax_transformer.inference.translation import NoTranslation
@@ -139,8 +139,9 @@ def check_call(
     """Checks that the settings of a call of `translate` contradict neither each other nor the model.
 
     Raises:
-        ConfigError: a setting contradicts another one or the model.
+        ConfigError: a setting contradicts another one or the model, or has another type.
     """
+    check_type("num_hypotheses", num_hypotheses, int)
     if required and decoding.method != "beam":
         raise ConfigError("required phrases and decoding.method: sampling contradict each other: use beam.")
     beams = num_beams(decoding, num_hypotheses)

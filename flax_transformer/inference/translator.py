@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from flax_transformer.config.recipe import DecodingConfig
+from flax_transformer.config.recipe import DecodingConfig, Method
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.errors import ConfigError, RunFolderError, did_you_mean, shown
+from flax_transformer.errors import ConfigError, RunFolderError, check_type, did_you_mean, shown
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters
 from flax_transformer.inference.prepare import Quantize
@@ -105,8 +105,12 @@ class Translator:
         Raises:
             RunFolderError: not a run folder, or one whose tokenizer or checkpoint is missing or damaged. Or the runs do
                 not form an ensemble.
+            ConfigError: no run at all, or an unknown `checkpoint` or `quantize`.
         """
+        check_type("quantize", quantize, Quantize)
         paths = [run] if isinstance(run, Path | str) else list(run)
+        if not paths:
+            raise ConfigError("a translator needs at least one run folder, got an empty list.")
         folders = [RunFolder.open(path) for path in paths]
         config = folders[0].read_config()
         tokenizers = folders[0].tokenizers()
@@ -124,7 +128,11 @@ class Translator:
                     "the same tokenizers. Train them from one recipe, with other values of training.seed."
                 )
             with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
-                restored.append(checkpoints.restore_params(checkpoints.choose(checkpoint), target))
+
+                def restore(of: Checkpoints = checkpoints) -> Any:
+                    return of.restore_params(of.choose(checkpoint), target)
+
+                restored.append(checkpoints.undisturbed(restore))
         params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
         model = dataclasses.replace(config.model, compute_dtype="bfloat16") if quantize == "bfloat16" else config.model
         made = cls.from_params(model, tokenizers, params, config.decoding, mesh, len(restored), side_by_side=True)
@@ -245,13 +253,15 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
     """Returns a configuration with some fields replaced. A value of None leaves a field as it is.
 
     Raises:
-        ConfigError: an unknown field, or a value out of range.
+        ConfigError: an unknown field, or a value out of range or of another type.
     """
     known = {f.name for f in dataclasses.fields(decoding)}
     for name in changes:
         if name not in known:
             raise ConfigError(f"unknown decoding option {shown(name)}.{did_you_mean(name, known)}")
-    given = {name: value for name, value in changes.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     if "method" in given:  # drops settings of the other method
+        check_type("decoding.method", given["method"], Method)
         decoding = decoding.with_method(given["method"])
     return dataclasses.replace(decoding, **given)

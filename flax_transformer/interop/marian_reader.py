@@ -3,7 +3,6 @@
 All commands take the run folder, and a training can start from it.
 """
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,15 +332,10 @@ def write_run(
         model=model,
         decoding=generation.decoding,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.partial-", dir=output.parent) as partial:
-        made = RunFolder(Path(partial) / "run")
+    with RunFolder(output).made_whole() as made:
         made.create(config, pair)
         with Checkpoints(made.checkpoints, (1, 1), pair.fingerprint) as checkpoints:
             checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))
-        if output.is_dir():  # an empty folder
-            output.rmdir()
-        made.path.rename(output)
 
 
 def table_names(model: TransformerConfig) -> list[str]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from flax_transformer.errors import ConfigError, check_finite
+from flax_transformer.errors import ConfigError, check_fields
 from flax_transformer.models.encoder_decoder import EncoderDecoder
 from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.additive_attention import attend, make_attention
@@ -82,7 +82,7 @@ class RecurrentConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_finite("model", self)
+        check_fields("model", self)
         for name in ("model_dim", "hidden_dim", "num_encoder_layers", "num_decoder_layers", "max_source_length",
                      "max_target_length", "vocab_multiple"):  # fmt: skip
             if getattr(self, name) < 1:

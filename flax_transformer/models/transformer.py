@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from flax_transformer.errors import ConfigError, check_finite
+from flax_transformer.errors import ConfigError, check_fields
 from flax_transformer.models.encoder_decoder import EncoderDecoder
 from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
 from flax_transformer.nn.attention import MultiHeadAttention
@@ -103,7 +103,7 @@ class TransformerConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_finite("model", self)
+        check_fields("model", self)
         if self.norm_epsilon <= 0:
             raise ConfigError(f"model.norm_epsilon must be positive, got {self.norm_epsilon}.")
         for name in ("model_dim", "num_heads", "feed_forward_dim", "num_encoder_layers", "num_decoder_layers",

@@ -10,7 +10,7 @@ import jax
 import optax
 from optax import contrib
 
-from flax_transformer.errors import ConfigError, check_finite, shown
+from flax_transformer.errors import ConfigError, check_fields, shown
 from flax_transformer.models.parameters import ParameterInfo
 
 DECAYS_TO_AN_END = ("linear", "cosine")
@@ -65,7 +65,7 @@ class OptimizerConfig:
     weight_decay_exclude: str = "(bias|scale|table|vector)$"
 
     def __post_init__(self):
-        check_finite("optimizer", self)
+        check_fields("optimizer", self)
         for name in ("epsilon", "learning_rate_scale", "learning_rate"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer.{name} must be positive, got {getattr(self, name)}.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from flax_transformer.errors import ConfigError, check_finite
+from flax_transformer.errors import ConfigError, check_fields
 
 # Highest number of CPU devices that each get a search program of their own.
 MOST_SEARCH_MESHES = 4
@@ -27,7 +27,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
-        check_finite("mesh", self)
+        check_fields("mesh", self)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

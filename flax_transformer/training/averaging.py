@@ -83,7 +83,8 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
             params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
             total = params if total is None else jax.tree.map(np.add, total, params)
     mean = jax.tree.map(lambda a, like: jnp.asarray(a / len(steps), like.dtype), total, abstract_params)
-    made.create(dataclasses.replace(config, run=str(output)), tokenizers)
-    with Checkpoints(made.checkpoints, (1, 1), tokenizers.fingerprint) as checkpoints:
-        checkpoints.save_params(max(steps), mean)
+    with made.made_whole() as partial:
+        partial.create(dataclasses.replace(config, run=str(output)), tokenizers)
+        with Checkpoints(partial.checkpoints, (1, 1), tokenizers.fingerprint) as checkpoints:
+            checkpoints.save_params(max(steps), mean)
     return steps

@@ -14,10 +14,10 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_transformer.data.batching import Position
-from flax_transformer.errors import RunFolderError
+from flax_transformer.errors import RunFolderError, check_type
 from flax_transformer.parallel import processes
 from flax_transformer.parallel.placement import put
 from flax_transformer.small_files import write_atomically
@@ -35,6 +35,7 @@ from flax_transformer.training.retention import KeptSteps
 from flax_transformer.training.state import StateLayout, TrainState
 
 Choice = Literal["best", "last"]
+Result = TypeVar("Result")
 
 # Sub-folders of a folder of checkpoints: of those that are being deleted, and of those that cannot be read.
 REMOVED = "removed"
@@ -361,7 +362,9 @@ class Checkpoints:
 
         Raises:
             RunFolderError: there is no checkpoint.
+            ConfigError: no such choice.
         """
+        check_type("checkpoint", which, Choice)
         newest = self._newest()
         best = self.best_steps()
         return best[0] if which == "best" and best else newest
@@ -370,6 +373,25 @@ class Checkpoints:
         """Returns SHA-256 of the checksums of a checkpoint's parameters."""
         sums = self._meta(step).checksums["params"]
         return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+    def undisturbed(self, read: Callable[[], Result]) -> Result:
+        """Returns the result of a function that chooses and reads checkpoints.
+
+        A training that goes on may remove a checkpoint in the meantime. Then the function is called again.
+
+        Args:
+            read: the function. It raises the errors of the methods that it calls.
+        """
+        while True:
+            steps = self.newest_steps()
+            try:
+                return read()
+            except DamagedCheckpointError:
+                if all((self.folder / str(step)).exists() for step in steps):
+                    raise
+                self._manager.reload()
+                for known in ("saved", "_qualities"):
+                    self.__dict__.pop(known, None)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns only the parameters of a checkpoint, in the shardings of `abstract_params`.

@@ -9,6 +9,12 @@ import jax.numpy as jnp
 from flax_transformer.parallel.placement import fetch
 
 
+@functools.cache
+def _jit_leaf_checksum() -> Any:
+    """Returns the checksum of one array, which is traced once for all arrays of a shape and a type."""
+    return jax.jit(_leaf_checksum)
+
+
 def _leaf_checksum(leaf: jax.Array) -> jax.Array:
     """Returns two uint32 sums over all elements, of a hash of each element's bits and place."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")).astype(jnp.uint32)
@@ -27,7 +33,7 @@ def _leaf_checksum(leaf: jax.Array) -> jax.Array:
 
 @functools.cache
 def _jit_checksums() -> Any:
-    return jax.jit(lambda leaves: [_leaf_checksum(leaf) for leaf in leaves])
+    return jax.jit(lambda leaves: [_jit_leaf_checksum()(leaf) for leaf in leaves])
 
 
 def checksums(tree: Any) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from flax_transformer.errors import RunFolderError
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.small_files import write_atomically
@@ -143,7 +144,15 @@ class RunLog:
         Args:
             kind: kind of the record, "train" or "validation".
             values: figures by their names, among them the step.
+
+        Raises:
+            RunFolderError: the run folder was removed or moved. Checkpoints would go to a new folder in its place.
         """
+        if not self._folder.metrics_file.exists():
+            raise RunFolderError(
+                f"the run folder {self._folder.path} was removed or moved while it was trained, so the training ends. "
+                "If it was moved, go on from its new place by --run FOLDER --resume."
+            )
         numbers = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()

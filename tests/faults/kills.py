@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import warnings
@@ -30,6 +31,9 @@ _processes.set_forkserver_preload([__name__])
 
 VERBS = {"train": train.main, "translate": translate.main}
 SECONDS_TO_END = 600.0
+
+# The phase after the last line of a command. The system then takes a while to free the memory of its process.
+ENDED = "ended"
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,22 @@ class Command:
         self._process.start()
         sender.close()
 
-    def kill_at(self, moment: Moment, signal: int) -> bool:
-        """Sends a signal at a moment, waits for the end, and returns whether the command had reached the moment."""
+    def signal_at(self, moment: Moment, number: int) -> bool:
+        """Sends a signal at a moment, and returns whether the command had reached the moment."""
         while self.phases.begun[moment.phase] < moment.occurrence and self._note_next(SECONDS_TO_END):
             pass
         if self.phases.begun[moment.phase] == moment.occurrence:
             time.sleep(moment.delay)
         while self._note_next(0.0):  # so that `open` has the phases of this moment
             pass
-        phases, reached, pid = dict(self.phases.open), self._process.is_alive(), self._process.pid
+        pid, reached = self._process.pid, self._process.is_alive() and not self.phases.begun[ENDED]
         if reached and pid is not None:
-            os.kill(pid, signal)
+            os.kill(pid, number)
+        return reached
+
+    def kill_at(self, moment: Moment, number: int) -> bool:
+        """Does as `signal_at`, and waits for the end. Then `phases.open` has the phases of the moment."""
+        reached, phases = self.signal_at(moment, number), dict(self.phases.open)
         self.wait()
         self.phases.open = phases
         return reached
@@ -124,7 +133,8 @@ class Command:
 
 
 def _run(sender: Connection, arguments: list[str], output: Path, settings: dict[str, Any]) -> None:
-    """Runs a command in the process that was made for it."""
+    """Runs a command in the process that was made for it. Signals act as usual, also where `nohup` ignores them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -132,7 +142,9 @@ def _run(sender: Connection, arguments: list[str], output: Path, settings: dict[
     for name, value in settings.items():
         jax.config.update(name, value)
     _tell_phases(lambda phase, begins: sender.send((phase, begins, time.monotonic())))
-    sys.exit(cli.run_verb(VERBS[arguments[0]], arguments[1:], f"flax-transformer {arguments[0]}"))
+    code = cli.run_verb(VERBS[arguments[0]], arguments[1:], f"flax-transformer {arguments[0]}")
+    sender.send((ENDED, True, time.monotonic()))
+    sys.exit(code)
 
 
 def _tell_phases(tell: Callable[[str, bool], None]) -> None:

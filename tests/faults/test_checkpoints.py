@@ -15,6 +15,8 @@ import pytest
 
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
+from flax_transformer.run_folder import RunFolder
+from flax_transformer.training.averaging import average_checkpoints
 from flax_transformer.training.checkpoint import DAMAGED, REMOVED, Checkpoints, DamagedCheckpointError
 from flax_transformer.training.state import StateLayout, TrainState
 from tests.faults.damage import cut, empty, files_of, flip_bit, remove, replace
@@ -176,6 +178,28 @@ def test_a_best_checkpoint_that_is_not_known_is_not_replaced_by_another(copy):
         assert checkpoints.choose("best") == 4
 
 
+# --- readers beside a training
+
+
+def test_a_checkpoint_that_a_training_removes_while_it_is_chosen_is_no_damage(copy):
+    """A translation beside a training takes the one that is now the best or the newest."""
+    seen = []
+
+    def read() -> float:
+        seen.append(checkpoints.choose("best"))
+        if len(seen) == 1:
+            with Checkpoints(copy, (1, 1)) as training:
+                save(training, 10, 0.9)
+        return float(checkpoints.restore_params(seen[-1], {"w": SHAPE})["w"][0])
+
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.undisturbed(read) == 10 and seen == [4, 10]
+    with Checkpoints(copy) as checkpoints:
+        flip_bit(copy / "10" / "meta" / "metadata", 99)
+        with pytest.raises(DamagedCheckpointError, match="checkpoints/10 cannot be read"):
+            checkpoints.undisturbed(lambda: checkpoints.restore_params(10, {"w": SHAPE}))
+
+
 # --- damage
 
 
@@ -275,6 +299,22 @@ def test_a_meta_with_other_types_is_damaged(copy, entries):
     changed(copy / "8" / "meta" / "metadata", **entries)
     with Checkpoints(copy) as checkpoints, pytest.raises(DamagedCheckpointError, match="checkpoints/8 cannot be read"):
         _ = checkpoints.saved
+
+
+def test_an_average_that_cannot_be_written_leaves_no_run_behind(run, tmp_path, monkeypatch):
+    """A run folder without a checkpoint once stood in the way of the next try."""
+    before = list(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save_params", full)
+        with pytest.raises(OSError, match="No space left"):
+            average_checkpoints(run, tmp_path / "mean", 2, "newest")
+    assert list(tmp_path.iterdir()) == before
+    assert average_checkpoints(run, tmp_path / "mean", 2, "newest") == [8, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["mean"] and RunFolder.open(tmp_path / "mean").tokenizers()
 
 
 @pytest.mark.slow

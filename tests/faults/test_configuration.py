@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flax_transformer.config.reading import MOST_BYTES, read_config, write_config
-from flax_transformer.config.recipe import Config, TrainingConfig
-from flax_transformer.errors import ConfigError, shown
+from flax_transformer.config.recipe import Config, DecodingConfig, TrainingConfig
+from flax_transformer.errors import ConfigError, describe_os_error, shown
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from tests.faults.damage import cut, empty, remove
@@ -54,7 +54,7 @@ HOSTILE = {
     'run: "a\\0b"': "NUL character",
     'run: "a\\ud800"': "half of a surrogate pair",
     "x" * (MOST_BYTES + 1): "is no configuration: it has more than 262,144 bytes",
-    "model: {model_dim: 4294967291, num_heads: 4}": "must divide model.model_dim .* nearest: 1, 4294967291",
+    "model: {model_dim: 2147483647, num_heads: 4}": "must divide model.model_dim .* nearest: 1, 2147483647",
 }
 
 
@@ -84,10 +84,20 @@ def test_the_configuration_of_a_run_that_is_cut_short_is_no_recipe_of_defaults(t
 
 
 def test_numbers_beyond_32_bits_are_refused_from_python_too():
-    for make in (lambda: TrainingConfig(steps=10**400), lambda: TransformerConfig(model_dim=2**40)):
-        with pytest.raises(ConfigError, match="must lie between -4294967295 and 4294967295, got"):
+    for make in (lambda: TrainingConfig(steps=10**400), lambda: TransformerConfig(vocab_multiple=2**31)):
+        with pytest.raises(ConfigError, match="must lie between -2147483647 and 2147483647, got"):
             make()
     assert Config(training=TrainingConfig(seed=2**32 - 1)).training.seed == 2**32 - 1
+
+
+def test_numbers_beyond_those_of_float32_are_refused():
+    for value in (1e39, -1e308, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="repetition_penalty must be a finite number, got .* at most 3.4e38"):
+            DecodingConfig(repetition_penalty=value)
+
+
+def test_the_names_of_files_in_messages_are_short():
+    assert len(describe_os_error(OSError(36, "File name too long", "x" * 10_000))) < 500
 
 
 def test_values_in_messages_are_short():

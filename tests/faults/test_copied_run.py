@@ -11,12 +11,15 @@ from flax_transformer.cli.train import read_recipe
 from flax_transformer.config.reading import read_config, write_config
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import DataFingerprint, Mixture, TokenizedPairs
-from flax_transformer.data.parallel_text import ParallelText, ParallelTextConfig
+from flax_transformer.data.parallel_text import Corpus, ParallelText, ParallelTextConfig
 from flax_transformer.data.tokenizer import TokenizedText
 from flax_transformer.errors import RunFolderError
+from flax_transformer.experiment.new_run import NewRun
 from flax_transformer.experiment.resume import ResumedRun
 from flax_transformer.run_folder import RunFolder
 from tests.small_run import SMALL, command
+
+NO_CORPUS = Corpus((), ParallelText([], []), ParallelText([], []))
 
 
 def folder_of_run(path: Path, config: Config) -> RunFolder:
@@ -60,6 +63,32 @@ def test_files_may_be_elsewhere_when_a_run_is_resumed_but_are_read_in_the_same_w
     ):
         with pytest.raises(RunFolderError, match="made with other settings in 'data'"):
             ResumedRun(dataclasses.replace(config, data=other), folder)
+
+
+def test_a_path_that_is_not_unicode_is_no_run_folder(tmp_path, monkeypatch):
+    """TensorStore, which writes checkpoints, takes no such path. Its error looked like a damaged checkpoint."""
+    folder = tmp_path / "caf\udce9"
+    for path in (folder, folder / "run"):
+        with pytest.raises(RunFolderError, match=r"caf\\udce9\S* cannot be a run folder, since its path is not"):
+            RunFolder.open(path)
+        with pytest.raises(RunFolderError, match="is not valid UTF-8. Rename the part of it that is not"):
+            RunFolder(path).check_unused()
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(RunFolderError, match="not valid UTF-8"):
+        RunFolder("run").check_unused()
+
+
+def test_the_run_that_another_started_from_may_be_elsewhere(tmp_path):
+    folder = folder_of_run(tmp_path / "run", Config(run=str(tmp_path / "run"), init_from="here"))
+    config = dataclasses.replace(folder.read_config(), init_from="there")
+    ResumedRun(config, folder)
+    with pytest.raises(RunFolderError, match="made with other settings in 'init_from'"):
+        ResumedRun(dataclasses.replace(config, init_from=None), folder)
+    with pytest.raises(RunFolderError, match="--init-from there: there is no run, .* if it was moved, give its new"):
+        NewRun(dataclasses.replace(config, run=str(tmp_path / "new")), RunFolder(tmp_path / "new")).tokenizers(
+            NO_CORPUS
+        )
 
 
 def test_the_fingerprint_of_text_knows_content_and_not_names():

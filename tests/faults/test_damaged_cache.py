@@ -1,19 +1,22 @@
 """Damage to the user's cache: what lies there is made again, and is never taken for right when it is not."""
 
 import json
+import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flax_transformer.data import preparation, token_cache
+from flax_transformer.data import preparation, text_files, token_cache
 from flax_transformer.data.parallel_text import ParallelText
 from flax_transformer.data.preparation import prepare_tokenizers
 from flax_transformer.data.token_cache import DTYPES, TokenizedParts, tokenized_parts
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError
+from flax_transformer.user_cache import CHECKED, remove_damaged_programs
 from tests.faults.damage import cut, empty, files_of, flip_bit, remove, replace, zero
 
 LINES = [f"a{n} b{n % 7} c{n % 5}" for n in range(60)]
@@ -68,6 +71,41 @@ def test_a_disk_that_damages_what_is_written_is_named(tmp_path, tokenizers, monk
     monkeypatch.setattr(token_cache, "_write", write_badly)
     with pytest.raises(InputError, match=r"is damaged, though it has just been made: source_ids .*Check that disk"):
         tokenized_parts((TEXT,), tokenizers, tmp_path)
+
+
+def test_long_lines_are_tokenised_in_groups_of_few_pairs(tmp_path, tokenizers, cache, monkeypatch):
+    """The memory of a group is limited by its characters, too; the tokens are the same."""
+    whole, sizes, encode = contents(tokenized_parts((TEXT,), tokenizers, cache)), [], token_cache._encode
+    monkeypatch.setattr(text_files, "CHARACTERS_AT_ONCE", 100)
+    monkeypatch.setattr(token_cache, "_encode", lambda *rest: sizes.append(len("".join(rest[1]))) or encode(*rest))
+    assert contents(tokenized_parts((TEXT,), tokenizers, tmp_path)) == whole
+    assert len(sizes) > 10 and max(sizes) < 100
+
+
+def test_a_compiled_program_that_was_cut_short_is_removed_at_the_next_start(tmp_path):
+    """JAX would keep it for ever. Those that have been checked are not read again."""
+    damages = {
+        "whole": lambda _: None,
+        "cut": lambda file: cut(file, 0.9),
+        "empty": empty,
+        "zeros": lambda f: zero(f, 0.5),
+    }
+    for name, damage in damages.items():
+        (tmp_path / f"{name}-cache").write_bytes(zlib.compress(bytes(range(256)) * 9))
+        damage(tmp_path / f"{name}-cache")
+    whole = tmp_path / "whole-cache"
+    (tmp_path / "other").write_bytes(b"no program")
+    remove_damaged_programs(tmp_path)
+    left = {CHECKED, "other", whole.name}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    cut(whole, 0.9)
+    os.utime(whole, (0, 0))
+    remove_damaged_programs(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == left
+    whole.touch()
+    remove_damaged_programs(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == left - {whole.name}
+    remove_damaged_programs(tmp_path / "nothing")  # is no error
 
 
 def test_damage_to_cached_tokenizers_is_noticed_and_they_are_learnt_again(tmp_path, monkeypatch, tokenizers):

@@ -49,7 +49,7 @@ def test_a_hostile_configuration(tmp_path_factory, content):
 
 
 @given(st.one_of(damaged(LOG), st.lists(damaged_object(VALIDATION), max_size=3).map(b"\n".join)))
-@examples(200)
+@examples(400)
 def test_a_hostile_log_of_figures(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "metrics.jsonl"
     file.write_bytes(content)

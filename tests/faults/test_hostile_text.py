@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @given(content=TEXT.flatmap(damaged) | TEXT, name=st.sampled_from(["text", "text.gz", "text.XZ"]))
-@examples(150)
+@examples(300)
 def test_hostile_text(folder, content, name):
     """No line is lost."""
     (folder / name).write_bytes(content)
@@ -53,7 +53,7 @@ def test_hostile_text(folder, content, name):
 
 
 @given(content=TEXT.flatmap(damaged) | TEXT, columns=st.tuples(st.integers(1, 3), st.integers(1, 3)))
-@examples(100)
+@examples(260)
 def test_a_hostile_table(folder, content, columns):
     (folder / "text.TSV").write_bytes(content)
     config = ParallelTextConfig(source_column=columns[0], target_column=columns[1])

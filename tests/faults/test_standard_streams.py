@@ -1,5 +1,6 @@
 """Standard streams: a program that talks through pipes, streams that are closed, errors and their tracebacks."""
 
+import io
 import os
 import subprocess
 import sys
@@ -68,6 +69,18 @@ def test_the_command_survives_without_standard_streams(tmp_path):
     assert subprocess.run(["sh", "-c", program], env=_environment(), cwd=tmp_path).returncode == 2
 
 
+def test_threads_of_orbax_print_nothing_after_the_verb(tmp_path):
+    """As they did when a process had too few file handles: pages of tracebacks followed the one sentence."""
+    code = (
+        "from flax_transformer.cli import main as cli; cli.set_up_process(); import logging; "
+        "cli.run_verb(lambda *_: 2, [], ''); logging.getLogger('absl').error('late'); import types, sys; "
+        "sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError('Event loop is closed')))"
+    )
+    environment = _environment() | {"GLIBC_TUNABLES": "", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent.parent)}
 
@@ -79,6 +92,11 @@ def _environment() -> dict[str, str]:
         (OSError(28, "No space left on device", "out"), 2, "out: No space left on device. Make room on that disk"),
         (PermissionError(13, "Permission denied", "in"), 2, "in: Permission denied. Change its permissions, or"),
         (OSError("strange"), 2, "strange. Check the path and the disk."),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes."),
+            1,
+            "there is not enough memory: RESOURCE_",
+        ),
         (MemoryError(), 1, "there is not enough memory. Use a smaller model, batch or text."),
     ],
 )
@@ -93,6 +111,23 @@ def test_an_error_is_one_paragraph_and_debug_shows_its_traceback(capsys, error, 
     assert cli.run_verb(fails, ["--debug", "--option"], "flax-transformer") == code
     err = capsys.readouterr().err
     assert err.startswith("Traceback (most recent call last)") and f"\nerror: {message}" in err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    def fails(*_) -> int:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.run_verb(fails, [], "flax-transformer")
+
+
+def test_letters_that_standard_output_cannot_encode_are_escaped(monkeypatch):
+    """Such as those of a help text in the locale "C"."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert command("translate", "--help") == 0
+    stream.flush()
+    assert b"\\u2581the" in stream.buffer.getvalue()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is one of Linux")

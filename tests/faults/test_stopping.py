@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from flax_transformer.data.batching import Position
+from flax_transformer.errors import RunFolderError
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.training.checkpoint import Checkpoints
@@ -106,6 +108,20 @@ def test_a_stream_loses_only_what_it_cannot_take(monkeypatch):
     with lossy_standard_streams():
         print("schön", flush=True)
     assert stream.buffer.getvalue() == b"sch\\xf6n\n"
+
+
+@pytest.mark.parametrize("lost", [shutil.rmtree, lambda path: path.rename(path.with_name("moved"))])
+def test_a_training_ends_when_its_folder_is_removed_or_moved(tmp_path, lost):
+    """Else its checkpoints would go to a folder without a configuration, or to another than its log."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with pytest.raises(RunFolderError, match="run was removed or moved while it was trained.* --run FOLDER --resume"):
+        with RunLog(folder) as log:
+            log.record("train", {"step": 2, "loss": 1.5})
+            lost(folder.path)
+            folder.checkpoints.mkdir(parents=True)  # as Orbax does
+            log.record("train", {"step": 4, "loss": 1.5})
+    assert [path.name for path in folder.path.iterdir()] == ["checkpoints"]
 
 
 # --- an evaluation that is owed

@@ -96,11 +96,35 @@ def test_an_output_is_compressed_as_its_name_says(tmp_path, suffix, content):
         assert output.progress.lines == 2
         output.write(["three"], "", False)
     assert content(path.read_bytes()).decode() == "one\nzw\u00f6lf\nthree\n"
-    with output_of_lines(path) as write:
+    with output_of_lines(path, ()) as write:
         write(["four"])
     assert content(path.read_bytes()) == b"four\n" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(InputError, match="Zstandard files cannot be written"):
         PartialOutput(tmp_path / "out.zst", {}, False)
+
+
+def test_no_output_replaces_an_input(run, tmp_path, capsys):
+    """Under no name of the file: `evaluate` once wrote its translations over the references."""
+    source, reference, link, hard = (tmp_path / name for name in ("source", "reference", "link", "hard"))
+    for path in (source, reference):
+        path.write_text("one\n")
+    link.symlink_to(reference)
+    hard.hardlink_to(source)
+    for output in (source, reference, link, hard, tmp_path / "." / "source"):
+        files = ["--source", str(source), "--reference", str(reference), "--output", str(output)]
+        assert command("evaluate", "--run", str(run), *files) == 2
+        assert f"error: --output {output} is the file " in capsys.readouterr().err
+    assert source.read_text() == reference.read_text() == "one\n" and len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_output_behind_a_symbolic_link_is_written_there(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, file = tmp_path / "link", tmp_path / "there" / "file"
+    link.symlink_to(file)
+    for line in ("one", "two"):
+        with output_of_lines(link, ()) as write:
+            write([line])
+        assert link.is_symlink() and file.read_text() == f"{line}\n"
 
 
 def test_a_pipe_is_read_and_written(tmp_path, capfdbinary):
@@ -119,7 +143,7 @@ def test_a_pipe_is_read_and_written(tmp_path, capfdbinary):
     reader.join()
     assert found == [b"one\n"]
     for path in (Path("/dev/null"), Path("-"), Path("/dev/stdout")):
-        with output_of_lines(path) as write:
+        with output_of_lines(path, ()) as write:
             write(["two"])
     assert capfdbinary.readouterr().out == b"two\ntwo\n"
     text = ParallelFiles(pipe, tmp_path / "text", ParallelTextConfig())

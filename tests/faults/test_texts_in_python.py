@@ -1,15 +1,24 @@
-"""Texts as programs in Python have them: any iterable is taken, and an item that is no text is named."""
+"""Texts and settings as programs in Python have them: any iterable is taken, and what has another type is named."""
 
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
 import numpy as np
 import pytest
 
+from flax_transformer.config.recipe import Config, TrainingConfig
+from flax_transformer.data.filters import FilterConfig
+from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.errors import ConfigError, as_texts
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.inference.requests import Request
 from flax_transformer.inference.scorer import NoScore, PairScore, Scorer
 from flax_transformer.inference.translation import Translation
-from flax_transformer.inference.translator import Translator
+from flax_transformer.inference.translator import Translator, changed
+from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.optim.optimizer import OptimizerConfig
 
 
 class Series:
@@ -37,6 +46,14 @@ KINDS = [
     lambda texts: (text for text in texts),
     lambda texts: dict.fromkeys(texts),
 ]
+
+
+@pytest.fixture
+def unchecked():
+    """Types are not checked as in the other tests, but as for a user."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +117,63 @@ def test_a_text_of_a_million_characters_is_cut_before_it_is_tokenised(translator
 def test_a_beam_beyond_what_can_be_numbered_is_refused(translator):
     with pytest.raises(ConfigError, match=r"decoding.beam_size .* must be at most 30,000, got 99,999,999"):
         translator.translate(["one"], beam_size=99_999_999)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"beam_size": "4"}, r"decoding.beam_size: expected int, got '4' \(str\)"),
+        ({"beam_size": 4.5}, "decoding.beam_size: expected int, got 4.5"),
+        ({"beam_size": True}, "decoding.beam_size: expected int, got True"),
+        ({"beam_size": np.arange(3)}, "decoding.beam_size: expected int, got array"),
+        ({"length_penalty": 0.6}, "decoding.length_penalty: expected str, got 0.6"),
+        ({"stop": ["exact"]}, r"decoding.stop: expected one of exact, heuristic, first_finished, got \('exact'"),
+        ({"method": 5}, "decoding.method: expected one of beam, sampling, got 5"),
+        ({"method": ["beam"]}, "decoding.method: expected one of beam, sampling, got"),
+        ({"suppress_tokens": "the"}, "decoding.suppress_tokens: expected tuple, got 'the'"),
+        ({"suppress_sequences": ("a", 5)}, "decoding.suppress_sequences: expected tuple, got"),
+        ({"force_eos": "yes"}, "decoding.force_eos: expected bool, got 'yes'"),
+        ({"max_length_factor": "2"}, "decoding.max_length_factor: expected float, got '2'"),
+        ({"num_hypotheses": "2"}, "num_hypotheses: expected int, got '2'"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_named(translator, unchecked, options, message):
+    with pytest.raises(ConfigError, match=message):
+        translator.translate(["one"], **options)
+
+
+def test_options_may_be_numbers_of_numpy_and_lists(translator, unchecked):
+    plain = translator.translate(["one"], beam_size=1, max_length_factor=1.0, suppress_tokens=("e",))
+    others = {"beam_size": np.int64(1), "max_length_factor": np.float32(1), "suppress_tokens": ["e"]}
+    assert translator.translate(["one"], **others) == plain
+    assert changed(translator.decoding, others) == changed(translator.decoding, {**others, "suppress_tokens": ("e",)})
+
+
+@pytest.mark.parametrize(
+    "section, values, message",
+    [
+        (TransformerConfig, {"model_dim": "512"}, "model.model_dim: expected int, got '512'"),
+        (TrainingConfig, {"steps": 1e5}, "training.steps: expected int, got 100000.0"),
+        (TrainingConfig, {"best_metric": "BLEU"}, "training.best_metric: expected one of bleu, chrf, loss, got"),
+        (OptimizerConfig, {"warmup_steps": None}, "optimizer.warmup_steps: expected int, got None"),
+        (FilterConfig, {"max_length_ratio": "3"}, "filters.max_length_ratio: expected float, got '3'"),
+        (ParallelTextConfig, {"train_source": "train.en"}, "data.train_source: expected tuple, got 'train.en'"),
+        (Config, {"run": Path("run")}, "run: expected str, got PosixPath"),
+        (Config, {"model": {"model_dim": 8}}, "model: expected .*TransformerConfig.*, got {'model_dim': 8}"),
+    ],
+)
+def test_a_field_of_another_type_is_named(unchecked, section, values, message):
+    with pytest.raises(ConfigError, match=message):
+        section(**values)
+
+
+def test_a_choice_that_does_not_exist_is_explained(run, unchecked):
+    wrong: list[dict[str, Any]] = [{"checkpoint": "newest"}, {"quantize": "int4"}, {"quantize": None}]
+    for options in wrong:
+        with pytest.raises(
+            ConfigError, match="(checkpoint: expected one of best, last|quantize: expected one of none)"
+        ):
+            Translator.load(run, **options)
+    with pytest.raises(ConfigError, match="a translator needs at least one run folder"):
+        Translator.load([])

@@ -26,7 +26,7 @@ def plain_candidates(live: np.ndarray, log_probs: np.ndarray, excluded: list[int
     return list(zip(beams.tolist(), tokens.tolist(), strict=True))[: scores.size - len(excluded) * len(live)]
 
 
-@pytest.mark.parametrize("beams", [1, 2, 3, 7])
+@pytest.mark.parametrize("beams", [1, 3, 7])
 @pytest.mark.parametrize("excluded", [(), (0, 3)])
 def test_all_candidates_that_count_are_found_if_the_model_finds_excluded_tokens_the_most_probable(beams, excluded):
     """Those that may finish are among the first K; those that live on are the first K without an end token."""
