@@ -3,6 +3,9 @@
     pip install -e ".[plan]"
     python benchmarks/compile_described.py [--topology v5e:4x4] [--data 4] [--fsdp 2] [--tensor 2]
     python benchmarks/compile_described.py --topology h100_sxm:8 --data 4 --fsdp 1 --tensor 2
+
+With `--sharded` only a search is compiled, with parameters that are split over the mesh:
+
     python benchmarks/compile_described.py --topology h100_sxm:8 --data 1 --fsdp 1 --tensor 8 --sharded
 
 By default the model has the paper's base size, in bfloat16. Nothing is run: there are no times here, and no numbers to
