@@ -25,9 +25,10 @@ from flax_transformer.inference.prepare import (
     prepared_shardings,
     quantized_params,
 )
+from flax_transformer.parallel import processes
 from flax_transformer.parallel.memory import available_bytes, stored_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.parallel.placement import fetch, placed, replicated
+from flax_transformer.parallel.placement import fetch, placed, replicated, spans_processes
 from flax_transformer.parallel.sharding_rules import parameter_shardings
 
 Value = TypeVar("Value")
@@ -147,12 +148,19 @@ def must_be_sharded(params: Any, mesh: Mesh, num_models: int = 1, reserved_bytes
         mesh: the devices.
         num_models: number of models that each have such parameters.
         reserved_bytes: bytes on each device that other arrays take.
+
+    If the mesh spans processes, all of them must call this function, and the first one decides.
     """
     if mesh.shape["data"] == mesh.size:
         return False
     num_bytes = num_models * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    available = available_bytes(mesh)
-    return available is not None and 2 * num_bytes > COPIES_SHARE * (available - reserved_bytes)
+
+    def is_too_large() -> bool:
+        available = available_bytes(mesh)
+        return available is not None and 2 * num_bytes > COPIES_SHARE * (available - reserved_bytes)
+
+    # Hosts may differ in memory, and all must do the same.
+    return processes.from_first(is_too_large) if spans_processes(mesh) else is_too_large()
 
 
 def mesh_that_shards(abstract_params: Any, devices: list[jax.Device]) -> Mesh:
