@@ -4,11 +4,16 @@
     python benchmarks/compile_described.py [--topology v5e:4x4] [--data 4] [--fsdp 2] [--tensor 2]
     python benchmarks/compile_described.py --topology h100_sxm:8 --data 4 --fsdp 1 --tensor 2
 
-The model is the paper's base size in bfloat16. Nothing is run: there are no times here, and no numbers to compare with
-any other machine.
+With `--sharded` only a search is compiled, with parameters that are split over the mesh:
+
+    python benchmarks/compile_described.py --topology h100_sxm:8 --data 1 --fsdp 1 --tensor 8 --sharded
+
+By default the model has the paper's base size, in bfloat16. Nothing is run: there are no times here, and no numbers to
+compare with any other machine.
 
 Exit code 1 means a wrong program. The search must not communicate between devices, and the train step must. No program
-copies whole arrays to every device, or has a form that only a CPU is given. A device draws only its own random bits.
+copies whole arrays to every device, or has a form that only a CPU is given. A device draws only its own random bits. In
+a search with sharded parameters a device has only its share of them.
 Exit code 2 means wrong usage, or a program that does not fit a device.
 """
 
@@ -19,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import tyro
 
 from flax_transformer.config.recipe import Config, DecodingConfig
@@ -28,7 +34,7 @@ from flax_transformer.errors import InputError
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
-from flax_transformer.parallel.memory import available_bytes, needed_bytes
+from flax_transformer.parallel.memory import available_bytes, needed_bytes, stored_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.parallel.topology import (
     COLLECTIVES,
@@ -54,6 +60,9 @@ class Options:
         tensor: size of the mesh axis over which heads, feed-forward units and the vocabulary are split.
         rows: sentence pairs of a training batch, and sentences of a decoding batch.
         length: tokens of a source and of a target; the search may write half as many again.
+        model_dim: width of the model; heads have 64 channels, and the feed-forward network is four times as wide.
+        layers: number of layers of the encoder, and of the decoder.
+        sharded: whether only a search is compiled, with parameters that are split over fsdp and tensor.
     """
 
     topology: str = "v5e:4x4"
@@ -62,39 +71,76 @@ class Options:
     tensor: int = 2
     rows: int = 256
     length: int = 64
+    model_dim: int = 512
+    layers: int = 6
+    sharded: bool = False
 
 
-def compile_programs(options: Options) -> tuple[Program, Program]:
-    """Returns the train step and the search.
+def recipe_programs(options: Options) -> RecipePrograms:
+    """Returns the programs of the model, before they are traced.
 
     Raises:
-        InputError: sizes that do not fit the topology or one another, or a program that does not fit a device.
+        InputError: sizes that do not fit the topology.
     """
     mesh = make_mesh(MeshConfig(options.data, options.fsdp, options.tensor), described_devices(options.topology))
-    output_length = options.length * 3 // 2
     model = TransformerConfig(
-        model_dim=512,
-        num_heads=8,
-        feed_forward_dim=2048,
-        num_encoder_layers=6,
-        num_decoder_layers=6,
+        model_dim=options.model_dim,
+        num_heads=options.model_dim // 64,
+        feed_forward_dim=4 * options.model_dim,
+        num_encoder_layers=options.layers,
+        num_decoder_layers=options.layers,
         max_source_length=options.length,
-        max_target_length=output_length,
+        max_target_length=output_length(options),
         dropout=0.1,
         attention_dropout=0.1,
         activation_dropout=0.1,
         compute_dtype="bfloat16",
     )
     config = Config(model=model, decoding=DecodingConfig(beam_size=4, batch_size=options.rows))
-    programs = RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
     available = available_bytes(mesh)
     said = "nobody knows how many" if available is None else f"{available:,}"
     print(f"{options.topology}, {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}; bytes of a device: {said}")
+    return RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
+
+
+def output_length(options: Options) -> int:
+    """Returns the maximum length of an output."""
+    return options.length * 3 // 2
+
+
+def faults_of_both(options: Options, programs: RecipePrograms) -> list[str]:
+    """Compiles the train step and the search, and returns what is wrong with them."""
     train = programs.train_step(BatchShape(options.rows, options.length, options.length))
     report(train)
-    search = programs.search(options.length, output_length)
+    search = programs.search(options.length, output_length(options))
     report(search)
-    return train, search
+    return faults(options, train, search)
+
+
+def faults_of_sharded_search(options: Options, programs: RecipePrograms) -> list[str]:
+    """Compiles the search with sharded parameters, and returns what is wrong with it, in sentences."""
+    params = jax.tree.leaves(programs.prepared(sharded=True).params)
+    num_bytes, share = sum(leaf.size * leaf.dtype.itemsize for leaf in params), stored_bytes(params)
+    print(f"parameters: {sum(leaf.size for leaf in params):,}, in {num_bytes:,} bytes; a device has {share:,}")
+    search = programs.search(options.length, output_length(options), sharded=True)
+    report(search)
+    wrong = faults_of_form(search)
+    shards = options.fsdp * options.tensor
+    if share > 1.05 * num_bytes / shards:  # biases and norms are whole on every device
+        wrong.append(f"a device has {share:,} bytes of parameters, not 1 / {shards} of {num_bytes:,}.")
+    if shards > 1 and not collectives(search.instructions):
+        wrong.append("the search has no collective: the shardings were lost.")
+    return wrong
+
+
+def faults_of_form(program: Program) -> list[str]:
+    """Returns the faults that no program may have, in sentences."""
+    wrong = []
+    if program.rematerializations:
+        wrong.append(f"the {program.name} copies {program.rematerializations} arrays whole to every device.")
+    if program.num_conditionals:  # only a CPU reads a cache in blocks, each behind a branch
+        wrong.append(f"the {program.name} has {program.num_conditionals} branches, as for a CPU.")
+    return wrong
 
 
 def report(program: Program) -> None:
@@ -131,11 +177,7 @@ def faults(options: Options, train: Program, search: Program) -> list[str]:
         wrong.append(f"the search has collectives, {dict(talk)}: devices wait for one another.")
     if num_devices > 1 and not collectives(train.instructions):
         wrong.append("the train step has no collective: the shardings were lost.")
-    for program in (train, search):
-        if program.rematerializations:
-            wrong.append(f"the {program.name} copies {program.rematerializations} arrays whole to every device.")
-        if program.num_conditionals:  # only a CPU reads a cache in blocks, each behind a branch
-            wrong.append(f"the {program.name} has {program.num_conditionals} branches, as for a CPU.")
+    wrong += faults_of_form(train) + faults_of_form(search)
     # Only a CPU leaves out the blocks of the loss that hold padding alone.
     if train.num_dynamic_loops:
         wrong.append(f"the train step has {train.num_dynamic_loops} loops of unknown length, as for a CPU.")
@@ -157,11 +199,12 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as log_folder:
         set_up_compilers(Path(log_folder))
         try:
-            train, search = compile_programs(options)
+            programs = recipe_programs(options)
+            check = faults_of_sharded_search if options.sharded else faults_of_both
+            wrong = check(options, programs)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    wrong = faults(options, train, search)
     for sentence in wrong:
         print(f"WRONG: {sentence}")
     print(f"{time.monotonic() - started:.0f} s")

@@ -13,7 +13,7 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
-from flax_transformer.parallel.memory import needed_bytes
+from flax_transformer.parallel.memory import needed_bytes, stored_bytes
 from flax_transformer.training.loop import CompiledSteps, compile_steps
 from flax_transformer.training.state import StateLayout, describe_parameters, make_layout
 from flax_transformer.training.step import Objective, jit_train_step
@@ -90,7 +90,14 @@ def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
     step = jit_train_step(
         layout, schedule, objective, config.training.seed, mesh, config.batching.gradient_accumulation_steps
     )
-    translator = Translator.from_params(config.model, text.tokenizers, layout.abstract.params, config.decoding, mesh)
+    translator = Translator.from_params(
+        config.model,
+        text.tokenizers,
+        layout.abstract.params,
+        config.decoding,
+        mesh,
+        reserved_bytes=stored_bytes(layout.abstract),
+    )
     validation = Validation(config, text, translator, layout)
     cost = ModelFlops.of(parameter_info, objective.num_passes)
     flops = FlopFigures(cost, peak_flops(mesh, config.model.compute_dtype))

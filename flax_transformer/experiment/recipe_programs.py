@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.stages import Traced
 
 from flax_transformer.config.recipe import Config
@@ -17,15 +17,17 @@ from flax_transformer.data.batching import BatchShape
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference
+from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference, prepared_shardings
 from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.requests import num_awaited
-from flax_transformer.inference.search_program import SearchConfig, SearchInputs, search
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, traced_search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, batch_sharding, check_rows, replicated_sharding
+from flax_transformer.parallel.placement import placed
+from flax_transformer.parallel.sharding_rules import parameter_shardings
 from flax_transformer.parallel.topology import Program
 from flax_transformer.shapes import Batch
 from flax_transformer.training.state import abstract_model, describe_parameters, make_layout
@@ -76,53 +78,63 @@ class RecipePrograms:
         """
         return self._compiled("train step", self.traced_train_step(shape), "Lower batching.tokens_per_batch.")
 
-    def prepared(self) -> InferenceParams:
-        """Returns the graph definition, and the shapes of the parameters, in the form that a search reads."""
+    def prepared(self, sharded: bool = False) -> InferenceParams:
+        """Returns the graph definition, and the shapes of the parameters, in the form that a search reads.
+
+        Args:
+            sharded: whether the parameters are split over the mesh. Otherwise every device has a copy.
+        """
         graphdef, params = abstract_model(self.config.model, self.vocabulary)
 
         def prepare(params: Any) -> InferenceParams:
-            return prepare_for_inference(graphdef, 1, params)
+            return prepare_for_inference(graphdef, 1, params, sharded=sharded)
 
         with jax.sharding.use_abstract_mesh(self._abstract_mesh):
-            return jax.eval_shape(prepare, nnx.to_pure_dict(params))
+            prepared = jax.eval_shape(prepare, nnx.to_pure_dict(params))
+        if sharded:
+            parameter_shardings(params, self.mesh)  # raises
+            return placed(prepared, prepared_shardings(prepared, self.mesh))
+        return placed(prepared, jax.tree.map(lambda _: replicated_sharding(self.mesh), prepared))
 
-    def traced_search(self, source_length: int, max_length: int) -> Traced:
+    def traced_search(self, source_length: int, max_length: int, sharded: bool = False) -> Traced:
         """Returns the beam search of sentences of one length, before it is compiled.
 
         Args:
             source_length: number of tokens of each sentence, end token included.
             max_length: maximum number of tokens of an output, end token included.
+            sharded: whether the parameters are split over the mesh, and its devices search together.
 
         Raises:
-            ConfigError: the mesh does not divide the rows.
+            ConfigError: the mesh does not divide the rows, or sharded parameters.
         """
         decoding, mesh = self.config.decoding, self.mesh
         check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
+        slots = decoding.batch_size if sharded else decoding.batch_size // mesh.size
         beam = BeamSearchConfig(
             decoding.beam_size,
-            decoding.batch_size // mesh.size,
+            slots,
             max_length,
             self.vocabulary.start_token,
             SPECIAL.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
             num_awaited(decoding, 1),
-            refill_at=ProgramOptions().refill_at(decoding.batch_size // mesh.size),
+            refill_at=ProgramOptions().refill_at(slots),
             excluded=tuple(sorted(SPECIAL.never_in_outputs)),
         )
-        sharding = replicated_sharding(mesh)  # a copy on every device
-        graphdef, params = self.prepared()
-        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), params)
-        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length)
-        return search.trace(graphdef, SearchConfig(beam), mesh, params, inputs)
+        rows = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
+        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length, rows)
+        graphdef, params = self.prepared(sharded)
+        return traced_search(graphdef, SearchConfig(beam), mesh, params, inputs, sharded)
 
-    def search(self, source_length: int, max_length: int) -> Program:
+    def search(self, source_length: int, max_length: int, sharded: bool = False) -> Program:
         """Returns the beam search of sentences of one length, compiled. The arguments are those of `traced_search`.
 
         Raises:
-            ConfigError: the mesh does not divide the rows, or a device has too little memory.
+            ConfigError: the mesh does not divide the rows or sharded parameters, or a device has too little memory.
         """
-        return self._compiled("search", self.traced_search(source_length, max_length), "Lower decoding.batch_size.")
+        traced = self.traced_search(source_length, max_length, sharded)
+        return self._compiled("search", traced, "Lower decoding.batch_size.")
 
     @property
     def _abstract_mesh(self) -> AbstractMesh:
@@ -133,11 +145,11 @@ class RecipePrograms:
         assert isinstance(mesh, Mesh), "of an abstract mesh programs are traced only: it has no devices to compile for"
         return Program.of(name, lambda: compile_checked(traced.lower(), mesh, f"the {name}", advice))
 
-    def _inputs(self, num_sentences: int, source_length: int) -> SearchInputs:
+    def _inputs(self, num_sentences: int, source_length: int, sharding: NamedSharding) -> SearchInputs:
         """Returns the shapes of a plain search's inputs: no prefix, no required phrase, no suppressed token."""
 
         def rows(*shape: int, num: int = num_sentences) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((num, *shape), "int32", sharding=all_devices_sharding(self.mesh))
+            return jax.ShapeDtypeStruct((num, *shape), "int32", sharding=sharding)
 
         return SearchInputs(
             tokens=rows(source_length),

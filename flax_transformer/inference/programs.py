@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,11 +15,11 @@ from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request
-from flax_transformer.inference.search_program import SearchConfig, SearchInputs, search
+from flax_transformer.inference.search_program import SearchConfig, SearchInputs, traced_search
 from flax_transformer.inference.shares import Found, exchange_results, own_share
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
-from flax_transformer.parallel.placement import spans_processes
+from flax_transformer.parallel.placement import put, spans_processes
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Programs:
     def spec(self, shape: Shape) -> SearchConfig:
         """Returns the static settings of a search for requests of one shape."""
         constraints, decoding = self.constraints, self.constraints.decoding
-        slots, special = self.batch_size // self.parameters.search_meshes[0].size, constraints.target.special
+        slots, special = self.batch_size // self.parameters.num_loops, constraints.target.special
         return SearchConfig(
             BeamSearchConfig(
                 self.num_beams,
@@ -120,7 +119,7 @@ class Programs:
         seeds = np.zeros(rows, np.int32)
         prefixes = np.full((rows, shape.prefix), ANY, np.int32)
         required = np.full((rows, shape.phrases, shape.phrase), ANY, np.int32)
-        for row, request in zip(places(len(requests), rows, mesh.size), requests, strict=True):
+        for row, request in zip(places(len(requests), rows, self.parameters.num_loops), requests, strict=True):
             tokens[row, : len(request.source)] = request.source
             segments[row, : len(request.source)] = 1
             max_lengths[row] = request.max_length
@@ -129,16 +128,17 @@ class Programs:
             prefixes[row, : len(request.prefix)] = request.prefix
             for number, phrase in enumerate(request.phrases):
                 required[row, number, : len(phrase)] = phrase
-        sharded = all_devices_sharding(mesh)
+        everywhere = replicated_sharding(mesh)
+        split = everywhere if self.parameters.sharded else all_devices_sharding(mesh)
         return SearchInputs(
-            tokens=jax.device_put(tokens, sharded),
-            segments=jax.device_put(segments, sharded),
-            max_lengths=jax.device_put(max_lengths, sharded),
-            min_lengths=jax.device_put(min_lengths if decoding.min_length else min_lengths[:0], sharded),
-            prefixes=jax.device_put(prefixes, sharded),
-            required=jax.device_put(required, sharded),
-            seeds=jax.device_put(seeds, sharded),
-            suppressed=jax.device_put(self._suppressed(), replicated_sharding(mesh)),
+            tokens=put(tokens, split),
+            segments=put(segments, split),
+            max_lengths=put(max_lengths, split),
+            min_lengths=put(min_lengths if decoding.min_length else min_lengths[:0], split),
+            prefixes=put(prefixes, split),
+            required=put(required, split),
+            seeds=put(seeds, split),
+            suppressed=put(self._suppressed(), everywhere),
         )
 
     def _suppressed(self) -> np.ndarray:
@@ -166,15 +166,17 @@ class Programs:
             ConfigError: the search needs more memory than a device has.
         """
         parameters, beam = self.parameters, spec.beam
+        num_rows = rounded_up(self.constraints.decoding.batch_size, parameters.mesh)
+        mesh, sharded = parameters.search_meshes[number], parameters.sharded
         graphdef, params = parameters.prepared()[number]
         arguments = params, inputs
         key = number, spec, shapes_of(arguments)
         if key not in parameters.programs:
             parameters.programs[key] = compile_checked(
-                search.lower(graphdef, spec, parameters.search_meshes[number], *arguments),
+                traced_search(graphdef, spec, mesh, *arguments, sharded=sharded).lower(),
                 parameters.mesh,
-                f"a search of {beam.num_slots * parameters.mesh.size} sentences at a time, with {beam.beam_size} "
-                f"hypotheses of at most {beam.max_length} tokens for each,",
+                f"a search of {num_rows} sentences at a time, with {beam.beam_size} hypotheses of at most "
+                f"{beam.max_length} tokens for each,",
                 "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_size, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
                 reserved_bytes=reserved_bytes + parameters.num_bytes,
@@ -214,9 +216,10 @@ class Programs:
     def search(self, requests: Mapping[int, Request]) -> Iterator[Found]:
         """Yields the results of each request as soon as they are available.
 
-        If the mesh spans processes, each process searches its share, and results come when all are there.
+        If the mesh spans processes, each process searches its share, and results come when all are there. With sharded
+        parameters all processes search all requests together.
         """
-        if spans_processes(self.parameters.mesh):
+        if spans_processes(self.parameters.mesh) and not self.parameters.sharded:
             return exchange_results(self._search(own_share(requests)))
         return self._search(requests)
 
@@ -226,7 +229,7 @@ class Programs:
 
         meshes = self.parameters.search_meshes
         for chunk, hypotheses in run_on_workers(self.chunks(requests), len(meshes), launch):
-            rows = places(len(chunk.members), self.num_sentences, meshes[0].size)
+            rows = places(len(chunk.members), self.num_sentences, self.parameters.num_loops)
             for row, index in zip(rows, chunk.members, strict=True):
                 yield Found(index, hypotheses, row)
 
@@ -236,6 +239,6 @@ def rounded_up(num_rows: int, mesh: Mesh) -> int:
     return -(-num_rows // mesh.size) * mesh.size
 
 
-def places(num_sentences: int, rows: int, devices: int) -> list[int]:
-    """Returns the row of each sentence. Devices get sentences in turn, so the padding of each device is at its end."""
-    return [(n % devices) * (rows // devices) + n // devices for n in range(num_sentences)]
+def places(num_sentences: int, rows: int, loops: int) -> list[int]:
+    """Returns the row of each sentence. Loops get sentences in turn, so the padding of each loop is at its end."""
+    return [(n % loops) * (rows // loops) + n // loops for n in range(num_sentences)]

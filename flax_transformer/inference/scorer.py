@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,9 @@ from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.inference.requests import encode_each, is_cut
 from flax_transformer.inference.search_program import ALL_AXES
 from flax_transformer.inference.translator import Translator
-from flax_transformer.parallel.mesh import all_devices_sharding
+from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 from flax_transformer.parallel.placement import fetch, put
+from flax_transformer.parallel.sharding_rules import stationary_weights
 from flax_transformer.shapes import Batch
 
 
@@ -82,22 +83,28 @@ def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
         raise diverged[0].error from diverged[0].reason
 
 
-def _token_log_probs_on_device(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
+def _token_log_probs_of(
+    graphdef: Any, num_models: int, params: Any, batch: Batch, axis: Literal[0, 1] = 0
+) -> Float[Array, "B T"]:
     """Returns the log-probability of each target token under teacher forcing.
 
-    An ensemble averages its models' probabilities, as in a search. Their parameters are stacked.
+    An ensemble averages its models' probabilities, as in a search. Their parameters are stacked. Logits are computed
+    for one entry of `axis` of [B, T] at a time, since [B, T, V] is large.
     """
 
     def of_model(params: Any) -> Float[Array, "B T"]:
         model = nnx.merge(graphdef, params)
         projection = model.output_projection()
 
-        def of_row(row: tuple[Float[Array, "T D"], Int[Array, "T"]]) -> Float[Array, "T"]:
-            hidden, tokens = row
-            logits = projection.logits(hidden[None])[0]  # one row at a time, since [B, T, V] is large
+        def of_entry(entry: tuple[Float[Array, "_ D"], Int[Array, "_"]]) -> Float[Array, "_"]:
+            hidden, tokens = entry
+            logits = projection.logits(hidden[None])[0]
             return jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
 
-        return jax.lax.map(of_row, (model(batch), batch.target_tokens))
+        entries = model(batch), batch.target_tokens
+        if axis == 0:
+            return jax.lax.map(of_entry, entries)
+        return jax.lax.map(of_entry, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), entries)).T
 
     if num_models == 1:
         return of_model(params)
@@ -106,8 +113,15 @@ def _token_log_probs_on_device(graphdef: Any, num_models: int, params: Any, batc
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _token_log_probs(graphdef: Any, num_models: int, mesh: Mesh, params: Any, batch: Batch) -> Float[Array, "B T"]:
-    rows, function = jax.P(ALL_AXES), functools.partial(_token_log_probs_on_device, graphdef, num_models)
+    rows, function = jax.P(ALL_AXES), functools.partial(_token_log_probs_of, graphdef, num_models)
     return jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)(params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sharded_token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
+    """Returns the same with parameters that are split over the mesh in context. Rows are split over "data"."""
+    with stationary_weights():  # a row belongs to one part of the mesh, and a position to all
+        return _token_log_probs_of(graphdef, num_models, params, batch, axis=1)
 
 
 class Scorer:
@@ -229,10 +243,12 @@ class Scorer:
         tokenizers, room = translator.tokenizers, translator.model.max_source_length - 1
         closed = [targets[i] + [tokenizers.target.special.end] * end for i in chunk]
         batch = self._batch([sources[i][:room] + [tokenizers.source.special.end] for i in chunk], closed, shape)
-        parameters = translator.parameters
-        found = fetch(
-            _token_log_probs(parameters.graphdef, parameters.num_models, translator.mesh, translator.params, batch)
-        )
+        model = translator.parameters.graphdef, translator.parameters.num_models
+        if translator.parameters.sharded:
+            with jax.set_mesh(translator.mesh):
+                found = fetch(_sharded_token_log_probs(*model, translator.params, batch))
+        else:
+            found = fetch(_token_log_probs(*model, translator.mesh, translator.params, batch))
         return [found[row, : len(target)] for row, target in enumerate(closed)]
 
     def _result(
@@ -256,5 +272,6 @@ class Scorer:
             positions = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape))
             return [tokens, positions, segments]
 
-        sharding = all_devices_sharding(self.translator.mesh)
+        mesh, sharded = self.translator.mesh, self.translator.parameters.sharded
+        sharding = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
         return Batch(*(put(a, sharding) for a in (*side(sources, shape[0]), *side(targets, shape[1]))))

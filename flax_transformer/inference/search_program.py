@@ -1,4 +1,7 @@
-"""The search of a model as one XLA program on each device. It encodes sentences and searches their outputs.
+"""The search of a model as an XLA program. It encodes sentences and searches their outputs.
+
+The program has two forms. If every device has all parameters, each one runs its own loop (`search`). If the parameters
+are split over the devices, all devices run one loop together (`sharded_search`).
 
 Legend: N sentences, B slots, S source length, K beams, T maximum length, P prefix length, V vocabulary, E models.
 """
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
+from jax.stages import Traced
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_transformer.decoding import logits_processors
@@ -23,6 +27,7 @@ from flax_transformer.decoding.lexical_constraints import LexicalConstraints
 from flax_transformer.decoding.logits_processors import LogitsProcessor
 from flax_transformer.decoding.sampling import SamplingConfig, sample
 from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, reorder_beams
+from flax_transformer.parallel.sharding_rules import stationary_weights
 from flax_transformer.shapes import array_tree, static_field
 
 ALL_AXES = ("data", "fsdp", "tensor")
@@ -262,8 +267,8 @@ def decoder_functions(
     return DecoderFunctions(step, reorder, refill), empty
 
 
-def search_on_device(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Returns the outputs of the sentences of one device, with the parameters of `prepare_for_inference`.
+def search_in_loop(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+    """Returns the outputs of the sentences of one loop, with the parameters of `prepare_for_inference`.
 
     Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
     """
@@ -295,9 +300,31 @@ def search(
     rows = jax.P(ALL_AXES)
     split = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())
     return jax.shard_map(
-        functools.partial(search_on_device, graphdef, spec),
+        functools.partial(search_in_loop, graphdef, spec),
         mesh=mesh,
         in_specs=(jax.P(), split),
         out_specs=rows,
         check_vma=False,
     )(params, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def sharded_search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+    """Searches on all devices of the mesh in context together, in one loop with `spec.beam.num_slots` slots.
+
+    The parameters have the shardings of `prepared_shardings`, and the compiler partitions the program. Slots are split
+    over the axis "data". Every device gets all results.
+    """
+    with stationary_weights():
+        found = search_in_loop(graphdef, spec, params, inputs)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, jax.P()), found)
+
+
+def traced_search(
+    graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Any, inputs: SearchInputs, sharded: bool
+) -> Traced:
+    """Returns `sharded_search` or `search`, traced for a mesh. The arguments may be shapes with shardings."""
+    if not sharded:
+        return search.trace(graphdef, spec, mesh, params, inputs)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
+        return sharded_search.trace(graphdef, spec, params, inputs)

@@ -16,7 +16,7 @@ from flax_transformer.config.recipe import DecodingConfig, Method
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError, check_type, did_you_mean, shown
 from flax_transformer.inference.constraints import Constraints
-from flax_transformer.inference.parameters import Parameters
+from flax_transformer.inference.parameters import Parameters, mesh_that_shards, must_be_sharded, stacked_shardings
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
 from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
@@ -24,7 +24,8 @@ from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding, search_meshes
-from flax_transformer.parallel.placement import local_mesh, replicated
+from flax_transformer.parallel.placement import local_mesh, placed, replicated
+from flax_transformer.parallel.sharding_rules import parameter_shardings
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 from flax_transformer.training.state import abstract_model
@@ -62,6 +63,8 @@ class Translator:
         mesh: Mesh,
         num_models: int = 1,
         side_by_side: bool = False,
+        sharded: bool | None = None,
+        reserved_bytes: int = 0,
     ) -> "Translator":
         """Returns the translator of parameters.
 
@@ -74,9 +77,21 @@ class Translator:
                 share of the sentences.
             num_models: number of an ensemble's models; 1 for a single model.
             side_by_side: whether each CPU device searches by itself (see `search_meshes`). Compilation then takes
-                longer, and long texts run faster.
+                longer, and long texts run faster. Sharded parameters exclude it.
+            sharded: whether the parameters are split over the axes "fsdp" and "tensor" of the mesh, and all devices
+                search together. None does so if they are too large for a copy on every device.
+            reserved_bytes: bytes on each device that other arrays take.
+
+        Raises:
+            ConfigError: the parameters are split, and an axis does not divide a dimension.
         """
-        graphdef, _ = abstract_model(model, vocabulary_info(tokenizers))
+        graphdef, abstract_params = abstract_model(model, vocabulary_info(tokenizers))
+        if sharded is None:
+            sharded = must_be_sharded(params, mesh, reserved_bytes=reserved_bytes)
+        if sharded:
+            shardings = stacked_shardings(parameter_shardings(abstract_params, mesh), num_models)
+            parameters = Parameters(graphdef, num_models, placed(params, shardings), mesh, (mesh,), sharded=True)
+            return cls(model, tokenizers, decoding, parameters)
         local = local_mesh(mesh)
         meshes = tuple(search_meshes(local)) if side_by_side else (local,)
         parameters = Parameters(graphdef, num_models, replicated(params, mesh), mesh, meshes)
@@ -89,6 +104,7 @@ class Translator:
         mesh: Mesh | None = None,
         checkpoint: Choice = "best",
         quantize: Quantize = "none",
+        sharded: bool | None = None,
     ) -> "Translator":
         """Returns the translator of a run folder, or of several as an ensemble.
 
@@ -97,15 +113,17 @@ class Translator:
 
         Args:
             run: a run folder, or several.
-            mesh: devices; None uses all.
+            mesh: devices; None uses all. If the parameters are split, None chooses the mesh that splits them most.
             checkpoint: "best" is the best one on validation text, "last" the newest.
             quantize: "int8" makes weights 8-bit integers. It is faster on a CPU with instructions for them. "bfloat16"
                 computes in bfloat16. It is faster on an accelerator, and on a CPU with matrix instructions (AMX).
+            sharded: see `from_params`. No device ever has all of the parameters that are split.
 
         Raises:
             RunFolderError: not a run folder, or one whose tokenizer or checkpoint is missing or damaged. Or the runs do
                 not form an ensemble.
-            ConfigError: no run at all, or an unknown `checkpoint` or `quantize`.
+            ConfigError: no run at all, or an unknown `checkpoint` or `quantize`. Or the parameters are split, and an axis
+                of `mesh` does not divide a dimension.
         """
         check_type("quantize", quantize, Quantize)
         paths = [run] if isinstance(run, Path | str) else list(run)
@@ -114,12 +132,19 @@ class Translator:
         folders = [RunFolder.open(path) for path in paths]
         config = folders[0].read_config()
         tokenizers = folders[0].tokenizers()
-        mesh = make_mesh(MeshConfig()) if mesh is None else mesh
         _, abstract_params = abstract_model(config.model, vocabulary_info(tokenizers))
-        sharding = replicated_sharding(mesh)
-        target = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), nnx.to_pure_dict(abstract_params)
-        )
+        shapes = nnx.to_pure_dict(abstract_params)
+        if mesh is None:
+            mesh = mesh_that_shards(abstract_params, jax.devices())
+            sharded = must_be_sharded(shapes, mesh, len(folders)) if sharded is None else sharded
+            mesh = mesh if sharded else make_mesh(MeshConfig())
+        elif sharded is None:
+            sharded = must_be_sharded(shapes, mesh, len(folders))
+        if sharded:
+            shardings = parameter_shardings(abstract_params, mesh)
+        else:
+            shardings = jax.tree.map(lambda _: replicated_sharding(mesh), shapes)
+        target = placed(shapes, shardings)
         restored = []
         for folder in folders:
             if folder.read_config().model != config.model or folder.tokenizers().fingerprint != tokenizers.fingerprint:
@@ -133,16 +158,23 @@ class Translator:
                     return of.restore_params(of.choose(checkpoint), target)
 
                 restored.append(checkpoints.undisturbed(restore))
-        params = restored[0] if len(restored) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored)
+        params = restored[0]
+        if len(restored) > 1:
+            stack = jax.jit(
+                lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
+                out_shardings=stacked_shardings(shardings, len(restored)),
+            )
+            params = stack(restored)
         model = dataclasses.replace(config.model, compute_dtype="bfloat16") if quantize == "bfloat16" else config.model
-        made = cls.from_params(model, tokenizers, params, config.decoding, mesh, len(restored), side_by_side=True)
+        made = cls.from_params(
+            model, tokenizers, params, config.decoding, mesh, len(restored), side_by_side=True, sharded=sharded
+        )
         return made.quantized() if quantize == "int8" else made
 
     def with_params(self, params: Any) -> "Translator":
         """Returns a translator with other parameters of the same shapes. It shares the compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
-        params = replicated(params, self.mesh)
-        return dataclasses.replace(self, parameters=dataclasses.replace(self.parameters, params=params))
+        return dataclasses.replace(self, parameters=self.parameters.with_params(params))
 
     def quantized(self) -> "Translator":
         """Returns a translator whose weights are 8-bit integers; itself if they are already."""
@@ -157,7 +189,7 @@ class Translator:
 
     @property
     def params(self) -> Any:
-        """The parameters, with a copy on every device. Those of an ensemble's models are stacked."""
+        """The parameters, with a copy on every device or split over them. Those of an ensemble's models are stacked."""
         return self.parameters.params
 
     @property

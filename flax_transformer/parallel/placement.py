@@ -37,6 +37,17 @@ def _part(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
     return array[index]
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """Returns arrays, or their shapes, in the shardings of a tree of the same structure."""
+
+    def place(leaf: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return put(leaf, sharding) if isinstance(leaf, np.ndarray) else jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, tree, shardings)
+
+
 def replicated(tree: Any, mesh: Mesh) -> Any:
     """Returns arrays, or their shapes, with a copy on every device of a mesh.
 

@@ -4,7 +4,10 @@ Layers name their axes "embed", "heads" and so on. Only this table knows the axe
 `flax.nnx.Param` with the metadata `logical_axes`. A stack of layers has a leading axis "layers", which is added here.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +37,27 @@ MESH_AXES_OF: dict[str, str | tuple[str, ...] | None] = {
     "recurrent": None,
 }
 
+# A step of a search has few rows. So rows move to the parameters, and no parameter is gathered.
+STATIONARY_WEIGHTS = MESH_AXES_OF | {"batch": "data", "activation_embed": "fsdp"}
+
+_table: contextvars.ContextVar[Mapping[str, str | tuple[str, ...] | None]] = contextvars.ContextVar(
+    "table", default=MESH_AXES_OF
+)
+
+
+@contextlib.contextmanager
+def stationary_weights() -> Generator[None, None, None]:
+    """Shards activations by the table `STATIONARY_WEIGHTS` inside a `with` block, while a program is traced.
+
+    References:
+        Pope et al. 2022, "Efficiently Scaling Transformer Inference", section 3.2.2.
+    """
+    token = _table.set(STATIONARY_WEIGHTS)
+    try:
+        yield
+    finally:
+        _table.reset(token)
+
 
 def partition_spec(logical_axes: tuple[str | None, ...]) -> jax.P:
     """Returns the mesh axes for a tuple of logical axis names. An axis with the name `None` is not sharded.
@@ -41,7 +65,8 @@ def partition_spec(logical_axes: tuple[str | None, ...]) -> jax.P:
     Raises:
         KeyError: a name is not in the table, which is a defect of a layer.
     """
-    return P(*(None if name is None else MESH_AXES_OF[name] for name in logical_axes))
+    table = _table.get()
+    return P(*(None if name is None else table[name] for name in logical_axes))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -54,7 +79,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 def num_shards(logical_axis: str) -> int:
     """Returns the number of shards that `constrain` splits an axis of this name into; 1 where it does nothing."""
-    axes = MESH_AXES_OF[logical_axis]
+    axes = _table.get()[logical_axis]
     if axes is None or not _partitioned():
         return 1
     sizes = jax.sharding.get_abstract_mesh().shape
