@@ -122,8 +122,8 @@ class Translator:
         Raises:
             RunFolderError: not a run folder, or one whose tokenizer or checkpoint is missing or damaged. Or the runs do
                 not form an ensemble.
-            ConfigError: no run at all, or an unknown `checkpoint` or `quantize`. Or the parameters are split, and an axis
-                of `mesh` does not divide a dimension.
+            ConfigError: no run at all, or an unknown `checkpoint` or `quantize`. Or the parameters are split, and an
+                axis of `mesh` does not divide a dimension.
         """
         check_type("quantize", quantize, Quantize)
         paths = [run] if isinstance(run, Path | str) else list(run)
