@@ -152,6 +152,10 @@ def test_calls_of_libraries_have_a_formula():
     heads = ["bf16[2,64,8,32]{3,2,1,0}", "bf16[2,48,8,32]{3,2,1,0}"]
     assert library_flops("__cudnn$fmhaSoftmax", heads, "bf16[2,64,8,32]") == 2 * 2 * (2 * 8 * 64 * 48 * 32)
     assert library_flops("__cudnn$fmhaSoftmaxBackward", heads, "bf16[2,64,8,32]") == 5 * 2 * (2 * 8 * 64 * 48 * 32)
+    joint, own = ["bf16[2,64,3,8,32]", "bf16[3,8,32]"], ["bf16[2,64,1,8,32]", "bf16[2,48,2,8,32]", "bf16[1,8,32]"]
+    triton = "__gpu$xla.gpu.triton jit(f)/short_attention"
+    assert library_flops(triton, joint, "bf16[2,64,8,32]") == 2 * 2 * (2 * 8 * 64 * 64 * 32)
+    assert library_flops(f"{triton}_backward", own, "bf16[2,64,8,32]") == 5 * 2 * (2 * 8 * 64 * 48 * 32)
     assert library_flops("Sharding", heads, "bf16[2]") == 0.0
 
 

@@ -58,11 +58,16 @@ class Speed:
     latency: float = 2e-6
 
 
-# NVIDIA H100 SXM and H200 data sheets (dense products); Google Cloud's pages of TPU v5e.
+# By the name in a topology: NVIDIA's data sheets (dense products), and Google Cloud's pages of each TPU generation.
 SPEEDS = {
+    "a100_sxm_80": Speed(2.039e12, 312e12, 19.5e12),
     "h100_sxm": Speed(3.35e12, 989e12, 67e12),
     "h200": Speed(4.8e12, 989e12, 67e12),
+    "b200": Speed(8.0e12, 2250e12, 80e12),
+    "v4": Speed(1.228e12, 275e12, 69e12),
     "v5e": Speed(0.819e12, 197e12, 49e12),
+    "v5p": Speed(2.765e12, 459e12, 115e12),
+    "v6e": Speed(1.64e12, 918e12, 230e12),
 }
 
 
@@ -249,21 +254,30 @@ def convolution_flops(computation: Computation, line: Line) -> float:
 
 
 def library_flops(target: str, operands: list[str], result: str) -> float:
-    """Returns the operations of a call into a library.
+    """Returns the operations of a call into a library, or of a kernel of this project.
 
     cuBLAS: left, right and result have b m k, b k n and b m n elements. So b m n k is the square root of their product
     divided by b.
 
-    cuDNN: attention makes two products of b N matrices [T, H] x [H, S] forward, and five backward.
+    cuDNN, and `short_attention`: attention makes two products of b N matrices [T, H] x [H, S] forward, and five
+    backward.
+
+    Args:
+        target: names of the call.
+        operands: types of its operands, in order.
+        result: type of its result.
     """
-    if "cublas" not in target and "fmha" not in target:
-        return 0.0
-    left, right = first_shape(operands[0]), first_shape(operands[1])
+    shapes = [first_shape(operand) for operand in operands]
     if "cublas" in target:
-        sizes = math.prod(left) * math.prod(right) * math.prod(first_shape(result))
-        return 2.0 * math.sqrt(sizes / math.prod(left[:-2]))
-    # [B, T, N, H] and [B, S, M, H]: B N T H * S
-    return 2.0 * (5 if "Backward" in target else 2) * math.prod(left) * right[1]
+        sizes = math.prod(shapes[0]) * math.prod(shapes[1]) * math.prod(first_shape(result))
+        return 2.0 * math.sqrt(sizes / math.prod(shapes[0][:-2]))
+    backward = "backward" in target.lower()
+    if "fmha" in target:  # [B, T, N, H] and [B, S, M, H]
+        return 2.0 * (5 if backward else 2) * math.prod(shapes[0]) * shapes[1][1]
+    if "short_attention" in target:  # [B, T, 3, N, H], or [B, T, 1, N, H] and [B, S, 2, N, H]
+        keys = shapes[1] if len(shapes[1]) == 5 else shapes[0]
+        return 2.0 * (5 if backward else 2) * math.prod(shapes[0]) / shapes[0][2] * keys[1]
+    return 0.0
 
 
 def sort_passes(length: int) -> int:
@@ -370,7 +384,7 @@ class _Reader:
             target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
             name = target[1] if target else ""
             moved = sum(num_bytes(text) for text in (line.result, *operands) if not text.startswith("s8["))
-            flops = library_flops(name, operands, line.result)
+            flops = library_flops(f"{name} {line.label}", operands, line.result)
         elif _is_in_place(line):
             moved = 2 * _updates(computation.lines, line)
         elif line.opcode in ("copy-start", "slice-start", "all-gather-start", "collective-permute-start"):
