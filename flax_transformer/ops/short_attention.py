@@ -190,9 +190,10 @@ class _Arguments(NamedTuple):
         )
 
 
-def _run(settings: Settings, kernel: Any, grid: tuple[int, int], **options: Any) -> Any:
+def _run(settings: Settings, kernel: Any, grid: tuple[int, int], lengths: tuple[int, int], **options: Any) -> Any:
     """Returns the function of arrays that runs a kernel for each sentence and head."""
-    parameters = None if settings.interpret else triton.CompilerParams(num_warps=4, num_stages=1)
+    num_warps = 4 if max(lengths) <= LONGEST // 2 else 8  # a thread holds a share of the tile in registers
+    parameters = None if settings.interpret else triton.CompilerParams(num_warps=num_warps, num_stages=1)
     return pl.pallas_call(kernel, grid=grid, compiler_params=parameters, interpret=settings.interpret, **options)
 
 
@@ -212,6 +213,7 @@ def _attention(settings: Settings, arguments: _Arguments) -> jax.Array:
         settings,
         functools.partial(_forward_kernel, settings, lengths),
         grid,
+        lengths,
         in_specs=jax.tree.leaves(arguments.specs()),
         out_specs=spec,
         out_shape=made,
@@ -235,6 +237,7 @@ def _backward(settings, arguments, cotangent):
         settings,
         functools.partial(_backward_kernel, settings, lengths, len(read)),
         grid,
+        lengths,
         in_specs=[*jax.tree.leaves(specs), spec],
         out_specs=[*specs.projections, *of_sums],
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments.projections), *sums],
