@@ -17,6 +17,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from flax_transformer.parallel.topology import COLLECTIVES
+
 BYTES = {
     "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -28,10 +30,6 @@ FREE = {
     "opt-barrier", "add-dependency", "copy-done", "async-done", "async-update", "slice-done", "all-reduce-done",
     "all-gather-done", "collective-permute-done", "send-done", "recv-done", "domain",
 }  # fmt: skip
-COLLECTIVES = (
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
-    "ragged-all-to-all",
-)  # fmt: skip
 # Instructions without arithmetic of their own.
 MOVES = {
     "bitcast", "reshape", "transpose", "broadcast", "slice", "concatenate", "pad", "copy", "parameter", "constant",
