@@ -16,7 +16,7 @@ from flax_transformer.nn.feed_forward import FeedForward
 from flax_transformer.nn.linear import Linear
 from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
 from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
-from flax_transformer.ops.dropout import dropout, random_bytes
+from flax_transformer.ops.dropout import dropout, random_bytes, relu_dropout
 from flax_transformer.ops.vocabulary import OutputProjection, fold_bias_into_kernel
 from tests.platforms import PLATFORMS, tracing_for
 
@@ -200,6 +200,22 @@ def test_dropout_keeps_the_share_and_the_mean_that_it_states():
     # A million Bernoulli draws: standard error 0.0005; 5 of them are exceeded once in two million runs.
     assert kept == pytest.approx(threshold / 256, abs=0.0025)
     np.testing.assert_allclose(y[y != 0], 256 / threshold, rtol=1e-6)
+
+
+@PLATFORMS
+@pytest.mark.parametrize("key", [None, 0])
+def test_dropout_after_a_rectifier_equals_both_in_turn(key, platform):
+    key = None if key is None else jax.random.key(key)
+    x, cotangent = normal(0, 40, 30), normal(1, 40, 30)
+
+    def value_and_gradient(form):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(form(x) * cotangent)))(x)
+
+    with tracing_for(platform):
+        ours = value_and_gradient(lambda x: relu_dropout(x, 0.3, key))
+    one_by_one = value_and_gradient(lambda x: dropout(jax.nn.relu(x), 0.3, key))
+    np.testing.assert_allclose(ours[0], one_by_one[0], rtol=1e-5)
+    np.testing.assert_allclose(ours[1], one_by_one[1], rtol=1e-6)
 
 
 def test_dropout_is_off_without_a_key_or_a_rate():

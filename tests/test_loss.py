@@ -20,13 +20,23 @@ from flax_transformer.ops.cross_entropy import (
 from flax_transformer.ops.vocabulary import OutputProjection
 
 
+def blockings(elements: int) -> list[Blocking]:
+    """Blocks of so many float32 logits, in the form for a CPU and in that for an accelerator."""
+    return [Blocking(4 * elements, for_cpu, narrow=False) for for_cpu in (True, False)]
+
+
+WHOLE = blockings(1 << 21)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def loss_sums(elements: int | None, hidden, projection, targets, mask, smoothing, divergence_weight=0.0) -> LossSums:
-    """The sums, in blocks of so many logits that skip padding; None is the reference."""
-    if elements is None:
+def loss_sums(
+    blocking: Blocking | None, hidden, projection, targets, mask, smoothing, divergence_weight=0.0
+) -> LossSums:
+    """The sums, in blocks; None is the reference."""
+    if blocking is None:
         return reference_cross_entropy(hidden, projection, targets, mask, smoothing, divergence_weight)
     terms = LossTerms(projection.num_real_rows, smoothing, divergence_weight)
-    return fused_cross_entropy(hidden, projection, targets, mask, terms, Blocking(elements, True))
+    return fused_cross_entropy(hidden, projection, targets, mask, terms, blocking)
 
 
 def float64(x) -> np.ndarray:
@@ -56,22 +66,22 @@ def by_definition(hidden, kernel, bias, targets, mask, real, smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("elements", [None, 1 << 21, 2 * 2 * 16, 1])
-def test_sums_equal_their_definition(smoothing, with_bias, elements):
+@pytest.mark.parametrize("blocking", [None, *WHOLE, *blockings(2 * 2 * 16), *blockings(1)])
+def test_sums_equal_their_definition(smoothing, with_bias, blocking):
     hidden, kernel, bias, targets, mask = example(with_bias=with_bias)
-    sums = loss_sums(elements, hidden, OutputProjection(kernel, bias, 11), targets, mask, smoothing)
+    sums = loss_sums(blocking, hidden, OutputProjection(kernel, bias, 11), targets, mask, smoothing)
     expected = by_definition(hidden, kernel, bias, targets, mask, 11, smoothing)
     np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("elements", [None, 1 << 21, 2 * 3 * 16])
-def test_gradients_equal_those_of_the_plain_form(elements):
+@pytest.mark.parametrize("blocking", [None, *WHOLE, *blockings(2 * 3 * 16)])
+def test_gradients_equal_those_of_the_plain_form(blocking):
     hidden, kernel, bias, targets, mask = example()
 
     def fused(arguments):
         h, k, b = arguments
         return (
-            3.0 * loss_sums(elements, h, OutputProjection(k, b, 11), targets, mask, 0.1).loss
+            3.0 * loss_sums(blocking, h, OutputProjection(k, b, 11), targets, mask, 0.1).loss
         )  # 3: the scale must carry
 
     def plain(arguments):
@@ -100,8 +110,8 @@ def plain_r_drop(hidden, kernel, bias, targets, mask, real, smoothing, weight):
     return loss + weight * jnp.sum(jnp.where(mask[::2], (forward + backward) / 2, 0.0))
 
 
-@pytest.mark.parametrize("elements", [None, 1 << 21, 2 * 5 * 16, 1])
-def test_two_passes_are_drawn_together_as_r_drop_writes_it(elements):
+@pytest.mark.parametrize("blocking", [None, *WHOLE, *blockings(2 * 5 * 16), *blockings(1)])
+def test_two_passes_are_drawn_together_as_r_drop_writes_it(blocking):
     """Chunks of an odd number of tokens, too, in which a pair would be cut in two."""
     rng = np.random.default_rng(3)
     _, kernel, bias, targets, mask = example()
@@ -109,7 +119,7 @@ def test_two_passes_are_drawn_together_as_r_drop_writes_it(elements):
     targets, mask = jnp.repeat(targets, 2, axis=0), jnp.repeat(mask, 2, axis=0)
 
     def fused(h, k, b):
-        return loss_sums(elements, h, OutputProjection(k, b, 11), targets, mask, 0.1, 2.5).loss
+        return loss_sums(blocking, h, OutputProjection(k, b, 11), targets, mask, 0.1, 2.5).loss
 
     def plain(h, k, b):
         return plain_r_drop(h, k, b, targets, mask, 11, 0.1, 2.5)
@@ -123,22 +133,46 @@ def test_two_passes_are_drawn_together_as_r_drop_writes_it(elements):
     assert not gradient[1][11:].any() and not gradient[2][11:].any()
     # The other sums are those of the same rows without the divergence.
     chex.assert_trees_all_close(
-        loss_sums(elements, hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1, 2.5)[1:],
-        loss_sums(elements, hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1)[1:],
+        loss_sums(blocking, hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1, 2.5)[1:],
+        loss_sums(blocking, hidden, OutputProjection(kernel, bias, 11), targets, mask, 0.1)[1:],
         rtol=1e-5,
     )
 
 
-@pytest.mark.parametrize("elements", [None, 1 << 21])
-def test_two_passes_that_agree_diverge_by_nothing(elements):
+@pytest.mark.parametrize("blocking", [None, *WHOLE])
+def test_two_passes_that_agree_diverge_by_nothing(blocking):
     hidden, kernel, bias, targets, mask = example()
     hidden, targets, mask = (jnp.repeat(x, 2, axis=0) for x in (hidden, targets, mask))
     projection = OutputProjection(kernel, bias, 11)
     chex.assert_trees_all_close(
-        loss_sums(elements, hidden, projection, targets, mask, 0.1, 5.0),
-        loss_sums(elements, hidden, projection, targets, mask, 0.1),
+        loss_sums(blocking, hidden, projection, targets, mask, 0.1, 5.0),
+        loss_sums(blocking, hidden, projection, targets, mask, 0.1),
         rtol=1e-6,
     )
+
+
+def test_logits_of_bfloat16_change_the_loss_by_their_rounding_alone():
+    """One logit is wrong by at most 2 ** -9 of itself; over many tokens the errors cancel."""
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(8, 64, 32)), jnp.bfloat16)
+    projection = OutputProjection(jnp.asarray(rng.normal(size=(512, 32)), jnp.float32), None, 500)
+    targets, mask = jnp.asarray(rng.integers(0, 500, (8, 64)), jnp.int32), jnp.ones((8, 64), bool)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+    def gradient(narrow, h):
+        sums = loss_sums(Blocking(2 * 512 * 100, False, narrow), h, projection, targets, mask, 0.1)
+        return sums.loss, sums
+
+    (exact, exact_sums), by_hidden = gradient(False, hidden)
+    (narrow, narrow_sums), by_narrow = gradient(True, hidden)
+    assert 0.0 < abs(narrow / exact - 1.0) < 1e-3
+    np.testing.assert_allclose(narrow_sums.correct, exact_sums.correct, atol=5)
+    error, size = (np.linalg.norm(x.astype(jnp.float32)) for x in (by_hidden - by_narrow, by_hidden))
+    assert error < 0.02 * size
+    # An evaluation has float32 logits.
+    evaluated = loss_sums(Blocking(2 * 512 * 100, False, True), hidden, projection, targets, mask, 0.1)
+    np.testing.assert_allclose(evaluated.loss, exact, rtol=1e-6)
 
 
 def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products():
@@ -150,7 +184,7 @@ def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products
 
     def by_kernel(hidden):
         def loss(k):
-            return loss_sums(1 << 21, hidden, OutputProjection(k, None, 11), targets, targets > 0, 0.1).loss
+            return loss_sums(WHOLE[0], hidden, OutputProjection(k, None, 11), targets, targets > 0, 0.1).loss
 
         return jax.jit(jax.grad(loss))(kernel)
 
@@ -160,15 +194,15 @@ def test_the_gradient_by_a_float32_kernel_is_not_rounded_to_the_type_of_products
     np.testing.assert_allclose(found, expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("elements", [None, 1 << 21])
-def test_masked_positions_count_for_nothing(elements):
+@pytest.mark.parametrize("blocking", [None, *WHOLE])
+def test_masked_positions_count_for_nothing(blocking):
     hidden, kernel, bias, targets, mask = example()
     projection = OutputProjection(kernel, bias, 11)
     changed = jnp.where(mask[..., None], hidden, 100.0)
-    before = loss_sums(elements, hidden, projection, targets, mask, 0.1)
-    after = loss_sums(elements, changed, projection, targets, mask, 0.1)
+    before = loss_sums(blocking, hidden, projection, targets, mask, 0.1)
+    after = loss_sums(blocking, changed, projection, targets, mask, 0.1)
     chex.assert_trees_all_equal(before, after)
-    gradient = jax.jit(jax.grad(lambda h: loss_sums(elements, h, projection, targets, mask, 0.1).loss))(hidden)
+    gradient = jax.jit(jax.grad(lambda h: loss_sums(blocking, h, projection, targets, mask, 0.1).loss))(hidden)
     assert not np.asarray(gradient)[~np.asarray(mask)].any()
 
 
@@ -183,9 +217,9 @@ def test_blocks_that_are_padding_alone_are_left_out():
     targets = jnp.arange(16).reshape(2, 8) % 5
     far = jnp.zeros((2, 8), bool).at[1, 7].set(True)  # last in its order: in the sixth block
 
-    def gradient(hidden: jax.Array, skips_padding: bool) -> jax.Array:
+    def gradient(hidden: jax.Array, for_cpu: bool) -> jax.Array:
         def loss(h):
-            terms, blocking = LossTerms(5, 0.1, 0.0), Blocking(3 * 5, skips_padding)
+            terms, blocking = LossTerms(5, 0.1, 0.0), Blocking(4 * 3 * 5, for_cpu, False)
             return fused_cross_entropy(h, OutputProjection(kernel, None, 5), targets, mask, terms, blocking).loss
 
         return jax.jit(jax.grad(loss))(hidden)
@@ -216,8 +250,8 @@ def test_on_an_accelerator_the_number_of_blocks_is_fixed(platform, is_fixed):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("elements", [None, 1 << 21])
-def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(elements):
+@pytest.mark.parametrize("blocking", [None, *WHOLE])
+def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(blocking):
     hidden, kernel, bias, targets, mask = example()
     projection = OutputProjection(kernel, bias, 11)
     nothing = jnp.zeros_like(mask)
@@ -225,13 +259,14 @@ def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient(elements):
     @jax.jit
     @jax.value_and_grad
     def gradient_of(h):
-        return loss_sums(elements, h, projection, targets, nothing, 0.1).loss
+        return loss_sums(blocking, h, projection, targets, nothing, 0.1).loss
 
     value, gradient = gradient_of(hidden)
     assert value == 0.0 and not np.asarray(gradient).any()
 
 
-def test_the_vocabulary_is_never_held_for_all_positions():
+@pytest.mark.parametrize("blocking", WHOLE)
+def test_the_vocabulary_is_never_held_for_all_positions(blocking):
     """The compiled gradient needs less memory than one [B, T, V] array of logits."""
     rows, length, vocab, dim = 64, 32, 8192, 16
     hidden = jax.ShapeDtypeStruct((rows, length, dim), jnp.float32)
@@ -239,7 +274,7 @@ def test_the_vocabulary_is_never_held_for_all_positions():
     targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
     def value(h, k, t):
-        return loss_sums(1 << 21, h, OutputProjection(k, None, vocab), t, t > 0, 0.1).loss
+        return loss_sums(blocking, h, OutputProjection(k, None, vocab), t, t > 0, 0.1).loss
 
     compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(hidden, kernel, targets).compile()
     analysis = compiled.memory_analysis()

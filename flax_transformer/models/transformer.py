@@ -201,9 +201,11 @@ class EncoderLayer(nnx.Module):
         """Returns the layer's output."""
         keys = split_key(key, 4)
         inner = self.self_attention_residual.enter(x)
-        x = self.self_attention_residual.leave(x, self.self_attention(inner, inner, mask, keys[0]), keys[1])
+        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, mask, keys[0]))
+        x = self.self_attention_residual.leave(x, update, keys[1])
         inner = self.feed_forward_residual.enter(x)
-        return self.feed_forward_residual.leave(x, self.feed_forward(inner, keys[2]), keys[3])
+        update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[2]))
+        return self.feed_forward_residual.leave(x, update, keys[3])
 
 
 class DecoderLayer(nnx.Module):
@@ -228,11 +230,14 @@ class DecoderLayer(nnx.Module):
         """Returns the layer's output for all positions at once."""
         keys = split_key(key, 6)
         inner = self.self_attention_residual.enter(x)
-        x = self.self_attention_residual.leave(x, self.self_attention(inner, inner, self_mask, keys[0]), keys[1])
+        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, self_mask, keys[0]))
+        x = self.self_attention_residual.leave(x, update, keys[1])
         inner = self.cross_attention_residual.enter(x)
-        x = self.cross_attention_residual.leave(x, self.cross_attention(inner, encoded, cross_mask, keys[2]), keys[3])
+        update = self.cross_attention.output.unbiased(self.cross_attention.attend(inner, encoded, cross_mask, keys[2]))
+        x = self.cross_attention_residual.leave(x, update, keys[3])
         inner = self.feed_forward_residual.enter(x)
-        return self.feed_forward_residual.leave(x, self.feed_forward(inner, keys[4]), keys[5])
+        update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[4]))
+        return self.feed_forward_residual.leave(x, update, keys[5])
 
     def step(
         self,
@@ -250,15 +255,16 @@ class DecoderLayer(nnx.Module):
         attended, self_cache = cached_self_attention(
             self_cache, attention.query(inner), key, value, positions, ancestors
         )
-        x = self.self_attention_residual.leave(x, attention.output(attended), None)
+        x = self.self_attention_residual.leave(x, attention.output.unbiased(attended), None)
 
         attention = self.cross_attention
         inner = self.cross_attention_residual.enter(x)
         attended, weights = cached_cross_attention(cross_cache, attention.query(inner), cross_mask)
-        x = self.cross_attention_residual.leave(x, attention.output(attended), None)
+        x = self.cross_attention_residual.leave(x, attention.output.unbiased(attended), None)
 
         inner = self.feed_forward_residual.enter(x)
-        return self.feed_forward_residual.leave(x, self.feed_forward(inner), None), self_cache, weights
+        update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner))
+        return self.feed_forward_residual.leave(x, update, None), self_cache, weights
 
 
 class Encoder(LayerStack):

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from flax_transformer.nn.linear import Linear
-from flax_transformer.ops.attention import AttentionMask, attention
+from flax_transformer.ops.attention import AttentionMask, Projection, projected_attention
 
 
 class MultiHeadAttention(nnx.Module):
@@ -79,7 +79,17 @@ class MultiHeadAttention(nnx.Module):
         mask: AttentionMask,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns attention from each position of `x` over `encoded`. For self-attention the two are the same array.
+        """Returns attention from each position of `x` over `encoded`; see `attend` for the arguments."""
+        return self.output(self.attend(x, encoded, mask, key))
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        mask: AttentionMask,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Returns the heads' results, before the output projection. For self-attention `encoded` is `x` itself.
 
         Args:
             x: source of the queries.
@@ -87,6 +97,17 @@ class MultiHeadAttention(nnx.Module):
             mask: which keys each query may attend to.
             key: random key of dropout on the weights; None means evaluation.
         """
-        keys, values = self.project_key_value(encoded)
-        attended = attention(self.query(x), keys, values, mask, dropout_rate=self.dropout_rate, dropout_key=key)
-        return self.output(attended)
+
+        def projection(layer: Linear) -> Projection:
+            assert layer.bias is not None, "all projections have a bias"
+            return layer.kernel.get_value(), layer.bias.get_value()
+
+        return projected_attention(
+            x,
+            encoded,
+            (projection(self.query), projection(self.key), projection(self.value)),
+            mask,
+            self.query.compute_dtype,
+            dropout_rate=self.dropout_rate,
+            dropout_key=key,
+        )

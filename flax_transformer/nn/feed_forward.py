@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from flax_transformer.nn.linear import Linear
-from flax_transformer.ops.dropout import dropout
+from flax_transformer.ops.dropout import dropout, relu_dropout
 from flax_transformer.parallel.sharding_rules import constrain
 
 Activation = Literal["relu", "gelu", "swish"]
@@ -44,5 +44,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the network's output; `key` None means evaluation."""
-        hidden = constrain(ACTIVATIONS[self.activation](self.up(x)), "batch", "length", "mlp")
-        return self.down(dropout(hidden, self.dropout_rate, key))
+        return self.down(self.hidden(x, key))
+
+    def hidden(self, x: Float[Array, "B T D"], key: PRNGKeyArray | None = None) -> Float[Array, "B T F"]:
+        """Returns the hidden units, after dropout; `key` None means evaluation."""
+        hidden = constrain(self.up(x), "batch", "length", "mlp")
+        if self.activation == "relu":
+            return relu_dropout(hidden, self.dropout_rate, key)
+        return dropout(ACTIVATIONS[self.activation](hidden), self.dropout_rate, key)

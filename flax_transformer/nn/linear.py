@@ -1,13 +1,14 @@
 """The affine map, over any number of input and output dimensions."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flax_transformer.ops.product import product
+from flax_transformer.ops.product import add_bias, product
 
 xavier_uniform_2d = jax.nn.initializers.xavier_uniform()
 
@@ -21,6 +22,18 @@ def xavier_uniform(key: jax.Array, in_dims: tuple[int, ...], out_dims: tuple[int
     """
     flat = xavier_uniform_2d(key, (math.prod(in_dims), math.prod(out_dims)), dtype)
     return flat.reshape(*in_dims, *out_dims)
+
+
+class Unbiased(NamedTuple):
+    """The result of an affine map before its bias is added, for a kernel that adds it as it reads.
+
+    Attributes:
+        product: x W, [..., *out_dims].
+        bias: [*out_dims], or None.
+    """
+
+    product: jax.Array
+    bias: jax.Array | None
 
 
 class Linear(nnx.Module):
@@ -57,8 +70,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the map of `x`: [..., *in_dims] -> [..., *out_dims], in `compute_dtype`."""
+        y, bias = self.unbiased(x)
+        return y if bias is None else add_bias(y, bias)
+
+    def unbiased(self, x: Float[Array, "..."]) -> Unbiased:
+        """Returns the product and the bias, not yet added."""
         y = product(x, self.kernel.get_value(), self.num_in_dims, self.compute_dtype)
-        if self.bias is None:
-            return y
-        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)  # the bias's gradient is summed in float32
-        return y + bias.astype(self.compute_dtype)
+        return Unbiased(y, None if self.bias is None else self.bias[...])

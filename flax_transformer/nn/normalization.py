@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from flax_transformer.ops.dropout import dropout
+from flax_transformer.nn.linear import Unbiased
+from flax_transformer.ops.residual_norm import layer_norm, residual, residual_norm
 
 NormOrder = Literal["post", "pre"]
 
@@ -28,14 +28,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Returns `x` normalised, in the type of `x`."""
-        wide = x.astype(jnp.float32)  # statistics in float32
-        mean = jnp.mean(wide, axis=-1, keepdims=True)
-        centred = wide - mean
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        normalised = centred * jax.lax.rsqrt(variance + self.epsilon)
-        scale = jnp.broadcast_to(self.scale[...].astype(jnp.float32), normalised.shape)
-        bias = jnp.broadcast_to(self.bias[...].astype(jnp.float32), normalised.shape)
-        return (normalised * scale + bias).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 class ResidualNorm(nnx.Module):
@@ -74,8 +67,19 @@ class ResidualNorm(nnx.Module):
         return self.norm(x) if self.order == "pre" else x
 
     def leave(
-        self, x: Float[Array, "*rows D"], update: Float[Array, "*rows D"], key: PRNGKeyArray | None
+        self, x: Float[Array, "*rows D"], update: Float[Array, "*rows D"] | Unbiased, key: PRNGKeyArray | None
     ) -> Float[Array, "*rows D"]:
         """Returns the block's output from its input `x` and the sub-layer's output `update`."""
-        y = x + dropout(update, self.dropout_rate, key)
-        return y if self.order == "pre" else self.norm(y)
+        update, bias = update if isinstance(update, Unbiased) else (update, None)
+        if self.order == "pre":
+            return residual(x, update, bias, self.dropout_rate, key)
+        return residual_norm(
+            x,
+            update,
+            bias,
+            self.norm.scale[...],
+            self.norm.bias[...],
+            epsilon=self.norm.epsilon,
+            dropout_rate=self.dropout_rate,
+            key=key,
+        )

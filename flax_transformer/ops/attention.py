@@ -4,15 +4,24 @@ Legend: B batch, T query length, S key length, N query heads, M key-value heads 
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from flax_transformer.ops.dropout import dropout
-from flax_transformer.ops.product import accumulation_dtype
-from flax_transformer.parallel.sharding_rules import constrain
+from flax_transformer import backend
+from flax_transformer.ops.dropout import dropout, keep_threshold, random_words
+from flax_transformer.ops.int8_product import Int8Weights
+from flax_transformer.ops.product import accumulation_dtype, add_bias, product
+from flax_transformer.parallel.sharding_rules import constrain, num_shards
 from flax_transformer.shapes import MASKED, array_tree, static_field
+
+# Kernel and bias of the projection to queries, keys or values.
+Projection = tuple[Float[Array, "D _ H"] | Int8Weights, Float[Array, "_ H"]]
+
+SHORTEST_FOR_CUDNN = 128  # attention over more tokens is left to cuDNN on a GPU
 
 # --- the mask
 
@@ -221,8 +230,9 @@ def attention(
     """Returns softmax(cap(scale query key^T) + bias) value.
 
     If a query may attend to no key, its result is finite but unspecified. Nothing may depend on it. Dropout on the
-    weights is not in the paper. It is in the paper's code and in PyTorch's layers. The reference is the only form so
-    far; a fused kernel would be chosen here.
+    weights is not in the paper. It is in the paper's code and in PyTorch's layers.
+
+    On a GPU cuDNN computes long rows of 16-bit numbers, without dropout, bias and cap. Elsewhere the reference runs.
 
     Args:
         query: N heads.
@@ -238,14 +248,131 @@ def attention(
         Vaswani et al. 2017, section 3.2.1, equation 1.
     """
     query = constrain(query, "batch", "length", "heads", "head_dim")
-    return reference_attention(
-        query,
-        key,
-        value,
-        mask,
-        bias=bias,
-        scale=scale,
-        soft_cap=soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-    )
+
+    def plain(query, key, value, mask, bias, dropout_key):
+        options: Any = {"scale": scale, "soft_cap": soft_cap, "dropout_rate": dropout_rate}
+        return reference_attention(query, key, value, mask, bias=bias, dropout_key=dropout_key, **options)
+
+    def fused(query, key, value, mask, bias, dropout_key):
+        allowed = mask.materialize(query.shape[1], key.shape[1])
+        return jax.nn.dot_product_attention(query, key, value, mask=allowed, scale=scale, implementation="cudnn")
+
+    arguments = (query, key, value, mask, bias, dropout_key)
+    is_plain = bias is None and soft_cap is None and (dropout_key is None or dropout_rate == 0.0)
+    if backend.platform() != "gpu" or not is_plain or not _suits_cudnn(query, key):
+        return plain(*arguments)
+    # The program of a GPU may also be run elsewhere, in tests.
+    return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
+
+
+def _suits_cudnn(query: jax.Array, key: jax.Array) -> bool:
+    """Returns whether cuDNN's attention is used for these sizes (docs/lab_book.md, "Attention by cuDNN")."""
+    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
+    sizes_fit = min(lengths) > SHORTEST_FOR_CUDNN and all(n % 8 == 0 for n in (*lengths, head_dim)) and head_dim <= 128
+    return sizes_fit and query.dtype == key.dtype and query.dtype.itemsize == 2 and cudnn_is_there()
+
+
+@functools.cache
+def cudnn_is_there() -> bool:
+    """Returns whether JAX finds cuDNN. It looks for it while attention is traced."""
+    query = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(lambda x: jax.nn.dot_product_attention(x, x, x, implementation="cudnn"), query)
+    except RuntimeError:
+        return False
+    return True
+
+
+def projected_attention(
+    x: Float[Array, "B T D"],
+    encoded: Float[Array, "B S D"],
+    projections: tuple[Projection, Projection, Projection],
+    mask: AttentionMask,
+    compute_dtype: jnp.dtype,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns `attention` from each position of `x` over `encoded`, after their projections.
+
+    On a GPU short rows are computed by one kernel (see `short_attention.py`), which adds the biases as it reads. The
+    projections of one array are one product there.
+
+    Args:
+        x: source of the queries.
+        encoded: source of the keys and values. For self-attention it is the same array as `x`.
+        projections: kernel and bias of queries, keys and values.
+        mask: which keys each query may attend to.
+        compute_dtype: dtype of the products.
+        dropout_rate, dropout_key: as for `attention`.
+    """
+
+    def plain(x, encoded, projections, dropout_key):
+        sources = (x, encoded, encoded)
+        query, key, value = (
+            add_bias(product(source, kernel, 1, compute_dtype), bias)
+            for source, (kernel, bias) in zip(sources, projections, strict=True)
+        )
+        return attention(query, key, value, mask, dropout_rate=dropout_rate, dropout_key=dropout_key)
+
+    def fused(x, encoded, projections, dropout_key):
+        sources = ((x, 3),) if itself else ((x, 1), (encoded, 2))
+        return _short_attention(sources, projections, mask, compute_dtype, dropout_rate, dropout_key)
+
+    itself = encoded is x
+    arguments = (x, encoded, projections, dropout_key)
+    if backend.platform() != "gpu" or not _is_short(x, encoded, projections, mask, compute_dtype):
+        return plain(x, encoded, projections, dropout_key)
+    # The program of a GPU may also be run elsewhere, in tests.
+    return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
+
+
+def _is_short(
+    x: jax.Array, encoded: jax.Array, projections: Any, mask: AttentionMask, compute_dtype: jnp.dtype
+) -> bool:
+    """Returns whether the kernel for short rows computes this attention."""
+    from flax_transformer.ops import short_attention  # Pallas takes time to import; only a GPU needs it
+
+    kernels = [kernel for kernel, _ in projections]
+    if mask.window is not None or mask.query_offsets is not None or any(isinstance(k, Int8Weights) for k in kernels):
+        return False
+    _, heads, head_dim = kernels[0].shape
+    divides = x.shape[0] % num_shards("batch") == 0 and heads % num_shards("heads") == 0
+    equal = all(kernel.shape == kernels[0].shape for kernel in kernels)
+    narrow = compute_dtype.itemsize == 2  # Triton would round float32 for its products
+    return narrow and divides and equal and short_attention.serves(x.shape[1], encoded.shape[1], head_dim)
+
+
+def _short_attention(
+    sources: tuple[tuple[jax.Array, int], ...],
+    projections: Any,
+    mask: AttentionMask,
+    compute_dtype: jnp.dtype,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray | None,
+) -> jax.Array:
+    """Returns attention by the kernel for short rows. Each source has its number of projections.
+
+    Kernels and biases are arrays here: `_is_short` refuses others.
+    """
+    from flax_transformer.ops import short_attention
+
+    kernels, vectors = ([pair[i] for pair in projections] for i in range(2))
+    batch, heads, head_dim = len(sources[0][0]), *vectors[0].shape
+    length, key_length = sources[0][0].shape[1], sources[-1][0].shape[1]
+    projected, biases = [], []
+    for source, number in sources:
+        kernel = jnp.stack(kernels[:number], axis=1)  # [D, P, N, H]
+        projected.append(constrain(product(source, kernel, 1, compute_dtype), "batch", "length", None, "heads", None))
+        biases.append(jnp.stack(vectors[:number]))
+        kernels, vectors = kernels[number:], vectors[number:]
+    keys = jnp.ones((batch, key_length), jnp.int32) if mask.key_segments is None else mask.key_segments
+    queries = mask.query_segments
+    if queries is None:
+        keys, queries = (keys > 0).astype(jnp.int32), jnp.ones((batch, length), jnp.int32)
+    threshold = 256 if dropout_key is None or dropout_rate == 0.0 else keep_threshold(dropout_rate)
+    words = jnp.zeros((batch, heads, 1, 1), jnp.uint32)
+    if threshold < 256 and dropout_key is not None:
+        words = random_words(dropout_key, (batch, heads, length, key_length))
+    settings = short_attention.Settings(mask.causal, head_dim**-0.5, threshold)
+    return short_attention.short_attention(settings, tuple(projected), tuple(biases), queries, keys, words)

@@ -3,7 +3,10 @@
 The logits hidden @ kernel.T have B * T * V elements. That is far more than any other array has when V >> D. The fused
 form computes them in blocks of target tokens, so no [B, T, V] array ever exists. The loss is one number, so its
 gradient is known up to a factor. The forward pass therefore computes each block's gradient at once, and logits are
-computed only once. Padding is sorted behind all other tokens. On a CPU the loop ends before the padding.
+computed only once. On a CPU padding is sorted behind all other tokens, and the loop ends before the padding.
+
+An accelerator is bound by the memory traffic of the logits. There the logits of a training step have the compute type.
+One pass over a block finds the highest logit and the sum of exponentials, and a second one writes the gradient.
 
 The tests compare both forms with each other, so they share a file.
 
@@ -28,8 +31,8 @@ from flax_transformer.shapes import MASKED
 # Elements of the logits of one block. On a CPU a block stays in the cache, and blocks of padding alone are skipped.
 # A GPU asks the host before each turn of a loop of unknown length. Each turn also updates the kernel's gradient in
 # device memory. So an accelerator gets few blocks, and their number is fixed.
-CPU_BLOCK_ELEMENTS = 1 << 21
-ACCELERATOR_BLOCK_ELEMENTS = 1 << 26
+CPU_BLOCK_BYTES = 1 << 23
+ACCELERATOR_BLOCK_BYTES = 1 << 28
 
 
 class LossSums(NamedTuple):
@@ -126,7 +129,8 @@ def cross_entropy(
     platform = backend.platform()
     if platform is None:
         return reference_cross_entropy(hidden, projection, targets, mask, label_smoothing, divergence_weight)
-    blocking = Blocking(CPU_BLOCK_ELEMENTS, True) if platform == "cpu" else Blocking(ACCELERATOR_BLOCK_ELEMENTS, False)
+    on_cpu = platform == "cpu"
+    blocking = Blocking(CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES, on_cpu, not on_cpu)
     terms = LossTerms(projection.num_real_rows, label_smoothing, divergence_weight)
     return fused_cross_entropy(hidden, projection, targets, mask, terms, blocking)
 
@@ -151,15 +155,34 @@ class LossTerms:
 
 @dataclasses.dataclass(frozen=True)
 class Blocking:
-    """How the target tokens are cut into blocks.
+    """How the logits are computed block by block.
+
+    On a CPU the loop ends before the blocks that hold only padding, and the kernel is read as [D, V]. Elsewhere XLA
+    multiplies either order, and passes over the logits count (docs/lab_book.md, "Loss in two passes over its logits").
 
     Attributes:
-        elements: most elements of the logits of one block.
-        skips_padding: whether the loop ends before the blocks that hold only padding.
+        num_bytes: most bytes of the logits of one block.
+        for_cpu: which of the two forms.
+        narrow: whether the logits of a training step have the type of `hidden`, in place of float32. Sums over them are
+            float32 all the same.
     """
 
-    elements: int
-    skips_padding: bool
+    num_bytes: int
+    for_cpu: bool
+    narrow: bool
+
+    def logits_dtype(self, hidden: jax.Array) -> jnp.dtype:
+        """Returns the type of the logits."""
+        return hidden.dtype if self.narrow else jnp.dtype(jnp.float32)
+
+    @property
+    def kernel_axes(self) -> str:
+        """The order of the kernel's axes in products with logits."""
+        return "dv" if self.for_cpu else "vd"
+
+    def constrain_kernel(self, kernel: jax.Array, *leading: str) -> jax.Array:
+        """Returns a kernel in that order, or a stack of them, with its vocabulary split over devices."""
+        return constrain(kernel, *leading, *("vocab" if axis == "v" else None for axis in self.kernel_axes))
 
 
 def fused_cross_entropy(
@@ -184,22 +207,23 @@ def _side_by_side(x: jax.Array) -> jax.Array:
 
 
 class _Blocks(NamedTuple):
-    """The target tokens of a batch, sorted for a loop over blocks: real tokens first, then padding.
+    """The target tokens of a batch, for a loop over blocks.
 
-    Each device sorts its own share of the rows (there are X shares). No token moves between devices.
+    Each device has its own share of the rows (there are X shares). No token moves between devices. On a CPU each
+    share is sorted: real tokens first, then padding.
 
     Attributes:
         hidden: [X, M, D], the M tokens of each share, filled up to whole blocks.
         targets, mask: [X, M].
-        places: [X, M], the index in its share that each token came from.
+        places: [X, M], the index in its share that each token came from; None if tokens are not sorted.
         size: tokens of one share in a block.
-        needed: number of blocks to compute; with `skips_padding`, only those with a real token in some share.
+        needed: number of blocks to compute; on a CPU only those with a real token in some share.
     """
 
     hidden: jax.Array
     targets: jax.Array
     mask: jax.Array
-    places: jax.Array
+    places: jax.Array | None
     size: int
     needed: jax.Array | int
 
@@ -208,27 +232,58 @@ class _Blocks(NamedTuple):
         cut = (self.hidden, self.targets, self.mask)
         return tuple(jax.lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis=1) for x in cut)
 
+    def put_back(self, made: jax.Array, like: jax.Array) -> jax.Array:
+        """Returns [X, M, D] in the shape of `like`, [B, T, D], each token at its own place."""
+        tokens = like.shape[0] * like.shape[1] // made.shape[0]
+        if self.places is None:
+            made = made[:, :tokens]
+        else:  # rows that fill up the last block are dropped
+            empty = jnp.zeros((tokens, made.shape[2]), made.dtype)
+            made = jax.vmap(lambda rows, order: empty.at[order].set(rows, mode="drop"))(made, self.places)
+        return constrain(made, "batch", None, None).reshape(like.shape)
+
+
+def _block_sizes(tokens: int, most: int, together: int, for_cpu: bool) -> tuple[int, int]:
+    """Returns number and size of the blocks of one share.
+
+    Args:
+        tokens: tokens of the share.
+        most: most tokens of a block, unless `together` is more.
+        together: number that divides the size.
+        for_cpu: whether tokens are sorted, so that filling the last block costs nothing.
+    """
+    number = -(-tokens // most)
+    # Blocks that divide the tokens need no filling, which would copy all hidden vectors.
+    whole = [] if for_cpu else [n for n in range(number, 2 * number) if tokens % (n * together) == 0]
+    number = whole[0] if whole else number
+    return number, together * -(-tokens // (number * together))
+
 
 def _blocks(static, hidden: jax.Array, targets: jax.Array, mask: jax.Array, vocab: int) -> _Blocks:
     """Returns the tokens of [B, T] in blocks. Both passes over a token are in the same block."""
     terms, blocking = static
-    together = 2 if terms.divergence_weight else 1
     shares = num_shards("batch")
     shares = shares if targets.shape[0] % shares == 0 else 1
     tokens = targets.size // shares
-    most = max(blocking.elements // (vocab // num_shards("vocab")), 1)
-    number = -(-tokens // most)
-    size = together * -(-tokens // (number * together))
+    row_bytes = blocking.logits_dtype(hidden).itemsize * vocab // num_shards("vocab")
+    most, together = max(blocking.num_bytes // row_bytes, 1), 2 if terms.divergence_weight else 1
+    number, size = _block_sizes(tokens, most, together, blocking.for_cpu)
     mask = constrain(mask.reshape(shares, tokens), "batch", None)
-    places = jnp.argsort(~mask, axis=1)  # stable
-    places = jnp.pad(places, ((0, 0), (0, number * size - tokens)), constant_values=tokens)  # beyond all: zeros
+    missing = number * size - tokens
+    places = None
+    if blocking.for_cpu:
+        places = jnp.argsort(~mask, axis=1)  # stable
+        places = jnp.pad(places, ((0, 0), (0, missing)), constant_values=tokens)  # beyond all: zeros
 
     def ordered(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [X, M, ...]
         x = x.reshape(shares, tokens, *x.shape[2:])
-        taken = jax.vmap(lambda rows, order: rows.at[order].get(mode="fill", fill_value=0))(x, places)
+        if places is None:
+            taken = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+        else:
+            taken = jax.vmap(lambda rows, order: rows.at[order].get(mode="fill", fill_value=0))(x, places)
         return constrain(taken, "batch", *(None,) * (taken.ndim - 1))
 
-    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size)) if blocking.skips_padding else number
+    needed = jnp.max(-(-jnp.sum(mask, axis=1) // size)) if blocking.for_cpu else number
     return _Blocks(ordered(hidden), ordered(targets), ordered(mask), places, size, needed)
 
 
@@ -248,21 +303,42 @@ class _BlockTerms(NamedTuple):
     With a divergence the two passes predict p and q, from logits y and z.
 
     Attributes:
-        sums: sums over the tokens of each share, [X].
-        exponentials: exp(logits - highest), [X t, V].
+        sums: the four of `LossSums` over the tokens of each share, [4, X].
+        exponentials: exp(logits - highest), [X t, V], in float32.
         total: their sum over V, [X t, 1].
         apart: y - z, [X t, V]; None without a divergence.
         mean_apart: the mean of `apart` under p, [X t, 1]; None without a divergence.
     """
 
-    sums: LossSums
+    sums: jax.Array
     exponentials: jax.Array
     total: jax.Array
     apart: jax.Array | None
     mean_apart: jax.Array | None
 
 
-def _block_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask) -> _BlockTerms:
+def _statistics(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns highest logit, sum of exp(logit - highest) and the target's logit, each [X t] in float32, in one pass.
+
+    Two parts of a row, with maxima m >= n and sums s and t, make the maximum m and the sum s + t exp(n - m).
+
+    References:
+        Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
+    """
+
+    def join(left, right):
+        (m, s, y), (n, t, z) = left, right
+        shrink = jnp.exp(-jnp.abs(m - n))
+        return jnp.maximum(m, n), jnp.where(m >= n, s + t * shrink, s * shrink + t), y + z
+
+    wide = logits.astype(jnp.float32)
+    of_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    terms = (wide, jnp.ones_like(wide), jnp.where(of_target, wide, 0.0))
+    zeros = (jnp.float32(MASKED), jnp.float32(0.0), jnp.float32(0.0))
+    return jax.lax.reduce(terms, zeros, join, (1,))
+
+
+def _block_terms(static, mean_row, kernel, bias, hidden, targets, mask) -> _BlockTerms:
     """Returns the sums of one block, and the arrays that its gradient needs.
 
     The divergence is
@@ -270,25 +346,33 @@ def _block_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask
         J = (KL(p || q) + KL(q || p)) / 2 = (sum of p (y - z) + sum of q (z - y)) / 2
 
     Args:
-        terms: constants of the loss.
+        static: constants of the loss, and the blocking.
         mean_row: [D], mean of the real rows of the kernel.
-        kernel: [D, V], its padding columns included.
+        kernel: as `_for_products` returns it.
         bias: [V], or None.
         hidden: [X, t, D].
         targets, mask: [X, t].
     """
+    terms, blocking = static
     hidden, targets = _flat(hidden), _flat(targets)
-    logits = jnp.einsum("td,dv->tv", hidden, kernel, preferred_element_type=jnp.float32)
+    dtype = blocking.logits_dtype(hidden)
+    logits = jnp.einsum(f"td,{blocking.kernel_axes}->tv", hidden, kernel, preferred_element_type=dtype)
     if bias is not None:
-        logits = logits + jnp.broadcast_to(bias, logits.shape)
-    if terms.num_real_rows < kernel.shape[1]:
+        logits = logits + jnp.broadcast_to(bias, logits.shape).astype(dtype)
+    if terms.num_real_rows < logits.shape[1]:
         row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         logits = jnp.where(row < terms.num_real_rows, logits, MASKED)
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    exponentials = jnp.exp(logits - highest)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    if blocking.for_cpu:
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        exponentials = jnp.exp(logits - highest)
+        total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    else:
+        highest, total, target_logit = _statistics(logits, targets)
+        highest, total = highest[:, None], total[:, None]
+        logits = logits.astype(jnp.float32)
+        exponentials = jnp.exp(logits - highest)
     log_normaliser = (jnp.log(total) + highest)[:, 0]
-    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     nll = log_normaliser - target_logit
     # The mean of the real logits is linear in hidden. So one product with the mean row replaces a pass over V.
     mean_logit = jnp.einsum("td,d->t", hidden.astype(jnp.float32), mean_row)
@@ -300,10 +384,8 @@ def _block_terms(terms: LossTerms, mean_row, kernel, bias, hidden, targets, mask
         mean_apart = jnp.sum(exponentials * apart, axis=-1, keepdims=True) / total
         loss = loss + terms.divergence_weight / 2 * mean_apart[:, 0]  # both tokens of a pair together: J
     correct = (target_logit >= highest[:, 0]).astype(jnp.float32)
-    weight = mask.astype(jnp.float32)
-    sums = LossSums(
-        *(jnp.sum(x.reshape(mask.shape) * weight, axis=1) for x in (loss, nll, correct, jnp.ones_like(nll)))
-    )
+    sums = jnp.stack([loss, nll, correct, jnp.ones_like(nll)]).reshape(4, *mask.shape)
+    sums = jnp.sum(sums * mask.astype(jnp.float32)[None], axis=2)
     return _BlockTerms(sums, exponentials, total, apart, mean_apart)
 
 
@@ -332,52 +414,50 @@ def _gradient_by_logits(terms: LossTerms, made: _BlockTerms, targets: jax.Array,
     return by_logits * weight
 
 
-def _zero_sums(shares: int) -> LossSums:
-    return LossSums(*(constrain(jnp.zeros((shares,), jnp.float32), "batch") for _ in LossSums._fields))
+def _zero_sums(shares: int) -> jax.Array:
+    return constrain(jnp.zeros((4, shares), jnp.float32), None, "batch")
 
 
-def _sum_shares(tree):
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+def _over_shares(sums: jax.Array) -> LossSums:
+    return LossSums(*jnp.sum(sums, axis=1))
 
 
-def _for_products(terms: LossTerms, hidden, kernel):
-    """Returns the kernel in the type of `hidden`; the mean of its real rows, in float32; and the kernel as [D, V].
+def _for_products(static, hidden, kernel):
+    """Returns the kernel in the type of `hidden`; the mean of its real rows, in float32; and the kernel by `Blocking`.
 
-    Both products with logits have V as the last axis. Otherwise XLA would transpose the logits for each.
+    On a CPU both products with logits have V as the last axis. Otherwise XLA would transpose the logits for each.
     """
+    terms, blocking = static
     kernel = constrain(kernel.astype(hidden.dtype), "vocab", None)  # gathered to whole rows once, before the loop
-    return (
-        kernel,
-        jnp.mean(kernel[: terms.num_real_rows].astype(jnp.float32), axis=0),
-        constrain(kernel.T, None, "vocab"),
-    )
+    mean_row = jnp.mean(kernel[: terms.num_real_rows].astype(jnp.float32), axis=0)
+    return kernel, mean_row, blocking.constrain_kernel(kernel.T if blocking.for_cpu else kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused_sums(static, hidden, kernel, bias, targets, mask) -> LossSums:
-    terms, _ = static
-    kernel, mean_row, columns = _for_products(terms, hidden, kernel)
+    terms, blocking = static
+    static = (terms, dataclasses.replace(blocking, narrow=False))  # an evaluation is exact, and needs no gradient
+    kernel, mean_row, table = _for_products(static, hidden, kernel)
     blocks = _blocks(static, hidden, targets, mask, kernel.shape[0])
 
     def body(number, total):
-        made = _block_terms(terms, mean_row, columns, bias, *blocks.take(number))
-        return jax.tree.map(jnp.add, total, made.sums)
+        return total + _block_terms(static, mean_row, table, bias, *blocks.take(number)).sums
 
-    return _sum_shares(jax.lax.fori_loop(0, blocks.needed, body, _zero_sums(len(blocks.mask))))
+    return _over_shares(jax.lax.fori_loop(0, blocks.needed, body, _zero_sums(len(blocks.mask))))
 
 
 def _forward(static, hidden, kernel, bias, targets, mask):
     """Returns the sums; the gradient of `loss` by hidden, and in float32 by kernel and bias; and the kernel's type."""
-    terms, _ = static
+    terms, blocking = static
     like_kernel = jnp.zeros((), kernel.dtype)  # carries only the dtype
-    kernel, mean_row, columns = _for_products(terms, hidden, kernel)
+    kernel, mean_row, table = _for_products(static, hidden, kernel)
     blocks = _blocks(static, hidden, targets, mask, kernel.shape[0])
     shares = len(blocks.mask)
 
     def body(number, carry):
-        total, column_gradient, bias_gradient, by_hidden = carry
+        total, table_gradient, bias_gradient, by_hidden = carry
         h, t, m = blocks.take(number)
-        made = _block_terms(terms, mean_row, columns, bias, h, t, m)
+        made = _block_terms(static, mean_row, table, bias, h, t, m)
         by_logits = _gradient_by_logits(terms, made, _flat(t), _flat(m).astype(jnp.float32)[:, None])
         if bias_gradient is not None:
             bias_gradient = bias_gradient + jnp.sum(by_logits.reshape(*m.shape, -1), axis=1)
@@ -387,23 +467,20 @@ def _forward(static, hidden, kernel, bias, targets, mask):
         by_tokens = by_tokens.astype(h.dtype)
         by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, by_tokens, number * blocks.size, axis=1)
         # Each device sums its own share. The sum over devices is taken once, after the loop.
-        by_columns = jnp.einsum("xtd,xtv->xdv", h, by_logits, preferred_element_type=jnp.float32)
-        column_gradient = constrain(column_gradient + by_columns, "batch", None, "vocab")
-        return jax.tree.map(jnp.add, total, made.sums), column_gradient, bias_gradient, by_hidden
+        by_table = jnp.einsum(f"xtd,xtv->x{blocking.kernel_axes}", h, by_logits, preferred_element_type=jnp.float32)
+        table_gradient = blocking.constrain_kernel(table_gradient + by_table, "batch")
+        return total + made.sums, table_gradient, bias_gradient, by_hidden
 
     start = (
         _zero_sums(shares),
-        constrain(jnp.zeros((shares, *columns.shape), jnp.float32), "batch", None, "vocab"),
+        blocking.constrain_kernel(jnp.zeros((shares, *table.shape), jnp.float32), "batch"),
         None if bias is None else constrain(jnp.zeros((shares, *bias.shape), jnp.float32), "batch", "vocab"),
         jnp.zeros_like(blocks.hidden),  # padding has no gradient
     )
-    total, column_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, blocks.needed, body, start)
-    total, column_gradient, bias_gradient = _sum_shares((total, column_gradient, bias_gradient))
-    # Each token's gradient goes back to the token's place. Rows that fill up the last block are dropped.
-    tokens = targets.size // shares
-    back = jax.vmap(lambda rows, order: jnp.zeros((tokens, rows.shape[1]), rows.dtype).at[order].set(rows, mode="drop"))
-    by_hidden = constrain(back(by_hidden, blocks.places), "batch", None, None).reshape(hidden.shape)
-    return total, (by_hidden, column_gradient.T, bias_gradient, like_kernel)
+    total, table_gradient, bias_gradient, by_hidden = jax.lax.fori_loop(0, blocks.needed, body, start)
+    table_gradient, bias_gradient = jax.tree.map(lambda x: jnp.sum(x, axis=0), (table_gradient, bias_gradient))
+    by_kernel = table_gradient.T if blocking.for_cpu else table_gradient
+    return _over_shares(total), (blocks.put_back(by_hidden, hidden), by_kernel, bias_gradient, like_kernel)
 
 
 def _backward(static, gradients, cotangents: LossSums):

@@ -4,10 +4,13 @@ A keep decision needs 8 random bits, so each 32-bit word of threefry decides fou
 fast on a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each device draws only its share.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from flax_transformer import backend
 from flax_transformer.errors import ConfigError
 
 
@@ -15,20 +18,25 @@ def check_dropout_rate(name: str, rate: float) -> None:
     """Raises a `ConfigError` unless `dropout` can draw the rate; `name` is the configuration field."""
     if not 0.0 <= rate < 1.0:
         raise ConfigError(f"{name} must be at least 0 and below 1, got {rate}.")
-    if rate and _threshold(rate) == 256:
+    if rate and keep_threshold(rate) == 256:
         raise ConfigError(
             f"{name}: rates are drawn in steps of 1/256, and {rate} rounds to 0. Give 0, or at least 0.002."
         )
 
 
-def _threshold(rate: float) -> int:
+def keep_threshold(rate: float) -> int:
     """Returns the number of the 256 values of a byte that keep an element."""
     return max(1, round((1.0 - rate) * 256))
 
 
+def random_words(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
+    """Returns uint32 random words. The bytes of each, lowest first, are for four neighbours of the last axis."""
+    return jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
+
+
 def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
-    """Returns uint8 random bytes. Each 32-bit word fills four neighbours of the last axis."""
-    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
+    """Returns uint8 random bytes, those of `random_words`."""
+    words = random_words(key, shape)
     as_bytes = jax.lax.bitcast_convert_type(words, jnp.uint8)  # [..., W] -> [..., W, 4]
     return as_bytes.reshape(*words.shape[:-1], words.shape[-1] * 4)[..., : shape[-1]]
 
@@ -49,11 +57,43 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) ->
     """
     if key is None or rate == 0.0:
         return x
-    threshold = _threshold(rate)
+    threshold = keep_threshold(rate)
     if threshold == 256:
         return x
     keep = random_bytes(key, x.shape) < jnp.uint8(threshold)
     return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _relu_kept(x: Float[Array, "*shape"], threshold: int, key: PRNGKeyArray) -> Float[Array, "*shape"]:
+    keep = random_bytes(key, x.shape) < jnp.uint8(threshold)
+    return jnp.where(keep & (x > 0), x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _relu_kept_forward(x, threshold, key):
+    y = _relu_kept(x, threshold, key)
+    return y, y
+
+
+def _relu_kept_backward(threshold, y, cotangent):
+    scale = jnp.asarray(256 / threshold, cotangent.dtype)
+    return jnp.where(y > 0, cotangent * scale, jnp.zeros((), cotangent.dtype)), None
+
+
+_relu_kept.defvjp(_relu_kept_forward, _relu_kept_backward)
+
+
+def relu_dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:
+    """Returns `dropout` of the positive part of `x`.
+
+    An element of the result is positive exactly where the gradient passes. So on an accelerator the backward pass reads
+    the result alone, neither `x` nor random bits (docs/lab_book.md, "Dropout after a rectifier"). See `dropout` for the
+    arguments.
+    """
+    plain = key is None or rate == 0.0 or keep_threshold(rate) == 256
+    if plain or backend.platform() in (None, "cpu"):
+        return dropout(jax.nn.relu(x), rate, key)
+    return _relu_kept(x, keep_threshold(rate), key)
 
 
 def split_key(key: PRNGKeyArray | None, num: int) -> list[PRNGKeyArray | None]:

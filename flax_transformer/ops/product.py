@@ -94,3 +94,8 @@ def product(
     if backend.platform() is None:
         return reference_product(x.astype(compute_dtype), kernel, num_in_dims)
     return float_product(x.astype(compute_dtype), kernel, num_in_dims)
+
+
+def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns y + bias in the type of `y`, with the bias's gradient summed in float32: [*rows, *out] and [*out]."""
+    return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)

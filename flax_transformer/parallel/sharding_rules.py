@@ -7,7 +7,7 @@ Layers name their axes "embed", "heads" and so on. Only this table knows the axe
 import contextlib
 import contextvars
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -84,6 +84,24 @@ def num_shards(logical_axis: str) -> int:
         return 1
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def per_shard(
+    function: Callable[..., Any],
+    in_axes: tuple[tuple[str | None, ...], ...],
+    out_axes: tuple[tuple[str | None, ...], ...],
+) -> Callable[..., Any]:
+    """Returns a function that each device applies to its own shards, for what the compiler cannot partition.
+
+    Args:
+        function: maps arrays to a tuple of arrays. It must not mix the parts of a sharded axis.
+        in_axes: logical axes of each argument.
+        out_axes: logical axes of each result.
+    """
+    if not _partitioned() or jax.sharding.get_abstract_mesh().size == 1:
+        return function
+    specs, results = (tuple(partition_spec(names) for names in axes) for axes in (in_axes, out_axes))
+    return jax.shard_map(function, in_specs=specs, out_specs=results, check_vma=False)
 
 
 def _partitioned() -> bool:

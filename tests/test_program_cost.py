@@ -1,0 +1,177 @@
+"""What a program costs, against programs written by hand and small ones compiled for the CPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flax_transformer.parallel.program_cost import Cost, Speed, library_flops, read_kernels, seconds_by, sort_passes
+
+SPEED = Speed(bandwidth=1e9, peak=1e12, float32_peak=1e11, latency=2e-6)
+
+LOOP = """
+HloModule m
+
+%fused_add (p0: f32[8,4], p1: f32[8,4]) -> f32[8,4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  %p1 = f32[8,4]{1,0} parameter(1)
+  ROOT %add = f32[8,4]{1,0} add(%p0, %p1)
+}
+
+%fused_write (p0.1: bf16[100,16], p1.1: bf16[1,16], p2.1: s32[]) -> bf16[100,16] {
+  %p0.1 = bf16[100,16]{1,0} parameter(0)
+  %p1.1 = bf16[1,16]{1,0} parameter(1)
+  %p2.1 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %update = bf16[100,16]{1,0} dynamic-update-slice(%p0.1, %p1.1, %p2.1, %zero)
+}
+
+%fused_row (p0.2: bf16[100,16], p1.2: s32[]) -> bf16[1,16] {
+  %p0.2 = bf16[100,16]{1,0} parameter(0)
+  %p1.2 = s32[] parameter(1)
+  %zero.2 = s32[] constant(0)
+  %cast = bf16[100,16]{1,0} bitcast(%p0.2)
+  ROOT %row = bf16[1,16]{1,0} dynamic-slice(%cast, %p1.2, %zero.2), dynamic_slice_sizes={1,16}
+}
+
+%body (b: (s32[], bf16[100,16])) -> (s32[], bf16[100,16]) {
+  %b = (s32[], bf16[100,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = bf16[100,16]{1,0} get-tuple-element(%b), index=1
+  %row_fusion = bf16[1,16]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused_row
+  %write = bf16[100,16]{1,0} fusion(%x, %row_fusion, %i), kind=kLoop, calls=%fused_write
+  ROOT %t = (s32[], bf16[100,16]{1,0}) tuple(%i, %write)
+}
+
+%cond (c: (s32[], bf16[100,16])) -> pred[] {
+  %c = (s32[], bf16[100,16]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %most = s32[] constant(7)
+  ROOT %lt = pred[] compare(%j, %most), direction=LT
+}
+
+%command_buffer (q0: f32[8,4], q1: f32[8,4]) -> f32[8,4] {
+  %q0 = f32[8,4]{1,0} parameter(0)
+  %q1 = f32[8,4]{1,0} parameter(1)
+  ROOT %sum = f32[8,4]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%fused_add
+}
+
+ENTRY %main (a: f32[8,4], b.1: f32[8,4], s: (s32[], bf16[100,16])) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b.1 = f32[8,4]{1,0} parameter(1)
+  %s = (s32[], bf16[100,16]{1,0}) parameter(2)
+  %loop = (s32[], bf16[100,16]{1,0}) while(%s), condition=%cond, body=%body, {"known_trip_count":{"n":"7"}}
+  ROOT %called = f32[8,4]{1,0} call(%a, %b.1), to_apply=%command_buffer
+}
+"""
+
+
+def test_a_loop_counts_by_its_turns_and_called_computations_count():
+    kernels = {kernel.name: kernel for kernel in read_kernels(LOOP)}
+    assert set(kernels) == {"lt", "row_fusion", "write", "sum"}
+    assert [kernels[name].runs for name in ("row_fusion", "write", "sum")] == [7, 7, 1]
+    assert kernels["row_fusion"].loop == kernels["write"].loop == "loop" and kernels["sum"].loop == ""
+    assert kernels["sum"].bytes == 3 * 8 * 4 * 4
+
+
+def test_slices_and_updates_in_place_count_by_the_slice():
+    kernels = {kernel.name: kernel for kernel in read_kernels(LOOP)}
+    row = 16 * 2
+    assert kernels["row_fusion"].bytes == row + row + 4  # reads and writes a row, reads its number
+    assert kernels["write"].bytes == row + row + 4
+
+
+def test_a_loop_of_unknown_length_gets_the_turns_that_are_given():
+    unknown = LOOP.replace(', {"known_trip_count":{"n":"7"}}', "")
+    assert {kernel.runs for kernel in read_kernels(unknown) if kernel.loop} == {1}
+    assert {kernel.runs for kernel in read_kernels(unknown, unknown_turns=5) if kernel.loop} == {5}
+
+
+MIXED = """
+%matmul (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot = bf16[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%small (s0: f32[4]) -> f32[4] {
+  %s0 = f32[4]{0} parameter(0)
+  ROOT %c0 = f32[4]{0} copy(%s0)
+}
+
+%large (l0: f32[4]) -> f32[4] {
+  %l0 = f32[4]{0} parameter(0)
+  %wide = f32[1000]{0} broadcast(%l0), dimensions={}
+  ROOT %c1 = f32[4]{0} copy(%l0)
+}
+
+ENTRY %main (x: bf16[64,32], y: bf16[32,16], i: s32[], z: f32[4], k: s32[4096]) -> f32[4] {
+  %x = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %i = s32[] parameter(2)
+  %z = f32[4]{0} parameter(3)
+  %k = s32[4096]{0} parameter(4)
+  %gemm = bf16[64,16]{1,0} fusion(%x, %y), kind=kCustom, calls=%matmul
+  %reduced = bf16[64,16]{1,0} all-reduce(%gemm), channel_id=1, to_apply=%small
+  %sorted = s32[4096]{0} sort(%k), dimensions={0}, to_apply=%small
+  ROOT %branch = f32[4]{0} conditional(%i, %z, %z), branch_computations={%small, %large}
+}
+"""
+
+
+def test_products_sorts_exchanges_and_branches():
+    kernels = {kernel.name: kernel for kernel in read_kernels(MIXED)}
+    assert set(kernels) == {"gemm", "reduced", "sorted", "wide", "c1"}  # of two branches the dearer one
+    assert kernels["gemm"].flops == 2 * 64 * 32 * 16 and kernels["gemm"].narrow
+    assert kernels["gemm"].bytes == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert kernels["reduced"].collective == "all-reduce"
+    assert (kernels["sorted"].launches, kernels["sorted"].bytes) == (3, 3 * 2 * 4096 * 4)
+    cost = Cost.of(list(kernels.values()), SPEED)
+    assert cost.collectives == {"all-reduce": (1, 2 * 2 * 64 * 16)}
+    assert cost.launches == 7
+    parts = seconds_by(list(kernels.values()), SPEED, lambda kernel: "large" if kernel.bytes > 10_000 else "small")
+    assert [name for name, _ in parts] == ["large", "small"]
+    assert sum(seconds for _, seconds in parts) == pytest.approx(cost.seconds)
+
+
+def test_an_array_of_fast_memory_moves_nothing():
+    line = "ENTRY %main (y: f32[32]) -> f32[32] {\n  %y = f32[32]{0:T(128)S(1)} parameter(0)\n"
+    (kernel,) = read_kernels(line + "  ROOT %c = f32[32]{0:T(128)} copy(%y)\n}\n")
+    assert kernel.bytes == 32 * 4
+
+
+def test_a_kernel_takes_the_longest_of_three_times():
+    (gemm,) = [kernel for kernel in read_kernels(MIXED) if kernel.name == "gemm"]
+    assert gemm.seconds(SPEED) == gemm.bytes / 1e9
+    assert gemm.seconds(Speed(1e18, 1e6, 1e6)) == gemm.flops / 1e6
+    assert gemm.seconds(Speed(1e18, 1e18, 1e18)) == 2e-6
+
+
+def test_calls_of_libraries_have_a_formula():
+    batched = library_flops("__cublas$lt$matmul", ["bf16[6,64,32]{2,1,0}", "bf16[6,32,16]{2,1,0}"], "bf16[6,64,16]")
+    assert batched == pytest.approx(2 * 6 * 64 * 32 * 16)
+    heads = ["bf16[2,64,8,32]{3,2,1,0}", "bf16[2,48,8,32]{3,2,1,0}"]
+    assert library_flops("__cudnn$fmhaSoftmax", heads, "bf16[2,64,8,32]") == 2 * 2 * (2 * 8 * 64 * 48 * 32)
+    assert library_flops("__cudnn$fmhaSoftmaxBackward", heads, "bf16[2,64,8,32]") == 5 * 2 * (2 * 8 * 64 * 48 * 32)
+    joint, own = ["bf16[2,64,3,8,32]", "bf16[3,8,32]"], ["bf16[2,64,1,8,32]", "bf16[2,48,2,8,32]", "bf16[1,8,32]"]
+    triton = "__gpu$xla.gpu.triton jit(f)/short_attention"
+    assert library_flops(triton, joint, "bf16[2,64,8,32]") == 2 * 2 * (2 * 8 * 64 * 64 * 32)
+    assert library_flops(f"{triton}_backward", own, "bf16[2,64,8,32]") == 5 * 2 * (2 * 8 * 64 * 48 * 32)
+    assert library_flops("Sharding", heads, "bf16[2]") == 0.0
+
+
+def test_a_sort_in_one_block_is_one_pass():
+    assert [sort_passes(n) for n in (2, 2048, 4096, 25_600)] == [1, 1, 3, 15]
+
+
+def test_a_compiled_loop_of_products_has_the_products_of_its_turns():
+    """The kernels of a CPU program are other ones, but products and turns are written alike."""
+
+    def many(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    shapes = jax.ShapeDtypeStruct((256, 64), jnp.float32), jax.ShapeDtypeStruct((5, 64, 64), jnp.float32)
+    cost = Cost.of(read_kernels(str(jax.jit(many).lower(*shapes).compile().as_text())), SPEED)
+    assert cost.flops == 5 * 2 * 256 * 64 * 64
+    once = 256 * 64 * 4
+    assert 5 * 2 * once < cost.bytes < 5 * 12 * once
+    assert cost.peak_share(SPEED) == cost.flops / 1e12 / cost.seconds
