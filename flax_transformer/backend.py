@@ -5,6 +5,7 @@ as the TPU's host. Only `ops` makes choices by platform, while a program is trac
 """
 
 import contextlib
+import os
 from collections.abc import Generator
 from typing import Literal
 
@@ -26,6 +27,14 @@ def platform() -> Platform | None:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else _PLATFORMS.get(device.platform)
+
+
+def uses_kernels() -> bool:
+    """Returns whether the program being traced may have kernels that were written for a GPU by hand.
+
+    The environment variable FLAX_TRANSFORMER_KERNELS=off leaves them out, and the plain forms run.
+    """
+    return platform() == "gpu" and os.environ.get("FLAX_TRANSFORMER_KERNELS", "on") != "off"
 
 
 def abstract_device(name: Platform) -> AbstractDevice:

@@ -43,3 +43,15 @@ def test_programs_that_need_no_mesh_to_run_are_traced_for_one(monkeypatch, one_d
     monkeypatch.setattr(state, "build_model", build)
     init_state(model, vocabulary, layout, 0)
     assert built == ["cpu"]
+
+
+def test_kernels_are_left_out_where_the_user_says_so(monkeypatch):
+    with backend.tracing_for("gpu"):
+        assert backend.uses_kernels()
+        monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "off")
+        assert not backend.uses_kernels()
+    monkeypatch.delenv("FLAX_TRANSFORMER_KERNELS")
+    for other in ("cpu", "tpu"):
+        with backend.tracing_for(other):
+            assert not backend.uses_kernels()
+    assert not backend.uses_kernels()

@@ -259,7 +259,7 @@ def attention(
 
     arguments = (query, key, value, mask, bias, dropout_key)
     is_plain = bias is None and soft_cap is None and (dropout_key is None or dropout_rate == 0.0)
-    if backend.platform() != "gpu" or not is_plain or not _suits_cudnn(query, key):
+    if not backend.uses_kernels() or not is_plain or not _suits_cudnn(query, key):
         return plain(*arguments)
     # The program of a GPU may also be run elsewhere, in tests.
     return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
@@ -321,7 +321,7 @@ def projected_attention(
 
     itself = encoded is x
     arguments = (x, encoded, projections, dropout_key)
-    if backend.platform() != "gpu" or not _is_short(x, encoded, projections, mask, compute_dtype):
+    if not backend.uses_kernels() or not _is_short(x, encoded, projections, mask, compute_dtype):
         return plain(x, encoded, projections, dropout_key)
     # The program of a GPU may also be run elsewhere, in tests.
     return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
