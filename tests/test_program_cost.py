@@ -133,6 +133,28 @@ def test_products_sorts_exchanges_and_branches():
     assert sum(seconds for _, seconds in parts) == pytest.approx(cost.seconds)
 
 
+@pytest.mark.parametrize(
+    "left, right, result, window, flops",
+    [
+        ("50,64,512", "512,1024,1", "50,64,1024", "size=1", 2 * 50 * 64 * 512 * 1024),
+        (
+            "50,64,512,1",
+            "512,4,64,1",
+            "50,64,4,64",
+            "size=1x4 pad=0_0x3_3 rhs_reversal=0x1",
+            2 * 50 * 64 * 512 * 4 * 64,
+        ),
+        ("50,64,4,64", "50,64,4,64", "50,4,64,64", "size=50x4 stride=49x3 lhs_dilate=50x4", 2 * 50 * 4 * 64 * 64 * 64),
+    ],
+)
+def test_products_that_a_tpu_writes_as_convolutions(left, right, result, window, flops):
+    (kernel,) = read_kernels(
+        f"ENTRY %main (x: bf16[{left}], y: bf16[{right}]) -> bf16[{result}] {{\n  %x = bf16[{left}] parameter(0)\n"
+        f"  %y = bf16[{right}] parameter(1)\n  ROOT %c = bf16[{result}] convolution(%x, %y), window={{{window}}}\n}}\n"
+    )
+    assert kernel.flops == pytest.approx(flops)
+
+
 def test_an_array_of_fast_memory_moves_nothing():
     line = "ENTRY %main (y: f32[32]) -> f32[32] {\n  %y = f32[32]{0:T(128)S(1)} parameter(0)\n"
     (kernel,) = read_kernels(line + "  ROOT %c = f32[32]{0:T(128)} copy(%y)\n}\n")

@@ -244,11 +244,15 @@ def dot_flops(computation: Computation, line: Line) -> float:
 
 
 def convolution_flops(computation: Computation, line: Line) -> float:
-    """Returns the operations of a product that libtpu writes as a convolution: 2 sqrt(left * right * result)."""
+    """Returns the operations of a product that libtpu writes as a convolution.
+
+    Left, right and result have b m k, b k n and b m n elements. So b m n k is the square root of their product divided
+    by b. A dilated window has b elements; without one, b is 1.
+    """
     left, right = (num_elements(computation.lines[name].result) for name in line.operands[:2])
-    window = re.search(r"window=\{size=([\dx]+)", line.attributes)
+    window = re.search(r"window=\{size=([\dx]+)[^}]*lhs_dilate", line.attributes)
     batch = math.prod(int(n) for n in window[1].split("x")) if window else 1
-    return 2.0 * math.sqrt(float(left) * right * num_elements(line.result) * batch)
+    return 2.0 * math.sqrt(float(left) * right * num_elements(line.result) / batch)
 
 
 def library_flops(target: str, operands: list[str], result: str) -> float:
