@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding
 
@@ -25,7 +25,7 @@ def local_mesh(mesh: Mesh) -> Mesh:
     return make_mesh(MeshConfig(), list(mesh.local_devices))
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
+def put(tree: Any, sharding: Sharding) -> Any:
     """Returns NumPy arrays as arrays of JAX in a sharding. All processes have the same NumPy arrays."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
