@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -23,6 +22,7 @@ from flax_transformer.inference.requests import Request, RequestReader, check_ca
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding, search_meshes
 from flax_transformer.parallel.placement import local_mesh, replicated
 from flax_transformer.run_folder import RunFolder
@@ -85,7 +85,7 @@ class Translator:
     @classmethod
     def load(
         cls,
-        run: Path | str | Sequence[Path | str],
+        run: AnyPath | str | Sequence[AnyPath | str],
         mesh: Mesh | None = None,
         checkpoint: Choice = "best",
         quantize: Quantize = "none",
@@ -106,7 +106,7 @@ class Translator:
             RunFolderError: not a run folder, or one whose tokenizer or checkpoint is missing or damaged. Or the runs do
                 not form an ensemble.
         """
-        paths = [run] if isinstance(run, Path | str) else list(run)
+        paths = [run] if isinstance(run, AnyPath | str) else list(run)
         folders = [RunFolder.open(path) for path in paths]
         config = folders[0].read_config()
         tokenizers = folders[0].tokenizers()
