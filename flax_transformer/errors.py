@@ -88,6 +88,7 @@ ADVICE = {
     errno.EPERM: "Change its permissions, or choose another place.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENETUNREACH: "Check the name of the bucket, your credentials and the network.",
 }
 
 

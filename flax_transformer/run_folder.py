@@ -22,7 +22,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import Any
 
 from flax_transformer.config.reading import read_config, write_config
@@ -30,73 +29,85 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError, shown
 from flax_transformer.locks import take_lock
+from flax_transformer.object_storage import AnyPath, any_path, on_object_storage, storage_errors
 from flax_transformer.parallel import processes
-from flax_transformer.small_files import write_atomically
+from flax_transformer.small_files import remove_folder, write_atomically
+
+NO_LOCK = (
+    "note: this run folder has no lock, since {reason}. Let no second training write to it; nothing here would notice"
+)
 
 
 class RunFolder:
-    """Paths and small files of a run folder."""
+    """Paths and small files of a run folder, on a disk or on object storage.
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    Args:
+        path: the folder, or its address `gs://BUCKET/FOLDER`.
+
+    Raises:
+        ConfigError: an address of storage that is not supported, or whose library is missing.
+    """
+
+    def __init__(self, path: AnyPath | str):
+        self.path = any_path(path)
 
     @property
-    def config_file(self) -> Path:
+    def config_file(self) -> AnyPath:
         """The complete configuration."""
         return self.path / "config.yaml"
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer(self) -> AnyPath:
         """The folder of the tokenizers."""
         return self.path / "tokenizer"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
-    def metrics_file(self) -> Path:
+    def metrics_file(self) -> AnyPath:
         """The file of metrics, with one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
-    def log_file(self) -> Path:
+    def log_file(self) -> AnyPath:
         """The file of printed lines."""
         return self.path / "train.log"
 
     @property
-    def bad_batch(self) -> Path:
+    def bad_batch(self) -> AnyPath:
         """The batch at which a training diverged."""
         return self.path / "bad_batch.npz"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> AnyPath:
         """The folder of event files."""
         return self.path / "tensorboard"
 
     @property
-    def plots(self) -> Path:
+    def plots(self) -> AnyPath:
         """The folder of pictures."""
         return self.path / "plots"
 
     @property
-    def card_file(self) -> Path:
+    def card_file(self) -> AnyPath:
         """The summary of the run, which is written at its end."""
         return self.path / "run_card.json"
 
     @property
-    def test_sources(self) -> Path:
+    def test_sources(self) -> AnyPath:
         """The source sentences of the test part, one a line."""
         return self.path / "samples" / "test.sources.txt"
 
     @property
-    def test_references(self) -> Path:
+    def test_references(self) -> AnyPath:
         """The references of the test part, one a line."""
         return self.path / "samples" / "test.references.txt"
 
     @property
-    def test_hypotheses(self) -> Path:
+    def test_hypotheses(self) -> AnyPath:
         """The run's translations of the test part, one a line."""
         return self.path / "samples" / "test.hypotheses.txt"
 
@@ -108,8 +119,22 @@ class RunFolder:
 
         Raises:
             RunFolderError: the folder contains a run or other files, or it cannot be written.
+            OSError: object storage cannot be reached.
         """
         self._check_name()
+        with storage_errors(self.path):
+            self._check_empty(option)
+        if on_object_storage(self.path):
+            if processes.is_first():
+                self._try_to_write(option)
+            return
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise RunFolderError(
+                f"{self.path} cannot be made, since {there} cannot be written. Choose another by {option} FOLDER."
+            )
+
+    def _check_empty(self, option: str) -> None:
         if self.config_file.exists():
             go_on = f"Go on with it by --run {self.path} --resume, or choose" if option == "--run" else "Choose"
             raise RunFolderError(
@@ -118,11 +143,18 @@ class RunFolder:
         remains = {"tokenizer", "config.yaml.new"}  # of a process that was killed inside `create`
         if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= remains):
             raise RunFolderError(f"{self.path} exists and is not an empty folder. Choose another by {option} FOLDER.")
-        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+
+    def _try_to_write(self, option: str) -> None:
+        mark = self.path / "config.yaml.new"
+        try:
+            write_atomically(mark, "")
+            with storage_errors(mark):
+                mark.unlink()
+        except OSError as error:
             raise RunFolderError(
-                f"{self.path} cannot be made, since {there} cannot be written. Choose another by {option} FOLDER."
-            )
+                f"{self.path} cannot be written: {error.strerror or error}. Check the name of the bucket, your "
+                f"credentials and the network, or choose another folder by {option} FOLDER."
+            ) from error
 
     def _check_name(self) -> None:
         """Raises a `RunFolderError` unless the path is valid Unicode; TensorStore writes and reads no other."""
@@ -142,7 +174,7 @@ class RunFolder:
         """
         self.check_unused()
         with self.writing():
-            shutil.rmtree(self.tokenizer, ignore_errors=True)
+            remove_folder(self.tokenizer)
             tokenizers.save(self.tokenizer)
             self.update_config(config)
 
@@ -150,9 +182,14 @@ class RunFolder:
     def made_whole(self) -> Generator["RunFolder", None, None]:
         """Yields a run folder with a temporary name, which gets this folder's name at the end of the `with` block.
 
+        On object storage it is this folder itself.
+
         Raises:
             RunFolderError: as `check_unused`.
         """
+        if on_object_storage(self.path):  # it renames nothing
+            yield self
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{self.path.name}.partial-", dir=self.path.parent) as partial:
             made = RunFolder(Path(partial) / "run")
@@ -163,25 +200,29 @@ class RunFolder:
             made.path.rename(self.path)
 
     @contextlib.contextmanager
-    def locked(self) -> Generator[None, None, None]:
+    def locked(self) -> Generator[tuple[str, ...], None, None]:
         """Keeps the folder's lock inside a `with` block, so that no two trainings delete each other's files.
 
-        Of several processes of one training the first one keeps it.
+        It yields lines for the log: one where there is no lock to be had. Of several processes of one training the
+        first one keeps the lock.
 
         Raises:
             RunFolderError: another process trains in the folder.
         """
         with contextlib.ExitStack() as files:
 
-            def take() -> None:
-                if not take_lock(files.enter_context(self.log_file.open("a", encoding="utf-8"))):
+            def take() -> list[str]:
+                if on_object_storage(self.path):
+                    return [NO_LOCK.format(reason="it lies on object storage")]
+                got = take_lock(files.enter_context(self.log_file.open("a", encoding="utf-8")))
+                if got is False:
                     raise RunFolderError(
                         f"{self.path} is being trained by another process. Wait for it to end, or stop it and go on by "
                         "--resume; nothing was changed."
                     )
+                return [] if got else [NO_LOCK.format(reason="its file system or this system has none")]
 
-            processes.from_first(take)
-            yield
+            yield tuple(processes.from_first(take))
 
     @contextlib.contextmanager
     def writing(self) -> Generator[None, None, None]:
@@ -190,10 +231,12 @@ class RunFolder:
             yield
         except OSError as error:
             file = "" if error.filename is None else f" ({error.filename})"
-            go_on = "go on by --resume; its checkpoints are whole" if self.config_file.exists() else "begin again"
+            remote = on_object_storage(self.path)
+            begun = remote or self.config_file.exists()  # storage that has just failed is not asked again
+            go_on = "go on by --resume; its checkpoints are whole" if begun else "begin again"
+            mend = "Mend the permissions or the network" if remote else "Make room, or mend the file system"
             raise RunFolderError(
-                f"the run folder {self.path} cannot be written: {error.strerror or error}{file}. Make room, or mend "
-                f"the file system, and {go_on}."
+                f"the run folder {self.path} cannot be written: {error.strerror or error}{file}. {mend}, and {go_on}."
             ) from error
 
     def check_shared(self) -> None:
@@ -206,9 +249,10 @@ class RunFolder:
             return
         mark = self.path / f"shared-{processes.from_first(lambda: secrets.token_hex(8))}"
         with self.writing():
-            processes.from_first(lambda: mark.write_text("All processes must see this file.\n") and None)
-            seen = processes.exchange(mark.exists())
-            processes.from_first(mark.unlink)
+            processes.from_first(lambda: write_atomically(mark, "All processes must see this file.\n"))
+            with storage_errors(mark):
+                seen = processes.exchange(mark.exists())
+                processes.from_first(mark.unlink)
         if not all(seen):
             raise RunFolderError(
                 f"process {seen.index(False)} does not see the run folder {self.path} of process 0: all processes read "
@@ -221,25 +265,29 @@ class RunFolder:
             write_config(config, self.config_file)
 
     @classmethod
-    def open(cls, path: Path | str) -> "RunFolder":
+    def open(cls, path: AnyPath | str) -> "RunFolder":
         """Returns an existing run folder.
 
         Raises:
             RunFolderError: there is no run at `path`.
+            OSError: object storage cannot be reached.
         """
         folder = cls(path)
         folder._check_name()
-        if not folder.config_file.is_file():
+        with storage_errors(folder.path):
+            found = folder.config_file.is_file()
+        if not found:
             raise RunFolderError(
-                f"{path} is not a run folder: it has no config.yaml. Give the folder of a training run."
+                f"{folder.path} is not a run folder: it has no config.yaml. Give the folder of a training run."
             )
         return folder
 
     @classmethod
-    def of_config(cls, path: Path) -> "RunFolder | None":
+    def of_config(cls, path: AnyPath) -> "RunFolder | None":
         """Returns the run folder that a configuration belongs to, or None if it is a recipe."""
         folder = cls(path.parent)
-        return folder if path.name == folder.config_file.name and folder.tokenizer.is_dir() else None
+        with storage_errors(folder.path):
+            return folder if path.name == folder.config_file.name and folder.tokenizer.is_dir() else None
 
     def read_config(self) -> Config:
         """Returns the run's configuration, whose `run` is this folder; raises as `read_config` does.
@@ -267,4 +315,4 @@ class RunFolder:
         with self.writing():
             self.test_sources.parent.mkdir(exist_ok=True)
             for file, lines in parts.items():
-                file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                write_atomically(file, "".join(f"{line}\n" for line in lines))

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
-from pathlib import Path
+import shutil
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+from etils import epath
+
 from flax_transformer.errors import shown
+from flax_transformer.object_storage import AnyPath, on_object_storage, storage_errors
 
 Fields = TypeVar("Fields")
 
@@ -14,14 +17,31 @@ Fields = TypeVar("Fields")
 SEAL = "sha256"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file. After a kill or a power loss the file has its old content or the new one."""
+def write_atomically(path: AnyPath, content: str | bytes) -> None:
+    """Writes a file. After a kill or a power loss the file has its old content or the new one.
+
+    Object storage replaces an object as a whole by itself.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if on_object_storage(path):
+        with storage_errors(path):
+            path.write_bytes(data)
+        return
     new = path.with_name(f"{path.name}.new")
     with new.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def remove_folder(path: AnyPath) -> None:
+    """Removes a folder, if there is one. On a disk it leaves what cannot be removed."""
+    if on_object_storage(path):
+        with storage_errors(path):
+            epath.Path(path).rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:

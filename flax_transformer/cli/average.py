@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from flax_transformer.object_storage import any_path
 from flax_transformer.training.averaging import average_checkpoints
 
 
@@ -38,5 +39,5 @@ def main(arguments: list[str], program: str) -> int:
     """
     options = tyro.cli(AverageOptions, args=arguments, prog=program)
     steps = average_checkpoints(options.run, options.output, options.num, options.of)
-    print(f"the mean of steps {', '.join(map(str, sorted(steps)))} lies in {options.output}")
+    print(f"the mean of steps {', '.join(map(str, sorted(steps)))} lies in {any_path(options.output)}")
     return 0

@@ -12,6 +12,7 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import options_left_out, write_marian
 from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.object_storage import any_path
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
 
@@ -70,7 +71,7 @@ def to_hf(arguments: list[str], program: str) -> None:
             "Hugging Face's does not. For CTranslate2 train with model.zero_start: true.",
             file=sys.stderr,
         )
-    print(f"{options.output}: a MarianMT model of {options.run}")
+    print(f"{options.output}: a MarianMT model of {any_path(options.run)}")
 
 
 def from_hf(arguments: list[str], program: str) -> None:
@@ -83,7 +84,7 @@ def from_hf(arguments: list[str], program: str) -> None:
             f"equivalent here: {'; '.join(lost)}.",
             file=sys.stderr,
         )
-    print(f"{options.output}: {run.read_config().model.description} of {options.folder}")
+    print(f"{run.path}: {run.read_config().model.description} of {options.folder}")
 
 
 DIRECTIONS: dict[str, Callable[[list[str], str], None]] = {"to-hf": to_hf, "from-hf": from_hf}

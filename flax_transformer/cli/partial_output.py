@@ -197,7 +197,7 @@ class PartialOutput:
     def __enter__(self) -> "PartialOutput":
         self._file = self._partial.open("ab+")
         try:
-            locked = take_lock(self._file)
+            locked = take_lock(self._file) is not False
             if not locked or self._moved():
                 if locked and os.fstat(self._file.fileno()).st_size == 0:
                     self._partial.unlink(missing_ok=True)  # `open` has just created it

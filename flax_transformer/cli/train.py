@@ -7,6 +7,7 @@ from flax_transformer.config.reading import read_config
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.run import run_experiment
+from flax_transformer.object_storage import any_path
 from flax_transformer.run_folder import RunFolder
 
 
@@ -33,7 +34,7 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
                 if position == len(arguments):
                     raise ConfigError("--config needs the path of a YAML file.")
                 value = arguments[position]
-            path = Path(value)
+            path = any_path(value)
         elif arguments[position] == "--resume":
             resume = True
         else:

@@ -22,6 +22,7 @@ from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_none
 from flax_transformer.inference.translator import Translator
+from flax_transformer.object_storage import resolved
 from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
@@ -171,7 +172,7 @@ def settings_of(options: TranslateOptions, phrases: list[list[str]] | None) -> d
             step, digest = checkpoints.undisturbed(chosen)
             made_by = (digest, folder.tokenizers().fingerprint, folder.read_config().model)
         digest = hashlib.sha256(repr(made_by).encode()).hexdigest()
-        settings["run"].append([str(run.resolve()), step, digest])
+        settings["run"].append([str(resolved(folder.path)), step, digest])
     if phrases is not None:
         settings["required"] = hashlib.sha256(repr(phrases).encode()).hexdigest()
     return settings

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import types
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -11,6 +10,7 @@ import yaml
 from flax_transformer.config.old_keys import explain_old_key, with_new_keys
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, did_you_mean, shortened, shown
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.small_files import write_atomically
 
 Section = TypeVar("Section")
@@ -161,7 +161,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: Path, of_run: bool = False) -> Config:
+def read_config(path: AnyPath, of_run: bool = False) -> Config:
     """Returns the configuration in a YAML file. Fields that the file leaves out get their defaults.
 
     Args:
@@ -192,7 +192,7 @@ def _check_complete(values: dict[str, Any]) -> None:
         )
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: AnyPath) -> Any:
     if not path.exists() or path.is_dir():
         raise ConfigError(f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone.")
     with path.open("rb") as file:
@@ -219,6 +219,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def write_config(config: Config, path: Path) -> None:
+def write_config(config: Config, path: AnyPath) -> None:
     """Writes all fields as YAML, atomically, with the defaults, so that the file alone describes the run."""
     write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

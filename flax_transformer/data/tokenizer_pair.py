@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from flax_transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig
 from flax_transformer.errors import RunFolderError
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.small_files import write_atomically
 
 # For each `Tokenizer.suffix`, a function that makes a tokenizer from the contents of its file.
@@ -43,7 +43,7 @@ class TokenizerPair:
             train(source, config, f"the source side of {name}"), train(target, config, f"the target side of {name}")
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Writes the tokenizers to `folder`: one file named joint, or two files named source and target.
 
         The names end with `Tokenizer.suffix`. So SentencePiece models are written to joint.model, or to source.model
@@ -55,7 +55,7 @@ class TokenizerPair:
             write_atomically(folder / f"{name}.{tokenizer.suffix}", tokenizer.model)
 
     @classmethod
-    def load(cls, folder: Path) -> "TokenizerPair":
+    def load(cls, folder: AnyPath) -> "TokenizerPair":
         """Returns the tokenizers that `save` wrote.
 
         Raises:
@@ -73,7 +73,7 @@ class TokenizerPair:
         return cls(source, target)
 
 
-def _read(folder: Path, name: str) -> Tokenizer | None:
+def _read(folder: AnyPath, name: str) -> Tokenizer | None:
     """Returns the tokenizer that a folder contains under a name, or None if there is none."""
     for suffix, make in KINDS.items():
         if (file := folder / f"{name}.{suffix}").is_file():

@@ -85,10 +85,13 @@ class NewRun:
         compiled = programs.compile(text)
         processes.from_first(lambda: self.folder.create(self.config, text.tokenizers))
         self.folder.check_shared()
-        with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
+        with (
+            self.folder.locked() as notes,
+            training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints,
+        ):
             state = initial_state(self.config, text.tokenizers, programs.layout, params)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
-            yield Start(checkpoints, TrainingStart(state, Position(0, 0)), compiled)
+            yield Start(checkpoints, TrainingStart(state, Position(0, 0)), compiled, notes)
 
 
 def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:

@@ -163,6 +163,7 @@ def draw_pictures(
     attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if not processes.is_first():
         return
+    log.flush()
     records = read_metrics(folder.metrics_file)
     with folder.writing():
         folder.plots.mkdir(exist_ok=True)

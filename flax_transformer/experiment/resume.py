@@ -70,14 +70,17 @@ class ResumedRun:
                 not fit the memory.
         """
         self.folder.check_shared()
-        with self.folder.locked(), training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints:
-            position, redrawn, notes = Position(0, 0), False, []
+        with (
+            self.folder.locked() as lock_notes,
+            training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints,
+        ):
+            position, redrawn, notes = Position(0, 0), False, [*lock_notes]
             if checkpoints.latest_step() is None:  # stopped before its first checkpoint
                 params = initial_params(self.config, text.tokenizers, programs.layout)
                 state = initial_state(self.config, text.tokenizers, programs.layout, params)
             else:
                 restored = checkpoints.restore(programs.layout)
-                state, notes = restored.state, [*restored.notes]
+                state, notes = restored.state, [*lock_notes, *restored.notes]
                 position, redrawn = _position(self.folder, restored, text)
             step = int(state.step)
             checksums_of(state)  # compiles the checksums that every checkpoint needs

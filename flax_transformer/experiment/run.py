@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from flax_transformer.config.recipe import Config
+from flax_transformer.data.batching import Position
 from flax_transformer.data.corpus import load_corpus
 from flax_transformer.data.loader import training_batches
 from flax_transformer.errors import ConfigError
@@ -19,6 +20,7 @@ from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.standard_streams import lossy_standard_streams
 from flax_transformer.training.loop import Callbacks, CompiledSteps, train_loop
+from flax_transformer.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             log.say(start.compiled.text)
 
         # --- training
+        def save(state: TrainState, position: Position, quality: float | None) -> None:
+            log.flush()  # the records are never behind a checkpoint
+            start.checkpoints.save(state, position, text.fingerprint, quality)
+
         clock = time.monotonic()
         trained = train_loop(
             start.place,
@@ -83,9 +89,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             CompiledSteps({}, mesh) if start.compiled is None else start.compiled.steps,
             Callbacks(
                 log,
-                save=lambda state, position, quality: start.checkpoints.save(
-                    state, position, text.fingerprint, quality
-                ),
+                save=save,
                 check_saved=start.checkpoints.check_saved,
                 evaluate=functools.partial(programs.validation, log),
                 history=programs.validation.history(folder),

@@ -4,13 +4,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import InputError, RunFolderError, shown
 from flax_transformer.inference.evaluate import Scores, bleu_metric
+from flax_transformer.object_storage import AnyPath, resolved
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.small_files import as_dataclass, parse_object
 from flax_transformer.training.metrics_file import read_metrics
@@ -50,7 +50,7 @@ class RunSummary:
     bleu_tokenizer: str
 
     @classmethod
-    def read(cls, path: Path) -> "RunSummary":
+    def read(cls, path: AnyPath) -> "RunSummary":
         """Returns the summary of a run folder.
 
         Raises:
@@ -94,7 +94,7 @@ class RunSummary:
         if not len(sources) == len(references) == len(hypotheses) > 0:
             raise ValueError(f"{len(sources)} sources, {len(references)} references, {len(hypotheses)} hypotheses")
         return cls(
-            name=folder.path.resolve().name,
+            name=resolved(folder.path).name,
             model=config.model.description,
             parameters=card["parameters"],
             target_tokens=sum(r["target_tokens"] for r in train),
@@ -131,7 +131,7 @@ class LengthGroup:
     margin: float
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunSummary]:
+def read_runs(paths: Sequence[AnyPath]) -> list[RunSummary]:
     """Returns the summaries of runs that can be compared.
 
     Raises:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -23,6 +22,7 @@ from flax_transformer.inference.requests import Request, RequestReader, check_ca
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding, search_meshes
 from flax_transformer.parallel.placement import local_mesh, placed, replicated
 from flax_transformer.parallel.sharding_rules import parameter_shardings
@@ -100,7 +100,7 @@ class Translator:
     @classmethod
     def load(
         cls,
-        run: Path | str | Sequence[Path | str],
+        run: AnyPath | str | Sequence[AnyPath | str],
         mesh: Mesh | None = None,
         checkpoint: Choice = "best",
         quantize: Quantize = "none",
@@ -126,7 +126,7 @@ class Translator:
                 axis of `mesh` does not divide a dimension.
         """
         check_type("quantize", quantize, Quantize)
-        paths = [run] if isinstance(run, Path | str) else list(run)
+        paths = [run] if isinstance(run, AnyPath | str) else list(run)
         if not paths:
             raise ConfigError("a translator needs at least one run folder, got an empty list.")
         folders = [RunFolder.open(path) for path in paths]

@@ -30,6 +30,7 @@ from flax_transformer.interop.marian_generation import Generation, read_generati
 from flax_transformer.models.build import build_model, vocabulary_info
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.nn.feed_forward import Activation
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 
@@ -272,7 +273,7 @@ def read_settings(folder: Path, theirs: dict[str, Any], vocabularies: Vocabulari
         ) from error
 
 
-def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
+def read_marian(folder: Path, output: AnyPath) -> tuple[RunFolder, list[str]]:
     """Makes a run folder from a MarianMT folder.
 
     Returns:
@@ -316,23 +317,23 @@ def read_marian(folder: Path, output: Path) -> tuple[RunFolder, list[str]]:
         params["output_bias"][pair.target.special.pad] = NEVER
     if generation.start_excluded:
         params["output_bias"][pair.target.special.start] = NEVER  # nothing reads MarianMT's own bias of it
-    write_run(output, model, pair, generation, params)
+    write_run(run, model, pair, generation, params)
     return run, generation.lost
 
 
 def write_run(
-    output: Path, model: TransformerConfig, pair: TokenizerPair, generation: Generation, params: dict[str, Any]
+    run: RunFolder, model: TransformerConfig, pair: TokenizerPair, generation: Generation, params: dict[str, Any]
 ) -> None:
-    """Makes a run folder from parameters. The folder gets its name when it is complete."""
+    """Makes a run folder from parameters. On a disk the folder gets its name when it is complete."""
     joint = model.share_embeddings == "all" or pair.joint
     config = Config(
-        run=str(output),
+        run=str(run.path),
         data=ParallelTextConfig(),
         tokenizer=TokenizerConfig(vocab_size=pair.target.vocab_size, joint=joint),
         model=model,
         decoding=generation.decoding,
     )
-    with RunFolder(output).made_whole() as made:
+    with run.made_whole() as made:
         made.create(config, pair)
         with Checkpoints(made.checkpoints, (1, 1), pair.fingerprint) as checkpoints:
             checkpoints.save_params(1, jax.tree.map(jax.numpy.asarray, params))

@@ -1,10 +1,9 @@
 """Cross-attention as a picture."""
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
 from flax_transformer.inference.attention_map import AttentionMap
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.plots.picture import Picture, literal, set_title, write_picture
 
 # Of a layer's picture: its side in inches, and tokens that are named on it, evenly spread where there are more.
@@ -13,7 +12,7 @@ MOST_NAMES = 50
 TOKEN_COLUMNS = 20  # room for the name of a token
 
 
-def plot_attention(attention: AttentionMap, output: Path, title: str) -> Picture:
+def plot_attention(attention: AttentionMap, output: AnyPath, title: str) -> Picture:
     """Writes a picture with one panel a decoder layer: target tokens down, source tokens across, heads averaged.
 
     Args:

@@ -1,14 +1,14 @@
 """The course of a training run as a picture."""
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.plots.picture import Picture, set_title, write_picture
 
 
-def plot_curves(records: list[dict[str, Any]], output: Path, title: str) -> Picture:
+def plot_curves(records: list[dict[str, Any]], output: AnyPath, title: str) -> Picture:
     """Writes a picture of loss, accuracy, learning rate with gradient norm, and validation BLEU over steps.
 
     Args:

@@ -4,19 +4,22 @@ Matplotlib shapes text by HarfBuzz: Arabic runs from right to left and joins its
 find their places. Each token of an axis is shaped by itself, so its ends do not join the letters of its neighbours.
 """
 
+import io
 import textwrap
 import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from flax_transformer.errors import shortened
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.plots.fonts import choose_fonts
+from flax_transformer.small_files import write_atomically
 
 DPI = 110
 COLUMNS_PER_INCH = 9  # narrow letters of a title's size
@@ -33,7 +36,7 @@ class Picture:
         missing: its letters that no installed font has.
     """
 
-    path: Path
+    path: AnyPath
     missing: str = ""
 
 
@@ -59,7 +62,7 @@ def set_title(figure: Figure, *texts: str) -> None:
     figure.suptitle("\n".join(lines), x=0.01, ha="left", parse_math=False)  # a sentence may hold dollar signs
 
 
-def write_picture(figure: Figure, output: Path) -> Picture:
+def write_picture(figure: Figure, output: AnyPath) -> Picture:
     """Writes a figure as PNG; as SVG if no installed font has some of its letters.
 
     The SVG holds text as text, so that whatever shows it draws the letters by fonts of its own. A browser has fonts for
@@ -75,14 +78,20 @@ def write_picture(figure: Figure, output: Path) -> Picture:
         text.set_fontfamily(choice.families)
     png, svg = output.with_suffix(".png"), output.with_suffix(".svg")
     if not choice.missing:
-        figure.savefig(png, dpi=DPI)
+        _write(figure, png, "png", dpi=DPI)
         svg.unlink(missing_ok=True)
         return Picture(png)
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)  # the user is told otherwise
-        figure.savefig(svg)
+        _write(figure, svg, "svg")
     png.unlink(missing_ok=True)
     return Picture(svg, choice.missing)
+
+
+def _write(figure: Figure, output: AnyPath, kind: str, **options: Any) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, **options)
+    write_atomically(output, content.getvalue())
 
 
 def missing_letters_note(pictures: Sequence[Picture]) -> str:

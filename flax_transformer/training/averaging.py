@@ -5,7 +5,6 @@ References:
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ from flax import nnx
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.models.build import vocabulary_info
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.state import abstract_model
@@ -56,7 +56,7 @@ def _chosen_steps(of: Literal["newest", "best"], num: int, checkpoints: Checkpoi
     return ranked[:num]
 
 
-def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest", "best"]) -> list[int]:
+def average_checkpoints(run: AnyPath, output: AnyPath, num: int, of: Literal["newest", "best"]) -> list[int]:
     """Makes the run folder `output` with the mean parameters of `num` checkpoints, and returns their steps.
 
     The mean is computed in float64, with one checkpoint in memory at a time.
@@ -84,7 +84,7 @@ def average_checkpoints(run: Path, output: Path, num: int, of: Literal["newest",
             total = params if total is None else jax.tree.map(np.add, total, params)
     mean = jax.tree.map(lambda a, like: jnp.asarray(a / len(steps), like.dtype), total, abstract_params)
     with made.made_whole() as partial:
-        partial.create(dataclasses.replace(config, run=str(output)), tokenizers)
+        partial.create(dataclasses.replace(config, run=str(made.path)), tokenizers)
         with Checkpoints(partial.checkpoints, (1, 1), tokenizers.fingerprint) as checkpoints:
             checkpoints.save_params(max(steps), mean)
     return steps

@@ -5,6 +5,9 @@ array's devices compute it, and it does not depend on the sharding.
 
 A folder that is named after a step is a whole checkpoint, even if the process is killed. A checkpoint gets this name
 when it is complete, and loses it before its files are deleted.
+
+Object storage renames nothing at once. There a checkpoint is whole if it has the file commit_success.txt. Files of a
+superseded checkpoint are deleted in any order, and a kill leaves the rest to the next start.
 """
 
 import contextlib
@@ -13,10 +16,8 @@ import errno
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -26,9 +27,10 @@ import orbax.checkpoint as ocp
 
 from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError, check_type
+from flax_transformer.object_storage import AnyPath, on_object_storage, resolved, storage_errors
 from flax_transformer.parallel import processes
 from flax_transformer.parallel.placement import put
-from flax_transformer.small_files import write_atomically
+from flax_transformer.small_files import remove_folder, write_atomically
 from flax_transformer.training.checkpoint_meta import CheckpointMeta
 from flax_transformer.training.checksums import checksums
 from flax_transformer.training.retention import KeptSteps
@@ -40,6 +42,9 @@ Result = TypeVar("Result")
 # Sub-folders of a folder of checkpoints: of those that are being deleted, and of those that cannot be read.
 REMOVED = "removed"
 DAMAGED = "damaged"
+
+# File that makes a folder on object storage a whole checkpoint. Orbax writes it last.
+COMMIT_MARK = "commit_success.txt"
 
 
 class DamagedCheckpointError(RunFolderError):
@@ -110,7 +115,7 @@ class Checkpoints:
             restored. None saves no fingerprint and accepts any. A checkpoint without one is always accepted.
     """
 
-    def __init__(self, folder: Path, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
+    def __init__(self, folder: AnyPath, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
         self.folder = folder
         self.tokenizers = tokenizers
         self._policy = None if keep is None else KeptSteps(self.ranked, *keep)
@@ -132,7 +137,7 @@ class Checkpoints:
             "optimizer": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(folder.resolve(), item_handlers=handlers, options=options)
+        self._manager = ocp.CheckpointManager(resolved(folder), item_handlers=handlers, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -152,7 +157,7 @@ class Checkpoints:
     def _empty_removed(self) -> None:
         """Deletes the checkpoints that Orbax has only renamed. A kill in between leaves the rest to the next call."""
         if self._policy is not None and processes.is_first():
-            shutil.rmtree(self.folder / REMOVED, ignore_errors=True)
+            remove_folder(self.folder / REMOVED)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None if there is none."""
@@ -329,9 +334,12 @@ class Checkpoints:
         place = self.folder / DAMAGED / str(step)
 
         def move() -> None:
-            shutil.rmtree(place, ignore_errors=True)  # one that was damaged earlier
+            remove_folder(place)  # one that was damaged earlier
             place.parent.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(place)
+            if on_object_storage(place):  # Orbax removes a folder there that lacks this file
+                write_atomically(place.parent / COMMIT_MARK, "These checkpoints cannot be read.\n")
+            with storage_errors(place):
+                (self.folder / str(step)).rename(place)
 
         processes.from_first(move)
         self._manager.reload()

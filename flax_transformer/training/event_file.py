@@ -1,6 +1,8 @@
 """TensorBoard's event file of a run."""
 
+import contextlib
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,9 @@ from typing import Any
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[missing-module-attribute]
 from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[missing-module-attribute]
 from tensorboardX.record_writer import RecordWriter
+
+from flax_transformer.object_storage import AnyPath, on_object_storage
+from flax_transformer.small_files import write_atomically
 
 SECONDS_BETWEEN_FLUSHES = 120.0
 
@@ -18,6 +23,8 @@ class EventFile:
     `tensorboardX.SummaryWriter` has a thread behind a bounded queue. If a full disk ends that thread, the training
     waits for room in the queue for ever.
 
+    For a folder on object storage the file grows on the disk of this machine, and is copied there at times.
+
     Args:
         folder: folder of all event files of the run.
         first_step: step from which TensorBoard leaves out the values of earlier files.
@@ -26,9 +33,14 @@ class EventFile:
         OSError: the file cannot be written. The methods raise it, too.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: AnyPath, first_step: int):
         folder.mkdir(exist_ok=True)
-        self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._disk = contextlib.ExitStack()
+        self._local: Path | None = None
+        if on_object_storage(folder):
+            self._local = Path(self._disk.enter_context(tempfile.TemporaryDirectory())) / self._path.name
+        self._file = RecordWriter(str(self._local or self._path))
         self._flushed = time.monotonic()
         self._write(0, file_version="brain.Event:2")
         self._write(first_step, session_log=SessionLog(status=SessionLog.START))
@@ -39,10 +51,17 @@ class EventFile:
         if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
             self._flushed = time.monotonic()
             self._file.flush()
+            self._copy()
 
     def close(self) -> None:
         """Writes what is left, and closes the file."""
-        self._file.close()
+        with self._disk:
+            self._file.close()
+            self._copy()
+
+    def _copy(self) -> None:
+        if self._local is not None:
+            write_atomically(self._path, self._local.read_bytes())
 
     def _write(self, step: int, **content: Any) -> None:
         self._file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())

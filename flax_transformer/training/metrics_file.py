@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from flax_transformer.errors import RunFolderError, shown
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.small_files import parse_object
 
 _ADVICE = "Mend or remove that line, or put the file back from a copy."
@@ -27,12 +27,12 @@ class MetricsRecord(dict[str, Any]):
         raise RunFolderError(f"{self.place}: this record of kind {shown(self['kind'])} has no '{name}'. {_ADVICE}")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """Returns the records of a metrics.jsonl; raises as `records_and_lines` does."""
     return [record for record, _ in records_and_lines(path)]
 
 
-def records_and_lines(path: Path) -> Iterator[tuple[MetricsRecord, str]]:
+def records_and_lines(path: AnyPath) -> Iterator[tuple[MetricsRecord, str]]:
     """Yields each record and its line. A last line that a kill or a power loss cut short is left out.
 
     Raises:

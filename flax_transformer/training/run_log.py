@@ -1,11 +1,11 @@
 """The log of a run: progress lines on the terminal, train.log, metrics.jsonl, and TensorBoard events."""
 
 import contextlib
+import io
 import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_transformer.errors import RunFolderError
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.shapes import Batch
 from flax_transformer.small_files import write_atomically
 from flax_transformer.training.event_file import EventFile
+from flax_transformer.training.growing_file import GrowingFile
 from flax_transformer.training.metrics import LossSummary, TokenCounts
 from flax_transformer.training.metrics_file import records_and_lines
 from flax_transformer.training.throughput import Throughput
@@ -91,6 +93,8 @@ class ProgressReport:
 class RunLog:
     """Log that writes to the terminal and to the run folder. Each call returns after its lines are in their files.
 
+    On object storage they are there a little later; see `GrowingFile`.
+
     A terminal shows one progress line that changes. Elsewhere each progress line is printed.
 
     Args:
@@ -106,8 +110,8 @@ class RunLog:
         self._folder = folder
         with folder.writing(), contextlib.ExitStack() as files:
             _keep_records(folder.metrics_file, first_step, owes_evaluation)
-            self._metrics = files.enter_context(folder.metrics_file.open("a", encoding="utf-8"))
-            self._log = files.enter_context(folder.log_file.open("a", encoding="utf-8"))
+            self._metrics = files.enter_context(contextlib.closing(GrowingFile(folder.metrics_file)))
+            self._log = files.enter_context(contextlib.closing(GrowingFile(folder.log_file)))
             self._events = files.enter_context(contextlib.closing(EventFile(folder.tensorboard, first_step + 1)))
             self._files = files.pop_all()
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
@@ -161,14 +165,21 @@ class RunLog:
         line = json.dumps({"kind": kind, "elapsed_seconds": elapsed, **numbers}, allow_nan=False)
         scalars = {f"{kind}/{n}": v for n, v in values.items() if n != "step" and isinstance(v, int | float)}
         with self._folder.writing():
-            self._metrics.write(f"{line}\n")
-            self._metrics.flush()
+            self._metrics.append(f"{line}\n")
             self._events.add(values["step"], scalars)
 
-    def keep_batch(self, batch: Batch) -> Path:
-        """Writes the arrays of a batch to a file, for the user to look at, and returns its path."""
+    def flush(self) -> None:
+        """Returns when all lines and records are in their files."""
         with self._folder.writing():
-            np.savez(self._folder.bad_batch, **batch._asdict())
+            self._metrics.flush()
+            self._log.flush()
+
+    def keep_batch(self, batch: Batch) -> AnyPath:
+        """Writes the arrays of a batch to a file, for the user to look at, and returns its path."""
+        content = io.BytesIO()
+        np.savez(content, **batch._asdict())
+        with self._folder.writing():
+            write_atomically(self._folder.bad_batch, content.getvalue())
         return self._folder.bad_batch
 
     def stop_progress(self) -> None:
@@ -188,8 +199,7 @@ class RunLog:
 
     def _write_log(self, text: str) -> None:
         with self._folder.writing():
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._log.flush()
+            self._log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 class SilentLog(RunLog):
@@ -210,7 +220,10 @@ class SilentLog(RunLog):
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Does nothing."""
 
-    def keep_batch(self, batch: Batch) -> Path:
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def keep_batch(self, batch: Batch) -> AnyPath:
         """Returns the path of the file that the other process writes."""
         return self._folder.bad_batch
 
@@ -223,7 +236,7 @@ def _bar(done: int, total: int) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
 
 
-def _keep_records(path: Path, first_step: int, owes_evaluation: bool) -> None:
+def _keep_records(path: AnyPath, first_step: int, owes_evaluation: bool) -> None:
     if not path.exists():
         return
 
