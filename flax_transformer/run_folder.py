@@ -22,6 +22,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 from flax_transformer.config.reading import read_config, write_config
