@@ -1,6 +1,7 @@
 """Texts and settings as programs in Python have them: any iterable is taken, and what has another type is named."""
 
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -150,25 +151,26 @@ def test_options_may_be_numbers_of_numpy_and_lists(translator, unchecked):
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "section, fields, message",
     [
-        (lambda: TransformerConfig(model_dim="512"), "model.model_dim: expected int, got '512'"),
-        (lambda: TrainingConfig(steps=1e5), "training.steps: expected int, got 100000.0"),
-        (lambda: TrainingConfig(best_metric="BLEU"), "training.best_metric: expected one of bleu, chrf, loss, got"),
-        (lambda: OptimizerConfig(warmup_steps=None), "optimizer.warmup_steps: expected int, got None"),
-        (lambda: FilterConfig(max_length_ratio="3"), "filters.max_length_ratio: expected float, got '3'"),
-        (lambda: ParallelTextConfig(train_source="train.en"), "data.train_source: expected tuple, got 'train.en'"),
-        (lambda: Config(run=Path("run")), "run: expected str, got PosixPath"),
-        (lambda: Config(model={"model_dim": 8}), "model: expected .*TransformerConfig.*, got {'model_dim': 8}"),
+        (TransformerConfig, {"model_dim": "512"}, "model.model_dim: expected int, got '512'"),
+        (TrainingConfig, {"steps": 1e5}, "training.steps: expected int, got 100000.0"),
+        (TrainingConfig, {"best_metric": "BLEU"}, "training.best_metric: expected one of bleu, chrf, loss, got 'BLEU'"),
+        (OptimizerConfig, {"warmup_steps": None}, "optimizer.warmup_steps: expected int, got None"),
+        (FilterConfig, {"max_length_ratio": "3"}, "filters.max_length_ratio: expected float, got '3'"),
+        (ParallelTextConfig, {"train_source": "train.en"}, "data.train_source: expected tuple, got 'train.en'"),
+        (Config, {"run": Path("run")}, "run: expected str, got PosixPath"),
+        (Config, {"model": {"model_dim": 8}}, "model: expected .*TransformerConfig.*, got {'model_dim': 8}"),
     ],
 )
-def test_a_field_of_another_type_is_named(unchecked, make, message):
+def test_a_field_of_another_type_is_named(unchecked, section, fields, message):
     with pytest.raises(ConfigError, match=message):
-        make()
+        section(**fields)
 
 
 def test_a_choice_that_does_not_exist_is_explained(run, unchecked):
-    for options in ({"checkpoint": "newest"}, {"quantize": "int4"}, {"quantize": None}):
+    choices: list[dict[str, Any]] = [{"checkpoint": "newest"}, {"quantize": "int4"}, {"quantize": None}]
+    for options in choices:
         with pytest.raises(
             ConfigError, match="(checkpoint: expected one of best, last|quantize: expected one of none)"
         ):
