@@ -59,7 +59,7 @@ def _is_whole(program: bytes) -> bool:
     """Returns whether a compressed program can be unpacked; True if the library for that is missing."""
     if program.startswith(ZSTANDARD):
         try:
-            import zstandard
+            import zstandard  # type: ignore[missing-import]
         except ImportError:
             return True
         try:

@@ -291,8 +291,9 @@ def changed(decoding: DecodingConfig, changes: dict[str, Any]) -> DecodingConfig
     for name in changes:
         if name not in known:
             raise ConfigError(f"unknown decoding option {shown(name)}.{did_you_mean(name, known)}")
-    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
-    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in changes.items() if value is not None
+    }
     if "method" in given:  # drops settings of the other method
         check_type("decoding.method", given["method"], Method)
         decoding = decoding.with_method(given["method"])

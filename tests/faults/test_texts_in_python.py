@@ -151,11 +151,11 @@ def test_options_may_be_numbers_of_numpy_and_lists(translator, unchecked):
 
 
 @pytest.mark.parametrize(
-    "section, values, message",
+    "section, fields, message",
     [
         (TransformerConfig, {"model_dim": "512"}, "model.model_dim: expected int, got '512'"),
         (TrainingConfig, {"steps": 1e5}, "training.steps: expected int, got 100000.0"),
-        (TrainingConfig, {"best_metric": "BLEU"}, "training.best_metric: expected one of bleu, chrf, loss, got"),
+        (TrainingConfig, {"best_metric": "BLEU"}, "training.best_metric: expected one of bleu, chrf, loss, got 'BLEU'"),
         (OptimizerConfig, {"warmup_steps": None}, "optimizer.warmup_steps: expected int, got None"),
         (FilterConfig, {"max_length_ratio": "3"}, "filters.max_length_ratio: expected float, got '3'"),
         (ParallelTextConfig, {"train_source": "train.en"}, "data.train_source: expected tuple, got 'train.en'"),
@@ -163,14 +163,14 @@ def test_options_may_be_numbers_of_numpy_and_lists(translator, unchecked):
         (Config, {"model": {"model_dim": 8}}, "model: expected .*TransformerConfig.*, got {'model_dim': 8}"),
     ],
 )
-def test_a_field_of_another_type_is_named(unchecked, section, values, message):
+def test_a_field_of_another_type_is_named(unchecked, section, fields, message):
     with pytest.raises(ConfigError, match=message):
-        section(**values)
+        section(**fields)
 
 
 def test_a_choice_that_does_not_exist_is_explained(run, unchecked):
-    wrong: list[dict[str, Any]] = [{"checkpoint": "newest"}, {"quantize": "int4"}, {"quantize": None}]
-    for options in wrong:
+    choices: list[dict[str, Any]] = [{"checkpoint": "newest"}, {"quantize": "int4"}, {"quantize": None}]
+    for options in choices:
         with pytest.raises(
             ConfigError, match="(checkpoint: expected one of best, last|quantize: expected one of none)"
         ):
