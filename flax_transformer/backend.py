@@ -13,6 +13,10 @@ import jax
 from jax._src.mesh import AbstractDevice  # no public name; this file alone knows it
 from jax.sharding import AbstractMesh, AxisType
 
+from flax_transformer.errors import ConfigError, shown
+
+KERNELS = "FLAX_TRANSFORMER_KERNELS"
+
 Platform = Literal["cpu", "gpu", "tpu"]
 
 # Platforms by JAX's names. In some places JAX names a GPU by its maker.
@@ -33,8 +37,16 @@ def uses_kernels() -> bool:
     """Returns whether the program being traced may have kernels that were written for a GPU by hand.
 
     The environment variable FLAX_TRANSFORMER_KERNELS=off leaves them out, and the plain forms run.
+
+    Raises:
+        ConfigError: the variable has another value than "on" and "off".
     """
-    return platform() == "gpu" and os.environ.get("FLAX_TRANSFORMER_KERNELS", "on") != "off"
+    if platform() != "gpu":
+        return False
+    value = os.environ.get(KERNELS, "on")
+    if value not in ("on", "off"):
+        raise ConfigError(f"the environment variable {KERNELS} must be on or off, got {shown(value)}.")
+    return value == "on"
 
 
 def abstract_device(name: Platform) -> AbstractDevice:

@@ -163,10 +163,12 @@ def check_fields(section: str, config: Any) -> None:
     for field, value in vars(config).items():
         name = f"{section}.{field}" if section else field
         check_type(name, value, hints[field])
-        if isinstance(value, float) and not abs(value) <= MOST_FLOAT:
-            raise ConfigError(f"{name} must be a finite number, got {value} (32 bits hold at most 3.4e38).")
-        if isinstance(value, int) and abs(value) >= 2**31 and field != "seed":
-            raise ConfigError(f"{name} must lie between -2147483647 and 2147483647, got {shown(value)}.")
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, numbers.Integral):
+                if abs(int(number)) >= 2**31 and field != "seed":
+                    raise ConfigError(f"{name} must lie between -2147483647 and 2147483647, got {shown(number)}.")
+            elif isinstance(number, numbers.Real) and not abs(float(number)) <= MOST_FLOAT:
+                raise ConfigError(f"{name} must be a finite number, got {number} (32 bits hold at most 3.4e38).")
 
 
 _field_types = functools.cache(get_type_hints)

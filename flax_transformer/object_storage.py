@@ -33,7 +33,7 @@ def any_path(path: AnyPath | str) -> AnyPath:
     Raises:
         ConfigError: an address of storage that is not supported, or the package gcsfs is missing.
     """
-    if isinstance(path, epath.Path):
+    if isinstance(path, epath.Path) and on_object_storage(path):
         return path
     scheme, colon, rest = str(path).partition(":/")
     if not colon or scheme not in (SCHEME, *OTHER_SCHEMES):
@@ -50,7 +50,7 @@ def any_path(path: AnyPath | str) -> AnyPath:
 
 def on_object_storage(path: AnyPath) -> bool:
     """Returns whether a path lies on object storage."""
-    return isinstance(path, epath.Path)
+    return isinstance(path, epath.Path) and str(path).startswith(f"{SCHEME}://")
 
 
 def resolved(path: AnyPath) -> AnyPath:

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -191,14 +190,19 @@ class RunFolder:
         if on_object_storage(self.path):  # it renames nothing
             yield self
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{self.path.name}.partial-", dir=self.path.parent) as partial:
-            made = RunFolder(Path(partial) / "run")
-            yield made
+        target = self.path.resolve()
+        if target.is_dir():  # empty, or begun by a training that was killed at once; it may be a mount point
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=target) as partial:
+                yield (made := RunFolder(Path(partial)))
+                remove_folder(self.tokenizer)
+                for entry in sorted(made.path.iterdir(), key=lambda entry: entry == made.config_file):
+                    entry.rename(target / entry.name)  # last the file that makes the folder a run
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as partial:
+            yield (made := RunFolder(Path(partial) / "run"))
             self.check_unused("--output")
-            if self.path.is_dir():  # empty, or begun by a training that was killed at once
-                shutil.rmtree(self.path)
-            made.path.rename(self.path)
+            made.path.rename(target)
 
     @contextlib.contextmanager
     def locked(self) -> Generator[tuple[str, ...], None, None]:
@@ -229,7 +233,8 @@ class RunFolder:
     def writing(self) -> Generator[None, None, None]:
         """Turns an `OSError` inside a `with` block, such as one of a full disk, into a `RunFolderError`."""
         try:
-            yield
+            with storage_errors(self.path):
+                yield
         except OSError as error:
             file = "" if error.filename is None else f" ({error.filename})"
             remote = on_object_storage(self.path)

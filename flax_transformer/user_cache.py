@@ -46,11 +46,13 @@ def remove_damaged_programs(folder: Path) -> None:
     JAX never replaces an entry of its cache. It would warn of such an entry and compile again, at each start. Only
     entries that are new since the last call are read.
     """
-    checked = folder / CHECKED
-    with contextlib.suppress(OSError):  # other processes remove entries, too
+    checked, entries, since = folder / CHECKED, [], 0.0
+    with contextlib.suppress(OSError):
         since = checked.stat().st_mtime if checked.exists() else 0.0
         checked.touch()  # first, so that the next call reads what other processes write from now on
-        for entry in folder.glob("*-cache"):
+        entries = [*folder.glob("*-cache")]
+    for entry in entries:
+        with contextlib.suppress(OSError):  # other processes remove entries, too
             if entry.stat().st_mtime >= since and not _is_whole(entry.read_bytes()):
                 entry.unlink(missing_ok=True)
 

@@ -1,8 +1,10 @@
 """What each program is traced for."""
 
+import pytest
 from flax import nnx
 
 from flax_transformer import backend
+from flax_transformer.errors import ConfigError
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import build_model, vocabulary_info
@@ -50,6 +52,9 @@ def test_kernels_are_left_out_where_the_user_says_so(monkeypatch):
         assert backend.uses_kernels()
         monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "off")
         assert not backend.uses_kernels()
+        monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "0")
+        with pytest.raises(ConfigError, match="must be on or off, got '0'"):
+            backend.uses_kernels()
     monkeypatch.delenv("FLAX_TRANSFORMER_KERNELS")
     for other in ("cpu", "tpu"):
         with backend.tracing_for(other):

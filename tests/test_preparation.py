@@ -123,8 +123,8 @@ def test_every_filter_counts_what_it_leaves_out():
     reason, reasons = filter_pairs(lengths, marks, 8, 8, FilterConfig(3.0, drop_identical=True, drop_duplicates=True))
     assert reason.tolist() == [1, 2, 3, 4, 0, 0, 5, 2]
     assert reasons == ["empty", "too long", "of unequal length", "identical", "duplicate"]
-    for ratio in (0.5, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="filters.max_length_ratio must be at least 1"):
+    for ratio, must in ((0.5, "at least 1"), (-1.0, "at least 1"), (float("nan"), "a finite number")):
+        with pytest.raises(ConfigError, match=f"filters.max_length_ratio must be {must}"):
             FilterConfig(max_length_ratio=ratio)
 
 

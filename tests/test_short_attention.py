@@ -10,6 +10,7 @@ from flax_transformer import backend
 from flax_transformer.ops.attention import AttentionMask, projected_attention, reference_attention
 from flax_transformer.ops.dropout import keep_threshold, random_words
 from flax_transformer.ops.int8_product import quantize
+from flax_transformer.ops.product import add_bias
 from flax_transformer.ops.short_attention import Settings, serves, short_attention
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 
@@ -25,7 +26,7 @@ def example(batch=3, length=24, key_length=40, heads=2, head_dim=16, dtype=jnp.f
         projections = (jnp.concatenate([query, keys_values], axis=2),)
     else:
         projections = (query, keys_values)
-    biases = tuple(draw(x.shape[2], heads, head_dim) for x in projections)
+    biases = tuple(draw(x.shape[2], heads, head_dim).astype(jnp.float32) for x in projections)
     segments = jnp.asarray(rng.integers(0, 3, (batch, key_length)), jnp.int32).at[0].set(0)  # a row of padding
     query_segments = segments if length == key_length else jnp.ones((batch, length), jnp.int32)
     return projections, biases, query_segments, segments, draw(batch, length, heads, head_dim)
@@ -33,7 +34,7 @@ def example(batch=3, length=24, key_length=40, heads=2, head_dim=16, dtype=jnp.f
 
 def separate(projections, biases):
     """Query, key and value with their biases."""
-    added = [x + b[None, None] for x, b in zip(projections, biases, strict=True)]
+    added = [add_bias(x, b) for x, b in zip(projections, biases, strict=True)]
     return [part[:, :, 0] for x in added for part in jnp.split(x, x.shape[2], axis=2)]
 
 
@@ -69,8 +70,10 @@ def test_values_and_gradients_equal_those_of_the_reference(causal, rate, sizes):
 
 
 def test_bfloat16_differs_by_rounding():
+    """Gradients by the biases are sums over all tokens, in float32."""
     (_, ours), (_, reference) = both_forms(True, 0.1, dtype=jnp.bfloat16, length=32, key_length=32)
-    for a, b in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(reference[0]), strict=True):
+    assert all(by_bias.dtype == jnp.float32 for by_bias in ours[1])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)
 

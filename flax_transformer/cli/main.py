@@ -182,10 +182,10 @@ def run_verb(verb: Verb, arguments: list[str], program: str) -> int:
                 traceback.print_exc()
             if text:
                 print(text, file=sys.stderr)
-            else:
-                sys.stderr.close()
             if processes.joined():
                 processes.fail(code, text.removeprefix("error: ") or "the reader of its output has ended.")
+            if not text:
+                sys.stderr.close()
             return code
 
 

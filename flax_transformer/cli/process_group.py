@@ -1,9 +1,11 @@
 """A command that several processes run together: its flags, its beginning, its end."""
 
+import contextlib
+import os
 import platform
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from flax_transformer.errors import ConfigError, LostProcessError, explains_itself, shortened
 from flax_transformer.parallel import processes
@@ -12,6 +14,9 @@ FLAGS = ("processes", "process-id", "coordinator", "seconds-to-join")
 SHARED_VERBS = ("train", "train.py", "translate", "evaluate", "score")
 # Parts of the messages of JAX's communication libraries.
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "Connection reset", "Connection closed", "coordination service", "barrier")
+
+# Environment variables that change programs.
+VARIABLES = ("FLAX_TRANSFORMER_KERNELS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
 
 PACKAGES = ("flax-transformer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
@@ -38,6 +43,15 @@ def take_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     return flags, rest
 
 
+def surroundings() -> dict[str, str]:
+    """Returns what all processes must have alike beside their arguments: versions, and a setting of programs."""
+    found = {"Python": platform.python_version()} | {name: os.environ.get(name, "") for name in VARIABLES}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # a checkout that is not installed
+            found[name] = version(name)
+    return found
+
+
 def run_in_group(verb: Callable[[list[str], str], int], arguments: list[str], program: str) -> int:
     """Returns the exit code of a verb, which runs in one process or, as flags say, in several together.
 
@@ -52,10 +66,13 @@ def run_in_group(verb: Callable[[list[str], str], int], arguments: list[str], pr
     if program.split()[-1] not in SHARED_VERBS:
         raise ConfigError(f"{program} is the work of one process. Leave out --processes.")
     processes.join(group)
-    versions = {name: version(name) for name in PACKAGES} | {"Python": platform.python_version()}
-    processes.check_agreement({"command line": " ".join(arguments)} | versions)
+    processes.check_agreement({"command line": " ".join(arguments)} | surroundings())
     try:
         code = processes.exchange(verb(arguments, program))[0]
+    except SystemExit as stop:
+        if stop.code:
+            processes.fail(stop.code if isinstance(stop.code, int) else 1, "it cannot use its command line.")
+        raise
     except Exception as error:  # of any class: the others must hear of it, or they wait for this process for ever
         if explains_itself(error):
             raise

@@ -17,8 +17,10 @@ from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.programs import CompiledPrograms, Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.models.build import vocabulary_info
+from flax_transformer.object_storage import storage_errors
 from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
+from flax_transformer.small_files import remove_folder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
 from flax_transformer.training.loop import TrainingStart
 from flax_transformer.training.run_log import RunLog, SilentLog
@@ -84,7 +86,12 @@ class NewRun:
         params = initial_params(self.config, text.tokenizers, programs.layout)
         compiled = programs.compile(text)
         processes.from_first(lambda: self.folder.create(self.config, text.tokenizers))
-        self.folder.check_shared()
+        try:
+            self.folder.check_shared()
+        except RunFolderError:  # so that the same command can be given again
+            if processes.is_first():
+                remove_folder(self.folder.path)
+            raise
         with (
             self.folder.locked() as notes,
             training_checkpoints(self.config, self.folder, text.tokenizers) as checkpoints,
@@ -154,7 +161,9 @@ def _parent(path: str, config: Config) -> RunFolder:
         RunFolderError: there is no run, or its tokenizer was learnt with other settings.
     """
     parent = RunFolder(path)
-    if not parent.config_file.is_file():
+    with storage_errors(parent.path):
+        found = parent.config_file.is_file()
+    if not found:
         raise RunFolderError(
             f"--init-from {path}: there is no run, since that folder has no config.yaml. Give the folder of a training "
             "run; if it was moved, give its new place."

@@ -57,7 +57,8 @@ class ResumedRun:
 
     def _remove_card(self) -> None:
         """Removes the run card, which describes the shorter training."""
-        self.folder.card_file.unlink(missing_ok=True)
+        with self.folder.writing():
+            self.folder.card_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:

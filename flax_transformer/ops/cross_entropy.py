@@ -41,7 +41,8 @@ class LossSums(NamedTuple):
     Attributes:
         loss: label-smoothed cross entropy, nats.
         negative_log_likelihood: cross entropy without smoothing, nats; exp(sum / count) is the perplexity.
-        correct: tokens whose reference has the highest logit.
+        correct: tokens whose reference has the highest logit, or one that equals it. In a training step in bfloat16
+            more logits are equal.
         count: tokens that are not padding.
     """
 

@@ -66,8 +66,9 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _relu_kept(x: Float[Array, "*shape"], threshold: int, key: PRNGKeyArray) -> Float[Array, "*shape"]:
+    # Not x > 0, so that NaN stays NaN.
     keep = random_bytes(key, x.shape) < jnp.uint8(threshold)
-    return jnp.where(keep & (x > 0), x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
+    return jnp.where(keep & ~(x <= 0), x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
 
 
 def _relu_kept_forward(x, threshold, key):

@@ -100,7 +100,7 @@ class _Tiles:
         half = len(projections) // 2
         tiles, biases = _parts(projections[:half]), _parts(projections[half:])
         self.query, self.key, self.value = (
-            _load(ref, length, part) + bias[of_bias, :][None, :]
+            _load(ref, length, part) + bias[of_bias, :].astype(ref.dtype)[None, :]
             for (ref, part), (bias, of_bias), length in zip(tiles, biases, (*lengths, lengths[1]), strict=True)
         )
         segments = _load(query_segments, lengths[0]), _load(key_segments, lengths[1])
@@ -277,6 +277,5 @@ def short_attention(
     def run(*flat: jax.Array) -> tuple[jax.Array]:
         return (_attention(settings, _Arguments(flat[:num], flat[num : 2 * num], *flat[2 * num :])),)
 
-    biases = tuple(bias.astype(projections[0].dtype) for bias in biases)
     run = per_shard(run, in_axes, (("batch", None, "heads", None),))
     return run(*projections, *biases, query_segments, key_segments, words)[0]

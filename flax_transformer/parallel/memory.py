@@ -48,7 +48,7 @@ def available_bytes(mesh: Mesh) -> int | None:
         for path in CONTAINER_LIMITS:
             text = path.read_text().strip() if path.is_file() else "max"
             limits += [int(text)] if text.isdigit() else []  # "max" is no limit
-        return min(limits) // len(own)
+        return min(limits) // max(len(own), 1)
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a described device, which is not there

@@ -48,7 +48,7 @@ class ProcessGroup:
     """The processes of a command, as its flags say.
 
     Attributes:
-        count: number of processes, or "auto" to ask the environment: SLURM, Open MPI, Cloud TPU, GKE or Kubernetes.
+        count: number of processes, or "auto" to ask the environment: SLURM, Open MPI, Cloud TPU or GKE.
         process_id: number of this process, from 0.
         coordinator: address of process 0, as HOST:PORT.
         seconds_to_join: time after which a process that has not come is given up.
@@ -205,8 +205,9 @@ def wait_for_failure_of_another() -> None:
 
 def _exit(code: int) -> NoReturn:
     """Ends the process without handlers at its exit, which would wait for processes that have gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
     if is_first():  # its coordinator must live until the others have read what has failed
         time.sleep(2 * SECONDS_FOR_OWN_ERROR)
     os._exit(code)

@@ -312,15 +312,15 @@ class Checkpoints:
         """
         damaged: dict[int, DamagedCheckpointError] = {}
         for step in self.newest_steps() or [self._newest()]:
-            restored, error = None, None
             try:
                 restored = self._restore(step, layout)
-            except DamagedCheckpointError as found:
-                error = found
-            # Each process reads its part. A part that one of them cannot read is damage for all.
-            reports = processes.exchange(None if error is None else error.what)
-            if restored is None or any(reports):
-                damaged[step] = error or DamagedCheckpointError(next(filter(None, reports)))
+            except DamagedCheckpointError as error:
+                if processes.joined():  # others may read their parts, and wait for this process in the middle of it
+                    raise RunFolderError(
+                        f"{error.what} Resume the training in one process: it sets this checkpoint aside, and goes on "
+                        "from the one before. Then stop it, and start all processes again."
+                    ) from error
+                damaged[step] = error
                 continue
             notes = [self._set_aside(number, error) for number, error in damaged.items()]
             return dataclasses.replace(restored, notes=tuple(notes))
@@ -332,16 +332,12 @@ class Checkpoints:
     def _set_aside(self, step: int, error: DamagedCheckpointError) -> str:
         """Moves a damaged checkpoint out of the way, and returns a line for the log."""
         place = self.folder / DAMAGED / str(step)
-
-        def move() -> None:
+        with storage_errors(place):
             remove_folder(place)  # one that was damaged earlier
             place.parent.mkdir(exist_ok=True)
             if on_object_storage(place):  # Orbax removes a folder there that lacks this file
                 write_atomically(place.parent / COMMIT_MARK, "These checkpoints cannot be read.\n")
-            with storage_errors(place):
-                (self.folder / str(step)).rename(place)
-
-        processes.from_first(move)
+            (self.folder / str(step)).rename(place)
         self._manager.reload()
         return f"warning: {error.what} It was moved to {place}, and this run goes on from the checkpoint before it."
 
@@ -373,9 +369,14 @@ class Checkpoints:
             ConfigError: no such choice.
         """
         check_type("checkpoint", which, Choice)
-        newest = self._newest()
-        best = self.best_steps()
-        return best[0] if which == "best" and best else newest
+
+        def choose() -> int:
+            newest = self._newest()
+            best = self.best_steps()
+            return best[0] if which == "best" and best else newest
+
+        self._finish()  # of all processes
+        return processes.from_first(choose)
 
     def digest(self, step: int) -> str:
         """Returns SHA-256 of the checksums of a checkpoint's parameters."""
@@ -385,7 +386,8 @@ class Checkpoints:
     def undisturbed(self, read: Callable[[], Result]) -> Result:
         """Returns the result of a function that chooses and reads checkpoints.
 
-        A training that goes on may remove a checkpoint in the meantime. Then the function is called again.
+        A training that goes on may remove a checkpoint in the meantime. Then the function is called again. Several
+        processes call it once, since one alone must not begin anew.
 
         Args:
             read: the function. It raises the errors of the methods that it calls.
@@ -395,8 +397,9 @@ class Checkpoints:
             try:
                 return read()
             except DamagedCheckpointError:
-                if all((self.folder / str(step)).exists() for step in steps):
-                    raise
+                with storage_errors(self.folder):
+                    if processes.joined() or all((self.folder / str(step)).exists() for step in steps):
+                        raise
                 self._manager.reload()
                 for known in ("saved", "_qualities"):
                     self.__dict__.pop(known, None)
@@ -412,6 +415,7 @@ class Checkpoints:
         meta = self._meta(step)
         self._check_tokenizers(step, meta)
         self._check_shapes(step, abstract_params)
+        processes.check_agreement({f"checkpoint {self.folder / str(step)}": self.digest(step)})
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
         with self._reading(step):
             params = self._manager.restore(step, args=items)["params"]

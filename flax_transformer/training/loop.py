@@ -222,6 +222,7 @@ def train_loop(
             window.started += time.monotonic() - pause
             stopped_by = vote.result(step, stop.signal)
 
+        stopped_by = vote.last_result(stop.signal)
         if patience.exhausted:
             log.say(f"no new best in {patience.since_best} evaluations in a row: the training ends at step {step}")
         if stopped_by is not None and step > first_step:

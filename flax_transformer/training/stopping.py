@@ -87,6 +87,12 @@ class StopVote:
             self._voted = self._highest(put(np.full(self._sharding.mesh.size, signal or 0, np.int32), self._sharding))
         return self._signal
 
+    def last_result(self, signal: int | None) -> int | None:
+        """Returns the signal of any process, after the last step. All processes call it once."""
+        if not self._shared:
+            return signal
+        return max(filter(None, processes.exchange(signal)), default=None)
+
 
 class _Stopped(BaseException):
     """Exception that ends `StopRequest.interruptible`. It is no `Exception`, so no handler of errors catches it."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.small_run import SMALL
 
 pytestmark = pytest.mark.slow
 
-RECIPE = SMALL.replace("mesh: {data: 1}", "mesh: {data: -1}").replace("steps: 8", "steps: 40")
+RECIPE = SMALL.replace("mesh: {data: 1}", "mesh: {data: 1, fsdp: 2}").replace("steps: 8", "steps: 40")
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,19 @@ def test_a_training_is_stopped_killed_and_resumed_on_other_numbers_of_processes(
     common = {key: value for key, value in figures(run).items() if key in expected}
     assert len(common) >= 3 and common == {key: expected[key] for key in common}  # to the bit
 
+    # A part of a checkpoint that one process alone reads is damaged: both end, and the checkpoint stays.
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    for part in damaged.glob(f"checkpoints/{stopped}/params/ocdbt.process_1/d/*"):
+        part.write_bytes(b"")
+    group = Group(command, 2, tmp_path / "broken", ("train", "--run", str(damaged), "--resume"))
+    assert group.wait(90) == [2, 2], group.errors(0) + group.errors(1)
+    assert any("Resume the training in one process" in group.errors(number) for number in (0, 1))
+    assert (damaged / "checkpoints" / str(stopped)).is_dir()
+
     # Four processes go on. One is killed: the others end, and say so.
-    group = Group(command, 4, tmp_path / "four", ("train", "--run", str(run), "--resume"))
+    four = ("--mesh.data", "2", "--mesh.fsdp", "2")
+    group = Group(command, 4, tmp_path / "four", ("train", "--run", str(run), "--resume", *four))
     wait_for_step(run, stopped + 4)
     clock = time.monotonic()
     group.send(2, signal.SIGKILL)
@@ -77,7 +89,8 @@ def test_a_training_is_stopped_killed_and_resumed_on_other_numbers_of_processes(
     assert any("lost the connection to another one" in text or "another task died" in text for text in told), told
 
     # One process with one device ends it, with the same curve.
-    group = Group(command, 1, tmp_path / "one", ("train", "--run", str(run), "--resume"))
+    alone = ("--mesh.data", "1", "--mesh.fsdp", "1")
+    group = Group(command, 1, tmp_path / "one", ("train", "--run", str(run), "--resume", *alone))
     assert group.wait() == [0], group.errors(0)
     found = figures(run)
     assert found.keys() >= {("train", step) for step in range(stopped + 2, 41, 2)}
