@@ -366,17 +366,13 @@ class Checkpoints:
 
         Raises:
             RunFolderError: there is no checkpoint.
-            ConfigError: no such choice.
+            ConfigError: no such choice. Or another process does not see the same checkpoints.
         """
         check_type("checkpoint", which, Choice)
-
-        def choose() -> int:
-            newest = self._newest()
-            best = self.best_steps()
-            return best[0] if which == "best" and best else newest
-
-        self._finish()  # of all processes
-        return processes.from_first(choose)
+        newest = self._newest()
+        processes.check_agreement({f"newest checkpoint in {self.folder}": str(newest)})
+        best = self.best_steps()
+        return best[0] if which == "best" and best else newest
 
     def digest(self, step: int) -> str:
         """Returns SHA-256 of the checksums of a checkpoint's parameters."""
