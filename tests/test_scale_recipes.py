@@ -127,7 +127,7 @@ def cloud_tpu(number: int) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("environment", [open_mpi, gke, cloud_tpu])
+@pytest.mark.parametrize("environment", [open_mpi, pytest.param(gke, marks=pytest.mark.slow), cloud_tpu])
 def test_processes_find_each_other_in_a_faked_environment(environment, tmp_path):
     (tmp_path / "requests.py").write_text(REQUESTS)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -126,7 +126,7 @@ def fail_alone(flags, number):
     processes.exchange(None)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_error_of_one_process_ends_all(tmp_path, number):
     group, clock = Group(fail_alone, 3, tmp_path, (number,)), time.monotonic()
     assert group.wait(60) == [2, 2, 2] and time.monotonic() - clock < 30
@@ -141,7 +141,11 @@ def wait_for_others(flags, other_flags):
 
 @pytest.mark.parametrize(
     "count, other_flags",
-    [(1, ["--processes", "2"]), (2, ["--process-id", "1"]), (2, ["--process-id", "0"])],
+    [
+        (1, ["--processes", "2"]),
+        pytest.param(2, ["--process-id", "1"], marks=pytest.mark.slow),
+        pytest.param(2, ["--process-id", "0"], marks=pytest.mark.slow),
+    ],
     ids=["a process that never comes", "two of one number", "two of number 0"],
 )
 def test_processes_that_do_not_fit_together_wait_for_no_one_for_ever(tmp_path, count, other_flags):
