@@ -20,6 +20,10 @@ from tests import tiny
 from tests.faults.full_disk import FullDisk, small_disk
 from tests.small_run import checkpoint_params, command
 
+# TensorStore goes on with other arrays when the disk is full, and their callbacks find no event loop. A command is
+# silent about them until its process ends; the process of these tests does not end.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(params=["the best", "the fallback"])
 def disk(request, tmp_path, capsys, monkeypatch):
