@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from flax_transformer.errors import ConfigError, shown
+from flax_transformer.errors import ConfigError, InputError, shown
 
 # Paths of `etils.epath` have the methods of `pathlib`, without being a class of it.
 if TYPE_CHECKING:
@@ -89,6 +89,6 @@ def storage_errors(path: AnyPath) -> Generator[None, None, None]:
         yield
     # The clause is this wide because gcsfs has no common class of errors, and neither have the libraries below it.
     except Exception as error:
-        if isinstance(error, OSError | MemoryError) or not on_object_storage(path):
+        if isinstance(error, OSError | MemoryError | InputError) or not on_object_storage(path):
             raise
         raise OSError(errno.ENETUNREACH, f"{type(error).__name__}: {error}", str(path)) from error

@@ -300,11 +300,13 @@ class RunFolder:
 
         The file itself names the folder that the run had when it was written. A run may have been moved or copied.
         """
-        return dataclasses.replace(read_config(self.config_file, of_run=True), run=str(self.path))
+        with storage_errors(self.path):
+            return dataclasses.replace(read_config(self.config_file, of_run=True), run=str(self.path))
 
     def tokenizers(self) -> TokenizerPair:
         """Returns the run's tokenizers; raises as `TokenizerPair.load` does."""
-        return TokenizerPair.load(self.tokenizer)
+        with storage_errors(self.path):
+            return TokenizerPair.load(self.tokenizer)
 
     def write_card(self, card: dict[str, Any]) -> None:
         """Writes the run card atomically."""

@@ -15,7 +15,7 @@ import pytest
 from flax_transformer import Translator
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.experiment import run as experiment
-from flax_transformer.object_storage import any_path
+from flax_transformer.object_storage import any_path, storage_errors
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training import growing_file
 from flax_transformer.training.checkpoint import Checkpoints, DamagedCheckpointError
@@ -246,3 +246,11 @@ def test_a_disk_without_locks_is_told(run, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", none)
     with RunFolder(run).locked() as notes:
         assert "has no lock, since its file system" in notes[0]
+
+
+def test_an_error_of_the_user_stays_what_it_is_on_object_storage(bucket):
+    path = any_path("gs://bucket/run")
+    with pytest.raises(RunFolderError, match="of the user"), storage_errors(path):
+        raise RunFolderError("of the user")
+    with pytest.raises(OSError, match="ValueError: of a library"), storage_errors(path):
+        raise ValueError("of a library")

@@ -152,7 +152,9 @@ class RunLog:
         Raises:
             RunFolderError: the run folder was removed or moved. Checkpoints would go to a new folder in its place.
         """
-        if not self._folder.metrics_file.exists():
+        with self._folder.writing():
+            found = self._folder.metrics_file.exists()
+        if not found:
             raise RunFolderError(
                 f"the run folder {self._folder.path} was removed or moved while it was trained, so the training ends. "
                 "If it was moved, go on from its new place by --run FOLDER --resume."
