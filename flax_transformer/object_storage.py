@@ -45,7 +45,7 @@ def any_path(path: AnyPath | str) -> AnyPath:
             " can be written to no other storage."
         )
     _prepare()
-    return epath.Path(f"{SCHEME}://{rest}")  # type: ignore[bad-return]
+    return epath.Path(f"{SCHEME}://{rest}")  # type: ignore[bad-return]  # it only has the methods of `Path`
 
 
 def on_object_storage(path: AnyPath) -> bool:
@@ -68,7 +68,7 @@ def _prepare() -> None:
     """
     try:
         import fsspec.config
-        import gcsfs  # noqa: F401
+        import gcsfs  # noqa: F401  # fsspec finds it by itself
     except ImportError as error:
         raise ConfigError(
             f"a run folder on {SCHEME}:// needs the package gcsfs: pip install gcsfs. It finds the credentials "

@@ -61,7 +61,7 @@ def _is_whole(program: bytes) -> bool:
     """Returns whether a compressed program can be unpacked; True if the library for that is missing."""
     if program.startswith(ZSTANDARD):
         try:
-            import zstandard  # type: ignore[missing-import]
+            import zstandard  # type: ignore[missing-import]  # JAX uses it where it is installed
         except ImportError:
             return True
         try:

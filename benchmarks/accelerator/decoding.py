@@ -84,7 +84,7 @@ class Decoding(Measurement):
             try:
                 with stand_in_for_cublas() if name == "CTranslate2" else contextlib.nullcontext():
                     facts[name] = systems.start(name, their_search, self, name, folder, size)
-            except Exception as error:
+            except Exception as error:  # of any library; the other systems can still be measured
                 report.say(f"{name}: {short(error)}\n")
                 self.note(name, batch_size=size, error=short(error))
                 systems.end(name)
@@ -115,7 +115,7 @@ class Decoding(Measurement):
             if self.folder is not None:
                 systems.call("ours", save_search, f"{self.folder}/search.hlo.txt.gz")
             kernels, busy = systems.call("ours", profile_search)
-        except Exception as error:
+        except Exception as error:  # the figures that follow need no profile
             report.say(f"no profile: {short(error)}\n")
             return
         kernel_tables(report, kernels, busy, self.longest)

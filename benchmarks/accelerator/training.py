@@ -109,7 +109,7 @@ class Training(Measurement):
             theirs = systems.start(name, their_step, self.sizes, self.work, facts, mode)
             seconds = systems.turns(self.rounds)
             theirs["peak"] = systems.call(name, torch_peak)
-        except Exception as error:
+        except Exception as error:  # of any class of PyTorch; our figures stand without it
             report.say(f"{name}: {short(error)}\n")
             self.note(name, size=self.size, error=short(error))
             systems.end(name)

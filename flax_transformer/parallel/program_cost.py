@@ -8,7 +8,8 @@ reads and the results that it writes. Nothing stays in a cache between two kerne
 
 The sum of these times is the least time of a program; see `Speed`. An update in place counts the slice that it reads
 and writes. An operand of which a kernel reads slices counts those. Libraries hide their arithmetic, so `library_flops`
-and `sort_passes` have a formula for each call.
+and `sort_passes` have a formula for each call. One file reads and counts, since each rule needs the lines of the
+computation around it.
 """
 
 import dataclasses

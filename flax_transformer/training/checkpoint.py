@@ -8,6 +8,8 @@ when it is complete, and loses it before its files are deleted.
 
 Object storage renames nothing at once. There a checkpoint is whole if it has the file commit_success.txt. Files of a
 superseded checkpoint are deleted in any order, and a kill leaves the rest to the next start.
+
+The class is long, since each method waits for, checks or explains what Orbax's one manager does.
 """
 
 import contextlib

@@ -103,7 +103,7 @@ def _run(
     jax.config.update("jax_num_cpu_devices", devices)
     try:
         code = function(flags, *arguments)
-    except Exception:
+    except Exception:  # of any class: it is printed where the test reads it
         traceback.print_exc()
         code = 70
     sys.stdout.flush()
