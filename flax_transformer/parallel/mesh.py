@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from flax_transformer.errors import ConfigError, check_fields
@@ -55,10 +56,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"but JAX has {len(devices)} ({devices[0].platform}){processes}. Choose sizes whose product is "
             f"{len(devices)}."
         )
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(
-        shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices[: data * fixed]
+    # A mesh axis may be a part of an axis of the torus, such as 2 of its 8 chips; `jax.make_mesh` allows that on v5e only.
+    arranged = mesh_utils.create_device_mesh(
+        (data, config.fsdp, config.tensor), devices[: data * fixed], allow_split_physical_axes=True
     )
+    return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def search_meshes(mesh: Mesh) -> list[Mesh]:

@@ -1,0 +1,223 @@
+"""Exchanges between the devices of a compiled program: their kinds, mesh axes, bytes and least times.
+
+A collective moves data between the devices of a group. The devices of a group differ along some axes of the mesh. So a
+mesh axis tells what an exchange is for: gradients move along "data", parameters along "fsdp", activations along
+"tensor".
+
+The least time of an exchange is that of a ring without latency. With n devices and an array of B bytes in all of them
+together, each device receives
+
+    all-gather, reduce-scatter, all-to-all: B (n - 1) / n,    all-reduce: 2 B (n - 1) / n,    permute: B
+
+and divides this by its bandwidth; see `Link`.
+
+References:
+    Austin et al. 2025, "How to Scale Your Model", chapters "Sharded matrices" and "GPUs" (jax-ml.github.io).
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_transformer.parallel.program_cost import Computation, Line, all_arrays, num_bytes, parse
+from flax_transformer.parallel.topology import COLLECTIVES, TPU_MEMORY_GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What a device receives in a second, in bytes.
+
+    Attributes:
+        near: TPU: over the two links of one axis of the torus. GPU: over NVLink, inside a host.
+        far: GPU: over the network, from another host. TPU: the same as near, since a slice has links across hosts.
+    """
+
+    near: float
+    far: float
+
+
+# By the name in a topology. TPU: the bidirectional bandwidth of a chip on Google Cloud's pages, halved and divided by
+# the axes of its torus. GPU: half of NVIDIA's figure of NVLink, and a network card of each GPU of a DGX system.
+LINKS = {
+    "a100_sxm_80": Link(300e9, 25e9),
+    "h100_sxm": Link(450e9, 50e9),
+    "h200": Link(450e9, 50e9),
+    "b200": Link(900e9, 50e9),
+    "v4": Link(100e9, 100e9),
+    "v5e": Link(100e9, 100e9),
+    "v5p": Link(200e9, 200e9),
+    "v6e": Link(200e9, 200e9),
+}
+
+# Bytes that a device receives for each byte of the whole array, as a multiple of (n - 1) / n.
+PASSES = {"all-reduce": 2.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The exchanges of one kind along the same axes, in one run of a program.
+
+    Attributes:
+        kind: kind of the collective.
+        axes: mesh axes along which the devices of a group differ, or ("pairs",) if a permutation sends along several.
+        number: number of exchanges.
+        bytes: bytes that a device receives.
+        seconds: least time, one exchange after the other; 0 if the links of the hardware are not known.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    number: int
+    bytes: float
+    seconds: float
+
+
+# --- The groups of a collective
+
+IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
+
+
+def replica_groups(attributes: str) -> np.ndarray:
+    """Returns the groups [groups, devices of a group] that a collective names, in any of XLA's three notations.
+
+    The notations are `{{0,1},{2,3}}`, `[2,2]<=[4]T(0)` (an iota, reshaped and transposed), and a mesh of which some
+    axes form the groups, `mesh['a'=2,'b'=2] {'b'}`. A permutation lists pairs.
+    """
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", attributes):
+        return np.array([[int(n) for n in group.split(",")] for group in found[1].split("},{")])
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<=({IOTA})", attributes):
+        return _iota(found[2]).reshape([int(n) for n in found[1].split(",")])
+    found = re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\(({IOTA})\))? ?\{{(.*?)\}}", attributes)
+    assert found is not None, f"unknown notation of groups: {attributes[:200]}"
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    devices = _iota(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+    names, chosen = list(sizes), re.findall(r"'(\w+)'", found[3])
+    order = [names.index(name) for name in (*(n for n in names if n not in chosen), *chosen)]
+    width = math.prod(sizes[name] for name in chosen)
+    return devices.reshape(list(sizes.values())).transpose(order).reshape(-1, width)
+
+
+def _iota(text: str) -> np.ndarray:
+    """Returns the flat numbers of `[4,2]T(1,0)`: an iota of that shape, transposed."""
+    shape, *axes = ([int(n) for n in part.split(",")] for part in re.findall(r"\d[\d,]*", text))
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return (numbers.transpose(axes[0]) if axes else numbers).ravel()
+
+
+def axes_of_groups(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the axes of a mesh along which the devices of the groups differ."""
+    places = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)  # [groups, devices, axes]
+    differs = (places != places[:, :1]).any(axis=(0, 1))
+    return tuple(name for name, differ in zip(mesh.axis_names, differs, strict=True) if differ)
+
+
+def bandwidth(groups: np.ndarray, mesh: Mesh, topology: str) -> float | None:
+    """Returns the bytes that a device of a group receives in a second, or None for hardware without known links.
+
+    A group of TPUs uses all axes of the torus along which its chips lie. GPUs of several hosts use the network.
+    """
+    name = topology.partition(":")[0]
+    if name not in LINKS:
+        return None
+    link, devices = LINKS[name], mesh.devices.ravel()
+    if name in TPU_MEMORY_GIB:
+        places = np.array([devices[n].coords for n in groups[0]])
+        return link.near * max(1, int((places != places[0]).any(axis=0).sum()))
+    hosts = {devices[n].process_index for n in groups[0]}
+    return link.near if len(hosts) == 1 else link.far
+
+
+# --- The exchanges of a program
+
+
+def loop_turns(computations: dict[str, Computation], loop: Line, unknown: int) -> int:
+    """Returns the number of turns of a loop: as XLA writes it, or the constant that its condition compares with.
+
+    Args:
+        computations: all computations of the program.
+        loop: the instruction "while".
+        unknown: number to assume if the loop ends when a value says so.
+    """
+    if found := re.search(r'known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.attributes):
+        return int(found[1])
+    condition = computations.get(loop.called("condition") or "")
+    if condition is None or condition.root.opcode != "compare":
+        return unknown
+    for name in condition.root.operands:
+        line = condition.source(name)
+        if line.opcode == "constant" and (found := re.match(r"(\d+)", line.attributes)):
+            return int(found[1])
+    return unknown
+
+
+def computation_runs(text: str, unknown_turns: int = 1) -> tuple[dict[str, Computation], dict[str, int]]:
+    """Returns the computations of a program, and how often each of them runs."""
+    computations, entry = parse(text)
+    runs: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for line in computations[name].lines.values():
+            turns = loop_turns(computations, line, unknown_turns) if line.opcode == "while" else 1
+            for called in re.findall(r"%([\w.\-]+)", line.attributes):
+                if called in computations:
+                    visit(called, times * turns)
+
+    visit(entry, 1)
+    return computations, dict(runs)
+
+
+def read_exchanges(text: str, mesh: Mesh, topology: str, unknown_turns: int = 1) -> list[Exchange]:
+    """Returns the exchanges of a program, those with the most bytes first.
+
+    libtpu overlaps an exchange with arithmetic, and then writes it into several fused computations, which share its
+    channel. Such an exchange counts once.
+
+    Args:
+        text: the program as `compiled.as_text()` returns it.
+        mesh: the mesh that it is compiled for.
+        topology: name of the hardware, such as "v5e:4x4".
+        unknown_turns: turns of a loop whose number the compiler does not know.
+    """
+    computations, runs = computation_runs(text, unknown_turns)
+    by_channel: dict[str, tuple[str, Line, Computation, int]] = {}
+    for name, computation in computations.items():
+        for line in computation.lines.values():
+            kind = line.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and runs.get(name):
+                channel = re.search(r"channel_id=(\d+)", line.attributes)
+                key = channel[1] if channel else f"{name} {line.name}"
+                by_channel.setdefault(key, (kind, line, computation, runs[name]))
+    sums: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for kind, line, computation, times in by_channel.values():
+        if kind == "all-reduce" and computation.root.opcode == "dynamic-slice":
+            kind = "reduce-scatter"  # libtpu writes it so
+        groups = replica_groups(line.attributes)
+        size = groups.shape[1]
+        share = 1.0 if kind == "collective-permute" else (size - 1) / size
+        received = PASSES.get(kind, 1.0) * share * whole_bytes(kind, line, computation)
+        speed = bandwidth(groups, mesh, topology)
+        total = sums[kind, axes_of_groups(groups, mesh)]
+        total[0] += times
+        total[1] += times * received
+        total[2] += times * received / speed if speed else 0.0
+    found = [Exchange(kind, axes, int(n), size, seconds) for (kind, axes), (n, size, seconds) in sums.items()]
+    return sorted(found, key=lambda exchange: (-exchange.bytes, exchange.kind, exchange.axes))
+
+
+def whole_bytes(kind: str, line: Line, computation: Computation) -> int:
+    """Returns the bytes of the arrays of a collective: of the gathered or summed whole, or of what a device sends."""
+    operands = [computation.lines[name].result for name in line.operands]
+    own = sum(map(_all_bytes, operands))
+    if kind == "all-gather":  # the result of a start is a tuple of operands and results
+        return max(_all_bytes(line.result) - (own if line.opcode.endswith("-start") else 0), own)
+    return own
+
+
+def _all_bytes(result: str) -> int:
+    """Returns the bytes of a type, in any memory of the device."""
+    return num_bytes(re.sub(r"S\(\d+\)", "", result)) if all_arrays(result) else 0
