@@ -15,7 +15,6 @@ import dataclasses
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from flax_transformer.parallel.program_cost import SPEEDS, Cost, Kernel, Speed, read_kernels, seconds_by
+from flax_transformer.parallel.program_cost import SPEEDS, Cost, Kernel, Speed, largest_loop, read_kernels, seconds_by
 from flax_transformer.parallel.topology import Program, described_devices, set_up_compilers
 
 ROWS, LENGTH, VOCABULARY = 400, 64, 32_000
@@ -100,12 +99,6 @@ def yardstick(options: Options) -> RecipePrograms:
     return RecipePrograms(config, VocabularyInfo(VOCABULARY, VOCABULARY, SPECIAL.start), mesh)
 
 
-def largest_loop(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """Returns the kernels of the loop with most of them: in a search, those of one step."""
-    name, _ = Counter(kernel.loop for kernel in kernels if kernel.loop).most_common(1)[0]
-    return [kernel for kernel in kernels if kernel.loop == name]
-
-
 def report(what: str, kernels: Sequence[Kernel], speed: Speed, tokens: int) -> Cost:
     """Prints what kernels cost, whole and for each of `tokens`. Returns the sums."""
     cost = Cost.of(list(kernels), speed)
@@ -161,7 +154,7 @@ def main(arguments: list[str]) -> int:
             return 2
     costs = {
         "train step": report("train step", read_kernels(train), speed, ROWS * LENGTH // num_devices),
-        "search": report("step of the search", largest_loop(read_kernels(search)), speed, SENTENCES // num_devices),
+        "search": report("step of the search", largest_loop(read_kernels(search))[1], speed, SENTENCES // num_devices),
     }
     wrong = faults(options.topology, costs, num_devices)
     for sentence in wrong:

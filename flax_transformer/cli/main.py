@@ -42,6 +42,7 @@ VERBS = {
     "average": "average several checkpoints of a run into a new run folder",
     "convert": "convert a run to a MarianMT model of Hugging Face, or such a model to a run",
     "compare": "compare finished runs in a table and two pictures",
+    "plan": "tell what a recipe needs on hardware that is not there",
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, text in VERBS.items())

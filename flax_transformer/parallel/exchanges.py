@@ -19,6 +19,8 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -115,15 +117,16 @@ def axes_of_groups(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name, differ in zip(mesh.axis_names, differs, strict=True) if differ)
 
 
-def bandwidth(groups: np.ndarray, mesh: Mesh, topology: str) -> float | None:
+def bandwidth(groups: np.ndarray, devices: Sequence[Any], topology: str) -> float | None:
     """Returns the bytes that a device of a group receives in a second, or None for hardware without known links.
 
-    A group of TPUs uses all axes of the torus along which its chips lie. GPUs of several hosts use the network.
+    `devices` are those of the mesh, in order. A group of TPUs uses all axes of the torus along which its chips lie.
+    GPUs of several hosts use the network.
     """
     name = topology.partition(":")[0]
     if name not in LINKS:
         return None
-    link, devices = LINKS[name], mesh.devices.ravel()
+    link = LINKS[name]
     if name in TPU_MEMORY_GIB:
         places = np.array([devices[n].coords for n in groups[0]])
         return link.near * max(1, int((places != places[0]).any(axis=0).sum()))
@@ -154,8 +157,10 @@ def loop_turns(computations: dict[str, Computation], loop: Line, unknown: int) -
     return unknown
 
 
-def computation_runs(text: str, unknown_turns: int = 1) -> tuple[dict[str, Computation], dict[str, int]]:
-    """Returns the computations of a program, and how often each of them runs."""
+def computation_runs(
+    text: str, unknown_turns: int = 1, loop: str | None = None
+) -> tuple[dict[str, Computation], dict[str, int]]:
+    """Returns the computations of a program, and how often each runs: in all, or in one turn of the loop `loop`."""
     computations, entry = parse(text)
     runs: dict[str, int] = defaultdict(int)
 
@@ -163,15 +168,25 @@ def computation_runs(text: str, unknown_turns: int = 1) -> tuple[dict[str, Compu
         runs[name] += times
         for line in computations[name].lines.values():
             turns = loop_turns(computations, line, unknown_turns) if line.opcode == "while" else 1
-            for called in re.findall(r"%([\w.\-]+)", line.attributes):
-                if called in computations:
-                    visit(called, times * turns)
+            for called in _called(computations, line):
+                visit(called, times * turns)
 
-    visit(entry, 1)
+    if loop is None:
+        visit(entry, 1)
+    else:
+        line = next(each.lines[loop] for each in computations.values() if loop in each.lines)
+        for called in _called(computations, line):
+            visit(called, 1)
     return computations, dict(runs)
 
 
-def read_exchanges(text: str, mesh: Mesh, topology: str, unknown_turns: int = 1) -> list[Exchange]:
+def _called(computations: dict[str, Computation], line: Line) -> list[str]:
+    return [name for name in re.findall(r"%([\w.\-]+)", line.attributes) if name in computations]
+
+
+def read_exchanges(
+    text: str, mesh: Mesh, topology: str, unknown_turns: int = 1, loop: str | None = None
+) -> list[Exchange]:
     """Returns the exchanges of a program, those with the most bytes first.
 
     libtpu overlaps an exchange with arithmetic, and then writes it into several fused computations, which share its
@@ -182,8 +197,9 @@ def read_exchanges(text: str, mesh: Mesh, topology: str, unknown_turns: int = 1)
         mesh: the mesh that it is compiled for.
         topology: name of the hardware, such as "v5e:4x4".
         unknown_turns: turns of a loop whose number the compiler does not know.
+        loop: name of a loop, of which one turn is read; None reads the whole program.
     """
-    computations, runs = computation_runs(text, unknown_turns)
+    computations, runs = computation_runs(text, unknown_turns, loop)
     by_channel: dict[str, tuple[str, Line, Computation, int]] = {}
     for name, computation in computations.items():
         for line in computation.lines.values():
@@ -200,7 +216,7 @@ def read_exchanges(text: str, mesh: Mesh, topology: str, unknown_turns: int = 1)
         size = groups.shape[1]
         share = 1.0 if kind == "collective-permute" else (size - 1) / size
         received = PASSES.get(kind, 1.0) * share * whole_bytes(kind, line, computation)
-        speed = bandwidth(groups, mesh, topology)
+        speed = bandwidth(groups, list(mesh.devices.flat), topology)
         total = sums[kind, axes_of_groups(groups, mesh)]
         total[0] += times
         total[1] += times * received

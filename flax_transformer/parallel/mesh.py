@@ -56,7 +56,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"but JAX has {len(devices)} ({devices[0].platform}){processes}. Choose sizes whose product is "
             f"{len(devices)}."
         )
-    # A mesh axis may be a part of an axis of the torus, such as 2 of its 8 chips; `jax.make_mesh` allows that on v5e only.
+    # A mesh axis may be a part of an axis of the torus, such as 2 of 8 chips. `jax.make_mesh` allows that on v5e only.
     arranged = mesh_utils.create_device_mesh(
         (data, config.fsdp, config.tensor), devices[: data * fixed], allow_split_physical_axes=True
     )

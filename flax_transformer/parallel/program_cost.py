@@ -48,7 +48,7 @@ class Speed:
         bandwidth: bytes of its memory that it reads or writes in a second.
         peak: multiplications and additions of bfloat16 products in a second, each counted.
         float32_peak: the same for float32 products.
-        latency: seconds that even the smallest kernel takes.
+        latency: seconds that even the smallest kernel takes. A TPU runs a program as a whole and launches nothing.
     """
 
     bandwidth: float
@@ -63,10 +63,10 @@ SPEEDS = {
     "h100_sxm": Speed(3.35e12, 989e12, 67e12),
     "h200": Speed(4.8e12, 989e12, 67e12),
     "b200": Speed(8.0e12, 2250e12, 80e12),
-    "v4": Speed(1.228e12, 275e12, 69e12),
-    "v5e": Speed(0.819e12, 197e12, 49e12),
-    "v5p": Speed(2.765e12, 459e12, 115e12),
-    "v6e": Speed(1.64e12, 918e12, 230e12),
+    "v4": Speed(1.228e12, 275e12, 69e12, 0.0),
+    "v5e": Speed(0.819e12, 197e12, 49e12, 0.0),
+    "v5p": Speed(2.765e12, 459e12, 115e12, 0.0),
+    "v6e": Speed(1.64e12, 918e12, 230e12, 0.0),
 }
 
 
@@ -82,7 +82,7 @@ class Line:
         result: type of its result, such as "bf16[32,64]{1,0}", or a tuple of types.
         opcode: name of its operation.
         operands: names of the instructions that it reads.
-        attributes: the rest of the line.
+        attributes: the rest of the line; of a constant its value.
         root: whether its computation returns its result.
     """
 
@@ -149,7 +149,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             entry = current if header[1] else entry
         elif item := LINE.match(line):
             arguments, attributes = _arguments(item[5])
-            operands = tuple(re.findall(r"%([\w.\-]+)", arguments)) if item[4] != "constant" else ()
+            operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+            if item[4] == "constant":
+                operands, attributes = (), arguments
             parsed = Line(item[2], item[3], item[4], operands, attributes, item[1] is not None)
             found[current].lines[parsed.name] = parsed
     return found, entry
@@ -476,6 +478,12 @@ class Cost:
     def peak_share(self, speed: Speed) -> float:
         """Returns the share of the device's peak that products would reach in the least time."""
         return self.flops / speed.peak / self.seconds if self.seconds else 0.0
+
+
+def largest_loop(kernels: list[Kernel]) -> tuple[str, list[Kernel]]:
+    """Returns the loop with most kernels, and these: in a search, those of one step."""
+    name, _ = Counter(kernel.loop for kernel in kernels if kernel.loop).most_common(1)[0]
+    return name, [kernel for kernel in kernels if kernel.loop == name]
 
 
 def seconds_by(kernels: list[Kernel], speed: Speed, key: Callable[[Kernel], str]) -> list[tuple[str, float]]:

@@ -8,6 +8,7 @@ The compilers come with the extra `plan`. A topology has a name of the form NAME
     v5e:4x4      = a slice of 4 x 4 chips of a TPU generation, as Google Cloud names it
     h100_sxm:8   = 8 GPUs of one host, of a kind that the folder `devices` describes
     h100_sxm:4x8 = 4 such hosts
+    cpu:2        = 2 cores of this machine
 
 References:
     `jax.experimental.topologies`. TPU generations: cloud.google.com/tpu/docs/system-architecture-tpu-vm.
@@ -28,7 +29,7 @@ from typing import Any
 
 import jax
 
-from flax_transformer.errors import ConfigError, did_you_mean, shown
+from flax_transformer.errors import ConfigError, shown
 
 # Memory of one chip in GiB, by the generation in a topology's name (see References).
 TPU_MEMORY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
@@ -41,6 +42,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks no cloud for the kind of this machine
     "TPU_WORKER_HOSTNAMES": "localhost",  # this one and the next only avoid warnings of libtpu
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # no chip is used, so another process may use libtpu
 }
 NO_AUTOTUNING = "--xla_gpu_autotune_level=0"  # autotuning would run kernels
 
@@ -82,16 +84,21 @@ def described_devices(topology: str) -> list[jax.Device]:
     """Returns the devices of a topology. A mesh of them serves to compile, and for nothing else.
 
     Args:
-        topology: name such as "v5e:4x4" or "h100_sxm:8".
+        topology: name such as "v5e:4x4", "h100_sxm:8" or "cpu:2".
 
     Raises:
         ConfigError: the name is unknown, the layout does not exist, or the compiler is not installed.
     """
     name, _, layout = topology.partition(":")
     descriptions = gpu_descriptions()
+    if name == "cpu" and re.fullmatch(r"[1-9]\d*", layout):
+        return _cores(int(layout))
     if name not in TPU_MEMORY_GIB and name not in descriptions:
-        known = [*TPU_MEMORY_GIB, *descriptions]
-        raise ConfigError(f"unknown hardware {shown(name)}; known are {', '.join(known)}.{did_you_mean(name, known)}")
+        known = [*TPU_MEMORY_GIB, *descriptions, "cpu"]
+        raise ConfigError(
+            f"unknown hardware {shown(name)}. A topology is NAME:LAYOUT, such as v5e:4x4 or h100_sxm:8; the names are "
+            f"{', '.join(known)}."
+        )
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", layout):
         raise ConfigError(
             f"the topology must be NAME:LAYOUT, such as v5e:4x4 (chips along each axis) or h100_sxm:8 (GPUs of a host) "
@@ -106,6 +113,13 @@ def described_devices(topology: str) -> list[jax.Device]:
     return _devices(name, layout, topology, descriptions)
 
 
+def _cores(number: int) -> list[jax.Device]:
+    devices = jax.devices("cpu")
+    if number > len(devices):
+        raise ConfigError(f"the topology cpu:{number} needs {number} CPU devices, and JAX has {len(devices)} here.")
+    return devices[:number]
+
+
 def _devices(name: str, layout: str, topology: str, descriptions: dict[str, str]) -> list[jax.Device]:
     from jax.experimental import topologies
 
@@ -118,7 +132,7 @@ def _devices(name: str, layout: str, topology: str, descriptions: dict[str, str]
             shape = "x".join(["1"] * (2 - layout.count("x")) + [layout])
             found = topologies.get_topology_desc(platform="cuda", target_config=descriptions[name], topology=shape)
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"there is no topology {topology}. The compiler says: {error}") from error
+        raise ConfigError(f"the compiler describes no topology {topology}. It says: {error}") from error
     return list(found.devices)
 
 
