@@ -48,6 +48,7 @@ class AttentionView:
         source: pieces that the encoder reads, end token included.
         target: pieces of the best hypothesis, with the end token if it is finished.
         start: piece that the decoder reads first.
+        end: piece that ends an output.
         weights: attention while the model reads the source and predicts `target`; arrays of NumPy without the axis B.
         alignment: pairs of source word and target word, counted from 0; empty without attention.
         tree: tree of the search.
@@ -59,6 +60,7 @@ class AttentionView:
     source: list[str]
     target: list[str]
     start: str
+    end: str
     weights: AttentionWeights
     alignment: list[tuple[int, int]]
     tree: BeamTree
@@ -158,7 +160,7 @@ def _view(translator: Translator, request: Request, num_hypotheses: int) -> Atte
         translation,
         tokenizers.source.pieces(request.source),
         tokenizers.target.pieces(target),
-        tokenizers.target.pieces([special.start])[0],
+        *tokenizers.target.pieces([special.start, special.end]),
         attention_weights(translator, request.source, target),
         pairs,
         tree,
