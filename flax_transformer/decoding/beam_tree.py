@@ -17,9 +17,9 @@ from flax_transformer.decoding.beam_state import BeamState
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.shapes import is_possible
 
-# extended: another hypothesis extends it. pruned: none does, since better ones filled the beam. open: the search ended
-# before. cut: it reached the maximum length, and is a result. finished: it ended, and is a result. displaced: it ended,
-# and better ones took its place among the results.
+# What became of a hypothesis. An "extended" one has children, and a "pruned" one has none, since better ones filled the
+# beam. A "finished" one is a result that ended. Better ones "displaced" another that had ended. A "cut" one is a result
+# that reached the maximum length. An "open" one was unfinished when the search ended, and is no result.
 Fate = Literal["extended", "pruned", "open", "cut", "finished", "displaced"]
 
 

@@ -155,16 +155,18 @@ def _view(translator: Translator, request: Request, num_hypotheses: int) -> Atte
         words = word_alignment(translation.source_words, best.words, best.attention).split()
         pairs = [(int(source), int(to)) for source, _, to in (pair.partition("-") for pair in words)]
     tree = recorder.tree(found, 0, num_hypotheses)
+    start, end = tokenizers.target.pieces([special.start, special.end])
     return AttentionView(
-        request.sentence,
-        translation,
-        tokenizers.source.pieces(request.source),
-        tokenizers.target.pieces(target),
-        *tokenizers.target.pieces([special.start, special.end]),
-        attention_weights(translator, request.source, target),
-        pairs,
-        tree,
-        tokenizers.target.pieces([node.token for node in tree.nodes]),
+        sentence=request.sentence,
+        translation=translation,
+        source=tokenizers.source.pieces(request.source),
+        target=tokenizers.target.pieces(target),
+        start=start,
+        end=end,
+        weights=attention_weights(translator, request.source, target),
+        alignment=pairs,
+        tree=tree,
+        tree_pieces=tokenizers.target.pieces([node.token for node in tree.nodes]),
     )
 
 
@@ -179,8 +181,9 @@ def _searched(translator: Translator, request: Request, num_hypotheses: int) -> 
         while beam_search.is_running(state):
             state = _advance(graphdef, spec, params, inputs, state)
             recorder.add(state)
-        found = jax.tree.map(np.asarray, _finish(spec, state))
-    return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None), recorder
+        found = _finish(spec, state)
+    found = found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
+    return jax.tree.map(np.asarray, found), recorder
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -74,7 +74,7 @@ class Translation:
         return self.hypotheses[0].tokens
 
     def _repr_html_(self) -> str:
-        """Returns what a notebook shows: the outputs, and the attention and aligned words of the best one if it has them."""
+        """Returns what a notebook shows: the outputs, and the best one's aligned words and attention if it has them."""
         best = self.hypotheses[0]
         parts = [hypotheses_table([(each.text, each.score, each.finished) for each in self.hypotheses])]
         if best.attention is not None:

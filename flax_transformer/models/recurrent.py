@@ -454,6 +454,7 @@ class RecurrentSeq2Seq(EncoderDecoder):
 
         def step(state: DecodeState, tokens: Int[Array, "B"]) -> tuple[DecodeState, Float[Array, "B S"]]:
             output, state = self.decode_step(tokens[:, None], state)
+            assert output.attention is not None, "a decoder with attention returns its weights"
             return state, output.attention[:, 0, 0, 0]
 
         _, weights = jax.lax.scan(step, self.init_decode_state(encoded, 1, inputs.shape[1]), inputs.T)
