@@ -70,5 +70,6 @@ def main(arguments: list[str], program: str) -> int:
         write([attention_page(views, str(options.run), translator.model.description, note)])
     if not translator.model.has_attention:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{options.output} shows {len(views)} sentence{'s' if len(views) > 1 else ''}; open it in a web browser")
+    shows = f"{len(views)} sentence{'s' if len(views) > 1 else ''}"
+    print(f"{options.output} shows {shows}; open it in a web browser", file=sys.stderr)
     return 0
