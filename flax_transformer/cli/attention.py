@@ -23,7 +23,8 @@ class AttentionOptions:
     """Writes a web page about the translation of one or more sentences. It needs no network and no other file.
 
     The page shows the attention weights of each layer and head, word alignments, token probabilities, the n-best list,
-    and the tree of the beam search. From --beam-size on, options that are left out take the run's own settings.
+    and the tree of the beam search. From --method on, options that are left out take the run's own settings. Only a beam search can be
+    shown.
 
     Attributes:
         run: run folder of the model.
@@ -65,7 +66,7 @@ def main(arguments: list[str], program: str) -> int:
         note = pictures_of(translator.model)
         views = attention_views(translator, options.text, options.num_hypotheses)
 
-        from flax_transformer.plots.attention_page import attention_page  # Matplotlib is needed for no error before
+        from flax_transformer.plots.attention_page import attention_page  # Matplotlib takes time to import
 
         write([attention_page(views, str(options.run), translator.model.description, note)])
     if not translator.model.has_attention:

@@ -292,6 +292,7 @@ function showWords() {
   const { sourceWords, targetWords, alignment, direction, targetDirection } = sentence;
   byId("words").hidden = !alignment.length;
   byId("alignment").parentElement.dir = direction;  // a wide one is seen from its beginning
+  byId("alignment").classList.toggle("facing", direction !== targetDirection);
   const fill = (id, words, dir) => {
     byId(id).dir = dir;
     byId(id).replaceChildren(...words.map((word) => make("li", { dir: "auto", tabIndex: 0 }, word)));
