@@ -23,8 +23,8 @@ class AttentionOptions:
     """Writes a web page about the translation of one or more sentences. It needs no network and no other file.
 
     The page shows the attention weights of each layer and head, word alignments, token probabilities, the n-best list,
-    and the tree of the beam search. From --method on, options that are left out take the run's own settings. Only a beam search can be
-    shown.
+    and the tree of the beam search. From --method on, options that are left out take the run's own settings. The search
+    must be a beam search.
 
     Attributes:
         run: run folder of the model.
