@@ -1,5 +1,7 @@
 """What each program is traced for."""
 
+from typing import Any
+
 import pytest
 from flax import nnx
 
@@ -30,7 +32,8 @@ def test_programs_that_need_no_mesh_to_run_are_traced_for_one(monkeypatch, one_d
         return seen[-1]
 
     monkeypatch.setattr(backend, "platform", noted)
-    _attention_weights.clear_cache()  # another test may have traced it
+    program: Any = _attention_weights
+    program.clear_cache()  # another test may have traced it
     assert attention_map(translator, SOURCES[0], TARGETS[0]) is not None
     assert set(seen) == {"cpu"}
 
