@@ -28,6 +28,7 @@ def code_line(function: Callable[..., Any], text: str) -> str:
     Raises:
         ValueError: no line contains it, so a picture would show code that does not exist.
     """
+    function = inspect.unwrap(function)  # of jitted functions, and of those with their own derivative
     lines, first = inspect.getsourcelines(function)
     for number, line in enumerate(lines):
         if text in line:
