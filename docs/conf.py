@@ -1,7 +1,7 @@
 """Sphinx configuration of the site: `sphinx-build -W docs build/site`.
 
-Pages are executed in the build. Their outputs are kept in a cache, whose folder has a hash of all code that they run. So
-no output is older than its code.
+Pages are executed in the build. Their outputs are kept in a cache, whose folder has a hash of all code that they run.
+So no output is older than its code.
 """
 
 import hashlib
@@ -14,20 +14,23 @@ DOCS = Path(__file__).parent.resolve()
 ROOT = DOCS.parent
 
 
-def code_hash() -> str:
-    """Returns a hash of the package, and of all that the pages of the guide read beside it."""
+PACKAGE = [*(ROOT / "flax_transformer").rglob("*.py"), DOCS / "guide" / "short_training.py"]
+DRAWN_FROM = [*(DOCS / "guide").glob("*.py"), *(DOCS / "guide" / "results").glob("*.json")]
+
+
+def code_hash(files: list[Path]) -> str:
+    """Returns a hash of files and their names."""
     digest = hashlib.sha256()
-    files = [*(ROOT / "flax_transformer").rglob("*.py"), *(DOCS / "guide").glob("*.py")]
-    for path in sorted([*files, *(DOCS / "guide" / "results").glob("*.json")]):
+    for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 sys.path[:0] = [str(DOCS), str(ROOT)]
-CACHE = ROOT / "build" / "site_cache" / code_hash()
+CACHE = ROOT / "build" / "site_cache"
 # The environment of the kernels that execute the pages.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(DOCS / "guide"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-os.environ["GUIDE_RUNS"] = str(CACHE / "runs")
+os.environ["GUIDE_RUNS"] = str(CACHE / f"runs-{code_hash(PACKAGE)}")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 project = "flax_transformer"
@@ -41,7 +44,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4  # links to headings, as code hosts make them
 
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(CACHE / "cells")
+nb_execution_cache_path = str(CACHE / f"cells-{code_hash(PACKAGE + DRAWN_FROM)}")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240  # seconds of one cell
 nb_merge_streams = True

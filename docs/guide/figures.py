@@ -31,12 +31,13 @@ def heat(
         title: above the matrix.
         cmap: name of the colours.
         limits: values of the first and the last colour; None fits them to the values, around 0.
-        numbers: whether each entry is written out.
+        numbers: whether entries other than 0 are written out.
     """
     values = np.asarray(values)
     low, high = limits or (-float(np.abs(values).max()), float(np.abs(values).max()))
     image = axes.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=60 if max(map(len, columns)) > 3 else 0)
+    slanted = {"rotation": 60, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+    axes.set_xticks(range(len(columns)), columns, **(slanted if max(map(len, columns)) > 3 else {}))
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title)
     axes.tick_params(length=0)
@@ -46,6 +47,8 @@ def heat(
         middle = low + 0.62 * (high - low)
         for row, column in np.ndindex(*values.shape):
             value = values[row, column]
+            if value == 0.0:
+                continue
             dark = value > middle or (limits is None and abs(value) > 0.6 * high)
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color="white" if dark else INK
