@@ -60,7 +60,7 @@ def with_attention() -> Diagram:
         "cell reads [token; context]",
         kind="target",
         code="step(state, gates)",
-        link=code_line(RecurrentDecoder.advance, '.step(state.layers[0], gates)'),
+        link=code_line(RecurrentDecoder.advance, ".step(state.layers[0], gates)"),
         width=190,
     )
     y = cell.at("right")[1]
@@ -103,7 +103,7 @@ def _decoder(d: Diagram, y: float) -> list:
             y,
             f"s{number + 1}",
             kind="target",
-            link=code_line(RecurrentDecoder.advance, '.step(state.layers[0], gates)'),
+            link=code_line(RecurrentDecoder.advance, ".step(state.layers[0], gates)"),
             width=54,
             height=44,
         )

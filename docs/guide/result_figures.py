@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from figures import pyplot
-from palette import ATTENTION, BAD, CYCLE, SOURCE
+from palette import ATTENTION, BAD, CYCLE, SOURCE, TARGET
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"one vector": BAD, "recurrent with attention": SOURCE, "transformer": ATTENTION}
@@ -48,7 +48,7 @@ def head_counts() -> None:
         losses = np.array([run["losses"] for run in runs])
         smooth = np.apply_along_axis(lambda row: np.convolve(row, np.ones(15) / 15, "valid"), 1, losses)
         steps = np.arange(smooth.shape[1]) + 7
-        left.plot(steps, smooth.mean(0), color=CYCLE[number], linewidth=1.6, label=f"{count} head{'s'[:count - 1]}")
+        left.plot(steps, smooth.mean(0), color=CYCLE[number], linewidth=1.6, label=f"{count} head{'s'[: count - 1]}")
         exact = [run["exact"] for run in runs]
         right.plot([number] * len(exact), exact, "o", color=CYCLE[number], alpha=0.5, markersize=6)
         right.plot([number - 0.25, number + 0.25], [np.mean(exact)] * 2, color=CYCLE[number])
@@ -57,3 +57,20 @@ def head_counts() -> None:
     left.legend()
     right.set_xticks(range(len(heads)), [str(count) for count in heads])
     right.set(xlabel="heads", ylabel="unseen numbers exact, %", title="After 300 steps, by seed")
+
+
+def residuals() -> None:
+    """Draws the losses of deep models with and without residual connections."""
+    record = read_result("residuals")
+    _, axes = pyplot.subplots(figsize=(7.2, 3.4))
+    for run in record["results"]:
+        name = f"{run['norm']}-norm, {'with' if run['residual'] else 'without'}"
+        colour = ATTENTION if run["norm"] == "post" else TARGET
+        axes.plot(run["losses"], color=colour, linestyle="-" if run["residual"] else "--", linewidth=1.5, label=name)
+    axes.set(
+        xlabel="training step",
+        ylabel="training loss, nats per token",
+        title="Eight encoder layers, trained",
+        ylim=(0.5, None),
+    )
+    axes.legend(title="residual connections", loc="upper right")

@@ -5,6 +5,7 @@ import functools
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Trained:
     @property
     def model(self) -> Any:
         """The model with its parameters."""
-        graphdef = make_training(self.config, self.text, 1, 0)[0].graphdef
+        graphdef = make_training(self.config, self.text.vocabulary, 1, 0)[0].graphdef
         return nnx.merge(graphdef, self.params)
 
     def translator(self, **settings: Any) -> Translator:
@@ -123,18 +124,25 @@ def one_device() -> Any:
     return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
-def make_training(config: ModelConfig, text: Text, warmup_steps: int, seed: int) -> tuple[Any, Any]:
+def make_training(config: ModelConfig, vocabulary: VocabularyInfo, warmup_steps: int, seed: int) -> tuple[Any, Any]:
     """Returns the layout of a training state, and the train step."""
     optimizer_config = OptimizerConfig(warmup_steps=warmup_steps)
     schedule = make_schedule(optimizer_config, config.model_dim)
-    optimizer = make_optimizer(optimizer_config, schedule, describe_parameters(config, text.vocabulary))
+    optimizer = make_optimizer(optimizer_config, schedule, describe_parameters(config, vocabulary))
     mesh = one_device()
-    layout = make_layout(config, text.vocabulary, optimizer, mesh)
+    layout = make_layout(config, vocabulary, optimizer, mesh)
     return layout, jit_train_step(layout, schedule, Objective(label_smoothing=0.1), seed, mesh)
 
 
 def short_training(
-    config: ModelConfig, text: Text, steps: int = 300, *, rows: int = 64, warmup_steps: int = 100, seed: int = 0
+    config: ModelConfig,
+    text: Text,
+    steps: int = 300,
+    *,
+    rows: int = 64,
+    warmup_steps: int = 100,
+    seed: int = 0,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Trained:
     """Returns a model that is trained for some steps.
 
@@ -145,8 +153,9 @@ def short_training(
         rows: number of pairs in a batch.
         warmup_steps: number of updates before the learning rate falls.
         seed: of the first parameters, and of the order of the pairs.
+        change: changes each batch, for an experiment.
     """
-    layout, step = make_training(config, text, warmup_steps, seed)
+    layout, step = make_training(config, text.vocabulary, warmup_steps, seed)
     longest = -(-int(text.train.lengths.max()) // 8) * 8
     plan = training_plan([text.train], BatchingConfig(tokens_per_batch=rows * longest, num_buckets=1), seed)
     batches = training_batches([text.train], plan, Position(0, 0))
@@ -154,7 +163,7 @@ def short_training(
     with jax.set_mesh(one_device()):
         state = init_state(config, text.vocabulary, layout, seed)
         for _ in range(steps):
-            state, metrics = step(state, next(batches)[0])
+            state, metrics = step(state, change(next(batches)[0]))
             losses.append(metrics.sums.loss / metrics.sums.count)
     return Trained(config, text, state.eval_params, np.asarray(jax.device_get(losses)))
 

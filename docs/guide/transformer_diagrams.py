@@ -82,11 +82,14 @@ def decoder() -> Diagram:
     d = Diagram(720, 860, "Data flow of the Transformer's decoder, from target ids and encoder output to logits.")
     d.frame(60, 209, 645, 475, "L layers, each with its own parameters")
     ids = d.box(LEFT, 10, "target ids", kind="data", width=WIDTH)
-    shifted = _step(
-        d, 72, "shift right", "shift_right(target_tokens, ...)", shift_right, "jnp.pad(tokens[:, :-1]"
-    )
+    shifted = _step(d, 72, "shift right", "shift_right(target_tokens, ...)", shift_right, "jnp.pad(tokens[:, :-1]")
     inputs = _step(
-        d, 142, "token vectors, add positions", "self.input(embedding, inputs)", InputEmbedding.__call__, "embedding(tokens)"
+        d,
+        142,
+        "token vectors, add positions",
+        "self.input(embedding, inputs)",
+        InputEmbedding.__call__,
+        "embedding(tokens)",
     )
     layer = DecoderLayer.__call__
     own = _step(
@@ -98,7 +101,9 @@ def decoder() -> Diagram:
         "self.self_attention.attend(inner, inner, self_mask",
         kind="attention",
     )
-    first = _step(d, 310, "add and norm", "self_attention_residual.leave(...)", layer, "self.self_attention_residual.leave")
+    first = _step(
+        d, 310, "add and norm", "self_attention_residual.leave(...)", layer, "self.self_attention_residual.leave"
+    )
     cross = _step(
         d,
         395,
@@ -201,7 +206,14 @@ def attention() -> Diagram:
         link=code_line(reference_attention, "bnts,bsnh->btnh"),
         width=260,
     )
-    d.arrow((300, masked.y + masked.height), (300, 355), "weights [B, N, T, S]", colour=ATTENTION, beside=(-8, 4), anchor="end")
+    d.arrow(
+        (300, masked.y + masked.height),
+        (300, 355),
+        "weights [B, N, T, S]",
+        colour=ATTENTION,
+        beside=(-8, 4),
+        anchor="end",
+    )
     d.arrow((550, value.y + value.height), (460, 355), "[B, S, N, H]", via=((550, 325), (460, 325)), colour=SOURCE)
     output = d.box(
         240,

@@ -12,9 +12,7 @@ SEEDS = [0, 1]
 STEPS = 600
 NUM_LINES, LONGEST = 20_000, 24
 MODELS_TO_TRAIN = {
-    "one vector": RecurrentConfig(
-        model_dim=64, hidden_dim=128, cell="gru", attention="none", dropout=0.0, **LENGTHS
-    ),
+    "one vector": RecurrentConfig(model_dim=64, hidden_dim=128, cell="gru", attention="none", dropout=0.0, **LENGTHS),
     **MODELS,
 }
 

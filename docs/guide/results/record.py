@@ -13,6 +13,13 @@ FOLDER = Path(__file__).parent
 PACKAGES = ("jax", "flax", "optax", "numpy")
 
 
+def text(record: dict[str, Any]) -> str:
+    """Returns a record as JSON with one line for each entry of its results."""
+    head = json.dumps({key: value for key, value in record.items() if key != "results"}, indent=1)
+    rows = ",\n  ".join(json.dumps(entry) for entry in record["results"])
+    return head.removesuffix("\n}") + f',\n "results": [\n  {rows}\n ]\n}}\n'
+
+
 def write_result(name: str, seeds: list[int], results: Any, note: str) -> None:
     """Writes `name`.json beside this file.
 
@@ -33,6 +40,6 @@ def write_result(name: str, seeds: list[int], results: Any, note: str) -> None:
     }
     file = FOLDER / f"{name}.json"
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text(record), encoding="utf-8")
     partial.replace(file)
     print(f"wrote {file}", file=sys.stderr)
