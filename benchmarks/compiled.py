@@ -114,6 +114,8 @@ def report(what: str, kernels: Sequence[Kernel], speed: Speed, tokens: int) -> C
     print(f"  bytes moved {cost.bytes / 1e9:.2f} GB, {cost.bytes / tokens / 1e3:.1f} kB a token")
     print(f"  products {cost.flops / 1e12:.3f} TFLOP, {cost.flops / tokens / 1e6:.1f} MFLOP a token")
     print(f"  other operations {cost.vector_ops / 1e9:.1f} G, {cost.vector_ops / tokens / 1e6:.2f} M a token")
+    if cost.cycles:
+        print(f"  cycles by the compiler's own estimate {cost.cycles / 1e6:.3f} million")
     parts = seconds_by(list(kernels), speed, lambda kernel: re.sub(r"\d+", "", kernel.label.split("/")[-1]))
     print("  ms by operation: " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in parts[:PARTS]))
     for kind, (number, size) in cost.collectives.items():
