@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_transformer.parallel.program_cost import Cost, Speed, library_flops, read_kernels, seconds_by, sort_passes
+from flax_transformer.parallel.kernel_cost import library_flops, sort_passes
+from flax_transformer.parallel.program_cost import Cost, Speed, read_kernels, seconds_by
 from flax_transformer.parallel.program_text import num_bytes
 
 SPEED = Speed(bandwidth=1e9, peak=1e12, float32_peak=1e11, latency=2e-6)
@@ -267,6 +268,9 @@ def test_calls_of_libraries_have_a_formula():
     triton = "__gpu$xla.gpu.triton jit(f)/short_attention"
     assert library_flops(triton, joint, "bf16[2,64,8,32]") == 2 * 2 * (2 * 8 * 64 * 64 * 32)
     assert library_flops(f"{triton}_backward", own, "bf16[2,64,8,32]") == 5 * 2 * (2 * 8 * 64 * 48 * 32)
+    blocks = ["s8[1,1,1]", "bf16[2,8,64,32]", "bf16[2,8,48,32]", "bf16[2,8,48,32]"]
+    splash = [f"tpu_custom_call splash_mha_{part}_segmented.1" for part in ("fwd", "dq", "dkv")]
+    assert [library_flops(target, blocks, "bf16[2]") / (2 * 2 * 8 * 64 * 48 * 32) for target in splash] == [2, 3, 4]
     assert library_flops("Sharding", heads, "bf16[2]") == 0.0
 
 
