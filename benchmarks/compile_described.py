@@ -28,6 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import AbstractMesh
 
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.batching import BatchShape
@@ -138,10 +139,12 @@ def faults_of_long_attention(programs: RecipePrograms, options: Options) -> list
         mask = AttentionMask(segments, segments, causal=True)
         return jnp.sum(attention(query, key, value, mask).astype(jnp.float32))
 
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
         compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(query, query, query, segments).compile()
     kernel = FUSED_ATTENTION["tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"]
-    called = {i.text for i in parse_instructions(compiled.as_text()) if i.opcode == "custom-call" and kernel in i.text}
+    called = {
+        i.text for i in parse_instructions(compiled.as_text() or "") if i.opcode == "custom-call" and kernel in i.text
+    }
     print(f"attention over {LONG_ROWS} tokens with its gradient: {len(called)} kernels {kernel}*")
     return [] if called else [f"attention over {LONG_ROWS} tokens has no kernel {kernel}*."]
 

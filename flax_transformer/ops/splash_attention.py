@@ -10,6 +10,8 @@ References:
     Dao et al. 2022, "FlashAttention", algorithms 1 and 4.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -89,9 +91,10 @@ def _attention(query, key, value, query_segments, key_segments, *, causal: bool,
         interpret=interpret,
     )
 
-    def one(query, key, value, query_segments, key_segments):
+    def of_a_row(query, key, value, query_segments, key_segments) -> Any:
         return attend(query, key, value, kernels.SegmentIds(query_segments, key_segments))
 
     # [B, T, N, H] -> [B, N, T, H], as the kernels read it
-    arrays = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    return jnp.swapaxes(jax.vmap(one)(*arrays, query_segments, key_segments), 1, 2).astype(value.dtype)
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    made = jax.vmap(of_a_row)(query, key, value, query_segments, key_segments)
+    return jnp.swapaxes(made, 1, 2).astype(value.dtype)
