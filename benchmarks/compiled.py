@@ -53,7 +53,7 @@ class Ceiling:
 
 CEILINGS = {
     ("h100_sxm:1", "train step"): Ceiling(20.9, 1000),
-    ("h100_sxm:1", "search"): Ceiling(0.64, 183),
+    ("h100_sxm:1", "search"): Ceiling(0.56, 146),
     ("v5e:4x4", "train step"): Ceiling(7.1, 2750),
     ("v5e:4x4", "search"): Ceiling(0.46, 380),
 }

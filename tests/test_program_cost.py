@@ -274,6 +274,18 @@ def test_calls_of_libraries_have_a_formula():
     assert library_flops("Sharding", heads, "bf16[2]") == 0.0
 
 
+def test_a_call_that_changes_an_operand_in_place_counts_it_once():
+    """Also, the workspace of cuBLAS moves nothing."""
+    (kernel,) = read_kernels(
+        "ENTRY %main (x: f32[64], y: f32[8]) -> f32[8] {\n"
+        "  %x = f32[64]{0} parameter(0)\n"
+        "  %y = f32[8]{0} parameter(1)\n"
+        '  ROOT %c = (f32[8]{0}, f32[64]{0}, s8[99]{0}) custom-call(%x, %y), custom_call_target="f", '
+        "output_to_operand_aliasing={{1}: (0, {})}\n}\n"
+    )
+    assert kernel.bytes == 4 * (64 + 8 + 8)
+
+
 def test_a_sort_in_one_block_is_one_pass():
     assert [sort_passes(n) for n in (2, 2048, 4096, 25_600)] == [1, 1, 3, 15]
 

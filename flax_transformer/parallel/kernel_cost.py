@@ -20,6 +20,14 @@ def call_target(line: Line) -> str:
     return found[1] if found else ""
 
 
+def called_bytes(line: Line, operands: list[str]) -> int:
+    """Returns the bytes of the arrays of a call. A result that changes an operand in place counts with the operand."""
+    in_place = {int(place) for place in re.findall(r"\{(\d+)\}: \(\d+, \{", line.attributes)}
+    results = [x for place, x in enumerate(all_arrays(line.result)) if place not in in_place]
+    read = sum(num_bytes(text) for text in operands if not text.startswith("s8["))  # cuBLAS works in bytes
+    return read + sum(x.num_bytes for x in results if x.in_memory and x.kind != "s8")
+
+
 def is_in_place(line: Line) -> bool:
     """Returns whether a line changes a part of its first operands, and keeps the rest."""
     return line.opcode in ("dynamic-update-slice", "scatter")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from flax_transformer.parallel.kernel_cost import (
     Fusion,
     call_target,
+    called_bytes,
     convolution_flops,
     dot_flops,
     is_in_place,
@@ -196,7 +197,7 @@ class _Reader:
         elif line.opcode == "sort":
             launches, moved = self.sort_cost(line)
         elif line.opcode == "custom-call":
-            moved = sum(num_bytes(text) for text in (line.result, *operands) if not text.startswith("s8["))
+            moved = called_bytes(line, operands)
             flops = library_flops(f"{call_target(line)} {line.name} {line.label}", operands, line.result)
         elif is_in_place(line):
             moved = 2 * updated_bytes(computation.lines, line)
