@@ -51,16 +51,18 @@ def test_programs_that_need_no_mesh_to_run_are_traced_for_one(monkeypatch, one_d
     assert built == ["cpu"]
 
 
-def test_kernels_are_left_out_where_the_user_says_so(monkeypatch):
-    with backend.tracing_for("gpu"):
-        assert backend.uses_kernels()
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_kernels_are_left_out_where_the_user_says_so(platform, monkeypatch):
+    with backend.tracing_for(platform):
+        assert backend.uses_kernels(platform)
         monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "off")
-        assert not backend.uses_kernels()
+        assert not backend.uses_kernels(platform)
         monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "0")
         with pytest.raises(ConfigError, match="must be on or off, got '0'"):
-            backend.uses_kernels()
+            backend.uses_kernels(platform)
     monkeypatch.delenv("FLAX_TRANSFORMER_KERNELS")
-    for other in ("cpu", "tpu"):
+    others: tuple[backend.Platform, ...] = ("cpu", "gpu", "tpu")
+    for other in others:
         with backend.tracing_for(other):
-            assert not backend.uses_kernels()
-    assert not backend.uses_kernels()
+            assert backend.uses_kernels(platform) == (other == platform)
+    assert not backend.uses_kernels(platform)
