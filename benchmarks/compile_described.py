@@ -12,8 +12,9 @@ By default the model has the paper's base size, in bfloat16. Nothing is run: the
 compare with any other machine.
 
 Exit code 1 means a wrong program. The search must not communicate between devices, and the train step must. No program
-copies whole arrays to every device, or has a form that only a CPU is given. A device draws only its own random bits. In
-a search with sharded parameters a device has only its share of them.
+copies whole arrays to every device, or has a form that only a CPU is given. A device draws only its own random bits.
+Long rows without dropout are attended to by fused kernels. In a search with sharded parameters a device has only its
+share of them.
 Exit code 2 means wrong usage, or a program that does not fit a device.
 """
 
@@ -25,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import tyro
+from jax.sharding import AbstractMesh
 
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.batching import BatchShape
@@ -34,19 +37,24 @@ from flax_transformer.errors import InputError
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.ops.attention import AttentionMask, attention
 from flax_transformer.parallel.memory import available_bytes, needed_bytes, stored_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.parallel.sharding_rules import partition_spec
 from flax_transformer.parallel.topology import (
     COLLECTIVES,
     Program,
     called_from_loops,
     collectives,
     described_devices,
+    parse_instructions,
     random_shapes,
     set_up_compilers,
 )
 
 VOCABULARY = 32_000
+LONG_ROWS = 512  # tokens of a row that every accelerator has fused attention for
+FUSED_ATTENTION = {"tpu": "splash_mha_", "gpu": "__cudnn$fmha"}  # kernels by the name in a compiled program
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,31 @@ def faults_of_both(options: Options, programs: RecipePrograms) -> list[str]:
     report(train)
     search = programs.search(options.length, output_length(options))
     report(search)
-    return faults(options, train, search)
+    return faults(options, train, search) + faults_of_long_attention(programs, options)
+
+
+def faults_of_long_attention(programs: RecipePrograms, options: Options) -> list[str]:
+    """Compiles attention over long rows with its gradient, and returns what is wrong with it, in sentences."""
+    mesh = programs.mesh
+    head = jax.NamedSharding(mesh, partition_spec(("batch", None, "heads", None)))
+    segment = jax.NamedSharding(mesh, partition_spec(("batch", None)))
+    rows = options.data * options.fsdp
+    shape = rows, LONG_ROWS, options.model_dim // 64, 64
+    query = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=head)
+    segments = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=segment)
+
+    def loss(query, key, value, segments):
+        mask = AttentionMask(segments, segments, causal=True)
+        return jnp.sum(attention(query, key, value, mask).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(query, query, query, segments).compile()
+    kernel = FUSED_ATTENTION["tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"]
+    called = {
+        i.text for i in parse_instructions(compiled.as_text() or "") if i.opcode == "custom-call" and kernel in i.text
+    }
+    print(f"attention over {LONG_ROWS} tokens with its gradient: {len(called)} kernels {kernel}*")
+    return [] if called else [f"attention over {LONG_ROWS} tokens has no kernel {kernel}*."]
 
 
 def faults_of_sharded_search(options: Options, programs: RecipePrograms) -> list[str]:

@@ -50,9 +50,11 @@ class Ceiling:
     launches: int
 
 
-CEILINGS = {
-    ("h100_sxm:1", "train step"): Ceiling(20.9, 1000),
-    ("h100_sxm:1", "search"): Ceiling(0.64, 183),
+CEILINGS = {  # by topology, mesh and program
+    ("h100_sxm:1, 1 x 1 x 1", "train step"): Ceiling(20.9, 1000),
+    ("h100_sxm:1, 1 x 1 x 1", "search"): Ceiling(0.56, 146),
+    ("v5e:4x4, 4 x 2 x 2", "train step"): Ceiling(7.1, 2750),
+    ("v5e:4x4, 4 x 2 x 2", "search"): Ceiling(0.46, 380),
 }
 
 
@@ -107,6 +109,8 @@ def report(what: str, kernels: Sequence[Kernel], speed: Speed, tokens: int) -> C
     print(f"  bytes moved {cost.bytes / 1e9:.2f} GB, {cost.bytes / tokens / 1e3:.1f} kB a token")
     print(f"  products {cost.flops / 1e12:.3f} TFLOP, {cost.flops / tokens / 1e6:.1f} MFLOP a token")
     print(f"  other operations {cost.vector_ops / 1e9:.1f} G, {cost.vector_ops / tokens / 1e6:.2f} M a token")
+    if cost.cycles:
+        print(f"  cycles by the compiler's own estimate {cost.cycles / 1e6:.3f} million")
     parts = seconds_by(list(kernels), speed, lambda kernel: re.sub(r"\d+", "", kernel.label.split("/")[-1]))
     print("  ms by operation: " + ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in parts[:PARTS]))
     for kind, (number, size) in cost.collectives.items():
@@ -124,13 +128,13 @@ def memory(program: Program, keep: str) -> str:
     return text
 
 
-def faults(topology: str, costs: dict[str, Cost], num_devices: int) -> list[str]:
+def faults(hardware: str, costs: dict[str, Cost], num_devices: int) -> list[str]:
     """Returns which programs cost more than their ceiling, in sentences."""
     wrong = []
     if costs["train step"].flops * num_devices < LEAST_PRODUCTS:
         wrong.append(f"the train step has fewer products than its work needs, {LEAST_PRODUCTS:.3g} FLOPs.")
-    for (hardware, name), ceiling in CEILINGS.items():
-        if hardware != topology:
+    for (place, name), ceiling in CEILINGS.items():
+        if place != hardware:
             continue
         found = costs[name].seconds * 1e3, costs[name].launches
         for value, most, unit in zip(found, dataclasses.astuple(ceiling), ("ms", "launches"), strict=True):
@@ -156,7 +160,8 @@ def main(arguments: list[str]) -> int:
         "train step": report("train step", read_kernels(train), speed, ROWS * LENGTH // num_devices),
         "search": report("step of the search", largest_loop(read_kernels(search))[1], speed, SENTENCES // num_devices),
     }
-    wrong = faults(options.topology, costs, num_devices)
+    hardware = f"{options.topology}, {options.data} x {options.fsdp} x {options.tensor}"
+    wrong = faults(hardware, costs, num_devices)
     for sentence in wrong:
         print(f"WRONG: {sentence}")
     return 1 if wrong else 0

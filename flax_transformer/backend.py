@@ -33,15 +33,15 @@ def platform() -> Platform | None:
     return None if device is None else _PLATFORMS.get(device.platform)
 
 
-def uses_kernels() -> bool:
-    """Returns whether the program being traced may have kernels that were written for a GPU by hand.
+def uses_kernels(name: Platform) -> bool:
+    """Returns whether the program being traced is for a platform, and may have kernels written by hand for it.
 
     The environment variable FLAX_TRANSFORMER_KERNELS=off leaves them out, and the plain forms run.
 
     Raises:
         ConfigError: the variable has another value than "on" and "off".
     """
-    if platform() != "gpu":
+    if platform() != name:
         return False
     value = os.environ.get(KERNELS, "on")
     if value not in ("on", "off"):

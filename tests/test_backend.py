@@ -1,11 +1,13 @@
 """What each program is traced for."""
 
+from typing import Any
+
 import pytest
 from flax import nnx
 
 from flax_transformer import backend
 from flax_transformer.errors import ConfigError
-from flax_transformer.inference.attention_map import attention_map
+from flax_transformer.inference.attention_map import _attention_weights, attention_map
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import build_model, vocabulary_info
 from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
@@ -30,6 +32,8 @@ def test_programs_that_need_no_mesh_to_run_are_traced_for_one(monkeypatch, one_d
         return seen[-1]
 
     monkeypatch.setattr(backend, "platform", noted)
+    program: Any = _attention_weights
+    program.clear_cache()  # another test may have traced it
     assert attention_map(translator, SOURCES[0], TARGETS[0]) is not None
     assert set(seen) == {"cpu"}
 
@@ -47,16 +51,18 @@ def test_programs_that_need_no_mesh_to_run_are_traced_for_one(monkeypatch, one_d
     assert built == ["cpu"]
 
 
-def test_kernels_are_left_out_where_the_user_says_so(monkeypatch):
-    with backend.tracing_for("gpu"):
-        assert backend.uses_kernels()
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_kernels_are_left_out_where_the_user_says_so(platform, monkeypatch):
+    with backend.tracing_for(platform):
+        assert backend.uses_kernels(platform)
         monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "off")
-        assert not backend.uses_kernels()
+        assert not backend.uses_kernels(platform)
         monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "0")
         with pytest.raises(ConfigError, match="must be on or off, got '0'"):
-            backend.uses_kernels()
+            backend.uses_kernels(platform)
     monkeypatch.delenv("FLAX_TRANSFORMER_KERNELS")
-    for other in ("cpu", "tpu"):
+    others: tuple[backend.Platform, ...] = ("cpu", "gpu", "tpu")
+    for other in others:
         with backend.tracing_for(other):
-            assert not backend.uses_kernels()
-    assert not backend.uses_kernels()
+            assert backend.uses_kernels(platform) == (other == platform)
+    assert not backend.uses_kernels(platform)

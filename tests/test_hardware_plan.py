@@ -184,7 +184,7 @@ def test_a_ranking_begins_with_the_fastest_choice(monkeypatch, plan):
     slower = iter((3.0, 1.0, 2.0))
 
     def invented(config: Config, topology: str, length: int | None, search: bool) -> HardwarePlan:
-        cost = Cost(1, 1, 1e9, 1.0, next(slower), {})
+        cost = Cost(1, 1, 1e9, 1.0, 0, next(slower), {})
         train = dataclasses.replace(plan.train, cost=cost, exchanges=[], peak_share=0.5)
         return dataclasses.replace(plan, config=config, train=train)
 

@@ -16,7 +16,7 @@ from flax_transformer.nn.feed_forward import FeedForward
 from flax_transformer.nn.linear import Linear
 from flax_transformer.nn.normalization import LayerNorm, ResidualNorm
 from flax_transformer.nn.positions import LearnedPositions, SinusoidalPositions, sinusoidal_table
-from flax_transformer.ops.dropout import dropout, random_bytes, relu_dropout
+from flax_transformer.ops.dropout import dropout, kept, random_bytes, relu_dropout
 from flax_transformer.ops.vocabulary import OutputProjection, fold_bias_into_kernel
 from tests.platforms import PLATFORMS, tracing_for
 
@@ -232,6 +232,16 @@ def test_random_bytes_are_uniform_and_independent_within_a_word():
     assert chi_square < 255 + 6 * np.sqrt(2 * 255)  # six sigma
     correlation = np.corrcoef(draws.T.astype(float))
     assert np.abs(correlation - np.eye(4)).max() < 6 / np.sqrt(len(draws))  # six sigma
+
+
+@pytest.mark.parametrize("size", [3, 10, 64, 512, 1000, 1024])
+def test_a_tpu_keeps_the_same_elements(size):
+    key, shape = jax.random.key(4), (2, 5, size)
+    expected = kept(key, shape, 200)
+    with tracing_for("tpu"):
+        found = jax.jit(lambda: kept(key, shape, 200))()
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(expected, np.asarray(random_bytes(key, shape)) < 200)
 
 
 def test_two_keys_give_different_masks():

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_transformer.parallel.program_cost import Cost, Speed, library_flops, read_kernels, seconds_by, sort_passes
+from flax_transformer.parallel.kernel_cost import library_flops, sort_passes
+from flax_transformer.parallel.program_cost import Cost, Speed, read_kernels, seconds_by
+from flax_transformer.parallel.program_text import num_bytes
 
 SPEED = Speed(bandwidth=1e9, peak=1e12, float32_peak=1e11, latency=2e-6)
 
@@ -81,7 +83,9 @@ def test_slices_and_updates_in_place_count_by_the_slice():
 
 
 def test_a_loop_of_unknown_length_gets_the_turns_that_are_given():
-    unknown = LOOP.replace(', {"known_trip_count":{"n":"7"}}', "")
+    compared = LOOP.replace(', {"known_trip_count":{"n":"7"}}', "")  # libtpu writes the number in the condition alone
+    assert {kernel.runs for kernel in read_kernels(compared) if kernel.loop} == {7}
+    unknown = compared.replace("%most = s32[] constant(7)", "%most = s32[] get-tuple-element(%c), index=0")
     assert {kernel.runs for kernel in read_kernels(unknown) if kernel.loop} == {1}
     assert {kernel.runs for kernel in read_kernels(unknown, unknown_turns=5) if kernel.loop} == {5}
 
@@ -158,7 +162,95 @@ def test_products_that_a_tpu_writes_as_convolutions(left, right, result, window,
 def test_an_array_of_fast_memory_moves_nothing():
     line = "ENTRY %main (y: f32[32]) -> f32[32] {\n  %y = f32[32]{0:T(128)S(1)} parameter(0)\n"
     (kernel,) = read_kernels(line + "  ROOT %c = f32[32]{0:T(128)} copy(%y)\n}\n")
-    assert kernel.bytes == 32 * 4
+    assert kernel.bytes == 128 * 4
+
+
+@pytest.mark.parametrize(
+    "array, stored",
+    [
+        ("bf16[50,64]{1,0}", 2 * 50 * 64),
+        ("bf16[50,64]{1,0:T(8,128)(2,1)}", 2 * 56 * 128),
+        ("bf16[50,64]{0,1:T(8,128)(2,1)}", 2 * 128 * 64),  # the first dimension changes fastest
+        ("f32[3,4,64]{2,1,0:T(4,128)}", 4 * 3 * 4 * 128),
+        ("f32[3200]{0:T(1024)}", 4 * 4096),
+        ("f32[]{:T(128)}", 4),
+        ("f32[50,64]{1,0:T(8,128)S(1)}", 0),
+    ],
+)
+def test_tiles_pad_the_two_fastest_dimensions(array, stored):
+    assert num_bytes(array) == stored
+
+
+TPU = """
+%part (q: bf16[6,512,128]) -> bf16[512,128] {
+  %q = bf16[6,512,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %cut = bf16[1,512,128]{2,1,0:T(8,128)(2,1)} slice(%q), slice={[2:3], [0:512], [0:128]}
+  ROOT %flat = bf16[512,128]{1,0:T(8,128)(2,1)} bitcast(%cut)
+}
+
+%product (r: bf16[256,512], k: bf16[6,512,128], g: bf16[512,64]) -> (bf16[256,128], bf16[512,64]) {
+  %r = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %k = bf16[6,512,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %g = bf16[512,64]{1,0:T(8,128)(2,1)} parameter(2)
+  %one = bf16[512,128]{1,0:T(8,128)(2,1)} fusion(%k), kind=kLoop, calls=%part
+  %conv = bf16[256,128]{1,0:T(8,128)(2,1)} convolution(%r, %one), dim_labels=bf_io->bf
+  %continued = bf16[512,128]{1,0:T(8,128)(2,1)} all-gather(%g), channel_id=7, dimensions={1}
+  ROOT %both = (bf16[256,128]{1,0:T(8,128)(2,1)}, bf16[512,64]{1,0:T(8,128)(2,1)}) tuple(%conv, %g)
+}
+
+%begin (b: bf16[512,64]) -> bf16[512,128] {
+  %b = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %gathered = bf16[512,128]{1,0:T(8,128)(2,1)} all-gather(%b), channel_id=7, dimensions={1}
+  ROOT %mark = bf16[512,128]{1,0:T(8,128)(2,1)S(1)} custom-call(%gathered), custom_call_target="AsyncCollectiveStart"
+}
+
+%all-reduce-scatter (w: f32[512,128]) -> f32[256,128] {
+  %w = f32[512,128]{1,0:T(8,128)S(1)} parameter(0)
+  %zero = s32[] constant(0)
+  %all = f32[512,128]{1,0:T(8,128)} all-reduce(%w), channel_id=9, to_apply=%part
+  ROOT %own = f32[256,128]{1,0:T(8,128)S(1)} dynamic-slice(%all, %zero, %zero), dynamic_slice_sizes={256,128}
+}
+
+ENTRY %main (x: bf16[256,512], y: bf16[6,512,128], z: bf16[512,64], v: f32[512,128]) -> f32[256,128] {
+  %x = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[6,512,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %z = bf16[512,64]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %v = f32[512,128]{1,0:T(8,128)S(1)} parameter(3)
+  %copy = (bf16[256,512]{1,0:T(8,128)(2,1)S(1)}, bf16[256,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+  %copied = bf16[256,512]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy)
+  %cut = ((bf16[6,512,128]{2,1,0:T(8,128)(2,1)}), bf16[2,512,128]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%y)
+  %half = bf16[2,512,128]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%cut)
+  %joined = bf16[4,512,128]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%half, %half), custom_call_target="ConcatBitcast"
+  %started = bf16[512,128]{1,0:T(8,128)(2,1)S(1)} fusion(%z), kind=kCustom, calls=%begin
+  %made = (bf16[256,128]{1,0:T(8,128)(2,1)}, bf16[512,64]{1,0:T(8,128)(2,1)S(1)}) fusion(%copied, %y, %z), kind=kOutput, output_to_operand_aliasing={{1}: (2, {})}, calls=%product, backend_config={"estimated_cycles":"3000"}
+  ROOT %scattered = f32[256,128]{1,0:T(8,128)S(1)} fusion(%v), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+def test_copies_of_a_tpu_overlap_and_count_by_what_they_move():
+    kernels = {kernel.name: kernel for kernel in read_kernels(TPU)}
+    assert set(kernels) == {"copy", "cut", "started", "made", "scattered"}
+    assert (kernels["copy"].launches, kernels["copy"].bytes) == (0, 2 * 256 * 512)  # written to the fast memory
+    assert (kernels["cut"].launches, kernels["cut"].bytes) == (0, 2 * 2 * 512 * 128)
+    cost = Cost.of(list(kernels.values()), SPEED)
+    assert cost.launches == 3 and cost.cycles == 3000
+    assert cost.seconds == cost.bytes / SPEED.bandwidth > sum(k.seconds(SPEED) for k in kernels.values() if k.launches)
+
+
+def test_a_fusion_of_a_tpu_counts_what_its_inner_fusions_read():
+    (made,) = [kernel for kernel in read_kernels(TPU) if kernel.name == "made"]
+    assert made.flops == pytest.approx(2 * 256 * 512 * 128)
+    gathered = 2 * 512 * 128  # 64 columns in a tile of 128
+    assert made.bytes == 2 * (512 * 128 + 256 * 128) + gathered  # one of six kernels; no operand that is passed on
+
+
+def test_an_exchange_in_several_fusions_counts_once():
+    cost = Cost.of(read_kernels(TPU), SPEED)
+    assert cost.collectives == {
+        "all-gather": (1, 2 * 512 * 128 + 2 * 512 * 128),
+        "reduce-scatter": (1, 2 * 4 * 512 * 128),
+    }
 
 
 def test_a_kernel_takes_the_longest_of_three_times():
@@ -178,7 +270,22 @@ def test_calls_of_libraries_have_a_formula():
     triton = "__gpu$xla.gpu.triton jit(f)/short_attention"
     assert library_flops(triton, joint, "bf16[2,64,8,32]") == 2 * 2 * (2 * 8 * 64 * 64 * 32)
     assert library_flops(f"{triton}_backward", own, "bf16[2,64,8,32]") == 5 * 2 * (2 * 8 * 64 * 48 * 32)
+    blocks = ["s8[1,1,1]", "bf16[2,8,64,32]", "bf16[2,8,48,32]", "bf16[2,8,48,32]"]
+    splash = [f"tpu_custom_call splash_mha_{part}_segmented.1" for part in ("fwd", "dq", "dkv")]
+    assert [library_flops(target, blocks, "bf16[2]") / (2 * 2 * 8 * 64 * 48 * 32) for target in splash] == [2, 3, 4]
     assert library_flops("Sharding", heads, "bf16[2]") == 0.0
+
+
+def test_a_call_that_changes_an_operand_in_place_counts_it_once():
+    """Also, the workspace of cuBLAS moves nothing."""
+    (kernel,) = read_kernels(
+        "ENTRY %main (x: f32[64], y: f32[8]) -> f32[8] {\n"
+        "  %x = f32[64]{0} parameter(0)\n"
+        "  %y = f32[8]{0} parameter(1)\n"
+        '  ROOT %c = (f32[8]{0}, f32[64]{0}, s8[99]{0}) custom-call(%x, %y), custom_call_target="f", '
+        "output_to_operand_aliasing={{1}: (0, {})}\n}\n"
+    )
+    assert kernel.bytes == 4 * (64 + 8 + 8)
 
 
 def test_a_sort_in_one_block_is_one_pass():

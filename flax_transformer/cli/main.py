@@ -37,6 +37,7 @@ VERBS = {
     "prepare": "train the tokenizers and tokenise the text of a configuration, before the training",
     "train": "train as a configuration says, then test",
     "translate": "translate a file or standard input, line by line",
+    "attention": "write a web page about how a model translates a sentence",
     "score": "print the log-probability of existing translations",
     "evaluate": "translate a file and score it against a reference",
     "average": "average several checkpoints of a run into a new run folder",

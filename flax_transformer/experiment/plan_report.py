@@ -5,8 +5,8 @@ from flax_transformer.experiment.plan_search import Ranked
 from flax_transformer.parallel.exchanges import Exchange
 
 NOTE = (
-    "Times are bounds: bytes / bandwidth, products / peak and 2 microseconds for each kernel of a GPU, and what\n"
-    "the links carry. They are uncalibrated: nothing has been measured on this hardware. A real step takes longer."
+    "Times are bounds: bytes / bandwidth, products / peak and a latency for each kernel, and what the links\n"
+    "carry. They are uncalibrated: nothing has been measured on this hardware. A real step takes longer."
 )
 # Exchanges with fewer bytes than this share of all are summed up in one line.
 SMALL_SHARE = 0.02

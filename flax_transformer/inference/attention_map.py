@@ -1,15 +1,20 @@
-"""The attention of a decoder over a source sentence, while it reads a given output."""
+"""The attention of a model while it reads a source sentence and a given output."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from flax_transformer.data.tokenizer import Tokenizer
+from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.inference.translator import Translator
+from flax_transformer.models.seq2seq import AttentionWeights
 from flax_transformer.parallel.placement import fetch
+from flax_transformer.shapes import Batch
 
 
 @dataclass(frozen=True)
@@ -29,34 +34,49 @@ class AttentionMap:
 
 def attention_map(translator: Translator, source: str, target: str) -> AttentionMap | None:
     """Returns the attention over `source` while the model reads `target`; None for a model without attention."""
-    tokenizers, graphdef = translator.tokenizers, translator.parameters.graphdef
+    tokenizers = translator.tokenizers
 
     def closed(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
         return [*tokenizer.encode([text])[0][: longest - 1], tokenizer.special.end]
 
     source_ids = closed(tokenizers.source, source, translator.model.max_source_length)
     target_ids = closed(tokenizers.target, target, translator.model.max_target_length)
-
-    @jax.jit
-    def run(params, tokens, inputs):
-        model = nnx.merge(graphdef, params)
-        positions = jnp.arange(tokens.shape[1])[None, :]
-        encoded = model.encode(tokens, positions, jnp.ones_like(tokens))
-        state = model.init_decode_state(encoded, 1, inputs.shape[0])
-
-        def step(state, token):
-            output, state = model.decode_step(token[None, None], state)
-            return state, output.attention
-
-        return jax.lax.scan(step, state, inputs)[1]
-
-    inputs = np.asarray([tokenizers.target.special.start, *target_ids[:-1]], np.int32)
-    with jax.set_mesh(translator.mesh):
-        weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
+    weights = attention_weights(translator, source_ids, target_ids).cross
     if weights is None:
         return None
-    return AttentionMap(
-        tokenizers.source.pieces(source_ids),
-        tokenizers.target.pieces(target_ids),
-        np.moveaxis(fetch(weights)[:, 0, 0], 0, 2),
+    return AttentionMap(tokenizers.source.pieces(source_ids), tokenizers.target.pieces(target_ids), np.asarray(weights))
+
+
+def attention_weights(translator: Translator, source: Sequence[int], target: Sequence[int]) -> AttentionWeights:
+    """Returns the weights of all layers and heads, as arrays of NumPy without the batch axis of `AttentionWeights`.
+
+    Args:
+        translator: translator with a single model.
+        source: ids that the encoder reads, end token included.
+        target: ids that the decoder predicts, end token included if there is one.
+    """
+    model = translator.model
+
+    def side(ids: Sequence[int], longest: int) -> tuple[np.ndarray, ...]:
+        length = length_bucket(len(ids), longest)  # few lengths, so that few programs are compiled
+        tokens, segments = np.zeros((2, 1, length), np.int32)
+        tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
+        return tokens, np.arange(length, dtype=np.int32)[None], segments
+
+    batch = Batch(*side(source, model.max_source_length), *side(target, model.max_target_length))
+    with jax.set_mesh(translator.mesh):
+        found = _attention_weights(translator.parameters.graphdef, translator.params, batch)
+
+    def without_padding(weights: Any, num_queries: int, num_keys: int) -> np.ndarray | None:
+        return None if weights is None else fetch(weights)[0, :, :, :num_queries, :num_keys]
+
+    return AttentionWeights(
+        without_padding(found.encoder, len(source), len(source)),
+        without_padding(found.decoder, len(target), len(target)),
+        without_padding(found.cross, len(target), len(source)),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_weights(graphdef: Any, params: Any, batch: Batch) -> AttentionWeights:
+    return nnx.merge(graphdef, params).attention_weights(batch)

@@ -249,6 +249,14 @@ def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsPro
     return tuple(asked)
 
 
+def scoring(spec: SearchConfig, inputs: SearchInputs) -> tuple[LexicalConstraints | None, CoveragePenalty | None]:
+    """Returns the selector of candidates and the score adjustment that the settings ask for."""
+    constraints = None
+    if inputs.required.shape[1]:
+        constraints = LexicalConstraints(inputs.required, spec.beam.end_token, spec.beam.excluded)
+    return constraints, CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
+
+
 def decoder_functions(
     model: ModelFunctions, spec: SearchConfig, inputs: SearchInputs
 ) -> tuple[DecoderFunctions, SlotState]:
@@ -280,11 +288,7 @@ def search_in_loop(graphdef: Any, spec: SearchConfig, params: Any, inputs: Searc
         filled = functions.refill(empty, slots >= 0, slots)
         found = sample(functions, beam, spec.sampling, filled, inputs.max_lengths, inputs.seeds, processors)
     else:
-        constraints = None
-        if inputs.required.shape[1]:
-            constraints = LexicalConstraints(inputs.required, beam.end_token, beam.excluded)
-        coverage = CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
-        found = beam_search(functions, beam, empty, inputs.max_lengths, processors, constraints, coverage)
+        found = beam_search(functions, beam, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 import numpy as np
 
 from flax_transformer.errors import ConfigError, DivergenceError, InputError, shown
+from flax_transformer.inference.translation_html import alignment_line, attention_table, hypotheses_table
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ class Translation:
     def tokens(self) -> list[str]:
         """The target pieces of the best hypothesis."""
         return self.hypotheses[0].tokens
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the outputs, and the best one's aligned words and attention if it has them."""
+        best = self.hypotheses[0]
+        parts = [hypotheses_table([(each.text, each.score, each.finished) for each in self.hypotheses])]
+        if best.attention is not None:
+            parts.append(alignment_line(self.source_words, best.words, best.attention))
+            parts.append(attention_table(self.source, best.tokens, best.attention))
+        return f"<div>{''.join(parts)}</div>"
 
 
 @dataclass(frozen=True)

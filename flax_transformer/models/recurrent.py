@@ -23,7 +23,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_fields
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
+from flax_transformer.models.seq2seq import (
+    AttentionWeights,
+    DecodeState,
+    EncoderOutput,
+    ParameterRoles,
+    StepOutput,
+    shift_right,
+)
 from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.embedding import ShareKind
 from flax_transformer.nn.linear import Linear
@@ -437,6 +444,21 @@ class RecurrentSeq2Seq(EncoderDecoder):
         embedded = dropout(embedded, self.config.dropout, input_key)
         start = self.decoder.start(encoded.decoder_start, 1)
         return self.decoder(embedded, start, self.decoder.read(encoded), decoder_key)
+
+    def attention_weights(self, batch: Batch) -> AttentionWeights:
+        """Returns the weights over the source, of one layer with one head; None without attention."""
+        if self.decoder.alignment is None:
+            return AttentionWeights(None, None, None)
+        encoded = self.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
+        inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
+
+        def step(state: DecodeState, tokens: Int[Array, "B"]) -> tuple[DecodeState, Float[Array, "B S"]]:
+            output, state = self.decode_step(tokens[:, None], state)
+            assert output.attention is not None, "a decoder with attention returns its weights"
+            return state, output.attention[:, 0, 0, 0]
+
+        _, weights = jax.lax.scan(step, self.init_decode_state(encoded, 1, inputs.shape[1]), inputs.T)
+        return AttentionWeights(None, None, jnp.swapaxes(weights, 0, 1)[:, None, None])  # [T, B, S] -> [B, 1, 1, T, S]
 
     def init_decode_state(
         self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True

@@ -68,6 +68,28 @@ class StepOutput:
     attention: Float[Array, "B K L N S"] | None
 
 
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class AttentionWeights:
+    """The attention weights of a whole model; None for an attention that it lacks.
+
+    The arrays of a single sentence have no axis B.
+
+    Row t of an array is a query: the position of source token t, or the step that predicts target token t. A decoder
+    that predicts token t has read the start token and the target tokens before t. So column t of `decoder` is the start
+    token for t = 0, and target token t - 1 otherwise.
+
+    Attributes:
+        encoder: [B, L, N, S, S], self-attention of the encoder.
+        decoder: [B, L, N, T, T], self-attention of the decoder.
+        cross: [B, L, N, T, S], attention of the decoder over the source.
+    """
+
+    encoder: Any
+    decoder: Any
+    cross: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class ParameterRoles:
     """How often a model applies its kernels, declared for the modules that hold them.
@@ -113,6 +135,10 @@ class Seq2Seq(Protocol):
 
     def __call__(self, batch: Batch, key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Returns the decoder's hidden vectors with the reference as its input (teacher forcing)."""
+        ...
+
+    def attention_weights(self, batch: Batch) -> AttentionWeights:
+        """Returns the weights of every layer and head, with the reference as the decoder's input."""
         ...
 
     def output_projection(self) -> OutputProjection:

@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.errors import ConfigError, check_fields
 from flax_transformer.models.encoder_decoder import EncoderDecoder
-from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, ParameterRoles, StepOutput, shift_right
+from flax_transformer.models.seq2seq import (
+    AttentionWeights,
+    DecodeState,
+    EncoderOutput,
+    ParameterRoles,
+    StepOutput,
+    shift_right,
+)
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, ShareKind
 from flax_transformer.nn.feed_forward import Activation, FeedForward
@@ -207,6 +214,11 @@ class EncoderLayer(nnx.Module):
         update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[2]))
         return self.feed_forward_residual.leave(x, update, keys[3])
 
+    def weights(self, x: Float[Array, "B S D"], mask: AttentionMask) -> Float[Array, "B N S S"]:
+        """Returns the weights of the self-attention for the layer's input."""
+        inner = self.self_attention_residual.enter(x)
+        return self.self_attention.weights(inner, inner, mask)
+
 
 class DecoderLayer(nnx.Module):
     """Causal self-attention, attention over the encoder's output, and a feed-forward network."""
@@ -229,15 +241,34 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the layer's output for all positions at once."""
         keys = split_key(key, 6)
-        inner = self.self_attention_residual.enter(x)
-        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, self_mask, keys[0]))
-        x = self.self_attention_residual.leave(x, update, keys[1])
+        x = self.read_target(x, self_mask, keys[:2])
         inner = self.cross_attention_residual.enter(x)
         update = self.cross_attention.output.unbiased(self.cross_attention.attend(inner, encoded, cross_mask, keys[2]))
         x = self.cross_attention_residual.leave(x, update, keys[3])
         inner = self.feed_forward_residual.enter(x)
         update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[4]))
         return self.feed_forward_residual.leave(x, update, keys[5])
+
+    def read_target(
+        self, x: Float[Array, "B T D"], mask: AttentionMask, keys: list[PRNGKeyArray | None]
+    ) -> Float[Array, "B T D"]:
+        """Returns the output of the first sub-layer, the self-attention. The keys are of its weights and its output."""
+        inner = self.self_attention_residual.enter(x)
+        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, mask, keys[0]))
+        return self.self_attention_residual.leave(x, update, keys[1])
+
+    def weights(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        self_mask: AttentionMask,
+        cross_mask: AttentionMask,
+    ) -> tuple[Float[Array, "B N T T"], Float[Array, "B N T S"]]:
+        """Returns the weights of both attentions for the layer's input."""
+        inner = self.self_attention_residual.enter(x)
+        own = self.self_attention.weights(inner, inner, self_mask)
+        inner = self.cross_attention_residual.enter(self.read_target(x, self_mask, [None, None]))
+        return own, self.cross_attention.weights(inner, encoded, cross_mask)
 
     def step(
         self,
@@ -291,11 +322,29 @@ class Encoder(LayerStack):
     ) -> Float[Array, "B S D"]:
         """Returns one vector for each source token."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        length = tokens.shape[1]
-        mask = AttentionMask(key_segments=segments, query_segments=segments).shared(length, length)
+        mask = self.mask(segments)
         x = self.input(embedding, tokens, positions, input_key)
         x = self.run(lambda layer, x, key: layer(x, mask, key), x, layer_keys)
         return x if self.norm is None else self.norm(x)
+
+    def mask(self, segments: Int[Array, "B S"]) -> AttentionMask:
+        """Returns the mask of the self-attention, which all layers share."""
+        length = segments.shape[1]
+        return AttentionMask(key_segments=segments, query_segments=segments).shared(length, length)
+
+    def weights(
+        self,
+        embedding: Embedding,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+    ) -> Float[Array, "B L N S S"]:
+        """Returns the attention weights of all layers."""
+        mask, x, found = self.mask(segments), self.input(embedding, tokens, positions, None), []
+        for layer in self.unstacked():
+            found.append(layer.weights(x, mask))
+            x = layer(x, mask, None)
+        return jnp.stack(found, axis=1)
 
 
 class Decoder(LayerStack):
@@ -328,9 +377,7 @@ class Decoder(LayerStack):
     ) -> Float[Array, "B T D"]:
         """Returns the hidden vectors of all positions. Each depends on the inputs up to its own position."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        length, source_length = inputs.shape[1], encoded.segments.shape[1]
-        self_mask = AttentionMask(key_segments=segments, query_segments=segments, causal=True).shared(length, length)
-        cross_mask = AttentionMask(key_segments=encoded.segments, query_segments=segments).shared(length, source_length)
+        self_mask, cross_mask = self.masks(segments, encoded.segments)
         x = self.input(embedding, inputs, positions, input_key)
 
         def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
@@ -338,6 +385,32 @@ class Decoder(LayerStack):
 
         x = self.run(apply, x, layer_keys)
         return x if self.norm is None else self.norm(x)
+
+    def masks(
+        self, segments: Int[Array, "B T"], source_segments: Int[Array, "B S"]
+    ) -> tuple[AttentionMask, AttentionMask]:
+        """Returns the masks of the self-attention and of the cross-attention, which all layers share."""
+        length, source_length = segments.shape[1], source_segments.shape[1]
+        own = AttentionMask(key_segments=segments, query_segments=segments, causal=True).shared(length, length)
+        cross = AttentionMask(key_segments=source_segments, query_segments=segments).shared(length, source_length)
+        return own, cross
+
+    def weights(
+        self,
+        embedding: Embedding,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        encoded: EncoderOutput,
+    ) -> tuple[Float[Array, "B L N T T"], Float[Array, "B L N T S"]]:
+        """Returns the weights of the self-attention and of the cross-attention of all layers."""
+        self_mask, cross_mask = self.masks(segments, encoded.segments)
+        x, found = self.input(embedding, inputs, positions, None), []
+        for layer in self.unstacked():
+            found.append(layer.weights(x, encoded.states, self_mask, cross_mask))
+            x = layer(x, encoded.states, self_mask, cross_mask, None)
+        own, cross = zip(*found, strict=True)
+        return jnp.stack(own, axis=1), jnp.stack(cross, axis=1)
 
     def init_caches(
         self, encoded: EncoderOutput, num_beams: int, max_length: int
@@ -430,6 +503,15 @@ class Transformer(EncoderDecoder):
         return self.decoder(
             self.target_embedding, inputs, batch.target_positions, batch.target_segments, encoded, decoder_key
         )
+
+    def attention_weights(self, batch: Batch) -> AttentionWeights:
+        """Returns the weights of every layer and head under teacher forcing, without dropout."""
+        source = batch.source_tokens, batch.source_positions, batch.source_segments
+        inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
+        own, cross = self.decoder.weights(
+            self.target_embedding, inputs, batch.target_positions, batch.target_segments, self.encode(*source)
+        )
+        return AttentionWeights(self.encoder.weights(self.encoder_embedding, *source), own, cross)
 
     def init_decode_state(
         self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True

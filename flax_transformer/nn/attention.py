@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from flax_transformer.nn.linear import Linear
-from flax_transformer.ops.attention import AttentionMask, Projection, projected_attention
+from flax_transformer.ops.attention import AttentionMask, Projection, attention_weights, projected_attention
 
 
 class MultiHeadAttention(nnx.Module):
@@ -111,3 +111,9 @@ class MultiHeadAttention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=key,
         )
+
+    def weights(
+        self, x: Float[Array, "B T D"], encoded: Float[Array, "B S D"], mask: AttentionMask
+    ) -> Float[Array, "B N T S"]:
+        """Returns the weights that `attend` multiplies the values by, without dropout."""
+        return attention_weights(self.query(x), self.key(encoded), mask)

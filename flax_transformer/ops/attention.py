@@ -15,6 +15,7 @@ from flax_transformer import backend
 from flax_transformer.ops.dropout import dropout, keep_threshold, random_words
 from flax_transformer.ops.int8_product import Int8Weights
 from flax_transformer.ops.product import accumulation_dtype, add_bias, product
+from flax_transformer.ops.splash_attention import splash_attention, splash_serves
 from flax_transformer.parallel.sharding_rules import constrain, num_shards
 from flax_transformer.shapes import MASKED, array_tree, static_field
 
@@ -22,6 +23,7 @@ from flax_transformer.shapes import MASKED, array_tree, static_field
 Projection = tuple[Float[Array, "D _ H"] | Int8Weights, Float[Array, "_ H"]]
 
 SHORTEST_FOR_CUDNN = 128  # attention over more tokens is left to cuDNN on a GPU
+SHORTEST_FOR_SPLASH = 512  # attention over so many tokens is left to JAX's splash kernels on a TPU
 
 # --- the mask
 
@@ -232,7 +234,8 @@ def attention(
     If a query may attend to no key, its result is finite but unspecified. Nothing may depend on it. Dropout on the
     weights is not in the paper. It is in the paper's code and in PyTorch's layers.
 
-    On a GPU cuDNN computes long rows of 16-bit numbers, without dropout, bias and cap. Elsewhere the reference runs.
+    Long rows of 16-bit numbers without dropout, bias and cap have fused kernels: cuDNN's on a GPU, and JAX's splash
+    kernels on a TPU. Elsewhere the reference runs.
 
     Args:
         query: N heads.
@@ -253,16 +256,38 @@ def attention(
         options: Any = {"scale": scale, "soft_cap": soft_cap, "dropout_rate": dropout_rate}
         return reference_attention(query, key, value, mask, bias=bias, dropout_key=dropout_key, **options)
 
-    def fused(query, key, value, mask, bias, dropout_key):
+    def cudnn(query, key, value, mask, bias, dropout_key):
         allowed = mask.materialize(query.shape[1], key.shape[1])
         return jax.nn.dot_product_attention(query, key, value, mask=allowed, scale=scale, implementation="cudnn")
 
+    def splash(query, key, value, mask, bias, dropout_key):
+        segments = _segments(mask, query, key)
+        return splash_attention(scale_query(query, scale), key, value, *segments, causal=mask.causal)
+
+    # The program of a GPU or TPU may also be run elsewhere, in tests.
     arguments = (query, key, value, mask, bias, dropout_key)
     is_plain = bias is None and soft_cap is None and (dropout_key is None or dropout_rate == 0.0)
-    if not backend.uses_kernels() or not is_plain or not _suits_cudnn(query, key):
-        return plain(*arguments)
-    # The program of a GPU may also be run elsewhere, in tests.
-    return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
+    if is_plain and backend.uses_kernels("gpu") and _suits_cudnn(query, key):
+        return jax.lax.platform_dependent(*arguments, cuda=cudnn, default=plain)
+    if is_plain and backend.uses_kernels("tpu") and _suits_splash(query, key, mask):
+        return jax.lax.platform_dependent(*arguments, tpu=splash, default=plain)
+    return plain(*arguments)
+
+
+def _segments(mask: AttentionMask, query: jax.Array, key: jax.Array) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Returns segments of queries and keys that say together what the mask's own say."""
+    keys = jnp.ones(key.shape[:2], jnp.int32) if mask.key_segments is None else mask.key_segments
+    if mask.query_segments is not None:
+        return mask.query_segments, keys
+    return jnp.ones(query.shape[:2], jnp.int32), (keys > 0).astype(jnp.int32)
+
+
+def _suits_splash(query: jax.Array, key: jax.Array, mask: AttentionMask) -> bool:
+    """Returns whether splash kernels are used (docs/lab_book.md, "Attention over long rows on a TPU")."""
+    narrow = query.dtype == key.dtype and query.dtype.itemsize == 2
+    is_long = min(query.shape[1], key.shape[1]) >= SHORTEST_FOR_SPLASH
+    simple = mask.window is None and mask.query_offsets is None
+    return narrow and is_long and simple and splash_serves(query.shape, key.shape)
 
 
 def _suits_cudnn(query: jax.Array, key: jax.Array) -> bool:
@@ -321,7 +346,7 @@ def projected_attention(
 
     itself = encoded is x
     arguments = (x, encoded, projections, dropout_key)
-    if not backend.uses_kernels() or not _is_short(x, encoded, projections, mask, compute_dtype):
+    if not backend.uses_kernels("gpu") or not _is_short(x, encoded, projections, mask, compute_dtype):
         return plain(x, encoded, projections, dropout_key)
     # The program of a GPU may also be run elsewhere, in tests.
     return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
@@ -366,10 +391,7 @@ def _short_attention(
         projected.append(constrain(product(source, kernel, 1, compute_dtype), "batch", "length", None, "heads", None))
         biases.append(jnp.stack(vectors[:number]))
         kernels, vectors = kernels[number:], vectors[number:]
-    keys = jnp.ones((batch, key_length), jnp.int32) if mask.key_segments is None else mask.key_segments
-    queries = mask.query_segments
-    if queries is None:
-        keys, queries = (keys > 0).astype(jnp.int32), jnp.ones((batch, length), jnp.int32)
+    queries, keys = _segments(mask, sources[0][0], sources[-1][0])
     threshold = 256 if dropout_key is None or dropout_rate == 0.0 else keep_threshold(dropout_rate)
     words = jnp.zeros((batch, heads, 1, 1), jnp.uint32)
     if threshold < 256 and dropout_key is not None:

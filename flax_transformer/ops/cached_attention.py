@@ -10,6 +10,8 @@ On a CPU a cache is split into blocks, and a step reads only the blocks that som
 array of its own, since XLA would copy a slice before reading it. A CPU also keeps a bfloat16 cache as float32.
 Otherwise XLA converts the whole cache for each written token (docs/lab_book.md, "Caches of bfloat16 in float32").
 
+On a GPU one kernel reads the history of each beam as far as it goes; see `decode_attention.py`.
+
 Cross-attention. Keys and values are stored once for each sentence. Its K beams take the place of the query axis.
 
 Legend: B sentences, K beams, N query heads, M key-value heads, T cache slots, C slots of a block, S source length,
@@ -21,6 +23,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -170,9 +173,48 @@ def cached_self_attention(
         soft_cap: see `attention`.
         window: number of slots before its own that a query sees; None for all.
     """
+    query = scale_query(query, scale).astype(cache.keys[0].dtype)
+    plain = functools.partial(_self_attention, soft_cap=soft_cap, window=window)
+    arguments = (cache, query, key, value, positions, ancestors)
+    if backend.uses_kernels("gpu") and soft_cap is None and window is None and _suits_kernel(cache, query):
+        # The program of a GPU may also be run elsewhere, in tests.
+        return jax.lax.platform_dependent(*arguments, cuda=_fused_self_attention, default=plain)
+    return plain(*arguments)
+
+
+def _suits_kernel(cache: SelfAttentionCache, query: Float[Array, "B K N H"]) -> bool:
+    """Returns whether a kernel computes this step (docs/lab_book.md, "Attention of a decoding step as one kernel")."""
+    from flax_transformer.ops import decode_attention  # Pallas takes time to import; only a GPU needs it
+
+    return len(cache.keys) == 1 and decode_attention.serves(query.shape, cache.keys[0].shape[1])
+
+
+def _fused_self_attention(cache, query, key, value, positions, ancestors):
+    from flax_transformer.ops.decode_attention import decode_attention
+
+    beams, length = cache.values[0].shape[2:4]
+    if ancestors is None:  # each beam has written its own history
+        own = jnp.arange(beams, dtype=jnp.int32)[None, :, None]
+        ancestors = jnp.broadcast_to(own, (query.shape[0], beams, length))
+    attended, keys, values = decode_attention(query, key, value, cache.keys[0], cache.values[0], positions, ancestors)
+    return attended.astype(value.dtype), SelfAttentionCache((keys,), (values,))
+
+
+def _self_attention(
+    cache: SelfAttentionCache,
+    query: Float[Array, "B K N H"],
+    key: Float[Array, "B K M H"],
+    value: Float[Array, "B K M H"],
+    positions: Int[Array, "B"],
+    ancestors: Int[Array, "B K T"] | None,
+    *,
+    soft_cap: float | None,
+    window: int | None,
+) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
+    """Returns `cached_self_attention` of scaled queries, block by block."""
     cache = _write(cache, key, value, positions)
     sentences, beams, heads, head_dim = query.shape
-    query = jnp.swapaxes(scale_query(query, scale), 1, 2).astype(cache.keys[0].dtype)  # [B, N, K, H]
+    query = jnp.swapaxes(query, 1, 2)  # [B, N, K, H]
     furthest = jnp.max(positions)
 
     def attend(sums: Any, keys: jax.Array, values: jax.Array, filled: jax.Array, wrote: jax.Array | None) -> Any:

@@ -5,13 +5,16 @@ fast on a CPU as `rbg`. Unlike `rbg`, it gives the same bits on every mesh. Each
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flax_transformer import backend
 from flax_transformer.errors import ConfigError
+
+LANES = 128  # of a TPU's vectors
 
 
 def check_dropout_rate(name: str, rate: float) -> None:
@@ -41,6 +44,28 @@ def random_bytes(key: PRNGKeyArray, shape: tuple[int, ...]) -> jax.Array:
     return as_bytes.reshape(*words.shape[:-1], words.shape[-1] * 4)[..., : shape[-1]]
 
 
+def kept(key: PRNGKeyArray, shape: tuple[int, ...], threshold: int) -> Bool[Array, "*shape"]:
+    """Returns which elements are kept: those whose random byte is below `threshold`.
+
+    A TPU is slow to spread the bytes of a word over neighbouring lanes. There the decisions for first bytes, for second
+    bytes and so on are made side by side. A product with a permutation then puts them in order, exactly
+    (docs/lab_book.md, "Bytes of random words on a TPU").
+    """
+    if backend.platform() != "tpu" or shape[-1] < 4:
+        return random_bytes(key, shape) < jnp.uint8(threshold)
+    words = random_words(key, shape)
+    # [..., W] -> [..., G, W / G]: groups fill the lanes of a TPU, and no group crosses two shards.
+    width = math.gcd(words.shape[-1], LANES)
+    words = words.reshape(*words.shape[:-1], -1, width)
+    shifts = range(0, 32, 8)
+    decided = [((words >> jnp.uint32(shift)) & jnp.uint32(255)) < jnp.uint32(threshold) for shift in shifts]
+    row = jnp.arange(4 * width)
+    permutation = ((row % width * 4 + row // width)[:, None] == row[None, :]).astype(jnp.bfloat16)
+    side_by_side = jnp.concatenate(decided, axis=-1).astype(jnp.bfloat16)
+    in_order = jnp.einsum("...gi,io->...go", side_by_side, permutation, preferred_element_type=jnp.bfloat16)
+    return in_order.reshape(*shape[:-1], -1)[..., : shape[-1]] > jnp.bfloat16(0.5)
+
+
 def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:
     """Returns `x` with each element kept with probability `1 - rate` and scaled, or set to zero.
 
@@ -60,14 +85,14 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) ->
     threshold = keep_threshold(rate)
     if threshold == 256:
         return x
-    keep = random_bytes(key, x.shape) < jnp.uint8(threshold)
+    keep = kept(key, x.shape, threshold)
     return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _relu_kept(x: Float[Array, "*shape"], threshold: int, key: PRNGKeyArray) -> Float[Array, "*shape"]:
     # Not x > 0, so that NaN stays NaN.
-    keep = random_bytes(key, x.shape) < jnp.uint8(threshold)
+    keep = kept(key, x.shape, threshold)
     return jnp.where(keep & ~(x <= 0), x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros((), x.dtype))
 
 

@@ -91,7 +91,7 @@ def residual_norm(
 
     arguments = (x, update, update_bias, scale, bias, key)
     # Without a key nothing is differentiated. Few rows, as in a search, would only start more kernels.
-    if not backend.uses_kernels() or key is None or x.ndim != 3 or x.shape[0] % num_shards("batch"):
+    if not backend.uses_kernels("gpu") or key is None or x.ndim != 3 or x.shape[0] % num_shards("batch"):
         return plain(*arguments)
     from flax_transformer.ops import residual_kernels  # Pallas takes time to import; only a GPU needs it
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_transformer.parallel.program_cost import Computation, Line, all_arrays, num_bytes, parse
+from flax_transformer.parallel.program_text import BYTES, Computation, Line, all_arrays, loop_turns, parse
 from flax_transformer.parallel.topology import COLLECTIVES, TPU_MEMORY_GIB
 
 
@@ -137,26 +137,6 @@ def bandwidth(groups: np.ndarray, devices: Sequence[Any], topology: str) -> floa
 # --- The exchanges of a program
 
 
-def loop_turns(computations: dict[str, Computation], loop: Line, unknown: int) -> int:
-    """Returns the number of turns of a loop: as XLA writes it, or the constant that its condition compares with.
-
-    Args:
-        computations: all computations of the program.
-        loop: the instruction "while".
-        unknown: number to assume if the loop ends when a value says so.
-    """
-    if found := re.search(r'known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.attributes):
-        return int(found[1])
-    condition = computations.get(loop.called("condition") or "")
-    if condition is None or condition.root.opcode != "compare":
-        return unknown
-    for name in condition.root.operands:
-        line = condition.source(name)
-        if line.opcode == "constant" and (found := re.match(r"(\d+)", line.attributes)):
-            return int(found[1])
-    return unknown
-
-
 def computation_runs(
     text: str, unknown_turns: int = 1, loop: str | None = None
 ) -> tuple[dict[str, Computation], dict[str, int]]:
@@ -235,5 +215,5 @@ def whole_bytes(kind: str, line: Line, computation: Computation) -> int:
 
 
 def _all_bytes(result: str) -> int:
-    """Returns the bytes of a type, in any memory of the device."""
-    return num_bytes(re.sub(r"S\(\d+\)", "", result)) if all_arrays(result) else 0
+    """Returns the bytes of a type, in any memory of the device, without the padding of tiles."""
+    return sum(BYTES[array.kind] * math.prod(array.shape) for array in all_arrays(result))

@@ -6,24 +6,43 @@ reads and the results that it writes. Nothing stays in a cache between two kerne
 
     max(bytes / bandwidth, FLOPs of products / peak, latency)
 
-The sum of these times is the least time of a program; see `Speed`. An update in place counts the slice that it reads
-and writes. An operand of which a kernel reads slices counts those. Libraries hide their arithmetic, so `library_flops`
-and `sort_passes` have a formula for each call. One file reads and counts, since each rule needs the lines of the
-computation around it.
+The sum of these times is the least time of a program; see `Speed`.
+
+A TPU copies between its main memory and a fast one while other kernels run. Such copies overlap: their bytes count, and
+the least time is at least all bytes / bandwidth. A TPU also runs parts of one exchange inside several fusions. The
+exchange counts once. The time that links between devices take is left out.
 """
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from flax_transformer.parallel.kernel_cost import (
+    Fusion,
+    call_target,
+    called_bytes,
+    convolution_flops,
+    dot_flops,
+    is_in_place,
+    library_flops,
+    overlapping_bytes,
+    sizes_of,
+    sort_passes,
+    updated_bytes,
+)
+from flax_transformer.parallel.program_text import (
+    BYTES,
+    Computation,
+    Line,
+    all_arrays,
+    first_shape,
+    loop_turns,
+    num_bytes,
+    num_elements,
+    parse,
+)
 from flax_transformer.parallel.topology import COLLECTIVES
-
-BYTES = {
-    "pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
 
 # Instructions that name memory, and run nothing.
 FREE = {
@@ -37,7 +56,15 @@ MOVES = {
     "iota", "tuple", "get-tuple-element", "dynamic-slice", "dynamic-update-slice", "gather", "scatter", "reverse",
     "dot", "fusion", "convolution", "sort", "bitcast-convert", "custom-call", "call",
 }  # fmt: skip
-SORTED_IN_A_BLOCK = 2048  # elements that XLA's own sort orders in one kernel
+# Calls by which libtpu joins names or marks an exchange.
+FREE_CALLS = {
+    "ConcatBitcast",
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollectiveStart",
+    "AsyncCollectiveDone",
+}
+OVERLAPPING = ("copy-start", "slice-start")  # libtpu's copies between its memories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +75,7 @@ class Speed:
         bandwidth: bytes of its memory that it reads or writes in a second.
         peak: multiplications and additions of bfloat16 products in a second, each counted.
         float32_peak: the same for float32 products.
-        latency: seconds that even the smallest kernel takes. A TPU runs a program as a whole and launches nothing.
+        latency: seconds that even the smallest kernel takes.
     """
 
     bandwidth: float
@@ -57,238 +84,19 @@ class Speed:
     latency: float = 2e-6
 
 
+# libtpu's own estimate for its smallest fusions, about 1,850 cycles of v5e at 1.5 GHz.
+TPU_LATENCY = 1.2e-6
 # By the name in a topology: NVIDIA's data sheets (dense products), and Google Cloud's pages of each TPU generation.
 SPEEDS = {
     "a100_sxm_80": Speed(2.039e12, 312e12, 19.5e12),
     "h100_sxm": Speed(3.35e12, 989e12, 67e12),
     "h200": Speed(4.8e12, 989e12, 67e12),
     "b200": Speed(8.0e12, 2250e12, 80e12),
-    "v4": Speed(1.228e12, 275e12, 69e12, 0.0),
-    "v5e": Speed(0.819e12, 197e12, 49e12, 0.0),
-    "v5p": Speed(2.765e12, 459e12, 115e12, 0.0),
-    "v6e": Speed(1.64e12, 918e12, 230e12, 0.0),
+    "v4": Speed(1.228e12, 275e12, 69e12, TPU_LATENCY),
+    "v5e": Speed(0.819e12, 197e12, 49e12, TPU_LATENCY),
+    "v5p": Speed(2.765e12, 459e12, 115e12, TPU_LATENCY),
+    "v6e": Speed(1.64e12, 918e12, 230e12, TPU_LATENCY),
 }
-
-
-# --- The text of a program
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One instruction of a program.
-
-    Attributes:
-        name: its name, by which others use it.
-        result: type of its result, such as "bf16[32,64]{1,0}", or a tuple of types.
-        opcode: name of its operation.
-        operands: names of the instructions that it reads.
-        attributes: the rest of the line; of a constant its value.
-        root: whether its computation returns its result.
-    """
-
-    name: str
-    result: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    root: bool
-
-    def called(self, attribute: str = "calls|to_apply") -> str | None:
-        """Returns the computation that the line names under an attribute."""
-        found = re.search(rf"\b(?:{attribute})=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
-
-    @property
-    def label(self) -> str:
-        """The path of the operation in the source program, as JAX writes it."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else self.opcode
-
-
-@dataclasses.dataclass(frozen=True)
-class Computation:
-    """A computation: its lines by name, in order."""
-
-    lines: dict[str, Line]
-
-    @property
-    def root(self) -> Line:
-        """The line whose result is returned."""
-        return next(line for line in self.lines.values() if line.root)
-
-    def source(self, name: str) -> Line:
-        """Returns the line behind bitcasts of the line `name`."""
-        line = self.lines[name]
-        while line.opcode == "bitcast":
-            line = self.lines[line.operands[0]]
-        return line
-
-
-LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
-
-
-def _arguments(rest: str) -> tuple[str, str]:
-    """Returns the text up to the bracket that closes the operands, and the text behind it."""
-    depth = 1
-    for place, sign in enumerate(rest):
-        depth += (sign == "(") - (sign == ")")
-        if not depth:
-            return rest[:place], rest[place + 1 :]
-    return rest, ""
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Returns the computations of a program in XLA's text form, by name, and the name of the entry."""
-    found: dict[str, Computation] = {}
-    current, entry = "", ""
-    for line in text.splitlines():
-        if header := HEADER.match(line):
-            current = header[2]
-            found[current] = Computation({})
-            entry = current if header[1] else entry
-        elif item := LINE.match(line):
-            arguments, attributes = _arguments(item[5])
-            operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-            if item[4] == "constant":
-                operands, attributes = (), arguments
-            parsed = Line(item[2], item[3], item[4], operands, attributes, item[1] is not None)
-            found[current].lines[parsed.name] = parsed
-    return found, entry
-
-
-def all_arrays(result: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Returns each array of a type: its element type, its shape, and whether it lies in the device's main memory.
-
-    libtpu marks arrays of its fast memory by S(1). XLA marks arrays of the host by S(5).
-    """
-    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", result)
-    return [
-        (kind, tuple(int(n) for n in shape.split(",") if n), not re.search(r"S\([1-9]\)", layout))
-        for kind, shape, layout in found
-        if kind in BYTES
-    ]
-
-
-def num_bytes(result: str) -> int:
-    """Returns the bytes of main memory of a type."""
-    return sum(BYTES[kind] * math.prod(shape) for kind, shape, in_memory in all_arrays(result) if in_memory)
-
-
-def first_shape(result: str) -> tuple[int, ...]:
-    """Returns the shape of the first array of a type."""
-    return next((shape for _, shape, _ in all_arrays(result)), ())
-
-
-def num_elements(result: str) -> int:
-    """Returns the number of elements of the largest array of a type."""
-    return max((math.prod(shape) for _, shape, _ in all_arrays(result)), default=0)
-
-
-# --- One kernel
-
-
-def _is_in_place(line: Line) -> bool:
-    return line.opcode in ("dynamic-update-slice", "scatter")
-
-
-def _updates(lines: dict[str, Line], line: Line) -> int:
-    """Returns the bytes that a line writes in place."""
-    if line.opcode == "dynamic-update-slice":
-        return num_bytes(lines[line.operands[1]].result)
-    arity = (len(line.operands) - 1) // 2  # arrays, indices, updates
-    return sum(num_bytes(lines[name].result) for name in line.operands[arity + 1 :])
-
-
-def _read(users: list[tuple[Line, int]], lines: dict[str, Line], whole: int) -> int:
-    """Returns the bytes that a fusion reads of an operand, from the lines that use it and at which place."""
-    total = 0
-    for user, place in users:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-            total += num_bytes(user.result)
-        elif user.opcode == "dynamic-update-slice" and place == 0:
-            continue
-        elif user.opcode == "scatter" and place < (len(user.operands) - 1) // 2:
-            total += _updates(lines, user)  # it adds to what is there
-        else:
-            return whole
-    return min(total, whole)
-
-
-def fusion_bytes(computation: Computation) -> int:
-    """Returns the bytes that a fusion reads and writes."""
-    lines = computation.lines
-    users: dict[str, list[tuple[Line, int]]] = {}
-    for line in lines.values():
-        if line.opcode != "bitcast":
-            for place, name in enumerate(line.operands):
-                users.setdefault(computation.source(name).name, []).append((line, place))
-    total = 0
-    for line in lines.values():
-        if line.opcode == "parameter":
-            used = [(user, place) for user, place in users.get(line.name, []) if user.opcode != "tuple"]
-            total += _read(used, lines, num_bytes(line.result))
-    root = computation.source(computation.root.name)
-    for name in root.operands if root.opcode == "tuple" else (root.name,):
-        line = computation.source(name)
-        total += _updates(lines, line) if _is_in_place(line) else num_bytes(lines[name].result)
-    return total
-
-
-def _sizes(line: Line, attribute: str) -> list[int]:
-    found = re.search(rf"{attribute}=\{{([\d,]*)\}}", line.attributes)
-    return [int(n) for n in found[1].split(",") if n] if found else []
-
-
-def dot_flops(computation: Computation, line: Line) -> float:
-    """Returns 2 * (elements of the result) * (summed elements) of a product."""
-    shape = first_shape(computation.lines[line.operands[0]].result)
-    return 2.0 * num_elements(line.result) * math.prod(shape[axis] for axis in _sizes(line, "lhs_contracting_dims"))
-
-
-def convolution_flops(computation: Computation, line: Line) -> float:
-    """Returns the operations of a product that libtpu writes as a convolution.
-
-    Left, right and result have b m k, b k n and b m n elements. So b m n k is the square root of their product divided
-    by b. A dilated window has b elements; without one, b is 1.
-    """
-    left, right = (num_elements(computation.lines[name].result) for name in line.operands[:2])
-    window = re.search(r"window=\{size=([\dx]+)[^}]*lhs_dilate", line.attributes)
-    batch = math.prod(int(n) for n in window[1].split("x")) if window else 1
-    return 2.0 * math.sqrt(float(left) * right * num_elements(line.result) / batch)
-
-
-def library_flops(target: str, operands: list[str], result: str) -> float:
-    """Returns the operations of a call into a library, or of a kernel of this project.
-
-    cuBLAS: left, right and result have b m k, b k n and b m n elements. So b m n k is the square root of their product
-    divided by b.
-
-    cuDNN, and `short_attention`: attention makes two products of b N matrices [T, H] x [H, S] forward, and five
-    backward.
-
-    Args:
-        target: names of the call.
-        operands: types of its operands, in order.
-        result: type of its result.
-    """
-    shapes = [first_shape(operand) for operand in operands]
-    if "cublas" in target:
-        sizes = math.prod(shapes[0]) * math.prod(shapes[1]) * math.prod(first_shape(result))
-        return 2.0 * math.sqrt(sizes / math.prod(shapes[0][:-2]))
-    backward = "backward" in target.lower()
-    if "fmha" in target:  # [B, T, N, H] and [B, S, M, H]
-        return 2.0 * (5 if backward else 2) * math.prod(shapes[0]) * shapes[1][1]
-    if "short_attention" in target:  # [B, T, 3, N, H], or [B, T, 1, N, H] and [B, S, 2, N, H]
-        keys = shapes[1] if len(shapes[1]) == 5 else shapes[0]
-        return 2.0 * (5 if backward else 2) * math.prod(shapes[0]) / shapes[0][2] * keys[1]
-    return 0.0
-
-
-def sort_passes(length: int) -> int:
-    """Returns how often XLA's bitonic sort reads and writes its arrays; blocks are sorted in one kernel."""
-    stages = math.ceil(math.log2(max(length, 2))) - int(math.log2(SORTED_IN_A_BLOCK))
-    return 1 + sum(stage + 1 for stage in range(1, stages + 1))
 
 
 # --- The kernels of a program
@@ -307,6 +115,8 @@ class Kernel:
         vector_ops: other operations in one run, one for each element.
         narrow: whether its products have operands of at most 16 bits.
         collective: kind of the exchange between devices, or None.
+        exchanged: bytes that the exchange takes and gives on a device, in any memory.
+        cycles: the compiler's own estimate of one run, if it writes one, as libtpu does; otherwise 0.
         runs: number of runs.
         loop: name of the innermost loop around it, or "".
     """
@@ -319,11 +129,13 @@ class Kernel:
     vector_ops: float
     narrow: bool
     collective: str | None
+    exchanged: int
+    cycles: int
     runs: int
     loop: str
 
     def seconds(self, speed: Speed) -> float:
-        """Returns the least time of all runs."""
+        """Returns the least time of all runs. A kernel that launches nothing overlaps with others."""
         peak = speed.peak if self.narrow else speed.float32_peak
         return self.runs * max(self.bytes / speed.bandwidth, self.flops / peak, self.launches * speed.latency)
 
@@ -334,15 +146,16 @@ class _Reader:
     def __init__(self, text: str, unknown_turns: int):
         self.computations, self.entry = parse(text)
         self.unknown_turns = unknown_turns
+        self.channels: set[str] = set()  # exchanges that were counted
 
     def kernels(self, name: str, runs: int, loop: str = "") -> Iterator[Kernel]:
         """Yields the kernels of a computation that runs `runs` times, in a loop of that name."""
         computation = self.computations[name]
         for line in computation.lines.values():
-            if line.opcode in FREE:
+            if line.opcode in FREE or call_target(line) in FREE_CALLS:
                 continue
             if line.opcode == "while":
-                turns = self.turns(line)
+                turns = loop_turns(self.computations, line, self.unknown_turns)
                 for inner in (line.called("condition"), line.called("body")):
                     if inner is not None:
                         yield from self.kernels(inner, runs * turns, line.name)
@@ -352,12 +165,6 @@ class _Reader:
                 yield from self.kernels(inner, runs, loop)
             else:
                 yield self.kernel(computation, line, runs, loop)
-
-    def turns(self, loop: Line) -> int:
-        """Returns the number of turns of a loop, as XLA writes it, or as its condition compares with a constant."""
-        if found := re.search(r'known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.attributes):
-            return int(found[1])
-        return self.unknown_turns
 
     def dearest_branch(self, line: Line, runs: int, loop: str) -> list[Kernel]:
         """Returns the kernels of the branch that moves most bytes."""
@@ -370,12 +177,11 @@ class _Reader:
     def kernel(self, computation: Computation, line: Line, runs: int, loop: str) -> Kernel:
         """Returns the kernel of one line."""
         operands = [computation.lines[name].result for name in line.operands if name in computation.lines]
-        collective = line.opcode.removesuffix("-start")
         moved = num_bytes(line.result) + sum(map(num_bytes, operands))
         flops, vector, narrow, launches = 0.0, 0.0, True, 1
         inner = line.called() if line.opcode == "fusion" else None
         if inner is not None:
-            moved = fusion_bytes(self.computations[inner])
+            moved = Fusion(self.computations, inner).total(line)
             flops, vector, narrow = self.arithmetic(inner)
             if sort := next((x for x in self.computations[inner].lines.values() if x.opcode == "sort"), None):
                 launches, moved = self.sort_cost(sort)
@@ -386,27 +192,49 @@ class _Reader:
         elif line.opcode == "sort":
             launches, moved = self.sort_cost(line)
         elif line.opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
-            name = target[1] if target else ""
-            moved = sum(num_bytes(text) for text in (line.result, *operands) if not text.startswith("s8["))
-            flops = library_flops(f"{name} {line.label}", operands, line.result)
-        elif _is_in_place(line):
-            moved = 2 * _updates(computation.lines, line)
-        elif line.opcode in ("copy-start", "slice-start", "all-gather-start", "collective-permute-start"):
+            moved = called_bytes(line, operands)
+            flops = library_flops(f"{call_target(line)} {line.name} {line.label}", operands, line.result)
+        elif is_in_place(line):
+            moved = 2 * updated_bytes(computation.lines, line)
+        elif line.opcode in OVERLAPPING:
+            launches, moved = 0, overlapping_bytes(computation, line)
+        elif line.opcode in ("all-gather-start", "collective-permute-start"):
             moved = 2 * sum(map(num_bytes, operands))
-        kind = collective if collective in COLLECTIVES else None
-        return Kernel(line.name, line.label, launches, moved, flops, vector, narrow, kind, runs, loop)
+        kind, exchanged = self.exchange(computation, line, inner)
+        estimate = re.search(r'estimated_cycles":"(\d+)"', line.attributes)
+        cycles = int(estimate[1]) if estimate else 0
+        return Kernel(
+            line.name, line.label, launches, moved, flops, vector, narrow, kind, exchanged, cycles, runs, loop
+        )
+
+    def exchange(self, computation: Computation, line: Line, inner: str | None) -> tuple[str | None, int]:
+        """Returns the kind of the exchange between devices that a line starts, and its bytes on this device."""
+        if inner is not None:
+            computation = self.computations[inner]
+            line = next((x for x in computation.lines.values() if x.opcode in COLLECTIVES), line)
+        kind = line.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return None, 0
+        if channel := re.search(r"channel_id=(\d+)", line.attributes):
+            if channel[1] in self.channels:
+                return None, 0
+            self.channels.add(channel[1])
+        texts = [line.result] if line.opcode != kind else []  # the first half of an exchange returns its operand, too
+        texts = texts or [line.result, *(computation.lines[name].result for name in line.operands)]
+        if inner is not None and kind == "all-reduce" and computation.root.opcode == "dynamic-slice":
+            kind = "reduce-scatter"
+        return kind, sum(array.num_bytes for text in texts for array in all_arrays(text))
 
     def sort_cost(self, line: Line) -> tuple[int, int]:
         """Returns launches and bytes of a sort."""
-        axis = _sizes(line, "dimensions")
+        axis = sizes_of(line, "dimensions")
         passes = sort_passes(first_shape(line.result)[axis[0] if axis else -1])
         return passes, 2 * passes * num_bytes(line.result)
 
     def is_narrow(self, computation: Computation, line: Line) -> bool:
         """Returns whether a product's operands have at most 16 bits."""
         sides = [side for name in line.operands[:2] for side in all_arrays(computation.lines[name].result)]
-        return all(BYTES[kind] <= 2 for kind, *_ in sides)
+        return all(BYTES[side.kind] <= 2 for side in sides)
 
     def arithmetic(self, name: str) -> tuple[float, float, bool]:
         """Returns operations of products and of the rest of a fusion, and whether the products are narrow."""
@@ -446,8 +274,9 @@ class Cost:
     """The sums over the kernels of a program.
 
     Attributes:
-        launches, bytes, flops, vector_ops: sums over all runs.
-        seconds: the least time, summed kernel by kernel.
+        launches, bytes, flops, vector_ops, cycles: sums over all runs.
+        seconds: the least time, summed over the kernels that run one after another. It is at least the time of all
+            bytes.
         collectives: number and bytes of exchanges between devices, by kind.
     """
 
@@ -455,6 +284,7 @@ class Cost:
     bytes: int
     flops: float
     vector_ops: float
+    cycles: int
     seconds: float
     collectives: dict[str, tuple[int, int]]
 
@@ -465,13 +295,17 @@ class Cost:
         for kernel in kernels:
             if kernel.collective is not None:
                 counts[kernel.collective] += kernel.runs
-                sizes[kernel.collective] += kernel.runs * kernel.bytes
+                sizes[kernel.collective] += kernel.runs * kernel.exchanged
         return cls(
             sum(k.launches * k.runs for k in kernels),
             sum(k.bytes * k.runs for k in kernels),
             sum(k.flops * k.runs for k in kernels),
             sum(k.vector_ops * k.runs for k in kernels),
-            sum(k.seconds(speed) for k in kernels),
+            sum(k.cycles * k.runs for k in kernels),
+            max(
+                sum(k.seconds(speed) for k in kernels if k.launches),
+                sum(k.bytes * k.runs for k in kernels) / speed.bandwidth,
+            ),
             {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)},
         )
 
