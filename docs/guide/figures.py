@@ -1,12 +1,44 @@
-"""Figures that several pages draw with Matplotlib."""
+"""Figures that several pages draw with Matplotlib, and the style of all of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
+import matplotlib_inline.backend_inline
 import numpy as np
+from cycler import cycler
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from palette import ATTENTION, CYCLE, HEAT, INK, use_style
+from palette import ATTENTION, CYCLE, GREY, HEAT, INK, LIGHT
+
+
+def use_style() -> None:
+    """Sets Matplotlib's style for the pages. Figures are vector graphics."""
+    matplotlib_inline.backend_inline.set_matplotlib_formats("svg")
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (7.2, 3.4),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "font.size": 10.5,
+            "axes.titlesize": 11.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelcolor": INK,
+            "axes.edgecolor": GREY,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "axes.prop_cycle": cycler(color=CYCLE),
+            "grid.color": LIGHT,
+            "legend.frameon": False,
+            "legend.fontsize": 9.5,
+            "lines.linewidth": 2.0,
+            "svg.hashsalt": "flax_transformer",  # the same file in each build
+            "svg.fonttype": "none",  # text stays text
+        }
+    )
+
 
 use_style()
 
