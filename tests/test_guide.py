@@ -29,9 +29,8 @@ def name_of(path: Path) -> str:
 
 
 def test_the_index_leads_to_each_chapter():
-    tree = re.search(r"```\{toctree\}\n(?::.*\n)*(.*?)```", (GUIDE / "index.md").read_text("utf-8"), flags=re.DOTALL)
-    assert tree is not None
-    chapters = tree.group(1).split()
+    _, tree = (GUIDE / "index.md").read_text("utf-8").split("```{toctree}")
+    chapters = [line for line in tree.split("```")[0].splitlines() if re.fullmatch(r"\w+", line)]
     assert chapters == ["one_vector", "transformer", "training_by_hand", "beam_search", "questions"]
     assert sorted(chapters) == [path.stem for path in PAGES]
 

@@ -99,7 +99,7 @@ def weights(values: Any, rows: Sequence[str], columns: Sequence[str], title: str
 
 def shares(groups: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
     """Draws one horizontal bar for each group, divided into named parts."""
-    _, axes = pyplot.subplots(figsize=(7.2, 1.5 + 0.55 * len(groups)))
+    _, axes = pyplot.subplots(figsize=(7.2, 1.6 + 0.5 * len(groups)))
     names = list(dict.fromkeys(name for parts in groups.values() for name in parts))
     colours = {name: CYCLE[number % len(CYCLE)] for number, name in enumerate(names)}
     for row, parts in enumerate(groups.values()):
@@ -116,7 +116,7 @@ def shares(groups: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -
     axes.invert_yaxis()
     axes.set(title=title, xlabel=xlabel, xlim=(0, 1))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.32 if len(groups) < 4 else -0.22))
+    axes.figure.legend(loc="outside lower center", ncols=5)
 
 
 def bars(axes: Axes, values: Mapping[str, float], ylabel: str, title: str, colours: Sequence[str] = ()) -> None:

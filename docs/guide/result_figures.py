@@ -73,4 +73,4 @@ def residuals() -> None:
         title="Eight encoder layers, trained",
         ylim=(0.5, None),
     )
-    axes.legend(title="residual connections", loc="upper right")
+    axes.figure.legend(title="residual connections", loc="outside right center")
