@@ -97,7 +97,7 @@ def residuals() -> None:
         axes.plot(run["losses"], color=colour, linestyle="-" if run["residual"] else "--", linewidth=1.5, label=name)
     for name, loss in losses_without_source().items():
         axes.axhline(loss, color=GREY, linestyle=":", linewidth=1.2)
-        axes.text(300, loss + 0.14, name, color=GREY, ha="right", fontsize=9)
+        axes.text(300, loss + 0.2, name, color=GREY, ha="right", fontsize=9)
     axes.set(
         xlabel="training step",
         ylabel="training loss, nats per token",
