@@ -46,7 +46,8 @@ def commands(file: str = "README.md") -> list[list[str]]:
 
 COMMANDS = commands()
 OF_DECODING, OF_TRAINING = commands("docs/decoding.md"), commands("docs/training.md")
-ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *commands("docs/scale/README.md")]
+OTHERS = [*commands("docs/scale/README.md"), *commands("docs/guide/training_by_hand.md")]
+ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *OTHERS]
 
 
 class Parsed(Exception):
@@ -59,7 +60,7 @@ def only_parsed(tmp_path, monkeypatch) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "configs" / "multi30k_en_de.yaml", tmp_path / "my.yaml")
     recipe = read_config(tmp_path / "my.yaml")
-    for run in ("number_words", "mine", "other", "opus", "two"):
+    for run in ("number_words", "mine", "other", "opus", "two", "small"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         write_config(recipe, tmp_path / "runs" / run / "config.yaml")
     monkeypatch.chdir(tmp_path)

@@ -154,7 +154,8 @@ class Diagram:
     def _repr_html_(self) -> str:
         heads = "".join(
             f'<marker id="head-{colour[1:]}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="10" markerHeight="10" '
-            f'markerUnits="userSpaceOnUse" orient="auto-start-reverse"><path d="M0 0 L10 5 L0 10 z" fill="{colour}"/></marker>'
+            'markerUnits="userSpaceOnUse" orient="auto-start-reverse">'
+            f'<path d="M0 0 L10 5 L0 10 z" fill="{colour}"/></marker>'
             for colour in (INK, GREY, SOURCE, TARGET, ATTENTION)
         )
         return (

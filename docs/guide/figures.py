@@ -1,12 +1,44 @@
-"""Figures that several pages draw with Matplotlib."""
+"""Figures that several pages draw with Matplotlib, and the style of all of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
+import matplotlib_inline.backend_inline
 import numpy as np
+from cycler import cycler
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from palette import ATTENTION, CYCLE, HEAT, INK, use_style
+from palette import ATTENTION, CYCLE, GREY, HEAT, INK, LIGHT
+
+
+def use_style() -> None:
+    """Sets Matplotlib's style for the pages. Figures are vector graphics."""
+    matplotlib_inline.backend_inline.set_matplotlib_formats("svg")
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (7.2, 3.4),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "font.size": 10.5,
+            "axes.titlesize": 11.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelcolor": INK,
+            "axes.edgecolor": GREY,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "axes.prop_cycle": cycler(color=CYCLE),
+            "grid.color": LIGHT,
+            "legend.frameon": False,
+            "legend.fontsize": 9.5,
+            "lines.linewidth": 2.0,
+            "svg.hashsalt": "flax_transformer",  # the same file in each build
+            "svg.fonttype": "none",  # text stays text
+        }
+    )
+
 
 use_style()
 
@@ -67,7 +99,7 @@ def weights(values: Any, rows: Sequence[str], columns: Sequence[str], title: str
 
 def shares(groups: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
     """Draws one horizontal bar for each group, divided into named parts."""
-    _, axes = pyplot.subplots(figsize=(7.2, 1.5 + 0.55 * len(groups)))
+    _, axes = pyplot.subplots(figsize=(7.2, 1.6 + 0.5 * len(groups)))
     names = list(dict.fromkeys(name for parts in groups.values() for name in parts))
     colours = {name: CYCLE[number % len(CYCLE)] for number, name in enumerate(names)}
     for row, parts in enumerate(groups.values()):
@@ -84,7 +116,7 @@ def shares(groups: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -
     axes.invert_yaxis()
     axes.set(title=title, xlabel=xlabel, xlim=(0, 1))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.32 if len(groups) < 4 else -0.22))
+    axes.figure.legend(loc="outside lower center", ncols=5)
 
 
 def bars(axes: Axes, values: Mapping[str, float], ylabel: str, title: str, colours: Sequence[str] = ()) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from figures import pyplot
-from palette import ATTENTION, BAD, CYCLE, SOURCE, TARGET
+from palette import ATTENTION, BAD, CYCLE, GREY, SOURCE, TARGET
+from short_training import number_text
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"one vector": BAD, "recurrent with attention": SOURCE, "transformer": ATTENTION}
@@ -59,6 +60,33 @@ def head_counts() -> None:
     right.set(xlabel="heads", ylabel="unseen numbers exact, %", title="After 300 steps, by seed")
 
 
+def smoothed_entropy(counts: np.ndarray) -> float:
+    """Returns the lowest loss with label smoothing of 0.1 for a model that knows these counts alone.
+
+    Args:
+        counts: [contexts, V], how often each token follows each context.
+    """
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    smoothed = 0.9 * shares + 0.1 / counts.shape[1]
+    entropies = -(smoothed * np.log(smoothed)).sum(1)
+    return float((entropies * counts.sum(1)).sum() / counts.sum())
+
+
+def losses_without_source() -> dict[str, float]:
+    """Returns the lowest losses of models that read no source."""
+    text = number_text()
+    tokens, start = np.asarray(text.train.target.ids), text.vocabulary.start_token
+    first = np.zeros(len(tokens), bool)
+    first[np.asarray(text.train.target.offsets)[: len(text.train.kept)]] = True
+    previous = np.where(first, start, np.roll(tokens, 1))
+    counts = np.zeros((text.vocabulary.target_size,) * 2)
+    np.add.at(counts, (previous, tokens), 1)
+    return {
+        "knows how frequent tokens are": smoothed_entropy(counts.sum(0, keepdims=True)),
+        "knows the token before, too": smoothed_entropy(counts),
+    }
+
+
 def residuals() -> None:
     """Draws the losses of deep models with and without residual connections."""
     record = read_result("residuals")
@@ -67,10 +95,13 @@ def residuals() -> None:
         name = f"{run['norm']}-norm, {'with' if run['residual'] else 'without'}"
         colour = ATTENTION if run["norm"] == "post" else TARGET
         axes.plot(run["losses"], color=colour, linestyle="-" if run["residual"] else "--", linewidth=1.5, label=name)
+    for name, loss in losses_without_source().items():
+        axes.axhline(loss, color=GREY, linestyle=":", linewidth=1.2)
+        axes.text(300, loss + 0.2, name, color=GREY, ha="right", fontsize=9)
     axes.set(
         xlabel="training step",
         ylabel="training loss, nats per token",
         title="Eight encoder layers, trained",
         ylim=(0.5, None),
     )
-    axes.legend(title="residual connections", loc="upper right")
+    axes.figure.legend(title="residual connections", loc="outside right center")

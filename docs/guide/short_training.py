@@ -66,7 +66,8 @@ class Text:
     def held_out_batch(self) -> Batch:
         """Returns all held-out pairs as one batch."""
         plan = evaluation_plan(self.held_out.lengths, BatchingConfig(tokens_per_batch=1 << 16))
-        return next(evaluation_batches(self.held_out, plan))
+        batch = next(evaluation_batches(self.held_out, plan))
+        return Batch(*(side[: len(self.held_out.kept)] for side in batch))  # without rows of padding alone
 
 
 def prepared_text(source: list[str], target: list[str], vocab_size: int = 100) -> Text:

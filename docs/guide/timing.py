@@ -14,6 +14,7 @@ from flax_transformer import Batch, TransformerConfig, VocabularyInfo
 from flax_transformer.decoding.candidates import best_candidates
 from flax_transformer.decoding.logits_processors import Progress
 from flax_transformer.models.seq2seq import reorder_beams
+from flax_transformer.ops.cross_entropy import cross_entropy
 from flax_transformer.training.state import init_state
 from flax_transformer.training.step import Objective, batch_loss
 
@@ -46,45 +47,48 @@ def random_batch(rows: int, length: int, vocab: int) -> Batch:
     return Batch(*side(), *side())
 
 
-def differences(times: dict[str, float]) -> dict[str, float]:
-    """Returns the share of each part, from the times of longer and longer beginnings of a step."""
-    shares, before = {}, 0.0
-    for name, until in times.items():
-        shares[name] = max(until - before, 0.0)
-        before = max(until, before)
-    return {name: value / before for name, value in shares.items()}
+def shares_of(times: dict[str, float]) -> dict[str, float]:
+    """Returns times as shares of their sum."""
+    return {name: time / sum(times.values()) for name, time in times.items()}
 
 
 def train_step_shares(
     model: Any, batch: Batch, config: TransformerConfig, vocabulary: VocabularyInfo
 ) -> dict[str, float]:
-    """Returns the shares of a train step, each measured as the difference of two programs."""
+    """Returns the shares of a train step. The backward pass is the time that the gradient adds to the loss."""
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
+    source, target = batch[:3], batch[3:]
+
+    def decode(params: Any, encoded: Any, target: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return model.decoder(model.target_embedding, *target, encoded, None)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         return batch_loss(nnx.merge(graphdef, params), batch, Objective(0.1), None).loss
 
-    def encode(params: Any, batch: Batch) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        return model.encode(batch.source_tokens, batch.source_positions, batch.source_segments).states
+    def loss_of_hidden(params: Any, hidden: jax.Array, target: Any) -> jax.Array:
+        tokens, _, segments = target
+        return cross_entropy(hidden, nnx.merge(graphdef, params).output_projection(), tokens, segments > 0, 0.1).loss
+
+    def update(gradient: Any, optimizer_state: Any, params: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(gradient, optimizer_state, params)
 
     layout, _ = make_training(config, vocabulary, 100, 0)
     optimizer = layout.optimizer
     with jax.set_mesh(one_device()):
         state = init_state(config, vocabulary, layout, 0)
-
-        def step(params: Any, batch: Batch) -> Any:
-            with jax.numpy_dtype_promotion("standard"):
-                return optimizer.update(jax.grad(loss)(params, batch), state.optimizer, params)
-
-        return differences(
+        encoded = jax.jit(model.encode)(*source)
+        hidden = jax.jit(decode)(params, encoded, target)
+        both = seconds(jax.value_and_grad(loss), params, batch)
+        return shares_of(
             {
-                "encoder": seconds(encode, params, batch),
-                "decoder": seconds(lambda p, b: nnx.merge(graphdef, p)(b), params, batch),
-                "loss": seconds(loss, params, batch),
-                "backward pass": seconds(jax.grad(loss), params, batch),
-                "optimiser": seconds(step, params, batch),
+                "encoder": seconds(lambda p, s: nnx.merge(graphdef, p).encode(*s).states, params, source),
+                "decoder": seconds(decode, params, encoded, target),
+                "loss": seconds(loss_of_hidden, params, hidden, target),
+                "backward pass": both - seconds(loss, params, batch),
+                "optimiser": seconds(update, params, state.optimizer, params),
             }
         )
 
@@ -92,34 +96,28 @@ def train_step_shares(
 def search_step_shares(model: Any, batch: Batch, beams: int) -> dict[str, float]:
     """Returns the shares of a step of a beam search."""
     rows, length = batch.source_tokens.shape
-    encoded = model.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
-    state = model.init_decode_state(encoded, beams, length)
-    tokens = jnp.ones((rows, beams), jnp.int32)
-    scores = jnp.zeros((rows, beams))
+    tokens, scores = jnp.ones((rows, beams), jnp.int32), jnp.zeros((rows, beams))
     progress = Progress(jnp.ones((rows, beams, length), jnp.int32), jnp.zeros((rows,), jnp.int32), jnp.arange(rows))
 
     def layers(tokens: Any, state: Any) -> Any:
-        cross_caches, segments = state.per_sentence
+        caches, segments = state.per_sentence
         return model.decoder.step(
-            model.target_embedding, tokens, state.positions, state.append_only, cross_caches, segments, state.per_beam
-        )[0]
+            model.target_embedding, tokens, state.positions, state.append_only, caches, segments, state.per_beam
+        )[:2]
 
-    def with_logits(tokens: Any, state: Any) -> Any:
-        output, state = model.decode_step(tokens, state)
-        return output.logits, state.append_only
-
-    def with_candidates(tokens: Any, state: Any, reorder: bool = False) -> Any:
-        output, state = model.decode_step(tokens, state)
-        chosen = best_candidates(scores, output.logits, 2 * beams, progress, ())
-        moved = reorder_beams(state, chosen.parents[:, :beams]) if reorder else state
-        return chosen, moved.append_only, moved.per_beam
+    def candidates(logits: Any) -> Any:
+        return best_candidates(scores, logits, 2 * beams, progress, ())
 
     with jax.set_mesh(one_device()):
-        return differences(
+        state = model.init_decode_state(jax.jit(model.encode)(*batch[:3]), beams, length)
+        hidden, _ = jax.jit(layers)(tokens, state)
+        logits = jax.jit(lambda hidden: model.output_projection().logits(hidden))(hidden)
+        parents = jnp.zeros((rows, beams), jnp.int32)
+        return shares_of(
             {
                 "decoder layers": seconds(layers, tokens, state),
-                "logits": seconds(with_logits, tokens, state),
-                "candidates": seconds(with_candidates, tokens, state),
-                "reordering": seconds(lambda t, s: with_candidates(t, s, True), tokens, state),
+                "logits": seconds(lambda hidden: model.output_projection().logits(hidden), hidden),
+                "candidates": seconds(candidates, logits),
+                "moving beams": seconds(lambda s, p: reorder_beams(s, p).per_beam, state, parents),
             }
         )

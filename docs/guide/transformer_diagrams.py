@@ -161,7 +161,7 @@ def attention() -> Diagram:
     """Returns the data flow inside one multi-head attention."""
     d = Diagram(720, 500, "Inside an attention: queries, keys and values, scores, mask, softmax, sum, output.")
     x = d.box(40, 10, "x: who asks", kind="target", width=170)
-    encoded = d.box(330, 10, "encoded: who is asked", kind="source", width=250)
+    d.box(330, 10, "encoded: who is asked", kind="source", width=250)
     attend = MultiHeadAttention.attend
     query = d.box(
         40, 85, "query", kind="target", code="self.query", link=code_line(attend, "projection(self.query)"), width=170

@@ -39,8 +39,8 @@ def main() -> None:
             results.append({"model": name, "seed": seed, "lengths": lengths, "exact": exact, "losses": losses})
             print(f"{name}, seed {seed}: {100 * np.mean(exact):.1f} % exact, loss {losses[-1]}", flush=True)
     note = (
-        "lengths: letters of each of 256 held-out lines. exact: whether greedy search copies the line without a mistake "
-        f"after {STEPS} steps. losses: training loss of each step, nats per target token."
+        "lengths: letters of each of 256 held-out lines. exact: whether greedy search copies the line without a "
+        f"mistake after {STEPS} steps. losses: training loss of each step, nats per target token."
     )
     write_result("copying", SEEDS, results, note)
 

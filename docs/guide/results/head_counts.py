@@ -20,8 +20,9 @@ def main() -> None:
             results.append({"heads": heads, "seed": seed, "exact": round(trained.exact(), 2), "losses": losses})
             print(f"heads {heads}, seed {seed}: {results[-1]['exact']} % exact, loss {losses[-1]}", flush=True)
     note = (
-        "heads: number of heads of 64 channels in all. exact: % of 256 held-out numbers below 10,000 that greedy search "
-        "translates without a mistake after 300 steps. losses: training loss of each step, nats per target token."
+        "heads: number of heads of 64 channels in all. exact: % of 256 held-out numbers below 10,000 that greedy "
+        "search translates without a mistake after 300 steps. losses: training loss of each step, nats per target "
+        "token."
     )
     write_result("head_counts", SEEDS, results, note)
 

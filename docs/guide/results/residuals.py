@@ -26,8 +26,8 @@ def main() -> None:
                 results.append({"norm": order, "residual": residual, "seed": seed, "losses": losses})
                 print(f"{order}-norm, residual {residual}, seed {seed}: loss {losses[-1]}", flush=True)
     note = (
-        f"norm: place of the layer norm. residual: whether there are residual connections. {LAYERS} encoder and 2 decoder "
-        "layers. losses: training loss of each step, nats per target token."
+        f"norm: place of the layer norm. residual: whether there are residual connections. {LAYERS} encoder and 2 "
+        "decoder layers. losses: training loss of each step, nats per target token."
     )
     write_result("residuals", SEEDS, results, note)
 
