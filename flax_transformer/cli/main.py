@@ -34,6 +34,7 @@ from flax_transformer.user_cache import remove_damaged_programs, writable_cache
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
 VERBS = {
+    "init": "look at a corpus, split it, and write a first recipe for it and for this machine",
     "prepare": "train the tokenizers and tokenise the text of a configuration, before the training",
     "train": "train as a configuration says, then test",
     "translate": "translate a file or standard input, line by line",
