@@ -22,7 +22,15 @@ from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corp
 from flax_transformer.data.text_survey import SmallestHashes, is_clean, source_key, survey_pairs
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.experiment.corpus_report import check_survey, survey_warnings
-from flax_transformer.experiment.first_recipe import ON_CPU, SIZES, Machine, bleu_tokenizer, choose_size, length_limit
+from flax_transformer.experiment.first_recipe import (
+    ON_CPU,
+    SIZES,
+    Machine,
+    bleu_tokenizer,
+    choose_size,
+    length_limit,
+    num_evaluations,
+)
 from flax_transformer.experiment.programs import make_programs
 from flax_transformer.experiment.text import prepare_text
 from flax_transformer.experiment.training_time import TrainingTime, duration_text, measure_training, step_seconds
@@ -153,6 +161,10 @@ def test_sizes_follow_the_corpus_and_the_machine():
     assert [choose_size(n, CPU) for n in (0, 14_999, 15_000, 59_999)] == [SIZES[0], SIZES[0], SIZES[1], SIZES[1]]
     assert choose_size(60_000, CPU) == choose_size(10**8, CPU) == ON_CPU
     assert choose_size(60_000, GPU) == SIZES[2] and choose_size(10**8, GPU) == SIZES[3]
+
+
+def test_evaluations_take_a_fifth_of_a_training_at_most():
+    assert [num_evaluations(seconds, 10.0) for seconds in (1.0, 200.0, 10_000.0)] == [2, 4, 10]
 
 
 def test_a_length_limit_keeps_nearly_all_pairs():

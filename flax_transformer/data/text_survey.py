@@ -30,6 +30,9 @@ LEAST_UNEQUAL = 30
 # Number of hashes that are kept. Fewer different pairs are counted exactly.
 MOST_HASHES = 1 << 18
 
+# Number of hashes that are sorted in together.
+HASHES_AT_ONCE = 1 << 16
+
 # Mean number of letters between spaces, above which a language writes none.
 LETTERS_WITHOUT_SPACES = 15.0
 
@@ -72,37 +75,45 @@ class SmallestHashes:
     Args:
         most: maximum number of hashes to keep.
 
-    Attributes:
-        values: [at most `most`] uint64, sorted.
-
     References:
         Bar-Yossef et al. 2002, "Counting Distinct Elements in a Data Stream"; Beyer et al. 2007, "On Synopses for
         Distinct-Value Estimation Under Multiset Operations", section 4.1.
     """
 
     def __init__(self, most: int = MOST_HASHES):
-        self.values = np.zeros(0, np.uint64)
         self._most = most
+        self._sorted = np.zeros(0, np.uint64)
+        self._waiting: list[int] = []  # not sorted in yet
         self._exact = True
 
     def add(self, hashes: list[int]) -> None:
         """Adds the hashes of further items."""
-        new = np.array(hashes, np.uint64)
-        if len(self.values) == self._most:
-            new = new[new <= self.values[-1]]
-        merged = np.union1d(self.values, new)
-        self._exact &= len(merged) <= self._most and (len(self.values) < self._most or len(new) == len(hashes))
-        self.values = merged[: self._most]
+        self._waiting += hashes
+        if len(self._waiting) >= HASHES_AT_ONCE:
+            self._sort()
+
+    @property
+    def values(self) -> np.ndarray:
+        """[at most `most`] uint64, sorted."""
+        self._sort()
+        return self._sorted
+
+    def _sort(self) -> None:
+        if self._waiting:
+            merged = np.union1d(self._sorted, np.array(self._waiting, np.uint64))
+            self._exact &= len(merged) <= self._most
+            self._sorted, self._waiting = merged[: self._most], []
 
     @property
     def exact(self) -> bool:
         """Whether `num_distinct` is exact."""
+        self._sort()
         return self._exact
 
     @property
     def num_distinct(self) -> int:
         """Number of different items. If it is an estimate, its relative standard error is 1 / sqrt(most)."""
-        if self._exact:
+        if self.exact:
             return len(self.values)
         return round((self._most - 1) / (float(self.values[-1]) / 2.0**64))
 

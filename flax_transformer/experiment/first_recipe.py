@@ -37,7 +37,10 @@ LEAST_SHARED_LETTERS = 0.5
 # Copied pairs are left out if they are more than this share of the text.
 MOST_COPIED = 0.01
 
-EVALUATIONS = 10
+# Number of evaluations of a training, if they do not take more than this share of its time.
+EVALUATIONS, LEAST_EVALUATIONS = 10, 2
+EVALUATION_SHARE = 0.2
+
 STEP_MULTIPLE = 100
 
 
@@ -231,6 +234,20 @@ def num_steps(size: Size, batches_per_epoch: int) -> int:
     return -(-steps // STEP_MULTIPLE) * STEP_MULTIPLE
 
 
+def num_evaluations(training_seconds: float, evaluation_seconds: float) -> int:
+    """Returns the number of evaluations of a training, so that they take a fifth of its time at most."""
+    return int(np.clip(EVALUATION_SHARE * training_seconds / evaluation_seconds, LEAST_EVALUATIONS, EVALUATIONS))
+
+
+def add_evaluations(recipe: CommentedRecipe, steps: int, number: int) -> None:
+    """Adds the intervals of evaluations and checkpoints to section `training`."""
+    recipe.set(
+        f"{number} evaluations; the best by BLEU is kept, tested and translated with",
+        training__evaluate_every_steps=-(-steps // number),
+    )
+    recipe.set("", training__checkpoint_every_steps=-(-steps // EVALUATIONS))
+
+
 def add_training(recipe: CommentedRecipe, size: Size, steps: int, why_steps: str, num_validation: int) -> None:
     """Adds the sections of the optimiser and the training.
 
@@ -272,12 +289,8 @@ def add_training(recipe: CommentedRecipe, size: Size, steps: int, why_steps: str
         training__ema_decay=0.998,
     )
     recipe.set("", training__log_every_steps=min(100, max(steps // 50, 1)))
-    recipe.set(
-        f"{EVALUATIONS} evaluations; the best by BLEU is kept, tested and translated with",
-        training__evaluate_every_steps=-(-steps // EVALUATIONS),
-        training__evaluate_sentences=min(num_validation, 1_000),
-        training__checkpoint_every_steps=-(-steps // EVALUATIONS),
-    )
+    recipe.set("the first lines of the validation text", training__evaluate_sentences=min(num_validation, 1_000))
+    add_evaluations(recipe, steps, EVALUATIONS)
 
 
 def add_decoding(recipe: CommentedRecipe, survey: TextSurvey, pairs: TokenizedPairs) -> None:

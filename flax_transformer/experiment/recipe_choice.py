@@ -22,10 +22,12 @@ from flax_transformer.experiment.first_recipe import (
     Size,
     add_batching,
     add_decoding,
+    add_evaluations,
     add_model,
     add_tokenizer,
     add_training,
     choose_size,
+    num_evaluations,
     num_steps,
 )
 from flax_transformer.experiment.programs import Programs, make_programs
@@ -118,6 +120,7 @@ def choose_recipe(
         why = f"what {hours:g} hours on this machine allow, {steps / batches:.1f} epochs; usual are {wanted:,} steps"
         add_training(recipe, size, steps, why, len(corpus.validation.source))
     time = _fitted(recipe, size, machine, corpus, tokenizers, mesh, measure_training)
+    add_evaluations(recipe, steps, num_evaluations(steps * time.step, time.evaluation))
     return ChosenRecipe(recipe, machine, wanted, steps / batches, time)
 
 
