@@ -21,37 +21,56 @@ Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int | None = None, unit: str = "lines") -> Generator[Advance, None, None]:
+def progress(
+    what: str, total: int | None = None, unit: str = "lines", only_on_terminals: bool = False
+) -> Generator[Advance, None, None]:
     """Shows the progress of work, and gives a function that is told how many more items are done.
 
     Args:
         what: the work in a few words, such as "reading train.en".
         total: number of items, or None if it is not known.
         unit: name of the items.
+        only_on_terminals: whether other outputs get no line.
     """
-    stream = sys.stderr
-    if stream is not None and not stream.closed and stream.isatty():
+    if on_terminal():
         with _bar(what, total, unit) as advance:
             yield advance
+    elif only_on_terminals:
+        yield no_progress
     else:
         yield _lines(what, total, unit)
 
 
-def tracked(items: Iterable[T], what: str, total: int | None = None, unit: str = "lines") -> Iterator[T]:
+def no_progress(items: int) -> None:
+    """Shows nothing."""
+
+
+def on_terminal() -> bool:
+    """Returns whether standard error is a terminal."""
+    stream = sys.stderr
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def tracked(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "lines", only_on_terminals: bool = False
+) -> Iterator[T]:
     """Yields the items, and shows how many have been taken. The arguments are those of `progress`."""
-    with progress(what, total, unit) as advance:
+    at_once = 1 if total is not None and total <= ITEMS_AT_ONCE else ITEMS_AT_ONCE
+    with progress(what, total, unit, only_on_terminals) as advance:
         done = 0
         for done, item in enumerate(items, start=1):
-            if done % ITEMS_AT_ONCE == 0:
-                advance(ITEMS_AT_ONCE)
             yield item
-        advance(done % ITEMS_AT_ONCE)
+            if done % at_once == 0:
+                advance(at_once)
+        advance(done % at_once)
 
 
 def rate_text(done: int, seconds: float, total: int | None, unit: str) -> str:
     """Returns the count, the rate, and the time that is left if the total is known."""
     rate = done / max(seconds, 1e-9)
-    text = f"{done:,}{'' if total is None else f' of {total:,}'} {unit}, {rate:,.0f} a second"
+    text = f"{done:,}{'' if total is None else f' of {total:,}'} {unit}"
+    if rate >= 1:
+        text += f", {rate:,.0f} a second"
     if total is None or not done:
         return text
     minutes, left = divmod(round(max(total - done, 0) / rate), 60)

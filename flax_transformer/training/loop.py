@@ -13,6 +13,7 @@ from flax_transformer.data.batching import BatchShape, Position
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.parallel.placement import put
+from flax_transformer.progress import tracked
 from flax_transformer.shapes import Batch
 from flax_transformer.training.log_window import LogWindow
 from flax_transformer.training.metrics import TokenCounts
@@ -52,7 +53,7 @@ def compile_steps(
     """
     sharding = batch_sharding(mesh)
     compiled = {}
-    for shape in shapes:
+    for shape in tracked(shapes, "compiling", len(shapes), "shapes of batches", only_on_terminals=True):
         source = jax.ShapeDtypeStruct((shape.rows, shape.source_length), "int32", sharding=sharding)
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
