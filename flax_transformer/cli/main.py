@@ -42,6 +42,7 @@ VERBS = {
     "evaluate": "translate a file and score it against a reference",
     "average": "average several checkpoints of a run into a new run folder",
     "convert": "convert a run to a MarianMT model of Hugging Face, or such a model to a run",
+    "plot": "draw the curves of runs, finished or not",
     "compare": "compare finished runs in a table and two pictures",
 }
 
