@@ -32,9 +32,9 @@ def test_runs_get_a_picture_each_and_one_together(run, tmp_path, capsys, monkeyp
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "made" / name) for name in names]
     assert all((tmp_path / "made" / name).read_bytes().startswith(b"\x89PNG") for name in names)
     records = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
-    whole, short = drawn["together.png"].axes[0].get_lines()
-    np.testing.assert_array_equal(whole.get_xydata(), [[record["step"], record["loss"]] for record in records])
-    np.testing.assert_array_equal(short.get_xydata(), whole.get_xydata()[:2])
+    whole, short = (np.asarray(line.get_xydata()) for line in drawn["together.png"].axes[0].get_lines())
+    np.testing.assert_array_equal(whole, [[record["step"], record["loss"]] for record in records])
+    np.testing.assert_array_equal(short, whole[:2])
     legend = drawn["together.png"].axes[0].get_legend()
     assert legend is not None and [text.get_text() for text in legend.get_texts()] == [run.name, "half"]
 

@@ -1,6 +1,8 @@
 """The attention of a decoder over a source sentence, while it reads a given output."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ from flax import nnx
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.placement import fetch
+
+# The number of steps of a program is a multiple of this.
+LENGTH_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,30 @@ def attention_map(translator: Translator, source: str, target: str) -> Attention
     source_ids = closed(tokenizers.source, source, translator.model.max_source_length)
     target_ids = closed(tokenizers.target, target, translator.model.max_target_length)
 
-    @jax.jit
-    def run(params, tokens, inputs):
-        model = nnx.merge(graphdef, params)
-        positions = jnp.arange(tokens.shape[1])[None, :]
-        encoded = model.encode(tokens, positions, jnp.ones_like(tokens))
-        state = model.init_decode_state(encoded, 1, inputs.shape[0])
-
-        def step(state, token):
-            output, state = model.decode_step(token[None, None], state)
-            return state, output.attention
-
-        return jax.lax.scan(step, state, inputs)[1]
-
     inputs = np.asarray([tokenizers.target.special.start, *target_ids[:-1]], np.int32)
+    # Outputs of similar length share a program. Steps after the output change none before them.
+    padded = np.pad(inputs, (0, -len(inputs) % LENGTH_MULTIPLE), constant_values=target_ids[-1])
     with jax.set_mesh(translator.mesh):
-        weights = run(translator.params, np.asarray([source_ids], np.int32), inputs)  # [T, 1, 1, L, N, S]
+        weights = _weights(graphdef, translator.params, np.asarray([source_ids], np.int32), padded)
     if weights is None:
         return None
     return AttentionMap(
         tokenizers.source.pieces(source_ids),
         tokenizers.target.pieces(target_ids),
-        np.moveaxis(fetch(weights)[:, 0, 0], 0, 2),
+        np.moveaxis(fetch(weights)[: len(inputs), 0, 0], 0, 2),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(graphdef: Any, params: Any, tokens: Any, inputs: Any) -> Any:
+    """Returns the attention of each step, [T, 1, 1, L, N, S], or None, for [1, S] and [T] tokens."""
+    model = nnx.merge(graphdef, params)
+    positions = jnp.arange(tokens.shape[1])[None, :]
+    encoded = model.encode(tokens, positions, jnp.ones_like(tokens))
+    state = model.init_decode_state(encoded, 1, inputs.shape[0])
+
+    def step(state, token):
+        output, state = model.decode_step(token[None, None], state)
+        return state, output.attention
+
+    return jax.lax.scan(step, state, inputs)[1]
