@@ -44,6 +44,8 @@ class InitOptions:
     Validation and test text that is not named is taken out of the training text. The parts are then written to a folder
     beside the recipe. No source of validation or test text is trained on.
 
+    Example: flax-transformer init --train my.en my.de --output my.yaml
+
     Attributes:
         train: training text: a file of each language, line n of one translating line n of the other, or one .tsv or
             .jsonl file with both. Files may be compressed.

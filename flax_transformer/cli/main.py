@@ -44,6 +44,7 @@ VERBS = {
     "convert": "convert a run to a MarianMT model of Hugging Face, or such a model to a run",
     "plot": "draw the curves of runs, finished or not",
     "compare": "compare finished runs in a table and two pictures",
+    "completion": "print a script that completes verbs and options in bash or zsh",
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, text in VERBS.items())
@@ -219,10 +220,13 @@ def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            f"{USAGE}\n\nflax-transformer VERB --help prints the options of a verb. --debug adds tracebacks to errors. "
-            "train, translate, evaluate and score can be the work of several processes; see docs/scale/README.md."
+            f"{USAGE}\n\nflax-transformer VERB --help prints the options of a verb, and an example. --debug adds "
+            "tracebacks to errors. --version prints what a report of a defect needs. train, translate, evaluate and "
+            "score can be the work of several processes; see docs/scale/README.md."
         )
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        return run_verb(verb("versions"), arguments[1:], "flax-transformer --version")
     if arguments[0] not in VERBS:
         near = did_you_mean(arguments[0], VERBS)
         print(f"error: unknown verb {shown(arguments[0])}.{near}\n\n{USAGE}", file=sys.stderr)

@@ -39,6 +39,8 @@ class TranslateOptions:
     If the search finds no output for a line, an empty line is written, and a warning says why. With --json the object
     of the line says why. From --method on, options that are left out take the run's own settings.
 
+    Example: flax-transformer translate --run runs/mine --input input.en --output output.de
+
     Attributes:
         run: run folder of the model, or several as an ensemble.
         checkpoint: "best" is the best one on validation text, "last" the newest.
