@@ -2,12 +2,16 @@
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from flax_transformer.cli import main as cli
+from flax_transformer.cli.completion import options_of_verbs, script
 
 
 def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
@@ -72,6 +76,7 @@ def test_every_verb_tells_its_options(verb, capsys):
         code = stop.code
     captured = capsys.readouterr()
     assert code == 0 and not captured.err and "--" in captured.out
+    assert f"flax-transformer {verb} " in captured.out.replace("Example: ", "")
 
 
 def test_the_help_is_that_of_the_kinds_that_are_asked_for(capsys):
@@ -79,3 +84,33 @@ def test_the_help_is_that_of_the_kinds_that_are_asked_for(capsys):
         cli.run_verb(cli.verb("train"), ["--data.kind", "parallel_text", "--model.kind=rnn", "--help"], "train.py")
     shown = capsys.readouterr().out
     assert not stop.value.code and "--data.train-source" in shown and "--model.cell" in shown
+
+
+def test_the_version_says_what_a_report_of_a_defect_needs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flax-transformer", "--version"])
+    monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "off")
+    assert cli.main() == 0
+    said = capsys.readouterr().out
+    for name in ("flax-transformer", "Python", "jax", "jaxlib", "flax", "orbax-checkpoint"):
+        assert re.search(rf"^{name} \d+\.", said, flags=re.MULTILINE), name
+    assert f"devices: {len(jax.devices())} x cpu (cpu" in said and "FLAX_TRANSFORMER_KERNELS=off" in said
+    assert f"cache compiled: {os.environ['XDG_CACHE_HOME']}/flax_transformer/compiled, " in said
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="completion is tried in bash")
+def test_bash_completes_verbs_and_their_options(tmp_path):
+    assert options_of_verbs().keys() == cli.VERBS.keys()
+    (tmp_path / "completion").write_text(script("bash", "flax-transformer"))
+    words = ["ev", "evaluate --re", "train --training.st", "prepare --conf", "init --held"]
+    tries = "".join(
+        f"COMP_WORDS=(flax-transformer {word}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _tyro_flax_transformer; "
+        'echo "${COMPREPLY[@]}"; '
+        for word in words
+    )
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # the script asks for python3
+    done = subprocess.run(
+        ["bash", "-c", f"source {tmp_path}/completion; {tries}"],
+        env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["evaluate", "--reference", "--training.steps", "--config", "--held-out"]
+    assert script("zsh", "flax-transformer").startswith("#compdef flax-transformer")

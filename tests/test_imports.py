@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "flax_transformer"
 
 # Lowest first; a module may import modules of lower layers, and of its own where that makes no circle.
 LAYERS = [
-    ["errors", "locks", "object_storage", "shapes", "small_files", "standard_streams", "user_cache"],
+    ["errors", "locks", "object_storage", "progress", "shapes", "small_files", "standard_streams", "user_cache"],
     ["backend"],
     ["parallel.sharding_rules"],
     ["ops"],

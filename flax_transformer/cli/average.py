@@ -17,6 +17,8 @@ class AverageOptions:
     The run must still have all of these checkpoints. A training keeps only a few, as training.keep_newest and
     training.keep_best say.
 
+    Example: flax-transformer average --run runs/mine --output runs/mean --num 5
+
     Attributes:
         run: run folder.
         output: new run folder.

@@ -15,6 +15,8 @@ from flax_transformer.plots.picture import missing_letters_note
 class CompareOptions:
     """Prints a table of finished runs of one corpus, and draws quality over time and BLEU by source length.
 
+    Example: flax-transformer compare runs/mine runs/other --output comparison
+
     Attributes:
         runs: run folders.
         output: folder for comparison.md, quality_over_time.png and bleu_by_length.png; created if it does not exist.

@@ -23,6 +23,8 @@ USAGE = "flax-transformer convert to-hf RUN --output FOLDER, or flax-transformer
 class ToHfOptions:
     """Writes a run as a folder for Hugging Face's MarianMTModel and MarianTokenizer.
 
+    Example: flax-transformer convert to-hf runs/mine --output marian
+
     Attributes:
         run: run folder of a Transformer.
         output: new folder.
@@ -37,6 +39,8 @@ class ToHfOptions:
 @dataclass(frozen=True)
 class FromHfOptions:
     """Writes a run folder from the folder of a MarianMT model.
+
+    Example: flax-transformer convert from-hf opus-mt-en-de --output runs/opus
 
     Attributes:
         folder: folder with config.json, model.safetensors (or pytorch_model.bin), vocab.json, source.spm and

@@ -25,6 +25,8 @@ class EvaluateOptions:
 
     A line for which the search finds no output counts as empty.
 
+    Example: flax-transformer evaluate --run runs/mine --source test.en --reference test.de
+
     Attributes:
         run: run folder of the model.
         source: text to translate, one sentence a line, plain or compressed; "-" is standard input. A .tsv or .jsonl

@@ -34,6 +34,7 @@ from flax_transformer.user_cache import remove_damaged_programs, writable_cache
 Verb = Callable[[list[str], str], int]  # (arguments, program) -> exit code
 
 VERBS = {
+    "init": "look at a corpus, split it, and write a first recipe for it and for this machine",
     "prepare": "train the tokenizers and tokenise the text of a configuration, before the training",
     "train": "train as a configuration says, then test",
     "translate": "translate a file or standard input, line by line",
@@ -42,8 +43,10 @@ VERBS = {
     "evaluate": "translate a file and score it against a reference",
     "average": "average several checkpoints of a run into a new run folder",
     "convert": "convert a run to a MarianMT model of Hugging Face, or such a model to a run",
+    "plot": "draw the curves of runs, finished or not",
     "compare": "compare finished runs in a table and two pictures",
     "plan": "tell what a recipe needs on hardware that is not there",
+    "completion": "print a script that completes verbs and options in bash or zsh",
 }
 
 USAGE = "usage: flax-transformer VERB [options]\n\n" + "\n".join(f"  {v:10} {text}" for v, text in VERBS.items())
@@ -219,10 +222,13 @@ def main() -> int:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
-            f"{USAGE}\n\nflax-transformer VERB --help prints the options of a verb. --debug adds tracebacks to errors. "
-            "train, translate, evaluate and score can be the work of several processes; see docs/scale/README.md."
+            f"{USAGE}\n\nflax-transformer VERB --help prints the options of a verb, and an example. --debug adds "
+            "tracebacks to errors. --version prints what a report of a defect needs. train, translate, evaluate and "
+            "score can be the work of several processes; see docs/scale/README.md."
         )
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        return run_verb(verb("versions"), arguments[1:], "flax-transformer --version")
     if arguments[0] not in VERBS:
         near = did_you_mean(arguments[0], VERBS)
         print(f"error: unknown verb {shown(arguments[0])}.{near}\n\n{USAGE}", file=sys.stderr)

@@ -37,6 +37,8 @@ class ScoreOptions:
 
     A pair without a score is printed as nan, and a warning says why. With --json its object says why.
 
+    Example: flax-transformer score --run runs/mine --source test.en --target test.de
+
     Attributes:
         run: run folder of the model, or several as an ensemble.
         source: source sentences, one a line, plain or compressed; "-" is standard input. A .tsv or .jsonl file is read

@@ -42,6 +42,7 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
                 run = value if equals else "".join(arguments[position + 1 : position + 2])
             if name in ("-h", "--help"):
                 print(f"{program} [--config FILE] [--resume] [--data.kind KIND] [--section.field VALUE ...]\n")
+                print(f"Example: {program} --config my.yaml --run runs/mine --training.steps 5000\n")
             rest.append(arguments[position])
         position += 1
     if path is None and any(name in rest for name in ("-h", "--help")):

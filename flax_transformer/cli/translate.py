@@ -24,6 +24,7 @@ from flax_transformer.inference.translation import Hypothesis, NoTranslation, Tr
 from flax_transformer.inference.translator import Translator
 from flax_transformer.object_storage import resolved
 from flax_transformer.parallel import processes
+from flax_transformer.progress import Advance, no_progress, progress
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Choice
 
@@ -37,6 +38,8 @@ class TranslateOptions:
 
     If the search finds no output for a line, an empty line is written, and a warning says why. With --json the object
     of the line says why. From --method on, options that are left out take the run's own settings.
+
+    Example: flax-transformer translate --run runs/mine --input input.en --output output.de
 
     Attributes:
         run: run folder of the model, or several as an ensemble.
@@ -217,7 +220,14 @@ def main(arguments: list[str], program: str) -> int:
         with processes.calls_of_first(translator.translate) as translate:
             if translate is None or source is None or output is None:
                 return 0
-            return translate_stream(options, translator, translate, phrases, source, output)
+            # A bar would stand between outputs that go to the same terminal.
+            told = (
+                progress("translating", only_on_terminals=True)
+                if settings is not None
+                else contextlib.nullcontext(no_progress)
+            )
+            with told as advance:
+                return translate_stream(options, translator, translate, phrases, source, output, advance)
 
 
 def warnings_of(number: int, translation: Translation | NoTranslation, max_source_length: int) -> Iterator[str]:
@@ -323,8 +333,11 @@ def translate_stream(
     phrases: list[list[str]] | None,
     source: SentenceReader,
     output: PartialOutput | StreamOutput,
+    advance: Advance,
 ) -> int:
     """Translates a stream chunk by chunk with `translate`, a form of `translator.translate`. Returns the exit code.
+
+    `advance` is told how many more lines are translated.
 
     Raises:
         InputError: a line that cannot be read; the lines before it are translated. Or --required has another number of
@@ -362,6 +375,7 @@ def translate_stream(
         faulty = faulty or bool(warnings)
         total.add(translations)
         done += len(chunk)
+        advance(len(chunk))
     if phrases is not None:
         check_phrases(options, phrases, source.name, done, ended=True)
     print(total.text(max(time.monotonic() - started, 1e-9)), file=sys.stderr)

@@ -49,6 +49,9 @@ class TrainingConfig:
         checkpoint_every_steps: number of steps between checkpoints. Every evaluation and the last step save one, too.
         keep_newest: number of newest checkpoints to keep.
         keep_best: number of best checkpoints to keep beside the newest.
+        draw_attention: whether each evaluation draws the attention of one of its sentences, for TensorBoard. A first
+            picture, or one of a longer output, compiles a small program.
+        profile_steps: number of steps to profile for TensorBoard, after the first steps of a start; 0 profiles none.
     """
 
     steps: int = 2_000
@@ -64,6 +67,8 @@ class TrainingConfig:
     checkpoint_every_steps: int = 500
     keep_newest: int = 2
     keep_best: int = 1
+    draw_attention: bool = False
+    profile_steps: int = 0
 
     def __post_init__(self):
         check_fields("training", self)
@@ -77,6 +82,10 @@ class TrainingConfig:
             raise ConfigError(
                 f"training.early_stopping_patience must not be negative (0 turns it off), got "
                 f"{self.early_stopping_patience}."
+            )
+        if self.profile_steps < 0:
+            raise ConfigError(
+                f"training.profile_steps must not be negative (0 profiles none), got {self.profile_steps}."
             )
         check_seed("training.seed", self.seed)
         if not 0 <= self.label_smoothing < 1:

@@ -25,6 +25,7 @@ from flax_transformer.data.tokenizer import (
 )
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError, writing
+from flax_transformer.progress import progress, tracked
 from flax_transformer.small_files import write_atomically
 from flax_transformer.user_cache import user_cache
 
@@ -53,7 +54,9 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
                 return tokenizers
         shutil.rmtree(folder / key, ignore_errors=True)
     names = ", ".join(part.name for part in parts)
-    tokenizers = TokenizerPair.train(*_sample(parts, config.max_training_pairs), config, names)
+    sample = _sample(parts, config.max_training_pairs)
+    with progress(f"learning the tokenizer from {len(sample[0]):,} pairs", unit="tokenizers", only_on_terminals=True):
+        tokenizers = TokenizerPair.train(*sample, config, names)
     partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder))
     try:
         with writing(partial):
@@ -75,7 +78,7 @@ def _sample(parts: Sequence[TextPart], most: int) -> tuple[list[str], list[str]]
     """
     chosen, stride, number = [], 1, 0
     for part in parts:
-        for pair in part.pairs():
+        for pair in tracked(part.pairs(), f"reading {part.name} for the tokenizer", unit="pairs"):
             if number % stride == 0:
                 if len(chosen) == most:
                     chosen, stride = chosen[::2], 2 * stride

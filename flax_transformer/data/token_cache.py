@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 
 from flax_transformer.data.filters import PairMarks
 from flax_transformer.data.parallel_text import TextPart
@@ -28,6 +26,7 @@ from flax_transformer.data.text_files import chunks_of
 from flax_transformer.data.tokenizer import SubwordSample, TokenizedText, Tokenizer
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError
+from flax_transformer.progress import progress
 from flax_transformer.small_files import parse_object, sealed, unsealed, write_atomically
 
 # Version of the files in a cache. A new number makes older caches unused.
@@ -38,9 +37,6 @@ PAIRS_AT_ONCE = 16_384
 
 # A killed process leaves a partial cache. It is removed when it has not changed for this time.
 ABANDONED_SECONDS = 3_600
-
-# Time between two lines of progress in a log.
-SECONDS_BETWEEN_LINES = 30.0
 
 DTYPES = {
     "source_ids": np.int32,
@@ -152,7 +148,7 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
         digests[name].update(array.data)
 
     try:
-        with _Progress() as progress:
+        with progress("tokenising", unit="pairs") as advance:
             starts = {"source": 0, "target": 0}
             for side in starts:
                 write(f"{side}_offsets", np.zeros(1))
@@ -173,7 +169,7 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
                     write("identical", np.array([source == target for source, target in group]))
                     write("digests", np.array([_digest(pair) for pair in group], np.uint64))
                     pairs_done += len(group)
-                    progress.update(pairs_done)
+                    advance(len(group))
                 ends.append(pairs_done)
         for file in files.values():
             file.flush()
@@ -184,40 +180,6 @@ def _write(parts: Sequence[TextPart], tokenizers: TokenizerPair, sample: Subword
                 stack.callback(file.close)
     checksums = {name: digest.hexdigest() for name, digest in digests.items()}
     write_atomically(folder / "meta.json", json.dumps(sealed({"ends": ends, "checksums": checksums})))
-
-
-class _Progress:
-    """Shows on standard error how many pairs are done.
-
-    A terminal shows a progress bar. Other outputs get a line every `SECONDS_BETWEEN_LINES`.
-    """
-
-    def __init__(self):
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.completed:,} pairs"),
-            rich.progress.TimeElapsedColumn(),
-            console=rich.console.Console(file=sys.stderr),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("tokenising", total=None)
-        self._told = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def update(self, pairs: int) -> None:
-        """Sets the number of pairs that are done."""
-        self._bar.update(self._task, completed=pairs)
-        if self._bar.disable and time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = time.monotonic()
-            print(f"tokenising: {pairs:,} pairs are done", file=sys.stderr, flush=True)
 
 
 def _is_there(_deadline: float) -> bool:

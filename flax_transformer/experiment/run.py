@@ -93,6 +93,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
                 check_saved=start.checkpoints.check_saved,
                 evaluate=functools.partial(programs.validation, log),
                 history=programs.validation.history(folder),
+                profile_folder=folder.tensorboard if processes.is_first() else None,
             ),
             programs.flops,
         )

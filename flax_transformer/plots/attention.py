@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from flax_transformer.inference.attention_map import AttentionMap
 from flax_transformer.object_storage import AnyPath
-from flax_transformer.plots.picture import Picture, literal, set_title, write_picture
+from flax_transformer.plots.picture import Picture, literal, png_of, set_title, write_picture
 
 # Of a layer's picture: its side in inches, and tokens that are named on it, evenly spread where there are more.
 LARGEST = 18.0
@@ -20,6 +20,16 @@ def plot_attention(attention: AttentionMap, output: AnyPath, title: str) -> Pict
         output: the file to write.
         title: above the picture, in lines.
     """
+    return write_picture(attention_figure(attention, title), output)
+
+
+def attention_png(attention: AttentionMap, title: str) -> bytes:
+    """Returns the picture of `plot_attention` as a PNG. Letters that no font of the machine has are boxes."""
+    return png_of(attention_figure(attention, title))
+
+
+def attention_figure(attention: AttentionMap, title: str) -> Figure:
+    """Returns the figure of `plot_attention`."""
     num_layers = attention.weights.shape[0]
     columns = min(num_layers, 3)
     rows = -(-num_layers // columns)
@@ -40,7 +50,7 @@ def plot_attention(attention: AttentionMap, output: AnyPath, title: str) -> Pict
         axes.set(title=f"decoder layer {layer + 1}, mean over heads", xlabel="source", ylabel="target")
     assert image is not None, "a decoder has at least one layer"
     figure.colorbar(image, ax=list(panels), label="attention weight", shrink=0.8)
-    return write_picture(figure, output)
+    return figure
 
 
 def _names(tokens: list[str]) -> tuple[list[int], list[str]]:

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 
 from flax_transformer.errors import shortened
 from flax_transformer.object_storage import AnyPath
-from flax_transformer.plots.fonts import choose_fonts
+from flax_transformer.plots.fonts import FontChoice, choose_fonts
 from flax_transformer.small_files import write_atomically
 
 DPI = 110
@@ -72,26 +72,43 @@ def write_picture(figure: Figure, output: AnyPath) -> Picture:
         figure: what to write.
         output: the file of a PNG. An SVG gets the same name with the suffix .svg. The other file is removed.
     """
-    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
-    choice = choose_fonts("".join(text.get_text() for text in texts))
-    for text in texts:
-        text.set_fontfamily(choice.families)
+    choice = _set_fonts(figure)
     png, svg = output.with_suffix(".png"), output.with_suffix(".svg")
     if not choice.missing:
         _write(figure, png, "png", dpi=DPI)
         svg.unlink(missing_ok=True)
         return Picture(png)
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)  # the user is told otherwise
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
         _write(figure, svg, "svg")
     png.unlink(missing_ok=True)
     return Picture(svg, choice.missing)
 
 
+def png_of(figure: Figure) -> bytes:
+    """Returns a figure as a PNG. Letters that no installed font has are boxes."""
+    _set_fonts(figure)
+    return _drawn(figure, "png", dpi=DPI)
+
+
+def _set_fonts(figure: Figure) -> FontChoice:
+    """Gives the texts of a figure fonts that have their letters, and returns the choice."""
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    choice = choose_fonts("".join(text.get_text() for text in texts))
+    for text in texts:
+        text.set_fontfamily(choice.families)
+    return choice
+
+
 def _write(figure: Figure, output: AnyPath, kind: str, **options: Any) -> None:
+    write_atomically(output, _drawn(figure, kind, **options))
+
+
+def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format=kind, **options)
-    write_atomically(output, content.getvalue())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)  # the user is told otherwise
+        figure.savefig(content, format=kind, **options)
+    return content.getvalue()
 
 
 def missing_letters_note(pictures: Sequence[Picture]) -> str:

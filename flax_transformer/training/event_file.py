@@ -2,13 +2,17 @@
 
 import contextlib
 import socket
+import struct
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[missing-module-attribute]
-from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[missing-module-attribute]
+from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata  # type: ignore[missing-module-attribute]
+from tensorboardX.proto.tensor_pb2 import TensorProto  # type: ignore[missing-module-attribute]
+from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto  # type: ignore[missing-module-attribute]
+from tensorboardX.proto.types_pb2 import DT_STRING  # type: ignore[missing-module-attribute]
 from tensorboardX.record_writer import RecordWriter
 
 from flax_transformer.object_storage import AnyPath, on_object_storage
@@ -47,7 +51,23 @@ class EventFile:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Adds the values of a step, by their tags."""
-        self._write(step, summary=Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()]))
+        self._add(step, [Summary.Value(tag=t, simple_value=v) for t, v in values.items()])
+
+    def add_text(self, step: int, tag: str, markdown: str) -> None:
+        """Adds a text, which TensorBoard shows as Markdown."""
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()], tensor_shape=shape)
+        self._add(step, [Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
+
+    def add_picture(self, step: int, tag: str, png: bytes) -> None:
+        """Adds a picture, given as the bytes of a PNG."""
+        width, height = struct.unpack(">II", png[16:24])  # PNG specification, section 11.2.1
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self._add(step, [Summary.Value(tag=tag, image=image)])
+
+    def _add(self, step: int, values: list[Any]) -> None:
+        self._write(step, summary=Summary(value=values))
         if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
             self._flushed = time.monotonic()
             self._file.flush()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,14 +11,17 @@ from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import TrainingConfig
 from flax_transformer.data.batching import BatchShape, Position
+from flax_transformer.object_storage import AnyPath
 from flax_transformer.parallel.memory import compile_checked
 from flax_transformer.parallel.mesh import batch_sharding
 from flax_transformer.parallel.placement import put
+from flax_transformer.progress import tracked
 from flax_transformer.shapes import Batch
 from flax_transformer.training.log_window import LogWindow
 from flax_transformer.training.metrics import TokenCounts
 from flax_transformer.training.run_log import RunLog
 from flax_transformer.training.state import TrainState
+from flax_transformer.training.step_profile import StepProfile
 from flax_transformer.training.stopping import Patience, StopRequest, StopVote
 from flax_transformer.training.throughput import FlopFigures
 
@@ -52,7 +56,7 @@ def compile_steps(
     """
     sharding = batch_sharding(mesh)
     compiled = {}
-    for shape in shapes:
+    for shape in tracked(shapes, "compiling", len(shapes), "shapes of batches", only_on_terminals=True):
         source = jax.ShapeDtypeStruct((shape.rows, shape.source_length), "int32", sharding=sharding)
         target = jax.ShapeDtypeStruct((shape.rows, shape.target_length), "int32", sharding=sharding)
         batch = Batch(source, source, source, target, target, target)
@@ -100,6 +104,7 @@ class Callbacks:
         evaluate: function of (parameters, step). The loop calls it at intervals and after the last step. It returns the
             quality; higher is better. A signal interrupts it.
         history: earlier results of `evaluate` if a run is resumed.
+        profile_folder: folder for the profile of `TrainingConfig.profile_steps`; None makes none.
     """
 
     log: RunLog
@@ -107,6 +112,7 @@ class Callbacks:
     check_saved: Callable[[], None]
     evaluate: Callable[[Any, int], float]
     history: list[float]
+    profile_folder: AnyPath | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,9 @@ def train_loop(
             patience.note(quality)
         return quality
 
-    with StopRequest() as stop:
+    profiled = config.profile_steps if callbacks.profile_folder is not None else 0
+    profile = StepProfile(callbacks.profile_folder or Path(), profiled, after=first_step + WARM_UP_STEPS)
+    with StopRequest() as stop, profile:
         # --- an evaluation that a signal stopped before
         if start.owes_evaluation and (quality := evaluate()) is not None:
             callbacks.save(state, position, quality)
@@ -193,9 +201,11 @@ def train_loop(
             # --- one update; the host makes the next batch while the device computes
             batch, position = next(batches)
             window.tokens += TokenCounts.of(batch)
-            state, metrics = steps.programs[shape_of(batch)](state, put(batch, sharding))
+            with profile.step(step + 1):
+                state, metrics = steps.programs[shape_of(batch)](state, put(batch, sharding))
             window.pending.append((metrics, batch))
             step += 1
+            window.started += profile.end_step(step, metrics)
             if len(window.pending) > MAX_STEPS_IN_FLIGHT:
                 window.fetch(step, log, leave=MAX_STEPS_IN_FLIGHT)
             to_evaluate = evaluation_is_due(step, config)

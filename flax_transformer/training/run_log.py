@@ -170,6 +170,14 @@ class RunLog:
             self._metrics.append(f"{line}\n")
             self._events.add(values["step"], scalars)
 
+    def show(self, step: int, texts: dict[str, str], pictures: dict[str, bytes]) -> None:
+        """Adds texts in Markdown, and pictures as PNG, to TensorBoard, by their tags."""
+        with self._folder.writing():
+            for tag, text in texts.items():
+                self._events.add_text(step, tag, text)
+            for tag, picture in pictures.items():
+                self._events.add_picture(step, tag, picture)
+
     def flush(self) -> None:
         """Returns when all lines and records are in their files."""
         with self._folder.writing():
@@ -220,6 +228,9 @@ class SilentLog(RunLog):
         """Does nothing."""
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def show(self, step: int, texts: dict[str, str], pictures: dict[str, bytes]) -> None:
         """Does nothing."""
 
     def flush(self) -> None:
