@@ -46,27 +46,37 @@ def main(arguments: list[str], program: str) -> int:
 
 def options_of_verbs() -> dict[str, Any]:
     """Returns the class of each verb's options."""
+    from flax_transformer.cli.attention import AttentionOptions
     from flax_transformer.cli.average import AverageOptions
     from flax_transformer.cli.compare import CompareOptions
     from flax_transformer.cli.evaluate import EvaluateOptions
     from flax_transformer.cli.init import InitOptions
+    from flax_transformer.cli.plan import PlanOptions
     from flax_transformer.cli.plot import PlotOptions
     from flax_transformer.cli.score import ScoreOptions
     from flax_transformer.cli.translate import TranslateOptions
 
     prepare = dataclasses.make_dataclass("PrepareOptions", [("config", str, "")], bases=(Config,), frozen=True)
     train = dataclasses.make_dataclass("TrainOptions", [("resume", bool, False)], bases=(prepare,), frozen=True)
+    own = [
+        (field.name, field.type, "" if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(PlanOptions)
+        if field.name != "config"
+    ]
+    plan = dataclasses.make_dataclass("PlanRecipeOptions", own, bases=(prepare,), frozen=True)
     return {
         "init": InitOptions,
         "prepare": prepare,
         "train": train,
         "translate": TranslateOptions,
+        "attention": AttentionOptions,
         "score": ScoreOptions,
         "evaluate": EvaluateOptions,
         "average": AverageOptions,
         "convert": ConvertOptions,
         "plot": PlotOptions,
         "compare": CompareOptions,
+        "plan": plan,
         "completion": CompletionOptions,
     }
 

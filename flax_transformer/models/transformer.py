@@ -241,21 +241,15 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the layer's output for all positions at once."""
         keys = split_key(key, 6)
-        x = self.read_target(x, self_mask, keys[:2])
+        inner = self.self_attention_residual.enter(x)
+        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, self_mask, keys[0]))
+        x = self.self_attention_residual.leave(x, update, keys[1])
         inner = self.cross_attention_residual.enter(x)
         update = self.cross_attention.output.unbiased(self.cross_attention.attend(inner, encoded, cross_mask, keys[2]))
         x = self.cross_attention_residual.leave(x, update, keys[3])
         inner = self.feed_forward_residual.enter(x)
         update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[4]))
         return self.feed_forward_residual.leave(x, update, keys[5])
-
-    def read_target(
-        self, x: Float[Array, "B T D"], mask: AttentionMask, keys: list[PRNGKeyArray | None]
-    ) -> Float[Array, "B T D"]:
-        """Returns the output of the first sub-layer, the self-attention. The keys are of its weights and its output."""
-        inner = self.self_attention_residual.enter(x)
-        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, mask, keys[0]))
-        return self.self_attention_residual.leave(x, update, keys[1])
 
     def weights(
         self,
@@ -267,7 +261,8 @@ class DecoderLayer(nnx.Module):
         """Returns the weights of both attentions for the layer's input."""
         inner = self.self_attention_residual.enter(x)
         own = self.self_attention.weights(inner, inner, self_mask)
-        inner = self.cross_attention_residual.enter(self.read_target(x, self_mask, [None, None]))
+        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, self_mask, None))
+        inner = self.cross_attention_residual.enter(self.self_attention_residual.leave(x, update, None))
         return own, self.cross_attention.weights(inner, encoded, cross_mask)
 
     def step(
