@@ -37,6 +37,10 @@ MEASURING = (
 )
 
 
+# Mean number of running programs for each core, in the last minute, from which on a machine counts as busy.
+BUSY_LOAD = 2.0
+
+
 @dataclass(frozen=True)
 class InitOptions:
     """Looks at parallel text, and writes a first recipe for it and for this machine, with the reason of each choice.
@@ -223,6 +227,12 @@ def main(arguments: list[str], program: str) -> int:
     return 0
 
 
+def is_busy() -> bool:
+    """Returns whether more programs want to run than this machine has cores, besides this one's own threads."""
+    cores = os.cpu_count() or 1
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY_LOAD * cores
+
+
 def _title(options: InitOptions, texts: Texts, command: str) -> list[str]:
     return [
         f"A first recipe for {texts.train.name}. Every value can be changed; those that are not here have their "
@@ -254,6 +264,10 @@ def _summary(options: InitOptions, texts: Texts, chosen: ChosenRecipe) -> str:
             f"evaluations of about {time.evaluation:.0f} s. This was measured by some steps on this machine, just now. "
             "Other work on it makes the training slower."
         )
+        if is_busy():
+            lines.append(
+                "Other programs use this machine now, so that a training which has it for itself is faster than this."
+            )
         if chosen.wanted_steps > training.steps:
             lines.append(
                 f"That is what --hours {options.hours:g} allows. A corpus of this size usually takes "

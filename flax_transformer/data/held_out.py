@@ -5,6 +5,7 @@ lines, and most of it stays when lines are added. Training text gets no pair who
 """
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable
@@ -172,8 +173,6 @@ def check_new(path: Path, replace: bool) -> None:
 
 def _umask() -> int:
     """Returns the permissions that new files of this process lack."""
-    import os
-
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -291,6 +291,7 @@ def add_training(recipe: CommentedRecipe, size: Size, steps: int, why_steps: str
     recipe.set("", training__log_every_steps=min(100, max(steps // 50, 1)))
     recipe.set("the first lines of the validation text", training__evaluate_sentences=min(num_validation, 1_000))
     add_evaluations(recipe, steps, EVALUATIONS)
+    recipe.set("for TensorBoard, which also gets some translations", training__draw_attention=True)
 
 
 def add_decoding(recipe: CommentedRecipe, survey: TextSurvey, pairs: TokenizedPairs) -> None:
