@@ -55,3 +55,13 @@ html_static_path = ["_static"]
 html_css_files = ["guide.css"]
 html_copy_source = False
 html_show_sphinx = False
+
+
+def setup(app):
+    """Marks the pages of docs/zh as Chinese, so that browsers choose Chinese forms of signs that Japanese shares."""
+
+    def mark(app, pagename, templatename, context, doctree):
+        if pagename.startswith("zh/"):
+            context["language"] = "zh-Hans"
+
+    app.connect("html-page-context", mark)
