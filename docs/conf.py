@@ -34,7 +34,7 @@ os.environ["GUIDE_RUNS"] = str(CACHE / f"runs-{code_hash(PACKAGE)}")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 project = "flax_transformer"
-author = "the authors of flax_transformer"
+author = copyright = "the authors of flax_transformer"
 version = release = installed_version("flax-transformer")
 extensions = ["myst_nb", "code_pages"]
 exclude_patterns = ["**/Dockerfile"]
@@ -46,7 +46,7 @@ myst_heading_anchors = 4  # links to headings, as code hosts make them
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(CACHE / f"cells-{code_hash(PACKAGE + DRAWN_FROM)}")
 nb_execution_raise_on_error = True
-nb_execution_timeout = 240  # seconds of one cell
+nb_execution_timeout = 600  # seconds of one cell
 nb_merge_streams = True
 
 html_theme = "furo"
