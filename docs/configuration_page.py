@@ -18,7 +18,7 @@ PAGE = "reference/configuration"
 
 
 def sections() -> list[tuple[str, type]]:
-    """Returns the name and the dataclass of each section; "" for the recipe itself, and a section again for each kind."""
+    """Returns name and dataclass of each section and kind; the name of the recipe itself is ""."""
     found: list[tuple[str, type]] = [("", Config)]
     for name, hint in get_type_hints(Config).items():
         choices = [hint, *get_args(hint)]

@@ -21,6 +21,10 @@ def override(config: Config, arguments: list[str], program: str = "train.py") ->
         ConfigError: an unknown kind, or a key that has another name now.
         SystemExit: with code 2, after tyro's message, an unknown flag, a value of the wrong type, or fields that
             contradict each other. With code 0 after --help.
+
+    Example:
+        >>> override(Config(), ["--model.num-heads", "8", "--optimizer.warmup-steps", "100"]).model.num_heads
+        8
     """
     hints = get_type_hints(Config)
     # This is no `Config` yet, since a section of a new kind may contradict the others until all flags are read.

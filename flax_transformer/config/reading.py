@@ -173,6 +173,12 @@ def read_config(path: AnyPath, of_run: bool = False) -> Config:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type or out of range, or fields that
             contradict each other.
+
+    Example:
+        >>> from flax_transformer.config.installed import recipe_path
+        >>> config = read_config(recipe_path("number_words"))
+        >>> config.data.kind, config.model.model_dim
+        ('number_words', 128)
     """
     try:
         values = _read_yaml(path)
