@@ -1,6 +1,6 @@
-"""A Sphinx extension: the page `reference/configuration` gets a table of each section of a recipe.
+"""A Sphinx extension: pages of the reference get the tables of the configuration and of the commands.
 
-The tables come from the dataclasses and their docstrings, as `--help` does. They are made while the page is read.
+The tables come from the dataclasses and their docstrings, as `--help` does. They are made while a page is read.
 """
 
 import dataclasses
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import docstring_parser
 
+from flax_transformer.cli.main import VERBS
 from flax_transformer.config.recipe import Config
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
-
-PAGE = "reference/configuration"
 
 
 def sections() -> list[tuple[str, type]]:
@@ -78,10 +77,19 @@ def tables() -> str:
     return "".join(table(*section) for section in sections())
 
 
+def commands() -> str:
+    """Returns the table of all verbs, as Markdown."""
+    rows = [f"| `{verb}` | {one_line(text)} |" for verb, text in VERBS.items()]
+    return "\n".join(["| verb | what it does |", "|---|---|", *rows]) + "\n"
+
+
+TABLES = {"reference/configuration": tables, "reference/commands": commands}
+
+
 def add_tables(app: "Sphinx", docname: str, source: list[str]) -> None:
-    """Appends the tables to the source of the page."""
-    if docname == PAGE:
-        source[0] += tables()
+    """Appends the tables to the source of a page."""
+    if docname in TABLES:
+        source[0] += TABLES[docname]()
 
 
 def setup(app: "Sphinx") -> dict[str, bool]:

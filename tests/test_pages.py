@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_run import command
 from tests.test_readme import blocks, commands
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +23,9 @@ NEW_FILE = re.compile(r"# (flax_transformer/[\w/]+\.py)\n")
 
 def copy_of_the_package(page: str, folder: Path) -> list[str]:
     """Does to a copy of the package what a page says. Returns the code that the page checks it by."""
-    shutil.copytree(ROOT / "flax_transformer", folder / "flax_transformer", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "flax_transformer", folder / "flax_transformer", ignore=shutil.ignore_patterns("__pycache__")
+    )
     checks = []
     for code in blocks("python", f"docs/how_to/{page}"):
         if named := NEW_FILE.match(code):
@@ -65,7 +69,114 @@ def test_a_page_that_is_followed_works(page, tmp_path):
 
 
 def test_a_page_that_is_wrong_is_noticed(tmp_path, monkeypatch):
-    wrong = [code.replace("class BagSeq2Seq", "class BagSeq2Seq(") for code in blocks("python", "docs/how_to/add_a_model.md")]
+    wrong = [
+        code.replace("class BagSeq2Seq", "class BagSeq2Seq(") for code in blocks("python", "docs/how_to/add_a_model.md")
+    ]
     monkeypatch.setattr(sys.modules[__name__], "blocks", lambda language, file: wrong if language == "python" else [])
     with pytest.raises(SyntaxError):
         test_what_a_page_adds_fits_the_package("add_a_model.md", tmp_path)
+
+
+# --- pages whose code runs in this process
+
+
+def run_page(page: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    exec(compile("\n".join(blocks("python", page)), page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_serving_runs(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "runs" / "number_words")
+    run_page("docs/serving.md", tmp_path, monkeypatch)
+
+
+@pytest.mark.parity
+def test_the_page_on_marian_writes_what_transformers_reads(run, tmp_path, monkeypatch, capsys):
+    to_hf = next(words for words in commands("docs/interop.md") if words[2] == "to-hf")
+    shutil.copytree(run, tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert command(*to_hf[1:]) == 0
+    capsys.readouterr()
+    run_page("docs/interop.md", tmp_path, monkeypatch)
+    assert capsys.readouterr().out.startswith("[")
+
+
+# --- messages
+
+
+@functools.cache
+def messages() -> str:
+    """All texts of the package, one a line; what an f-string inserts is an ellipsis."""
+    found = []
+    for path in (ROOT / "flax_transformer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def quoted() -> list[str]:
+    """The messages that the FAQ quotes."""
+    return [
+        line.removeprefix("> ")
+        for line in (DOCS / "faq.md").read_text(encoding="utf-8").splitlines()
+        if line[:2] == "> "
+    ]
+
+
+def fixed_words(message: str) -> list[str]:
+    """The parts of a message between its ellipses that have several words; it may consist of several texts."""
+    return [part.strip() for part in re.split("…", message) if len(part.split()) > 1]
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_each_message_of_the_faq_is_in_the_source(message):
+    parts = fixed_words(message)
+    assert parts and max(len(part.split()) for part in parts) >= 4
+    missing = [part for part in parts if part not in messages()]
+    assert not missing
+
+
+def test_the_faq_has_an_answer_to_each_message():
+    text = (DOCS / "faq.md").read_text(encoding="utf-8")
+    entries = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    assert 15 <= len(entries) <= 30
+    for entry in entries:
+        question, message, answer = entry.strip().split("\n\n", 2)
+        assert message.startswith("> ") and len(answer.split()) >= 12, question
+
+
+# --- the site
+
+
+def test_each_page_is_in_the_contents():
+    """A page that no toctree names cannot be found."""
+    named = set()
+    for path in DOCS.rglob("*.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in tree.splitlines():
+                target = re.sub(r"^.*<(.*)>$", r"\1", line.strip())
+                if target and not target.startswith(":"):
+                    named.add(os.path.normpath(path.parent.relative_to(DOCS) / target))
+    pages = {str(path.relative_to(DOCS).with_suffix("")) for path in DOCS.rglob("*.md")} - {"index"}
+    assert pages == named
+
+
+def test_the_configuration_page_has_every_field_and_says_what_it_means(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import configuration_page
+
+    text = configuration_page.tables()
+    for section, cls in configuration_page.sections():
+        for field in dataclasses.fields(cls):
+            key = f"{section}.{field.name}" if section else field.name
+            if not dataclasses.is_dataclass(getattr(cls(), field.name)):
+                row = re.search(rf"^\| `{re.escape(key)}` \| (.+) \| (.+) \| (.+) \|$", text, flags=re.MULTILINE)
+                assert row and len(row[3].split()) > 1, key
+    assert len(re.findall(r"^## ", text, flags=re.MULTILINE)) >= 14
+    assert "| `translate` | translate a file" in configuration_page.commands()
+    assert "| `optimizer.beta2` | number | `0.98` | decay of the second moment" in text

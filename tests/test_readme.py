@@ -46,7 +46,8 @@ def commands(file: str = "README.md") -> list[list[str]]:
 
 COMMANDS = commands()
 OF_DECODING, OF_TRAINING = commands("docs/decoding.md"), commands("docs/training.md")
-ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *commands("docs/scale/README.md")]
+PAGES = ("docs/scale/README.md", "docs/interop.md", "docs/serving.md", "docs/reference/configuration.md")
+ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *(words for page in PAGES for words in commands(page))]
 
 
 class Parsed(Exception):
