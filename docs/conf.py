@@ -36,11 +36,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 project = "flax_transformer"
 author = "the authors of flax_transformer"
 version = release = installed_version("flax-transformer")
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "code_pages", "configuration_page"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "code_pages",
+    "configuration_page",
+    "docstrings",
+]
 exclude_patterns = ["**/Dockerfile"]
+smartquotes = False  # they would change flags such as --help
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures; most of them belong to other packages
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_typehints_format = "short"

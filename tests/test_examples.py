@@ -89,7 +89,7 @@ def test_every_public_name_is_on_a_page_and_has_an_example():
 
 
 def docstring(module: str, name: str) -> str:
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module)).__doc__
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module)).__doc__ or ""
 
 
 def run_example(module: str, name: str) -> doctest.TestResults:
@@ -112,6 +112,26 @@ def test_it_runs(module, name, tmp_path, monkeypatch, request):
 def test_an_example_that_is_wrong_fails(monkeypatch):
     from flax_transformer.ops import attention
 
-    text = attention.masked_softmax.__doc__
+    text = docstring("flax_transformer.ops.attention", "masked_softmax")
     monkeypatch.setattr(attention.masked_softmax, "__doc__", text.replace("0.5, 0.5", "0.5, 0.4"))
     assert run_example("flax_transformer.ops.attention", "masked_softmax").failed == 1
+
+
+def raised(node: Any) -> set[str]:
+    """The errors that a function, or the making of an object, raises in its own code."""
+    bodies = [node]
+    if isinstance(node, ast.ClassDef):
+        bodies = [each for each in node.body if getattr(each, "name", "") in ("__init__", "__post_init__")]
+    found = [each for body in bodies for each in ast.walk(body) if isinstance(each, ast.Raise)]
+    return {
+        each.exc.func.id for each in found if isinstance(each.exc, ast.Call) and isinstance(each.exc.func, ast.Name)
+    }
+
+
+def test_public_names_say_what_they_raise():
+    for module, names in on_pages().items():
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names:
+                text = ast.get_docstring(node) or ""
+                assert not raised(node) or "Raises:" in text, f"{module}.{node.name} raises {raised(node)}"

@@ -108,6 +108,9 @@ class ParallelTextConfig:
         source_key: key of the source side in .jsonl files.
         target_key: key of the target side in .jsonl files.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
     Example:
         >>> config = ParallelTextConfig(folder="data/multi30k", train_source=("train.en",), train_target=("train.de",))
         >>> config.kind, config.train_source

@@ -40,6 +40,9 @@ class NumberWordsConfig:
         num_test: number of test pairs; none of them is in training or validation.
         seed: seed of the generator, which decides how the numbers are split.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
     Example:
         >>> corpus = number_words_corpus(NumberWordsConfig(num_train=8, num_validation=1, num_test=1))
         >>> len(corpus.validation.source), english_number_words(21), german_number_words(21)

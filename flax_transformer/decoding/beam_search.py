@@ -83,6 +83,9 @@ class BeamSearchConfig:
         refill_at: number of slots that must be done before sentences that wait take them.
         excluded: tokens that no hypothesis contains, such as padding. They cost nothing, unlike a logits processor.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
     Example:
         >>> penalty = LengthPenalty.parse("gnmt:0.6")
         >>> BeamSearchConfig(4, 32, 100, start_token=1, end_token=2, length_penalty=penalty).stop
@@ -275,7 +278,8 @@ def beam_search(
 ) -> Hypotheses:
     """Returns the K best outputs of each of the N sentences; the arguments are those of `start`.
 
-    Example: a Markov chain, whose row k holds the logits after token k.
+    Example:
+        >>> # A Markov chain, whose row k holds the logits after token k.
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
         >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))

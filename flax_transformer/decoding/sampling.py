@@ -40,6 +40,9 @@ class SamplingConfig:
             all.
         min_p: draw from tokens with at least this share of the highest probability; 0 allows all.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
     Example:
         >>> SamplingConfig(temperature=0.7, top_p=0.9).top_k  # no limit
         0

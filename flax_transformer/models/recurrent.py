@@ -67,6 +67,9 @@ class RecurrentConfig:
         param_dtype: type of the parameters; training needs float32.
         compute_dtype: type of products and activations.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
     Example:
         >>> RecurrentConfig(cell="gru", attention="general", input_feeding=True).join
         'output'

@@ -43,6 +43,9 @@ class AttentionMask:
         array: result of `materialize`, if it exists already; see `shared`. It is valid for these parts only: drop it
             when one of them is replaced.
 
+    Raises:
+        ValueError: query segments without key segments, or a window below 0.
+
     Example:
         >>> AttentionMask(causal=True).materialize(3, 3)[0, 0].astype(int).tolist()
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]]

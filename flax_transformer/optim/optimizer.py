@@ -48,6 +48,9 @@ class OptimizerConfig:
         weight_decay_exclude: regular expression for all other parameters. With weight decay every parameter must match
             exactly one of the two expressions.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
     Example:
         >>> OptimizerConfig(name="adamw", schedule="constant", learning_rate=3e-4, weight_decay=0.01).beta2
         0.98
