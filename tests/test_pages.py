@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import flax_transformer
 from tests.small_run import command
 from tests.test_readme import blocks, commands
 
@@ -148,6 +150,23 @@ def test_the_faq_has_an_answer_to_each_message():
     for entry in entries:
         question, message, answer = entry.strip().split("\n\n", 2)
         assert message.startswith("> ") and len(answer.split()) >= 12, question
+
+
+# --- the entrance
+
+
+def test_the_citation_has_what_its_schema_requires_and_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"authors", "cff-version", "message", "title"} <= citation.keys()
+    assert citation["version"] == flax_transformer.__version__ and citation["license"] == "Apache-2.0"
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", text) + re.findall(r"`(tests/\w+\.py)`", text):
+        assert (ROOT / name).exists(), name
+    (test_command,) = re.findall(r"^python3 -m venv .*$", text, flags=re.MULTILINE)
+    assert test_command in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # --- the site

@@ -52,7 +52,10 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
     elif path is None:
         path = default_config
     if path is None:
-        raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
+        raise ConfigError(
+            "give a recipe by --config FILE, an installed one by --config number_words, or a run to go on with by "
+            "--run FOLDER --resume."
+        )
     folder = RunFolder.of_config(path)
     config = read_config(path) if folder is None else folder.read_config()
     return override(config, rest, program), resume
