@@ -15,6 +15,7 @@ import yaml
 
 import flax_transformer
 from tests.small_run import command
+from tests.test_prose import MOST_WORDS, num_words, sentences
 from tests.test_readme import blocks, commands
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,24 @@ def test_the_faq_has_an_answer_to_each_message():
     for entry in entries:
         question, message, answer = entry.strip().split("\n\n", 2)
         assert message.startswith("> ") and len(answer.split()) >= 12, question
+
+
+# --- the words
+
+OF_PROSE = [
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("faq", "interop", "serving")),
+    *(f"docs/how_to/{name}" for name in HOW_TO),
+    *(str(path.relative_to(ROOT)) for path in sorted((DOCS / "reference").rglob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", OF_PROSE)
+def test_sentences_are_short(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n|\n(?=[-|#>]|\d\.)", re.sub(r"\]\([^)]*\)", "]", text)):
+        for sentence in sentences(" ".join(paragraph.split()).lstrip("- ")):
+            assert paragraph.startswith("|") or num_words(sentence) <= MOST_WORDS, sentence
 
 
 # --- the entrance
