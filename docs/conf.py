@@ -45,7 +45,7 @@ extensions = [
     "docstrings",
 ]
 exclude_patterns = ["**/Dockerfile"]
-smartquotes = False  # they would change flags such as --help
+smartquotes_action = "D"  # dashes alone: quotation marks stay as they are written
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures; most of them belong to other packages
 
