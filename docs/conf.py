@@ -36,9 +36,28 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 project = "flax_transformer"
 author = copyright = "the authors of flax_transformer"
 version = release = installed_version("flax-transformer")
-extensions = ["myst_nb", "code_pages"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "code_pages",
+    "configuration_page",
+    "docstrings",
+]
 exclude_patterns = ["**/Dockerfile"]
+smartquotes_action = "D"  # dashes alone: quotation marks stay as they are written
 nitpicky = True
+nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures; most of them belong to other packages
+
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "special-members": "__call__"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+default_role = "code"  # docstrings mark code by single backquotes
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_preprocess_types = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4  # links to headings, as code hosts make them

@@ -18,19 +18,52 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
-    """An input of the user cannot be used as it is, such as a file, a value or a line of text."""
+    """An input of the user cannot be used as it is, such as a file, a value or a line of text.
+
+    Example:
+        >>> from flax_transformer import evaluate
+        >>> try:
+        ...     evaluate(["one line"], [])
+        ... except InputError as error:
+        ...     print(type(error).__name__)
+        InputError
+    """
 
 
 class ConfigError(InputError):
-    """A configuration has an unknown field, a value of the wrong type, or fields that contradict each other."""
+    """A configuration has an unknown field, a value of the wrong type, or fields that contradict each other.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig
+        >>> try:
+        ...     TransformerConfig(model_dim=10, num_heads=4)
+        ... except ConfigError as error:
+        ...     print(error)
+        model.num_heads (4) must divide ...
+    """
 
 
 class RunFolderError(InputError):
-    """A run folder lacks something, has a damaged file, or contains another run already."""
+    """A run folder lacks something, has a damaged file, or contains another run already.
+
+    Example:
+        >>> from flax_transformer import Translator
+        >>> try:
+        ...     Translator.load("no/such/run")
+        ... except RunFolderError as error:
+        ...     print(error)
+        no/such/run is not a run folder: ...
+    """
 
 
 class DivergenceError(RuntimeError):
-    """A training or a search met numbers that are not finite. The user has to change the recipe."""
+    """A training or a search met numbers that are not finite. The user has to change the recipe.
+
+    Example:
+        >>> from flax_transformer import NoTranslation
+        >>> NoTranslation("A dog.", DivergenceError("the model's scores are not finite.")).reason
+        DivergenceError("the model's scores are not finite.")
+    """
 
 
 class LostProcessError(RuntimeError):

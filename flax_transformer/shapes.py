@@ -40,6 +40,12 @@ class Batch(NamedTuple):
         target_tokens: [B, T], labels of the model: each sentence with its end token, without a start token.
         target_positions: [B, T].
         target_segments: [B, T].
+
+    Example:
+        >>> tokens, positions, segments = np.array([[5, 6, 2, 0]]), np.array([[0, 1, 2, 3]]), np.array([[1, 1, 1, 0]])
+        >>> batch = Batch(tokens, positions, segments, tokens, positions, segments)
+        >>> batch.source_tokens[batch.source_segments > 0].tolist()
+        [5, 6, 2]
     """
 
     source_tokens: Any

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from flax_transformer.cli.train import read_recipe
 from flax_transformer.config.command_line import override
+from flax_transformer.config.installed import installed_recipes, recipe_path
 from flax_transformer.config.old_keys import OLD_KEYS, with_new_keys
 from flax_transformer.config.reading import from_dict, read_config, to_dict, write_config
 from flax_transformer.config.recipe import Config, DecodingConfig
@@ -188,3 +190,18 @@ def test_a_key_that_is_no_plain_text_is_explained(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match="a key must be plain text"):
         read_config(tmp_path / "c.yaml")
+
+
+def test_an_installed_recipe_is_named_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert installed_recipes() == [path.stem for path in RECIPES]
+    config, resume = read_recipe(["--config", "number_words", "--run", "runs/a"], "train.py")
+    assert config.data.kind == "number_words" and config.run == "runs/a" and not resume
+    with pytest.raises(ConfigError, match="no configuration file at number_word. .* number_words, "):
+        read_recipe(["--config", "number_word"], "train.py")
+
+
+def test_a_file_comes_before_an_installed_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "number_words").write_text("run: runs/own")
+    assert read_config(recipe_path("number_words")).run == "runs/own"

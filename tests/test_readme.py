@@ -46,8 +46,14 @@ def commands(file: str = "README.md") -> list[list[str]]:
 
 COMMANDS = commands()
 OF_DECODING, OF_TRAINING = commands("docs/decoding.md"), commands("docs/training.md")
-OTHERS = [*commands("docs/scale/README.md"), *commands("docs/guide/training_by_hand.md")]
-ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *OTHERS]
+PAGES = (
+    "docs/scale/README.md",
+    "docs/guide/training_by_hand.md",
+    "docs/interop.md",
+    "docs/serving.md",
+    "docs/reference/configuration.md",
+)
+ALL = [*COMMANDS, *OF_DECODING, *OF_TRAINING, *(words for page in PAGES for words in commands(page))]
 
 
 class Parsed(Exception):

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from flax_transformer.config.command_line import override
+from flax_transformer.config.installed import recipe_path
 from flax_transformer.config.reading import read_config
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.run import run_experiment
-from flax_transformer.object_storage import any_path
 from flax_transformer.run_folder import RunFolder
 
 
@@ -17,7 +17,8 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
     A configuration that lies in a run folder belongs to that run, whatever folder it names.
 
     Args:
-        arguments: `[--config FILE] [--section.field value ...]`, or `--run FOLDER --resume [--section.field ...]`.
+        arguments: `[--config FILE] [--section.field value ...]`, or `--run FOLDER --resume [--section.field ...]`. The
+            name of an installed recipe may stand for a file.
         program: name of the program in the help.
         default_config: recipe used without --config; None if one must be given.
 
@@ -32,9 +33,9 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
             if not equals:
                 position += 1
                 if position == len(arguments):
-                    raise ConfigError("--config needs the path of a YAML file.")
+                    raise ConfigError("--config needs the path of a YAML file, or the name of an installed recipe.")
                 value = arguments[position]
-            path = any_path(value)
+            path = recipe_path(value)
         elif arguments[position] == "--resume":
             resume = True
         else:
@@ -52,7 +53,10 @@ def read_recipe(arguments: list[str], program: str, default_config: Path | None 
     elif path is None:
         path = default_config
     if path is None:
-        raise ConfigError("give a recipe by --config FILE, or a run to go on with by --run FOLDER --resume.")
+        raise ConfigError(
+            "give a recipe by --config FILE, an installed one by --config number_words, or a run to go on with by "
+            "--run FOLDER --resume."
+        )
     folder = RunFolder.of_config(path)
     config = read_config(path) if folder is None else folder.read_config()
     return override(config, rest, program), resume

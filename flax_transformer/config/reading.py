@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from flax_transformer.config.installed import installed_recipes
 from flax_transformer.config.old_keys import explain_old_key, with_new_keys
 from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, did_you_mean, shortened, shown
@@ -172,6 +173,12 @@ def read_config(path: AnyPath, of_run: bool = False) -> Config:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type or out of range, or fields that
             contradict each other.
+
+    Example:
+        >>> from flax_transformer.config.installed import recipe_path
+        >>> config = read_config(recipe_path("number_words"))
+        >>> config.data.kind, config.model.model_dim
+        ('number_words', 128)
     """
     try:
         values = _read_yaml(path)
@@ -194,7 +201,10 @@ def _check_complete(values: dict[str, Any]) -> None:
 
 def _read_yaml(path: AnyPath) -> Any:
     if not path.exists() or path.is_dir():
-        raise ConfigError(f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone.")
+        raise ConfigError(
+            f"no configuration file at {path}. Recipes lie in the folder configs/ of a clone, and these can be named "
+            f"without a path: {', '.join(installed_recipes())}."
+        )
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:

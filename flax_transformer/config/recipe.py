@@ -264,6 +264,14 @@ class Config:
         decoding: settings of beam search and sampling.
         evaluation: settings of the scores of translations.
         mesh: the mesh of devices.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> config = Config(run="runs/wide", model=TransformerConfig(model_dim=256, num_heads=8))
+        >>> config.model.model_dim, config.training.label_smoothing
+        (256, 0.1)
     """
 
     run: str = "runs/number_words"

@@ -11,6 +11,11 @@ def load_corpus(config: DataConfig) -> Corpus:
 
     Raises:
         InputError: a file is missing, malformed or empty, or two files are not parallel.
+
+    Example:
+        >>> corpus = load_corpus(NumberWordsConfig(num_train=8, num_validation=2, num_test=1))
+        >>> len(corpus.validation.source), len(corpus.test.target)
+        (2, 1)
     """
     if isinstance(config, NumberWordsConfig):
         return number_words_corpus(config)

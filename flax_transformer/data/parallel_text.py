@@ -43,7 +43,13 @@ class TextPart(Protocol):
 
 
 class ParallelText(NamedTuple):
-    """Sentences and their translations in memory, in lists of the same length; satisfies `TextPart`."""
+    """Sentences and their translations in memory, in lists of the same length; satisfies `TextPart`.
+
+    Example:
+        >>> text = ParallelText(["one", "two"], ["eins", "zwei"], name="numbers")
+        >>> list(text.pairs())
+        [('one', 'eins'), ('two', 'zwei')]
+    """
 
     source: list[str]
     target: list[str]
@@ -64,7 +70,14 @@ class ParallelText(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """The three parts of a corpus. Models and tokenizers learn from `train` alone."""
+    """The three parts of a corpus. Models and tokenizers learn from `train` alone.
+
+    Example:
+        >>> text = ParallelText(["one", "two"], ["eins", "zwei"])
+        >>> corpus = Corpus(train=(text,), validation=text, test=text)
+        >>> list(corpus.train[0].pairs())
+        [('one', 'eins'), ('two', 'zwei')]
+    """
 
     train: tuple[TextPart, ...]
     validation: ParallelText
@@ -94,6 +107,14 @@ class ParallelTextConfig:
         target_column: column of the target side in .tsv files, counted from 1.
         source_key: key of the source side in .jsonl files.
         target_key: key of the target side in .jsonl files.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> config = ParallelTextConfig(folder="data/multi30k", train_source=("train.en",), train_target=("train.de",))
+        >>> config.kind, config.train_source
+        ('parallel_text', ('train.en',))
     """
 
     kind: ClassVar[str] = "parallel_text"

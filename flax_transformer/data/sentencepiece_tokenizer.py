@@ -38,6 +38,9 @@ TRAINING_THREADS = 1
 class SentencePieceTokenizer:
     """Text to ids and back, over one SentencePiece model.
 
+    Raises:
+        RunFolderError: the bytes are no SentencePiece model, or a damaged one.
+
     Example:
         >>> tokenizer = SentencePieceTokenizer.train(["a rose is a rose"] * 3, TokenizerConfig(vocab_size=12))
         >>> tokenizer.decode(tokenizer.encode(["a rose"])[0])

@@ -39,6 +39,14 @@ class NumberWordsConfig:
         num_validation: number of validation pairs; none of them is in training.
         num_test: number of test pairs; none of them is in training or validation.
         seed: seed of the generator, which decides how the numbers are split.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> corpus = number_words_corpus(NumberWordsConfig(num_train=8, num_validation=1, num_test=1))
+        >>> len(corpus.validation.source), english_number_words(21), german_number_words(21)
+        (1, 'twenty-one', 'einundzwanzig')
     """
 
     kind: ClassVar[str] = "number_words"

@@ -69,6 +69,13 @@ class TokenizerConfig:
             lines it changes. "identity" changes nothing, for such text and for text that is tokenised already.
         max_training_pairs: maximum number of sentence pairs to learn from, spread evenly over the training text. They
             must fit in memory. SentencePiece leaves out very long lines.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> TokenizerConfig(algorithm="bpe", vocab_size=4_000).joint
+        True
     """
 
     algorithm: Literal["unigram", "bpe", "word", "char"] = "unigram"

@@ -15,7 +15,14 @@ KINDS: dict[str, Callable[[bytes], Tokenizer]] = {SentencePieceTokenizer.suffix:
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """The tokenizers of the source and the target language. A shared vocabulary is one object in both places."""
+    """The tokenizers of the source and the target language. A shared vocabulary is one object in both places.
+
+    Example:
+        >>> config = TokenizerConfig(algorithm="char", vocab_size=20)
+        >>> pair = TokenizerPair.train(["a rose"] * 3, ["eine Rose"] * 3, config)
+        >>> pair.joint, pair.target.decode(pair.target.encode(["eine Rose"])[0])
+        (True, 'eine Rose')
+    """
 
     source: Tokenizer
     target: Tokenizer

@@ -82,6 +82,14 @@ class BeamSearchConfig:
             `num_awaited` results are the best that the search can find.
         refill_at: number of slots that must be done before sentences that wait take them.
         excluded: tokens that no hypothesis contains, such as padding. They cost nothing, unlike a logits processor.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> penalty = LengthPenalty.parse("gnmt:0.6")
+        >>> BeamSearchConfig(4, 32, 100, start_token=1, end_token=2, length_penalty=penalty).stop
+        'exact'
     """
 
     beam_size: int
@@ -132,6 +140,15 @@ def start(
         selector: chooses the candidates of a step; None is `best_candidates`. The "best K" candidates are the first K
             in the selector's order.
         score_adjustment: added to scores, never above 0; None adds nothing.
+
+    Example:
+        >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+
+        >>> state = start(functions, config, None, jnp.array([4]))
+        >>> state.sentences.tolist(), int(state.request.num_sentences)  # an empty slot, and a sentence that waits
+        ([1], 1)
     """
     num_rows, slots, beams = max_lengths.shape[0], config.num_slots, config.beam_size
     request = SearchRequest(
@@ -165,7 +182,16 @@ def start(
 
 
 def is_running(state: BeamState) -> Bool[Array, ""]:
-    """Returns whether any sentence is not done yet."""
+    """Returns whether any sentence is not done yet.
+
+    Example:
+        >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+
+        >>> bool(is_running(start(functions, config, None, jnp.array([4]))))
+        True
+    """
     return jnp.any(state.active) | (state.next_sentence < state.request.num_sentences)
 
 
@@ -189,12 +215,23 @@ def advance(
     Donation of the state deletes its arrays. A jitted `start` gives the state arrays of its own. Without `jax.jit`,
     they may be the caller's arrays.
 
-    Example: a server that keeps the state on the device.
-        >>> state = jax.jit(functools.partial(start, functions, config))(decoder, max_lengths, processors)
-        >>> few_steps = jax.jit(functools.partial(advance, functions, config), donate_argnums=0)
-        >>> state = few_steps(state, 8)
-        >>> done = state.sentences[~state.active]
-        >>> done = done[done < len(max_lengths)]  # an empty slot holds N; results are in `finish(config, state)`
+    Example:
+        >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+
+        >>> state = start(functions, config, None, jnp.array([4]))
+        >>> advance(functions, config, state, 1).steps.tolist()
+        [1]
+
+        A server keeps the state on the device, and donates it to each call. Results are in `finish(config, state)`.
+        Here `decoder`, `max_lengths` and `processors` are those of a model (see docs/serving.md)::
+
+            state = jax.jit(functools.partial(start, functions, config))(decoder, max_lengths, processors)
+            few_steps = jax.jit(functools.partial(advance, functions, config), donate_argnums=0)
+            state = few_steps(state, 8)
+            done = state.sentences[~state.active]
+            done = done[done < len(max_lengths)]  # an empty slot holds N
     """
     state = _exchange(functions, config, state)
     step = functools.partial(_step, functions, config)
@@ -214,6 +251,17 @@ def finish(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
     The function may be called between two calls of `advance`. A sentence is done if it has left its slot, or if its
     slot is not `active`. Other sentences have no output yet (length 0). Under `jax.jit`, scores equal those of
     `beam_search` to the bit.
+
+    Example:
+        >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+
+        >>> state = start(functions, config, None, jnp.array([4]))
+        >>> while is_running(state):
+        ...     state = advance(functions, config, state, 2)
+        >>> finish(config, state).lengths.tolist()
+        [[2, 3]]
     """
     num_rows = state.request.max_lengths.shape[0] - 1
     return jax.tree.map(lambda x: x[:num_rows], _stored(config, state))
@@ -230,7 +278,8 @@ def beam_search(
 ) -> Hypotheses:
     """Returns the K best outputs of each of the N sentences; the arguments are those of `start`.
 
-    Example: a Markov chain, whose row k holds the logits after token k.
+    Example:
+        >>> # A Markov chain, whose row k holds the logits after token k.
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
         >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))

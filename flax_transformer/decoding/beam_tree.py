@@ -79,7 +79,12 @@ class TreeRecorder:
         slot: slot of the sentence. It must not change while the sentence is searched.
 
     Example:
-        >>> recorder = TreeRecorder()
+        >>> from flax_transformer.decoding.beam_search import BeamSearchConfig, advance, finish, is_running, start
+        >>> from flax_transformer import DecoderFunctions, LengthPenalty
+        >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+        >>> state, recorder = start(functions, config, None, jnp.array([4])), TreeRecorder()
         >>> while is_running(state):
         ...     state = advance(functions, config, state, 1)
         ...     recorder.add(state)

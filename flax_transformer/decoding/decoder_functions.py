@@ -29,6 +29,16 @@ class DecoderFunctions:
             values beside the next token.
         reorder: moves beams within their slots. Sampling does not call it.
         refill: puts sentences into slots before their first step. Sampling does not call it.
+
+    Example:
+        >>> table = np.eye(3)  # each token is most probably followed by itself
+        >>> functions = DecoderFunctions(
+        ...     step=lambda tokens, state: (table[tokens], None, state),
+        ...     reorder=lambda state, parents: state,
+        ...     refill=lambda state, fresh, sentences: state,
+        ... )
+        >>> functions.step(np.array([[2]]), None)[0].tolist()
+        [[[0.0, 0.0, 1.0]]]
     """
 
     step: Step

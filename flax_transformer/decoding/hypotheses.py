@@ -20,6 +20,18 @@ class Hypotheses:
         finished: [B, K], False for an output that was cut at the maximum length.
         log_probs: [B, K, T], natural log-probability of each token; unspecified after `lengths` tokens.
         auxiliary: tree of [B, K, T, ...], auxiliary values of the step that chose each token; None without any.
+
+    Example:
+        >>> found = Hypotheses(
+        ...     tokens=jnp.array([[[5, 6, 2, 2]]]),
+        ...     lengths=jnp.array([[3]]),
+        ...     scores=jnp.array([[-1.5]]),
+        ...     finished=jnp.array([[True]]),
+        ...     log_probs=jnp.array([[[-0.5, -0.5, -0.5, 0.0]]]),
+        ...     auxiliary=None,
+        ... )
+        >>> found.tokens[0, 0, : found.lengths[0, 0]].tolist()
+        [5, 6, 2]
     """
 
     tokens: Int[Array, "B K T"]

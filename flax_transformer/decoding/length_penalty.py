@@ -20,6 +20,10 @@ class LengthPenalty:
 
     A larger exponent a favours longer hypotheses.
 
+    Example:
+        >>> float(LengthPenalty.parse("average:1.0").divisor(jnp.array(4)))
+        4.0
+
     References:
         Wu et al. 2016 (GNMT), equation 14, without its coverage term.
     """

@@ -34,6 +34,11 @@ class Progress:
         tokens: [B, K, T]; entries after `steps` tokens are unspecified.
         steps: [B], number of tokens decoded so far.
         sentences: [B], number of the sentence in each slot; N in an empty slot.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[7, 8, 0]]]), steps=jnp.array([2]), sentences=jnp.array([0]))
+        >>> progress.tokens[0, 0, : progress.steps[0]].tolist()
+        [7, 8]
     """
 
     tokens: Int[Array, "B K T"]
@@ -43,7 +48,18 @@ class Progress:
 
 @runtime_checkable
 class LogitsProcessor(Protocol):
-    """Lowers the log-probabilities of tokens. A processor is an `array_tree`, since it is part of a search's state."""
+    """Lowers the log-probabilities of tokens. A processor is an `array_tree`, since it is part of a search's state.
+
+    Example:
+        >>> @array_tree
+        ... @dataclasses.dataclass(frozen=True)
+        ... class HalveFirst:
+        ...     def __call__(self, log_probs, progress):
+        ...         return log_probs.at[..., 0].multiply(2.0)
+        >>> progress = Progress(jnp.array([[[1]]]), steps=jnp.array([1]), sentences=jnp.array([0]))
+        >>> HalveFirst()(jnp.array([[[-1.0, -1.0]]]), progress).tolist()
+        [[[-2.0, -1.0]]]
+    """
 
     def __call__(self, log_probs: Float[Array, "B K V"], progress: Progress) -> Float[Array, "B K V"]:
         """Returns the log-probabilities of the next token after this processor."""
@@ -64,6 +80,12 @@ class SuppressTokens:
 
     Attributes:
         suppressed: [V], True for tokens that never occur. Entries for the padding of the vocabulary may be left out.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[2]]]), steps=jnp.array([1]), sentences=jnp.array([0]))
+        >>> after = SuppressTokens(jnp.array([False, True, False]))(jnp.full((1, 1, 3), -1.0), progress)
+        >>> is_possible(after).tolist()
+        [[[True, False, True]]]
     """
 
     suppressed: Bool[Array, "V"]
@@ -82,6 +104,12 @@ class MinLength:
     Attributes:
         lengths: [N], fewest tokens, end token included.
         end_token: token that ends an output.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[2, 0]]]), steps=jnp.array([1]), sentences=jnp.array([0]))
+        >>> after = MinLength(jnp.array([3]), end_token=1)(jnp.full((1, 1, 3), -1.0), progress)
+        >>> is_possible(after).tolist()
+        [[[True, False, True]]]
     """
 
     lengths: Int[Array, "N"]
@@ -99,6 +127,12 @@ class MinLength:
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram:
     """No sequence of `size` tokens occurs twice in an output.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[2, 1, 2]]]), steps=jnp.array([3]), sentences=jnp.array([0]))
+        >>> after = NoRepeatNgram(2)(jnp.full((1, 1, 3), -1.0), progress)
+        >>> is_possible(after).tolist()
+        [[[True, False, True]]]
 
     References:
         Paulus, Xiong and Socher 2018, section 2.5.
@@ -129,6 +163,11 @@ class RepetitionPenalty:
 
     The penalty is part of the score.
 
+    Example:
+        >>> progress = Progress(jnp.array([[[2, 0]]]), steps=jnp.array([1]), sentences=jnp.array([0]))
+        >>> RepetitionPenalty(1.5)(jnp.full((1, 1, 3), -1.0), progress).tolist()
+        [[[-1.0, -1.0, -1.5]]]
+
     References:
         Keskar et al. 2019 (CTRL), section 4.1, here with log-probabilities in place of logits.
     """
@@ -151,6 +190,12 @@ class SuppressSequences:
     Attributes:
         heads: [Q, P], the tokens of each sequence before its last one, right-aligned; `ANY` before its beginning.
         finals: [Q], the last token of each sequence.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[0, 2]]]), steps=jnp.array([2]), sentences=jnp.array([0]))
+        >>> after = SuppressSequences.of([[2, 1]])(jnp.full((1, 1, 3), -1.0), progress)
+        >>> is_possible(after).tolist()
+        [[[True, False, True]]]
     """
 
     heads: Int[Array, "Q P"]
@@ -193,6 +238,12 @@ class ForceEos:
     Attributes:
         lengths: [N], the maximum lengths, end token included.
         end_token: token that ends an output.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[2, 0]]]), steps=jnp.array([1]), sentences=jnp.array([0]))
+        >>> after = ForceEos(jnp.array([2]), end_token=1)(jnp.full((1, 1, 3), -1.0), progress)
+        >>> is_possible(after).tolist()
+        [[[False, True, False]]]
     """
 
     lengths: Int[Array, "N"]
@@ -214,6 +265,12 @@ class ForcePrefix:
     Attributes:
         prefixes: [N, P], `ANY` after each prefix's end; P is at least 1.
         others: processors of the tokens after the prefix; they do not apply to the prefix.
+
+    Example:
+        >>> progress = Progress(jnp.array([[[2, 1]]]), steps=jnp.array([1]), sentences=jnp.array([0]))
+        >>> after = ForcePrefix(jnp.array([[2, 0, ANY]]))(jnp.full((1, 1, 3), -1.0), progress)
+        >>> is_possible(after).tolist()
+        [[[True, False, False]]]
     """
 
     prefixes: Int[Array, "N P"]

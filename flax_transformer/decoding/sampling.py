@@ -40,6 +40,13 @@ class SamplingConfig:
             all.
         min_p: draw from tokens with at least this share of the highest probability; 0 allows all.
 
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> SamplingConfig(temperature=0.7, top_p=0.9).top_k  # no limit
+        0
+
     References:
         Fan, Lewis and Dauphin 2018 (top-k); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
     """
@@ -133,6 +140,16 @@ def sample(
         max_lengths: most tokens of each sentence's outputs, end token included; 0 marks padding.
         seeds: seed of each sentence.
         processors: change log-probabilities before tokens are drawn; applied in this order.
+
+    Example:
+        >>> from flax_transformer import LengthPenalty
+        >>> # Token 2 follows token 0, and the end token 1 follows token 2.
+        >>> chain = jnp.array([[-99.0, -99.0, 9.0], [0.0, 0.0, 0.0], [-99.0, 9.0, -99.0]])
+        >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
+        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+        >>> found = sample(functions, config, SamplingConfig(), None, jnp.array([4]), jnp.array([7]))
+        >>> found.tokens[0, :, :2].tolist()
+        [[2, 1], [2, 1]]
     """
     shape = (*max_lengths.shape, config.beam_size, config.max_length)
     auxiliary = jax.eval_shape(functions.step, jnp.zeros(shape[:2], jnp.int32), decoder)[1]

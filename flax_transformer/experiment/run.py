@@ -31,6 +31,11 @@ class Outcome:
         folder: the run folder.
         scores: scores of the test part, or None if a signal stopped the training.
         signal: signal that stopped the training, or None.
+
+    Example:
+        >>> outcome = Outcome(RunFolder("runs/number_words"), scores=None, signal=15)
+        >>> outcome.scores is None  # a signal stopped the training, before the test
+        True
     """
 
     folder: RunFolder
@@ -52,6 +57,19 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
     Raises:
         InputError: bad files, a bad configuration, or a run folder in the wrong state.
         DivergenceError: too many updates in a row were not finite.
+
+    Example:
+        >>> from flax_transformer import override, read_config
+        >>> from flax_transformer.config.installed import recipe_path
+        >>> flags = "--run runs/tiny --training.steps 2 --data.num-train 200 --data.num-validation 8 --data.num-test 8"
+        >>> flags += " --model.model-dim 8 --model.num-heads 2 --model.num-encoder-layers 1"
+        >>> flags += " --model.num-decoder-layers 1"
+        >>> flags += " --tokenizer.vocab-size 60 --batching.num-buckets 1 --mesh.data 1"
+        >>> outcome = run_experiment(override(read_config(recipe_path("number_words")), flags.split()))
+        run runs/tiny: 200 training pairs, 8 validation, 8 test
+        ...
+        >>> outcome.scores.num_sentences, outcome.signal
+        (8, None)
     """
     started = time.monotonic()
     folder = RunFolder(config.run)

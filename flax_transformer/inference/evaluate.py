@@ -27,6 +27,11 @@ class Scores:
         chrf_signature: sacreBLEU's signature of chrF2.
         exact_match: percentage of sentences that equal their reference.
         num_sentences: number of sentences.
+
+    Example:
+        >>> scores = evaluate(["a dog runs"], ["a cat runs"])
+        >>> scores.num_sentences, scores.record["exact_match"]
+        (1, 0.0)
     """
 
     bleu: float
@@ -96,6 +101,11 @@ def evaluate(hypotheses: Iterable[Any], references: Iterable[Any], bleu_tokenize
     Raises:
         InputError: different numbers of lines, no line, or an item that is no text.
         ConfigError: see `bleu_metric`.
+
+    Example:
+        >>> scores = evaluate(["a dog runs fast"], ["a dog runs fast"])
+        >>> round(scores.bleu, 1), scores.exact_match
+        (100.0, 100.0)
     """
     hypotheses, references = as_texts("hypotheses", hypotheses), as_texts("references", references)
     if len(hypotheses) != len(references):

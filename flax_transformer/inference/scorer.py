@@ -38,6 +38,11 @@ class PairScore:
         tokens: target pieces, without the end token.
         token_scores: log-probability of each token, end token included.
         truncated: whether the source was cut because it is too long for the model.
+
+    Example:
+        >>> found = PairScore(score=-0.5, log_prob=-1.0, tokens=["▁ein"], token_scores=[-0.75, -0.25])
+        >>> sum(found.token_scores) == found.log_prob
+        True
     """
 
     score: float
@@ -54,6 +59,11 @@ class NoScore:
     Attributes:
         target: text of the target.
         reason: an impossible pair (`InputError`), or a log-probability that is not finite (`DivergenceError`).
+
+    Example:
+        >>> found = NoScore("ein", InputError("the source is empty."))
+        >>> str(found.reason)
+        'the source is empty.'
     """
 
     target: str
@@ -128,8 +138,10 @@ class Scorer:
     """Scores pairs with the model of a translator.
 
     Example:
-        scorer = Scorer(Translator.load("runs/number_words"))
-        scorer.score(["twenty-one"], ["einundzwanzig"])[0].score
+        >>> scorer = Scorer(Translator.load("runs/number_words"))
+        >>> scored = scorer.score(["twenty-one"], ["einundzwanzig"])[0]
+        >>> scored.log_prob < 0, len(scored.token_scores) - len(scored.tokens)  # one more, for the end token
+        (True, 1)
     """
 
     def __init__(self, translator: Translator):

@@ -27,6 +27,11 @@ class Hypothesis:
         count: number of times that it was drawn; 1 in a beam search.
         utility: agreement with all samples, with minimum Bayes risk (`decoding.mbr_samples`).
         words: word numbers of each token in the text (see `alignment.word_numbers`); empty without attention.
+
+    Example:
+        >>> best = Hypothesis("ein Hund", ["▁ein", "▁Hund"], score=-0.5, finished=True, token_scores=[-0.2, -0.2, -0.1])
+        >>> len(best.token_scores) - len(best.tokens)  # the end token has a score, too
+        1
     """
 
     text: str
@@ -51,6 +56,11 @@ class Translation:
         source: source pieces, without the end token.
         source_words: word numbers of each source piece in the sentence (see `alignment.word_numbers`); empty without
             attention.
+
+    Example:
+        >>> best = Hypothesis("ein Hund", ["▁ein", "▁Hund"], score=-0.5, finished=True, token_scores=[-0.2, -0.2, -0.1])
+        >>> Translation([best]).text
+        'ein Hund'
     """
 
     hypotheses: list[Hypothesis]
@@ -93,8 +103,10 @@ class NoTranslation:
         truncated: whether the source was cut because it is too long for the model.
 
     Example:
-        found = translator.translate(sentences)
-        texts = ["" if isinstance(each, NoTranslation) else each.text for each in found]
+        >>> best = Hypothesis("ein Hund", ["▁ein", "▁Hund"], score=-0.5, finished=True, token_scores=[-0.2, -0.2, -0.1])
+        >>> found = [Translation([best]), NoTranslation("A cat.", InputError("the prefix is too long."))]
+        >>> ["" if isinstance(each, NoTranslation) else each.text for each in found]
+        ['ein Hund', '']
     """
 
     sentence: str

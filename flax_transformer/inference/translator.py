@@ -43,8 +43,10 @@ class Translator:
         options: sizes of the search programs.
 
     Example:
-        translator = Translator.load("runs/number_words")
-        translator.translate(["twenty-one"], beam_size=5, num_hypotheses=3)[0].text
+        >>> translator = Translator.load("runs/number_words")
+        >>> found = translator.translate(["twenty-one", ""], beam_size=3, num_hypotheses=2)
+        >>> len(found), found[1].text
+        (2, '')
     """
 
     model: ModelConfig

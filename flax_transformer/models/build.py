@@ -20,6 +20,10 @@ class VocabularyInfo:
         source_size: number of source ids.
         target_size: number of target ids.
         start_token: target id that the decoder reads first.
+
+    Example:
+        >>> VocabularyInfo(source_size=8_000, target_size=8_000, start_token=1).target_size
+        8000
     """
 
     source_size: int
@@ -40,6 +44,13 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
         config: sizes and options.
         vocabulary: sizes of the vocabularies, and the start token.
         rngs: stream "params" initialises the parameters.
+
+    Example:
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> shapes = nnx.eval_shape(lambda: build_model(config, vocabulary, rngs=nnx.Rngs(0)))
+        >>> shapes.target_embedding.table.shape
+        (24, 8)
     """
     sizes = {"source_vocab_size": vocabulary.source_size, "target_vocab_size": vocabulary.target_size}
     if isinstance(config, TransformerConfig):

@@ -22,6 +22,13 @@ class EncoderDecoder(nnx.Module):
         output_bias: [V], added to the logits, or None.
         prepared_projection: output projection in the form that a search reads; None unless the model is prepared for
             it.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig
+        >>> config = TransformerConfig(model_dim=8, num_heads=2)
+        >>> tables = EncoderDecoder(config, source_vocab_size=20, target_vocab_size=20, start_token=1, rngs=nnx.Rngs(0))
+        >>> tables.output_projection().kernel.shape, tables.output_projection().num_real_rows
+        ((24, 8), 20)
     """
 
     def __init__(

@@ -66,6 +66,13 @@ class RecurrentConfig:
         vocab_multiple: number that divides the rows of each token table; padding rows fill it up.
         param_dtype: type of the parameters; training needs float32.
         compute_dtype: type of products and activations.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> RecurrentConfig(cell="gru", attention="general", input_feeding=True).join
+        'output'
     """
 
     kind: ClassVar[str] = "rnn"

@@ -24,6 +24,11 @@ class EncoderOutput:
         states: [B, S, D], one vector for each source token.
         segments: [B, S], 0 for padding.
         decoder_start: tree of arrays [B, ...], first state of a recurrent decoder; None for other models.
+
+    Example:
+        >>> encoded = EncoderOutput(jnp.zeros((2, 5, 8)), segments=jnp.ones((2, 5), jnp.int32))
+        >>> jax.tree.map(jnp.shape, encoded).states
+        (2, 5, 8)
     """
 
     states: Float[Array, "B S D"]
@@ -45,6 +50,11 @@ class DecodeState:
             slot's old values. Entries that it has not written must be finite and get weight 0.
         positions: [B], 0-based index of the next token. It is per sentence, so that one slot can restart while others
             go on.
+
+    Example:
+        >>> state = DecodeState(None, per_beam=jnp.array([[10, 20]]), append_only=None, positions=jnp.array([0]))
+        >>> reorder_beams(state, jnp.array([[1, 1]])).per_beam.tolist()
+        [[20, 20]]
     """
 
     per_sentence: Any
@@ -62,6 +72,11 @@ class StepOutput:
         logits: [B, K, V] float32.
         attention: [B, K, L, N, S], weights over the source of every decoder layer and head; None for a model without
             attention. A compiled program that does not read it does not compute it.
+
+    Example:
+        >>> step = StepOutput(logits=jnp.array([[[0.0, 2.0, 1.0]]]), attention=None)
+        >>> int(step.logits[0, 0].argmax())
+        1
     """
 
     logits: Float[Array, "B K V"]
@@ -111,7 +126,15 @@ class ParameterRoles:
 
 @runtime_checkable
 class Seq2Seq(Protocol):
-    """An encoder-decoder with teacher forcing for training and a step function for search."""
+    """An encoder-decoder with teacher forcing for training and a step function for search.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo, build_model
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8, max_source_length=32)
+        >>> model = nnx.eval_shape(lambda: build_model(config, VocabularyInfo(20, 20, start_token=1), rngs=nnx.Rngs(0)))
+        >>> isinstance(model, Seq2Seq), model.max_source_length
+        (True, 32)
+    """
 
     @property
     def max_source_length(self) -> int:

@@ -79,6 +79,13 @@ class TransformerConfig:
             again. This needs less memory and more arithmetic. On a CPU it saves memory only with scan_layers.
         param_dtype: type of the parameters; training needs float32.
         compute_dtype: type of products and activations. Softmax, statistics of norms and the loss stay float32.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> TransformerConfig(model_dim=512, num_heads=8, feed_forward_dim=2_048).num_encoder_layers
+        2
     """
 
     kind: ClassVar[str] = "transformer"

@@ -30,6 +30,12 @@ class AdditiveAttention(nnx.Module):
     Luong's "concat", v . tanh(W [s; h]), is the same function. Luong's W is W and U here, side by side. The two papers
     use different decoder states s (see `models/recurrent.py`).
 
+    Example:
+        >>> float32 = jnp.dtype("float32")
+        >>> layer = AdditiveAttention(4, param_dtype=float32, compute_dtype=float32, rngs=nnx.Rngs(0))
+        >>> layer.scores(jnp.ones((1, 2, 4)), layer.keys(jnp.ones((1, 5, 4)))).shape
+        (1, 2, 5)
+
     References:
         Bahdanau et al. 2015, appendix A.1.2; Luong et al. 2015, equation 8, "concat".
     """
@@ -53,6 +59,14 @@ class AdditiveAttention(nnx.Module):
 
 class MultiplicativeAttention(nnx.Module):
     """score(s, h) = s . h ("dot"), or s . W h ("general").
+
+    Example:
+        >>> float32 = jnp.dtype("float32")
+        >>> dtypes = {"param_dtype": float32, "compute_dtype": float32}
+        >>> layer = MultiplicativeAttention(2, general=False, **dtypes, rngs=nnx.Rngs(0))
+        >>> states = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
+        >>> layer.scores(jnp.array([[[1.0, 1.0]]]), layer.keys(states)).tolist()
+        [[[1.0, 2.0]]]
 
     References:
         Luong et al. 2015, equation 8.
@@ -90,6 +104,12 @@ def attend(
     """Returns context vectors and weights.
 
     A context is the sum of the encoder's states with the softmax of the scores as weights.
+
+    Example:
+        >>> states = jnp.array([[[1.0], [3.0], [9.0]]])
+        >>> context, weights = attend(jnp.zeros((1, 1, 3)), states, jnp.array([[True, True, False]]))
+        >>> context.tolist(), weights.tolist()
+        ([[[2.0]]], [[[0.5, 0.5, 0.0]]])
 
     References:
         Bahdanau et al. 2015, equations 5 and 6.

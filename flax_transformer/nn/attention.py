@@ -27,6 +27,9 @@ class MultiHeadAttention(nnx.Module):
         num_key_value_heads: M, which divides N; N when None.
         head_dim: H; D / N when None.
 
+    Raises:
+        ValueError: M does not divide N.
+
     Example:
         >>> layer = MultiHeadAttention(16, 4, dropout_rate=0.0, param_dtype=jnp.dtype("float32"),
         ...                            compute_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))

@@ -26,6 +26,11 @@ class Embedding(nnx.Module):
     So each channel of a vector that is read has variance 1. Sinusoidal positions have a similar variance. As an output
     projection the same table gives logits of variance 1.
 
+    Example:
+        >>> table = Embedding(10, 4, param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> table(jnp.array([[3, 1, 3]])).shape
+        (1, 3, 4)
+
     References:
         Vaswani et al. 2017, section 3.4 (the scale; one table shared with the output projection).
     """
@@ -73,6 +78,14 @@ class InputEmbedding(nnx.Module):
 
     The token table is an argument of each call, since encoder, decoder and output projection may share one. The vector
     of `zero_token` is zeros, whatever the table contains.
+
+    Example:
+        >>> float32 = jnp.dtype("float32")
+        >>> table = Embedding(10, 4, param_dtype=float32, rngs=nnx.Rngs(0))
+        >>> inputs = InputEmbedding("sinusoidal", 16, 4, dropout_rate=0.1, param_dtype=float32, compute_dtype=float32,
+        ...                         rngs=nnx.Rngs(0))
+        >>> inputs(table, jnp.array([[3, 1, 3]]), jnp.array([[0, 1, 2]])).shape
+        (1, 3, 4)
 
     References:
         Vaswani et al. 2017, sections 3.4, 3.5 and 5.4.

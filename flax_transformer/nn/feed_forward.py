@@ -20,6 +20,12 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, appro
 class FeedForward(nnx.Module):
     """Two affine maps with an activation between them, applied to each position alone.
 
+    Example:
+        >>> layer = FeedForward(4, 8, activation="relu", dropout_rate=0.1, param_dtype=jnp.dtype("float32"),
+        ...                     compute_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((1, 3, 4))).shape
+        (1, 3, 4)
+
     References:
         Vaswani et al. 2017, section 3.3, equation 2. The paper has no dropout after the activation. Its code
         (`relu_dropout`) and PyTorch's layers have it.

@@ -21,6 +21,13 @@ class LayerStack(nnx.Module):
     Attributes:
         layers: one module whose parameters all have a leading layer axis, or an `nnx.List` of modules.
         num_layers: L.
+
+    Example:
+        >>> stack = LayerStack(
+        ...     lambda rngs: nnx.Linear(4, 4, rngs=rngs), 3, scan=False, rematerialize=False, rngs=nnx.Rngs(0)
+        ... )
+        >>> stack.run(lambda layer, x, key: layer(x), jnp.ones((1, 2, 4)), [None] * 3).shape
+        (1, 2, 4)
     """
 
     def __init__(

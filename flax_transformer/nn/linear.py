@@ -69,7 +69,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_dims, param_dtype), logical_axes=bias_axes) if use_bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns the map of `x`: [..., *in_dims] -> [..., *out_dims], in `compute_dtype`."""
+        """Returns the map of `x`: `[..., *in_dims] -> [..., *out_dims]`, in `compute_dtype`."""
         y, bias = self.unbiased(x)
         return y if bias is None else add_bias(y, bias)
 

@@ -17,6 +17,11 @@ class LayerNorm(nnx.Module):
 
     Statistics are float32 whatever the compute type.
 
+    Example:
+        >>> norm = LayerNorm(2, epsilon=1e-5, param_dtype=jnp.dtype("float32"))
+        >>> norm(jnp.array([[1.0, 3.0]])).round(3).tolist()
+        [[-1.0, 1.0]]
+
     References:
         Ba, Kiros and Hinton 2016, equation 4 (biased variance). PyTorch, Marian and CTranslate2 use an epsilon of 1e-5.
     """

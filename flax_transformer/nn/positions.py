@@ -20,6 +20,10 @@ def sinusoidal_table(length: int, dim: int) -> np.ndarray:
     put them side by side, with the paper's frequencies. The two layouts differ by a fixed permutation of the channels.
     The first projections can learn it.
 
+    Example:
+        >>> sinusoidal_table(2, 4)[0].tolist()
+        [0.0, 0.0, 1.0, 1.0]
+
     References:
         Vaswani et al. 2017, section 3.5.
     """
@@ -28,7 +32,12 @@ def sinusoidal_table(length: int, dim: int) -> np.ndarray:
 
 
 class SinusoidalPositions(nnx.Module):
-    """Fixed sinusoids, without parameters."""
+    """Fixed sinusoids, without parameters.
+
+    Example:
+        >>> SinusoidalPositions(16, 4)(jnp.array([0])).tolist()
+        [[0.0, 0.0, 1.0, 1.0]]
+    """
 
     def __init__(self, max_length: int, dim: int):
         self.max_length = max_length
@@ -41,6 +50,11 @@ class SinusoidalPositions(nnx.Module):
 
 class LearnedPositions(nnx.Module):
     """One learned vector for each position, initialised from N(0, 1/D) like the token embeddings.
+
+    Example:
+        >>> positions = LearnedPositions(16, 4, param_dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> positions(jnp.array([[0, 1, 2]])).shape
+        (1, 3, 4)
 
     References:
         Gehring et al. 2017, section 3.1; Vaswani et al. 2017, table 3 row (E) finds it equal to sinusoids.

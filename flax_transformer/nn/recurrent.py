@@ -133,6 +133,13 @@ class LSTMCell(RecurrentCell):
     Gates are stored in PyTorch's order i, f, g, o, with one bias where PyTorch adds two. The forget gate's bias starts
     at 1 (Jozefowicz et al. 2015, section 2).
 
+    Example:
+        >>> float32 = jnp.dtype("float32")
+        >>> cell = LSTMCell(3, 4, param_dtype=float32, compute_dtype=float32, rngs=nnx.Rngs(0))
+        >>> state = cell.step(cell.zero_state((2,)), cell.project(jnp.ones((2, 3))))
+        >>> [part.shape for part in state]
+        [(2, 4), (2, 4)]
+
     References:
         Hochreiter and Schmidhuber 1997; Gers et al. 2000 for the forget gate.
     """
@@ -158,6 +165,13 @@ class GRUCell(RecurrentCell):
     Gates are stored in PyTorch's order r, z, n. The paper (equations 5 to 8) multiplies h by the reset gate before the
     product with U. That needs a second product after the gates. As in the paper, z multiplies the old state; other
     papers exchange z and 1 - z.
+
+    Example:
+        >>> float32 = jnp.dtype("float32")
+        >>> cell = GRUCell(3, 4, param_dtype=float32, compute_dtype=float32, rngs=nnx.Rngs(0))
+        >>> state = cell.step(cell.zero_state((2,)), cell.project(jnp.ones((2, 3))))
+        >>> [part.shape for part in state]
+        [(2, 4)]
 
     References:
         Cho et al. 2014, section 2.3. cuDNN and PyTorch reset after the product.
@@ -192,6 +206,13 @@ def run_over_time(
         x: inputs.
         mask: True for tokens, False for padding.
         reverse: whether to read from the last position to the first.
+
+    Example:
+        >>> float32 = jnp.dtype("float32")
+        >>> cell = GRUCell(3, 4, param_dtype=float32, compute_dtype=float32, rngs=nnx.Rngs(0))
+        >>> hidden, last = run_over_time(cell, jnp.ones((1, 5, 3)), jnp.array([[True, True, True, False, False]]))
+        >>> hidden.shape, bool(jnp.all(last[0] == hidden[:, 2]))
+        ((1, 5, 4), True)
     """
     projected = jnp.moveaxis(cell.project(x), 1, 0)  # [B, T, GU] -> [T, B, GU]
 

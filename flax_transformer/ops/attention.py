@@ -44,6 +44,13 @@ class AttentionMask:
         window: number of earlier positions that a query sees, and of later ones if not causal; None for all.
         array: result of `materialize`, if it exists already; see `shared`. It is valid for these parts only: drop it
             when one of them is replaced.
+
+    Raises:
+        ValueError: query segments without key segments, or a window below 0.
+
+    Example:
+        >>> AttentionMask(causal=True).materialize(3, 3)[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
 
     key_segments: Int[Array, "B S"] | None = None
@@ -145,6 +152,10 @@ def masked_softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> Flo
     Args:
         scores: [..., S].
         mask: broadcastable to `scores`.
+
+    Example:
+        >>> masked_softmax(jnp.array([[5.0, 5.0, 9.0]]), jnp.array([[True, True, False]])).tolist()
+        [[0.5, 0.5, 0.0]]
     """
     mask = jnp.broadcast_to(mask, scores.shape)
     scores = jnp.where(mask, scores.astype(jnp.float32), MASKED)
@@ -185,7 +196,13 @@ def attention_weights(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "B N T S"]:
-    """Returns softmax(cap(scale query key^T) + bias) in float32; see `attention` for the arguments."""
+    """Returns softmax(cap(scale query key^T) + bias) in float32; see `attention` for the arguments.
+
+    Example:
+        >>> weights = attention_weights(jnp.zeros((1, 2, 1, 4)), jnp.zeros((1, 2, 1, 4)), AttentionMask(causal=True))
+        >>> weights[0, 0].tolist()
+        [[1.0, 0.0], [0.5, 0.5]]
+    """
     key = repeat_heads(key, query.shape[2], 2)
     scores = jnp.einsum("btnh,bsnh->bnts", scale_query(query, scale), key, preferred_element_type=jnp.float32)
     scores = cap_scores(scores, soft_cap)
@@ -246,6 +263,12 @@ def attention(
         soft_cap: bound on the size of scores, see `cap_scores`; None sets no bound.
         dropout_rate: probability that a weight is dropped.
         dropout_key: random key; None means evaluation.
+
+    Example:
+        >>> key = jnp.array([[[[1.0]], [[1.0]], [[9.0]]]])  # [B, S, M, H]
+        >>> value = jnp.array([[[[2.0]], [[4.0]], [[7.0]]]])
+        >>> attention(jnp.ones((1, 1, 1, 1)), key, value, AttentionMask(key_segments=jnp.array([[1, 1, 0]]))).tolist()
+        [[[[3.0]]]]
 
     References:
         Vaswani et al. 2017, section 3.2.1, equation 1.

@@ -44,6 +44,12 @@ class LossSums(NamedTuple):
         correct: tokens whose reference has the highest logit, or one that equals it. In a training step in bfloat16
             more logits are equal.
         count: tokens that are not padding.
+
+    Example:
+        >>> first, second = LossSums(6.0, 5.0, 1.0, 2.0), LossSums(2.0, 1.0, 2.0, 2.0)
+        >>> total = jax.tree.map(lambda a, b: a + b, first, second)
+        >>> total.loss / total.count
+        2.0
     """
 
     loss: Float[Array, ""]
@@ -120,6 +126,13 @@ def cross_entropy(
 
     Raises:
         TypeError: the projection holds integers, which have no gradient.
+
+    Example:
+        >>> projection = OutputProjection(jnp.eye(2), bias=None, num_real_rows=2)
+        >>> hidden, targets, mask = jnp.zeros((1, 3, 2)), jnp.zeros((1, 3), int), jnp.array([[True, True, False]])
+        >>> sums = cross_entropy(hidden, projection, targets, mask, label_smoothing=0.0)
+        >>> round(float(sums.loss / sums.count), 4)  # log 2
+        0.6931
 
     References:
         Szegedy et al. 2016, section 7; Vaswani et al. 2017, section 5.4. The divergence: Liang et al. 2021, "R-Drop",

@@ -75,6 +75,11 @@ class OutputProjection:
         bias: [V], or None.
         num_real_rows: rows from this index on are padding and never get probability.
         bias_in_kernel: whether the kernel's last column holds the vector that is added to the products.
+
+    Example:
+        >>> projection = OutputProjection(jnp.eye(3), bias=jnp.array([0.5, 0.0, 0.0]), num_real_rows=3)
+        >>> projection.logits(jnp.array([[1.0, 2.0, 3.0]])).tolist()
+        [[1.5, 2.0, 3.0]]
     """
 
     kernel: Float[Array, "V _"] | Int8Weights
@@ -136,7 +141,12 @@ def sum_of_exponentials(logits: Float[Array, "B K V"], highest: Float[Array, "B 
 
 
 def log_probabilities(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
-    """Returns the log-softmax over V, reading logits in the order of their memory layout."""
+    """Returns the log-softmax over V, reading logits in the order of their memory layout.
+
+    Example:
+        >>> jnp.exp(log_probabilities(jnp.zeros((1, 1, 2)))).tolist()
+        [[[0.5, 0.5]]]
+    """
     if vocab_major():
         highest = jnp.max(jnp.moveaxis(logits, -1, 0), axis=0)[..., None]
     else:
@@ -149,6 +159,11 @@ def best_of_vocabulary(x: Float[Array, "B K V"], num: int) -> tuple[Float[Array,
 
     Only the blocks of the vocabulary with the highest maxima are searched. They are sorted by index, so ties go to the
     lower index, as in `top_k`. Without a platform `jax.lax.top_k` itself is the reference.
+
+    Example:
+        >>> values, ids = best_of_vocabulary(jnp.array([[[1.0, 5.0, 3.0]]]), 2)
+        >>> values.tolist(), ids.tolist()
+        ([[[5.0, 3.0]]], [[[1, 2]]])
     """
     if backend.platform() is None:
         best, place = jax.lax.top_k(x, num)

@@ -47,6 +47,13 @@ class OptimizerConfig:
             encoder/layers/feed_forward/up/kernel.
         weight_decay_exclude: regular expression for all other parameters. With weight decay every parameter must match
             exactly one of the two expressions.
+
+    Raises:
+        ConfigError: a value is out of range, or fields contradict each other.
+
+    Example:
+        >>> OptimizerConfig(name="adamw", schedule="constant", learning_rate=3e-4, weight_decay=0.01).beta2
+        0.98
     """
 
     name: Literal["adam", "adamw", "adafactor", "lion", "muon"] = "adam"
@@ -211,6 +218,15 @@ def make_optimizer(
 
     Raises:
         ConfigError: with Muon, a parameter that is no kernel has weight decay.
+
+    Example:
+        >>> params = {"kernel": np.ones((2, 2), np.float32)}
+        >>> info = {"kernel": ParameterInfo((2, 2), ("embed", "mlp"), num_in_dims=1)}
+        >>> config = OptimizerConfig(name="lion", schedule="constant", learning_rate=0.5, clip_norm=0.0)
+        >>> optimizer = make_optimizer(config, optax.constant_schedule(0.5), info)
+        >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+        >>> updates["kernel"].tolist()
+        [[-0.5, -0.5], [-0.5, -0.5]]
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 

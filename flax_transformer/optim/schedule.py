@@ -15,6 +15,11 @@ def make_schedule(config: OptimizerConfig, model_dim: int) -> optax.Schedule:
 
     All others rise linearly to `learning_rate` at step = warmup. Then each follows its own curve.
 
+    Example:
+        >>> config = OptimizerConfig(schedule="constant", learning_rate=1.0, warmup_steps=4)
+        >>> [float(make_schedule(config, model_dim=64)(n)) for n in (0, 1, 9)]
+        [0.25, 0.5, 1.0]
+
     References:
         Vaswani et al. 2017, section 5.3, equation 3.
     """

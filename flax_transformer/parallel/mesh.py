@@ -21,6 +21,10 @@ class MeshConfig:
             are left.
         fsdp: number of devices that split the rows of a batch and the parameters (fully sharded data parallelism).
         tensor: number of devices that split attention heads, feed-forward units and the vocabulary.
+
+    Example:
+        >>> MeshConfig(data=4, fsdp=2).tensor
+        1
     """
 
     data: int = -1
@@ -41,6 +45,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     Raises:
         ConfigError: a size is below 1, or the product of the sizes is not an available number of devices. With several
             processes all devices must be used, so that each process has some.
+
+    Example:
+        >>> mesh = make_mesh(MeshConfig(data=1))
+        >>> dict(mesh.shape)
+        {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     all_of_processes = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else devices

@@ -53,6 +53,20 @@ def compile_steps(
 
     Raises:
         ConfigError: a step needs more memory than a device has.
+
+    Example:
+        >>> import optax
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> from flax_transformer.training.state import make_layout
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> schedule, mesh = optax.constant_schedule(1e-2), make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(schedule), mesh)
+        >>> from flax_transformer.training.step import Objective, jit_evaluation_step
+        >>> evaluation = jit_evaluation_step(layout, Objective(0.0), mesh)
+        >>> list(compile_steps(evaluation, layout.abstract.params, [BatchShape(8, 4, 4)], mesh))
+        [(8, 4, 4)]
     """
     sharding = batch_sharding(mesh)
     compiled = {}
@@ -172,6 +186,32 @@ def train_loop(
         DivergenceError: the loss, the gradient or the update was not finite in `MAX_SKIPPED_STEPS` steps in a row. The
             parameters are those before these steps.
         RunFolderError: a file of the run cannot be written.
+
+    Example:
+        >>> import itertools
+        >>> import optax
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> from flax_transformer.training.state import init_state, make_layout
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> schedule, mesh = optax.constant_schedule(1e-2), make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(schedule), mesh)
+        >>> from flax_transformer.run_folder import RunFolder
+        >>> from flax_transformer.training.run_log import SilentLog
+        >>> from flax_transformer.training.step import Objective, jit_train_step
+        >>> from flax_transformer.training.throughput import ModelFlops
+        >>> step = jit_train_step(layout, schedule, Objective(0.1), seed=0, mesh=mesh)
+        >>> programs = compile_steps(step, layout.abstract, [BatchShape(8, 4, 4)], mesh)
+        >>> positions = np.tile(np.arange(4, dtype=np.int32), (8, 1))
+        >>> batch = Batch(*[np.full((8, 4), 5, np.int32), positions, np.ones((8, 4), np.int32)] * 2)
+        >>> callbacks = Callbacks(SilentLog(RunFolder("runs/loop")), save=lambda *_: None, check_saved=lambda: None,
+        ...                       evaluate=lambda params, step: 0.0, history=[])
+        >>> begin = TrainingStart(init_state(config, vocabulary, layout, seed=0), Position(0, 0))
+        >>> trained = train_loop(begin, itertools.repeat((batch, Position(0, 1))), TrainingConfig(steps=3),
+        ...                      CompiledSteps(programs, mesh), callbacks, FlopFigures(ModelFlops(1, 1), None))
+        >>> int(trained.state.step), trained.signal
+        (3, None)
     """
     log, sharding = callbacks.log, batch_sharding(steps.mesh)
     state, position = start.state, start.position

@@ -28,6 +28,11 @@ class TrainState:
         params: nested dict of parameters.
         optimizer: state of the optax optimiser.
         average: exponential moving average of the parameters, or None if there is none.
+
+    Example:
+        >>> state = TrainState(step=0, params={"kernel": np.ones(2)}, optimizer=None, average={"kernel": np.zeros(2)})
+        >>> state.eval_params["kernel"].tolist()
+        [0.0, 0.0]
     """
 
     step: Any
@@ -56,6 +61,16 @@ class StateLayout:
         shardings: `TrainState` of shardings.
         optimizer: optax transformation of the optimiser state.
         ema_decay: decay of the moving average of the parameters; 0 keeps no average.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> mesh = make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(1e-3), mesh)
+        >>> layout.shapes.step.dtype, layout.shapes.params["target_embedding"]["table"].shape
+        (dtype('int32'), (24, 8))
     """
 
     graphdef: Any
@@ -83,7 +98,14 @@ def _model_of_shapes(model: ModelConfig, vocabulary: VocabularyInfo) -> Seq2Seq:
 
 
 def abstract_model(model: ModelConfig, vocabulary: VocabularyInfo) -> tuple[Any, Any]:
-    """Returns the graph definition of a model, and the `nnx.State` of its parameters' shapes. Allocates nothing."""
+    """Returns the graph definition of a model, and the `nnx.State` of its parameters' shapes. Allocates nothing.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> graphdef, params = abstract_model(TransformerConfig(model_dim=8, num_heads=2), VocabularyInfo(20, 20, 1))
+        >>> params["target_embedding"]["table"].shape
+        (24, 8)
+    """
     graphdef, params = nnx.split(_model_of_shapes(model, vocabulary))
     return graphdef, jax.tree.map(lambda shape: shape, params)  # variables of the caller's own
 
@@ -113,6 +135,16 @@ def make_layout(
     Raises:
         ConfigError: a mesh axis does not divide a dimension that it shards. Or the optimiser's expressions do not say
             whether a parameter has weight decay.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> mesh = make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(1e-3), mesh)
+        >>> layout.num_parameters
+        2656
     """
     graphdef, abstract_params = abstract_model(model, vocabulary)
     shapes = jax.eval_shape(lambda key: _init(model, vocabulary, optimizer, ema_decay, key), jax.random.key(0))
@@ -138,7 +170,19 @@ def make_layout(
 
 
 def init_state(model: ModelConfig, vocabulary: VocabularyInfo, layout: StateLayout, seed: int) -> TrainState:
-    """Returns a new state. Every array is created in its sharding, and never whole on one device."""
+    """Returns a new state. Every array is created in its sharding, and never whole on one device.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> mesh = make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(1e-3), mesh)
+        >>> state = init_state(config, vocabulary, layout, seed=0)
+        >>> int(state.step), state.average
+        (0, None)
+    """
 
     def create(key: jax.Array) -> TrainState:
         return _init(model, vocabulary, layout.optimizer, layout.ema_decay, key)

@@ -28,6 +28,12 @@ class StepMetrics:
         gradient_norm: global norm of the mean gradient, before clipping.
         learning_rate: learning rate of this update.
         skipped: whether the update was skipped, since the loss, the gradient or the update was not finite.
+
+    Example:
+        >>> sums = LossSums(*jnp.array([6.0, 5.0, 1.0, 2.0]))
+        >>> metrics = StepMetrics(sums, jnp.array(1.0), jnp.array(1e-3), skipped=jnp.array(False))
+        >>> float(metrics.sums.loss / metrics.sums.count)
+        3.0
     """
 
     sums: LossSums
@@ -43,6 +49,10 @@ class Objective:
     Attributes:
         label_smoothing: share of the target distribution that is uniform over the vocabulary.
         r_drop: weight of the divergence between two passes over each row with different dropout; 0 makes one pass.
+
+    Example:
+        >>> Objective(label_smoothing=0.1, r_drop=5.0).num_passes
+        2
 
     References:
         Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", section 2, equation 4.
@@ -65,6 +75,15 @@ def batch_loss(model: Seq2Seq, batch: Batch, objective: Objective, key: jax.Arra
         batch: the batch.
         objective: the loss. Without a key two passes would not differ, so there is only one.
         key: key of dropout; None means evaluation.
+
+    Example:
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo, build_model
+        >>> config = TransformerConfig(model_dim=8, num_heads=2)
+        >>> model = build_model(config, VocabularyInfo(20, 20, start_token=1), rngs=nnx.Rngs(0))
+        >>> tokens, positions = jnp.full((8, 4), 5), jnp.tile(jnp.arange(4), (8, 1))
+        >>> batch = Batch(tokens, positions, jnp.ones_like(tokens), tokens, positions, jnp.ones_like(tokens))
+        >>> float(batch_loss(model, batch, Objective(0.1), None).count)
+        32.0
     """
     divergence_weight = 0.0
     if objective.r_drop and key is not None:  # both passes of a row stay on the same device
@@ -147,6 +166,23 @@ def train_step(
     Dropout keys depend on the seed and the step alone, so a resumed run needs no generator state. If the loss, the
     gradient or the update is not finite, the update is skipped. Then only the step changes, and the optimiser's own
     counter, which its schedule reads.
+
+    Example:
+        >>> import functools
+        >>> import optax
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> from flax_transformer.training.state import init_state, make_layout
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> schedule, mesh = optax.constant_schedule(1e-2), make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(schedule), mesh)
+        >>> tokens, positions = jnp.full((8, 4), 5), jnp.tile(jnp.arange(4), (8, 1))
+        >>> batch = Batch(tokens, positions, jnp.ones_like(tokens), tokens, positions, jnp.ones_like(tokens))
+        >>> step = functools.partial(train_step, layout, schedule, Objective(0.1), 0, 1)
+        >>> state, metrics = jax.eval_shape(step, layout.shapes, batch)
+        >>> metrics.sums.loss.shape  # only traced: `jit_train_step` runs it
+        ()
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     graphdef, optimizer = layout.graphdef, layout.optimizer
@@ -190,6 +226,26 @@ def jit_train_step(
 
     The state is donated, and the rows of a batch are split over data and fsdp. Call the function inside
     `with jax.set_mesh(mesh):`. It compiles once for each batch shape.
+
+    Example:
+        >>> import optax
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> from flax_transformer.training.state import init_state, make_layout
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> schedule, mesh = optax.constant_schedule(1e-2), make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(schedule), mesh)
+        >>> tokens, positions = jnp.full((8, 4), 5), jnp.tile(jnp.arange(4), (8, 1))
+        >>> batch = Batch(tokens, positions, jnp.ones_like(tokens), tokens, positions, jnp.ones_like(tokens))
+        >>> step = jit_train_step(layout, schedule, Objective(0.1), seed=0, mesh=mesh)
+        >>> state, losses = init_state(config, vocabulary, layout, seed=0), []
+        >>> with jax.set_mesh(mesh):
+        ...     for _ in range(3):
+        ...         state, metrics = step(state, batch)
+        ...         losses.append(float(metrics.sums.loss / metrics.sums.count))
+        >>> losses[0] > losses[-1], int(state.step)
+        (True, 3)
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -204,7 +260,25 @@ def jit_train_step(
 
 
 def jit_evaluation_step(layout: StateLayout, objective: Objective, mesh: Mesh) -> Any:
-    """Returns a jitted function (params, batch) -> `LossSums` without dropout."""
+    """Returns a jitted function (params, batch) -> `LossSums` without dropout.
+
+    Example:
+        >>> import optax
+        >>> from flax_transformer import TransformerConfig, VocabularyInfo
+        >>> from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+        >>> from flax_transformer.training.state import init_state, make_layout
+        >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
+        >>> vocabulary = VocabularyInfo(source_size=20, target_size=20, start_token=1)
+        >>> schedule, mesh = optax.constant_schedule(1e-2), make_mesh(MeshConfig(data=1))
+        >>> layout = make_layout(config, vocabulary, optax.adam(schedule), mesh)
+        >>> tokens, positions = jnp.full((8, 4), 5), jnp.tile(jnp.arange(4), (8, 1))
+        >>> batch = Batch(tokens, positions, jnp.ones_like(tokens), tokens, positions, jnp.ones_like(tokens))
+        >>> evaluate = jit_evaluation_step(layout, Objective(0.0), mesh)
+        >>> state = init_state(config, vocabulary, layout, seed=0)
+        >>> with jax.set_mesh(mesh):
+        ...     float(evaluate(state.eval_params, batch).count)
+        32.0
+    """
 
     def step(params: Any, batch: Batch) -> LossSums:
         return batch_loss(nnx.merge(layout.graphdef, params), batch, objective, None)
