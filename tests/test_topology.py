@@ -19,6 +19,7 @@ from flax_transformer.parallel.topology import (
     described_devices,
     described_memory_bytes,
     gpu_descriptions,
+    hardware_name,
     largest_shape,
     parse_instructions,
     random_shapes,
@@ -144,6 +145,7 @@ def test_every_described_device_has_a_memory_and_a_peak():
     assert described_memory_bytes("TPU v5 lite") == 16 * 2**30
     assert described_memory_bytes(kinds["h100_sxm"]) == int(0.75 * 84942979072)
     assert described_memory_bytes("cpu") is None
+    assert [hardware_name(kind) for kind in ("TPU v5", kinds["h200"], "cpu")] == ["v5p", "h200", None]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ class Training(Measurement):
         alone = self.noted("ours alone", facts, systems.turns(self.rounds)["ours"])
         columns = ["system", "ms a step", "target tokens/s", "source + target", "% of 989 TFLOP/s", "peak GiB"]
         report.table(columns, [self.row("ours alone", facts, alone)])
+        report.say(beside_plan(facts, median_of(alone)))
         if self.profile:
             self.add_profile(report, systems)
         for mode in self.torch:
@@ -154,6 +155,18 @@ def described(facts: dict[str, Any]) -> str:
     )
 
 
+def beside_plan(facts: dict[str, Any], milliseconds: float) -> str:
+    """Returns what `flax-transformer plan` would say of this program, beside what was measured."""
+    bound = facts["planned_seconds"]
+    time = "no bound is known for this hardware"
+    if bound is not None:
+        time = f"{1e3 * bound:.3f} ms at least, measured {milliseconds:.3f} ms, {milliseconds / 1e3 / bound:.2f} times"
+    return (
+        f"beside the plan: {time}; memory planned {gibibytes(facts['memory']['needed'])} GiB, peak measured "
+        f"{gibibytes(facts['peak'])} GiB\n"
+    )
+
+
 # --- This project
 
 
@@ -199,6 +212,8 @@ def our_step(options: Training) -> Built:
     from flax_transformer.optim.schedule import make_schedule
     from flax_transformer.parallel.memory import needed_bytes
     from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+    from flax_transformer.parallel.program_cost import SPEEDS, Cost, read_kernels
+    from flax_transformer.parallel.topology import hardware_name
     from flax_transformer.training.metrics import TokenCounts
     from flax_transformer.training.state import describe_parameters, init_state, make_layout
     from flax_transformer.training.throughput import ModelFlops
@@ -223,11 +238,12 @@ def our_step(options: Training) -> Built:
     _step = Step(compiled, state, placed)
     init_seconds = time.perf_counter() - clock
     first = _step.take(1)
-    found = compiled.memory_analysis()
+    found, hardware = compiled.memory_analysis(), hardware_name(jax.devices()[0].device_kind)
     names = ("argument", "output", "alias", "temp", "generated_code")
     facts = {
         "parameters": layout.num_parameters,
         "flops": ModelFlops.of(info).total(TokenCounts.of(batches[0])),
+        "planned_seconds": Cost.of(read_kernels(compiled.as_text()), SPEEDS[hardware]).seconds if hardware else None,
         "lower": lower_seconds,
         "compile": compile_seconds,
         "init": init_seconds,

@@ -136,20 +136,34 @@ def _devices(name: str, layout: str, topology: str, descriptions: dict[str, str]
     return list(found.devices)
 
 
+def hardware_name(device_kind: str) -> str | None:
+    """Returns the name in a topology of a kind of device, or None for an unknown kind.
+
+    Args:
+        device_kind: JAX's name of the kind.
+    """
+    if device_kind in TPU_DEVICE_KINDS:
+        return TPU_DEVICE_KINDS[device_kind]
+    described = (
+        name for name, text in gpu_descriptions().items() if f'device_description_str: "{device_kind}"' in text
+    )
+    return next(described, None)
+
+
 def described_memory_bytes(device_kind: str) -> int | None:
     """Returns the bytes that a program may use on a described device, or None for an unknown kind of device.
 
     Args:
         device_kind: JAX's name of the kind.
     """
-    if device_kind in TPU_DEVICE_KINDS:
-        return TPU_MEMORY_GIB[TPU_DEVICE_KINDS[device_kind]] * 2**30
-    for text in gpu_descriptions().values():
-        if f'device_description_str: "{device_kind}"' in text:
-            found = re.search(r"device_memory_size: (\d+)", text)
-            assert found is not None, f"the description of {device_kind} has no device_memory_size"
-            return int(GPU_MEMORY_SHARE * int(found[1]))
-    return None
+    name = hardware_name(device_kind)
+    if name is None:
+        return None
+    if name in TPU_MEMORY_GIB:
+        return TPU_MEMORY_GIB[name] * 2**30
+    found = re.search(r"device_memory_size: (\d+)", gpu_descriptions()[name])
+    assert found is not None, f"the description of {device_kind} has no device_memory_size"
+    return int(GPU_MEMORY_SHARE * int(found[1]))
 
 
 # --- Facts of a compiled program
