@@ -243,7 +243,9 @@ def our_step(options: Training) -> Built:
     facts = {
         "parameters": layout.num_parameters,
         "flops": ModelFlops.of(info).total(TokenCounts.of(batches[0])),
-        "planned_seconds": Cost.of(read_kernels(compiled.as_text()), SPEEDS[hardware]).seconds if hardware else None,
+        "planned_seconds": Cost.of(read_kernels(compiled.as_text() or ""), SPEEDS[hardware]).seconds
+        if hardware
+        else None,
         "lower": lower_seconds,
         "compile": compile_seconds,
         "init": init_seconds,
