@@ -312,6 +312,14 @@ def faulty(folder: Path, case: str) -> list[str]:
             train = [source, str(folder / "none.de")]
         case "three files":
             train = [source, target, target]
+        case "text as output":
+            return ["--train", *train, "--output", source, "--replace"]
+        case "the name of the folder":
+            output = folder / "my.text"
+        case "text in the folder":
+            (folder / "my.text").mkdir()
+            train = [*write(folder / "my.text", PAIRS[:200])]
+            return ["--train", *train, "--output", str(output), "--replace"]
     return ["--train", *train, "--output", str(output)]
 
 
@@ -334,6 +342,9 @@ def faulty(folder: Path, case: str) -> list[str]:
         ("a folder as output", r"is a folder. Name a file, such as"),
         ("no file", r"there is no text file at .*none.de"),
         ("three files", r"--train takes a file of each language, .* got 3"),
+        ("text as output", r"--output .*text.en is the file .*text.en that is read, too"),
+        ("the name of the folder", r"my.text has the name of the folder for the text.*my.yaml"),
+        ("text in the folder", r"text.en is text to read, and --replace would remove its folder .*my.text"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_leaves_nothing(case, message, tmp_path, capsys):

@@ -95,6 +95,11 @@ class InitOptions:
         """Folder for the parts of the text."""
         return self.output.with_name(f"{self.output.stem}.text")
 
+    @property
+    def texts(self) -> tuple[Path, ...]:
+        """All files to read."""
+        return (*self.train, *self.validation, *self.test)
+
     def files(self, part: str) -> ParallelFiles | None:
         """Returns the files of a part, or None if it is not named.
 
@@ -111,16 +116,34 @@ class InitOptions:
         return files
 
     def check(self) -> None:
-        """Raises an `InputError` if the output cannot be written, or an option is out of range."""
+        """Raises an `InputError` if the output cannot be written or is text to read, or an option is out of range."""
         if self.output.is_dir():
             raise InputError(f"--output {self.output} is a folder. Name a file, such as {self.output / 'my.yaml'}.")
         if not self.output.parent.is_dir():
             raise InputError(f"--output {self.output}: there is no folder {self.output.parent}. Make it first.")
+        for path in self.texts:
+            if self.output.is_file() and path.is_file() and path.samefile(self.output):
+                raise InputError(f"--output {self.output} is the file {path} that is read, too. Choose another name.")
         check_new(self.output, self.replace)
         if self.held_out is not None and self.held_out < 1:
             raise ConfigError(f"--held-out must be at least 1, got {self.held_out}.")
         if not self.hours > 0:
             raise ConfigError(f"--hours must be above 0, got {self.hours}.")
+
+    def check_folder(self) -> None:
+        """Raises an `InputError` if the folder for the text cannot be made, or has text to read."""
+        if self.folder == self.output:
+            raise InputError(
+                f"--output {self.output} has the name of the folder for the text. Choose another, such as "
+                f"{self.output.with_suffix('.yaml')}."
+            )
+        check_new(self.folder, self.replace)
+        for path in self.texts:
+            if self.folder.resolve() in path.resolve().parents:
+                raise InputError(
+                    f"{path} is text to read, and --replace would remove its folder {self.folder}. Choose another "
+                    "--output."
+                )
 
 
 @dataclass
@@ -197,7 +220,7 @@ def main(arguments: list[str], program: str) -> int:
     options.check()
     texts = Texts.of(options)
     if texts.missing:
-        check_new(options.folder, options.replace)
+        options.check_folder()
     survey = survey_pairs(texts.training_pairs("reading"))
     check_survey(survey, texts.train.name)
     print(f"{texts.train.name}: {survey_text(survey)}", flush=True)
