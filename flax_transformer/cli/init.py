@@ -1,6 +1,7 @@
 """init: look at a corpus, split it, and write a first recipe for it and for this machine."""
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -127,8 +128,8 @@ class InitOptions:
         check_new(self.output, self.replace)
         if self.held_out is not None and self.held_out < 1:
             raise ConfigError(f"--held-out must be at least 1, got {self.held_out}.")
-        if not self.hours > 0:
-            raise ConfigError(f"--hours must be above 0, got {self.hours}.")
+        if not 0 < self.hours < math.inf:
+            raise ConfigError(f"--hours must be a finite number above 0, got {self.hours}.")
 
     def check_folder(self) -> None:
         """Raises an `InputError` if the folder for the text cannot be made, or has text to read."""
@@ -261,7 +262,7 @@ def _title(options: InitOptions, texts: Texts, command: str) -> list[str]:
         f"A first recipe for {texts.train.name}. Every value can be changed; those that are not here have their "
         "defaults (flax-transformer train --help).",
         f"Written by: {command}",
-        f"Train: flax-transformer train --config {options.output}",
+        f"Train: flax-transformer train --config {shlex.quote(str(options.output))}",
     ]
 
 
