@@ -16,7 +16,7 @@ from flax_transformer.config.commented_recipe import CommentedRecipe
 from flax_transformer.config.reading import read_config, to_dict
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.corpus import load_corpus
-from flax_transformer.data.held_out import PARTS, Split, choose_split, new_folder, write_split
+from flax_transformer.data.held_out import PARTS, Split, SplitSizes, choose_split, new_folder, write_split
 from flax_transformer.data.preparation import prepare_tokenizers
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.text_survey import SmallestHashes, is_clean, source_key, survey_pairs
@@ -133,6 +133,13 @@ def test_sources_of_given_text_are_not_trained_on(tmp_path):
     trained = {source_key(line) for line in (tmp_path / "train.source").read_text().splitlines()}
     assert not trained & (given | split.test) and sizes.train == len(trained)
     assert not (tmp_path / "validation.source").exists()
+
+
+def test_repetitions_of_a_held_out_pair_do_not_make_a_corpus_small():
+    pairs = [*PAIRS, *(10 * PAIRS)]
+    survey, sizes = survey_pairs(pairs), SplitSizes(train=8_800, validation=50, test=50, left_out=1_000)
+    assert sizes.num_distinct(survey.pairs.num_distinct) == len(PAIRS) - 100
+    assert SplitSizes(train=9, validation=1, test=0, left_out=2).num_distinct(12) == 9  # no pair repeats another
 
 
 def test_only_clean_pairs_are_held_out():

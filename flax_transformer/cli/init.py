@@ -232,16 +232,15 @@ def main(arguments: list[str], program: str) -> int:
     recipe.set("the folder that the training makes", run=f"runs/{options.output.stem}")
     with contextlib.ExitStack() as opened:
         split = choose_split(survey, texts.missing, options.held_out, texts.given)
-        folder, num_train = None, survey.num_pairs
+        folder, num_pairs = None, survey.pairs.num_distinct
         if texts.missing:
             folder = opened.enter_context(new_folder(options.folder, options.replace))
             sizes = write_split(texts.training_pairs("splitting"), split, folder)
             print(split_text(sizes, str(options.folder)), flush=True)
-            num_train = sizes.train
+            num_pairs = sizes.num_distinct(num_pairs)
         elif texts.num_known:
             print(_known_warning(texts.num_known), file=sys.stderr)
         texts.add_to(recipe, folder)
-        num_pairs = max(survey.pairs.num_distinct - (survey.num_pairs - num_train), 1)
         if options.measure:
             print(MEASURING, file=sys.stderr, flush=True)
         chosen = choose_recipe(recipe, survey, num_pairs, options.hours, options.measure)

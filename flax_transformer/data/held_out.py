@@ -57,6 +57,14 @@ class SplitSizes:
     test: int
     left_out: int
 
+    def num_distinct(self, found: int) -> int:
+        """Returns the number of different training pairs, if the whole text has `found` different pairs.
+
+        Pairs that are left out mostly repeat those that are held out. So they are not subtracted a second time, and the
+        number is an upper bound.
+        """
+        return max(min(found - self.validation - self.test, self.train), 1)
+
 
 def choose_split(
     survey: TextSurvey, parts: Collection[str], number: int | None = None, given: frozenset[int] = frozenset()
