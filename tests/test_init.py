@@ -21,7 +21,7 @@ from flax_transformer.data.preparation import prepare_tokenizers
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.text_survey import SmallestHashes, is_clean, source_key, survey_pairs
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.experiment.corpus_report import check_survey, survey_warnings
+from flax_transformer.experiment.corpus_report import check_survey, survey_text, survey_warnings
 from flax_transformer.experiment.first_recipe import (
     ON_CPU,
     SIZES,
@@ -68,7 +68,10 @@ def test_a_survey_counts_what_can_be_counted_by_hand():
     assert found.source.counts["a"] == 2 and found.clean_sources.num_distinct == 1
     x, y = np.log1p([4, 0, 1, 4, 40, 1001]), np.log1p([1, 1, 1, 1, 3, 900])
     assert found.length_correlation == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert math.isnan(survey_pairs([("a", "b")]).length_correlation)
+    single = survey_pairs([("a", "b")])
+    assert math.isnan(single.length_correlation) and survey_text(single).endswith(
+        "1.00 times the characters of the source"
+    )
 
 
 def test_different_items_are_counted_exactly_and_then_estimated():
