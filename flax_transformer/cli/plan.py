@@ -24,6 +24,8 @@ class PlanOptions:
     recipe fits, or what to change. The extra "plan" has the compilers. Further options change fields of the recipe,
     as for train: --mesh.fsdp 8, --batching.tokens-per-batch 100000.
 
+    Example: flax-transformer plan --config my.yaml --topology h100_sxm:8 --mesh.fsdp 8
+
     Attributes:
         config: the recipe.
         topology: the hardware, such as v5e:4x4 or v5p:8x8x8 (chips of a slice), h100_sxm:8 (GPUs of a host), or cpu:2
