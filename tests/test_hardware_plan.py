@@ -230,11 +230,14 @@ def test_the_command_prints_a_plan_or_what_to_change(recipe, capsys, monkeypatch
     [
         (["--topology", "v9:4x4"], "unknown hardware 'v9'.*the names are v4, v5e, v5p, v6e, a100_sxm_80"),
         (["--topology", "cpu:9"], "cpu:9 needs 9 CPU devices, and JAX has 8"),
+        (["--topology", "cpu:²"], "named by their number, such as cpu:2, got 'cpu:²'"),
+        (["--topology", "cpu"], "named by their number, such as cpu:2, got 'cpu'"),
         (["--topology", "cpu:2", "--length", "0"], "--length must be at least 1"),
         (["--topology", "cpu:2", "--resume"], "plan is for runs to come"),
     ],
 )
 def test_bad_input_of_the_command(recipe, capsys, arguments, message):
+    jax.devices()  # JAX has begun, so it keeps its number of cores
     assert cli.run_verb(cli.verb("plan"), ["--config", str(recipe), *arguments], "plan") == 2
     assert re.search(message, capsys.readouterr().err)
 

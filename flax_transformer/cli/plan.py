@@ -57,7 +57,7 @@ def main(arguments: list[str], program: str) -> int:
     if resume:
         raise ConfigError("plan is for runs to come. Leave out --resume.")
     name, _, number = options.topology.partition(":")
-    if name == "cpu" and number.isdigit():
+    if name == "cpu" and number.isdecimal():
         with contextlib.suppress(RuntimeError):  # JAX has begun; a topology of more cores than it has is an error
             jax.config.update("jax_num_cpu_devices", int(number))
     with tempfile.TemporaryDirectory() as log_folder:
