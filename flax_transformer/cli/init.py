@@ -47,7 +47,8 @@ class InitOptions:
     """Looks at parallel text, and writes a first recipe for it and for this machine, with the reason of each choice.
 
     Validation and test text that is not named is taken out of the training text. The parts are then written to a folder
-    beside the recipe. No source of validation or test text is trained on.
+    beside the recipe, and the training part has no source of the others. If both are named, the training text stays as
+    it is. A warning then counts its pairs with such a source.
 
     Example: flax-transformer init --train my.en my.de --output my.yaml
 
