@@ -330,6 +330,8 @@ def faulty(folder: Path, case: str) -> list[str]:
             (folder / "my.text").mkdir()
             train = [*write(folder / "my.text", PAIRS[:200])]
             return ["--train", *train, "--output", str(output), "--replace"]
+        case "the same validation text":
+            return ["--train", *train, "--validation", *train, "--held-out", "1", "--output", str(output)]
         case "hours without end":
             return ["--train", *train, "--output", str(output), "--hours", "inf"]
     return ["--train", *train, "--output", str(output)]
@@ -357,6 +359,7 @@ def faulty(folder: Path, case: str) -> list[str]:
         ("text as output", r"--output .*text.en is the file .*text.en that is read, too"),
         ("the name of the folder", r"my.text has the name of the folder for the text.*my.yaml"),
         ("text in the folder", r"text.en is text to read, and --replace would remove its folder .*my.text"),
+        ("the same validation text", r"there are 0 besides those of the text that is named"),
         ("hours without end", r"--hours must be a finite number above 0, got inf"),
     ],
 )
