@@ -30,6 +30,8 @@ from flax_transformer.experiment.first_recipe import (
     choose_size,
     length_limit,
     num_evaluations,
+    num_steps,
+    reason_of_steps,
 )
 from flax_transformer.experiment.programs import make_programs
 from flax_transformer.experiment.text import prepare_text
@@ -171,6 +173,15 @@ def test_sizes_follow_the_corpus_and_the_machine():
     assert [choose_size(n, CPU) for n in (0, 14_999, 15_000, 59_999)] == [SIZES[0], SIZES[0], SIZES[1], SIZES[1]]
     assert choose_size(60_000, CPU) == choose_size(10**8, CPU) == ON_CPU
     assert choose_size(60_000, GPU) == SIZES[2] and choose_size(10**8, GPU) == SIZES[3]
+
+
+def test_the_reason_of_the_steps_names_their_limits():
+    expected = {
+        8: (3_000, "375 epochs of 8 batches; 50 are usual for this size, but at least 3,000 steps"),
+        100: (5_000, "50 epochs of 100 batches; 50 are usual for this size"),
+        4_000: (100_000, "25 epochs of 4,000 batches; 50 are usual for this size, but at most 100,000 steps"),
+    }
+    assert {n: (num_steps(SIZES[0], n), reason_of_steps(SIZES[0], n)) for n in expected} == expected
 
 
 def test_evaluations_take_a_fifth_of_a_training_at_most():
