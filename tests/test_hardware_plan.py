@@ -196,6 +196,9 @@ def test_a_ranking_begins_with_the_fastest_choice(monkeypatch, plan):
     assert [round(ranked.tokens / ranked.tokens_per_second, 6) for ranked in ranking] == [1.0, 2.0, 3.0]
     best, table = ranking[0].config, describe_ranking(ranking)
     assert f"--mesh.data {best.mesh.data} --mesh.fsdp {best.mesh.fsdp} --mesh.tensor {best.mesh.tensor}" in table
+    assert ("--model.rematerialize" in table) == best.model.rematerialize != ("--model.no-rematerialize" in table)
+    full = [dataclasses.replace(each, plan=dataclasses.replace(each.plan, available=9)) for each in ranking]
+    assert "None of these fits" in describe_ranking(full) and "The best" not in describe_ranking(full)
 
     monkeypatch.setattr(plan_search, "available_bytes", lambda mesh: 1000)
     with pytest.raises(ConfigError, match="no mesh of cpu:2 fits the recipe: by formula the best one needs"):
@@ -230,11 +233,14 @@ def test_the_command_prints_a_plan_or_what_to_change(recipe, capsys, monkeypatch
     [
         (["--topology", "v9:4x4"], "unknown hardware 'v9'.*the names are v4, v5e, v5p, v6e, a100_sxm_80"),
         (["--topology", "cpu:9"], "cpu:9 needs 9 CPU devices, and JAX has 8"),
+        (["--topology", "cpu:²"], "named by their number, such as cpu:2, got 'cpu:²'"),
+        (["--topology", "cpu"], "named by their number, such as cpu:2, got 'cpu'"),
         (["--topology", "cpu:2", "--length", "0"], "--length must be at least 1"),
         (["--topology", "cpu:2", "--resume"], "plan is for runs to come"),
     ],
 )
 def test_bad_input_of_the_command(recipe, capsys, arguments, message):
+    jax.devices()  # JAX has begun, so it keeps its number of cores
     assert cli.run_verb(cli.verb("plan"), ["--config", str(recipe), *arguments], "plan") == 2
     assert re.search(message, capsys.readouterr().err)
 

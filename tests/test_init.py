@@ -16,12 +16,12 @@ from flax_transformer.config.commented_recipe import CommentedRecipe
 from flax_transformer.config.reading import read_config, to_dict
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.corpus import load_corpus
-from flax_transformer.data.held_out import PARTS, Split, choose_split, new_folder, write_split
+from flax_transformer.data.held_out import PARTS, Split, SplitSizes, choose_split, new_folder, write_split
 from flax_transformer.data.preparation import prepare_tokenizers
 from flax_transformer.data.synthetic import NumberWordsConfig, number_words_corpus
 from flax_transformer.data.text_survey import SmallestHashes, is_clean, source_key, survey_pairs
 from flax_transformer.errors import ConfigError, InputError
-from flax_transformer.experiment.corpus_report import check_survey, survey_warnings
+from flax_transformer.experiment.corpus_report import check_survey, survey_text, survey_warnings
 from flax_transformer.experiment.first_recipe import (
     ON_CPU,
     SIZES,
@@ -30,6 +30,8 @@ from flax_transformer.experiment.first_recipe import (
     choose_size,
     length_limit,
     num_evaluations,
+    num_steps,
+    reason_of_steps,
 )
 from flax_transformer.experiment.programs import make_programs
 from flax_transformer.experiment.text import prepare_text
@@ -68,7 +70,10 @@ def test_a_survey_counts_what_can_be_counted_by_hand():
     assert found.source.counts["a"] == 2 and found.clean_sources.num_distinct == 1
     x, y = np.log1p([4, 0, 1, 4, 40, 1001]), np.log1p([1, 1, 1, 1, 3, 900])
     assert found.length_correlation == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert math.isnan(survey_pairs([("a", "b")]).length_correlation)
+    single = survey_pairs([("a", "b")])
+    assert math.isnan(single.length_correlation) and survey_text(single).endswith(
+        "1.00 times the characters of the source"
+    )
 
 
 def test_different_items_are_counted_exactly_and_then_estimated():
@@ -135,6 +140,13 @@ def test_sources_of_given_text_are_not_trained_on(tmp_path):
     assert not (tmp_path / "validation.source").exists()
 
 
+def test_repetitions_of_a_held_out_pair_do_not_make_a_corpus_small():
+    pairs = [*PAIRS, *(10 * PAIRS)]
+    survey, sizes = survey_pairs(pairs), SplitSizes(train=8_800, validation=50, test=50, left_out=1_000)
+    assert sizes.num_distinct(survey.pairs.num_distinct) == len(PAIRS) - 100
+    assert SplitSizes(train=9, validation=1, test=0, left_out=2).num_distinct(12) == 9  # no pair repeats another
+
+
 def test_only_clean_pairs_are_held_out():
     assert is_clean("a", "b") and not is_clean("a", "a") and not is_clean(" ", "b") and not is_clean("a" * 50, "b")
     assert choose_split(survey_pairs(PAIRS), []) == Split()
@@ -161,6 +173,15 @@ def test_sizes_follow_the_corpus_and_the_machine():
     assert [choose_size(n, CPU) for n in (0, 14_999, 15_000, 59_999)] == [SIZES[0], SIZES[0], SIZES[1], SIZES[1]]
     assert choose_size(60_000, CPU) == choose_size(10**8, CPU) == ON_CPU
     assert choose_size(60_000, GPU) == SIZES[2] and choose_size(10**8, GPU) == SIZES[3]
+
+
+def test_the_reason_of_the_steps_names_their_limits():
+    expected = {
+        8: (3_000, "375 epochs of 8 batches; 50 are usual for this size, but at least 3,000 steps"),
+        100: (5_000, "50 epochs of 100 batches; 50 are usual for this size"),
+        4_000: (100_000, "25 epochs of 4,000 batches; 50 are usual for this size, but at most 100,000 steps"),
+    }
+    assert {n: (num_steps(SIZES[0], n), reason_of_steps(SIZES[0], n)) for n in expected} == expected
 
 
 def test_evaluations_take_a_fifth_of_a_training_at_most():
@@ -312,6 +333,18 @@ def faulty(folder: Path, case: str) -> list[str]:
             train = [source, str(folder / "none.de")]
         case "three files":
             train = [source, target, target]
+        case "text as output":
+            return ["--train", *train, "--output", source, "--replace"]
+        case "the name of the folder":
+            output = folder / "my.text"
+        case "text in the folder":
+            (folder / "my.text").mkdir()
+            train = [*write(folder / "my.text", PAIRS[:200])]
+            return ["--train", *train, "--output", str(output), "--replace"]
+        case "the same validation text":
+            return ["--train", *train, "--validation", *train, "--held-out", "1", "--output", str(output)]
+        case "hours without end":
+            return ["--train", *train, "--output", str(output), "--hours", "inf"]
     return ["--train", *train, "--output", str(output)]
 
 
@@ -334,6 +367,11 @@ def faulty(folder: Path, case: str) -> list[str]:
         ("a folder as output", r"is a folder. Name a file, such as"),
         ("no file", r"there is no text file at .*none.de"),
         ("three files", r"--train takes a file of each language, .* got 3"),
+        ("text as output", r"--output .*text.en is the file .*text.en that is read, too"),
+        ("the name of the folder", r"my.text has the name of the folder for the text.*my.yaml"),
+        ("text in the folder", r"text.en is text to read, and --replace would remove its folder .*my.text"),
+        ("the same validation text", r"there are 0 besides those of the text that is named"),
+        ("hours without end", r"--hours must be a finite number above 0, got inf"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_leaves_nothing(case, message, tmp_path, capsys):

@@ -49,4 +49,5 @@ def test_a_run_without_curves_is_explained(run, tmp_path, capsys):
         assert command("plot", str(place), "--output", str(tmp_path / "made")) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said
-    assert not (tmp_path / "made").exists()
+    assert command("plot", "--output", str(tmp_path / "made")) == 2
+    assert "give the folder of a run" in capsys.readouterr().err and not (tmp_path / "made").exists()

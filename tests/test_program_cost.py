@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from flax_transformer.parallel.kernel_cost import library_flops, sort_passes
-from flax_transformer.parallel.program_cost import Cost, Speed, read_kernels, seconds_by
+from flax_transformer.parallel.program_cost import Cost, Speed, largest_loop, read_kernels, seconds_by
 from flax_transformer.parallel.program_text import num_bytes
 
 SPEED = Speed(bandwidth=1e9, peak=1e12, float32_peak=1e11, latency=2e-6)
@@ -88,6 +88,26 @@ def test_a_loop_of_unknown_length_gets_the_turns_that_are_given():
     unknown = compared.replace("%most = s32[] constant(7)", "%most = s32[] get-tuple-element(%c), index=0")
     assert {kernel.runs for kernel in read_kernels(unknown) if kernel.loop} == {1}
     assert {kernel.runs for kernel in read_kernels(unknown, unknown_turns=5) if kernel.loop} == {5}
+
+
+def test_the_step_of_a_search_is_a_loop_inside_a_loop():
+    """The loop around it may have more kernels, as in the search of a recurrent model."""
+    assert largest_loop(read_kernels(LOOP))[0] == "loop"
+    rows = "".join(f"  %r{n} = bf16[1,16]{{1,0}} fusion(%y, %k), kind=kLoop, calls=%fused_row\n" for n in range(4))
+    outer = f"""
+%outer (o: (s32[], bf16[100,16])) -> (s32[], bf16[100,16]) {{
+  %o = (s32[], bf16[100,16]{{1,0}}) parameter(0)
+  %k = s32[] get-tuple-element(%o), index=0
+  %y = bf16[100,16]{{1,0}} get-tuple-element(%o), index=1
+{rows}  ROOT %step = (s32[], bf16[100,16]{{1,0}}) while(%o), condition=%cond, body=%body
+}}
+
+ENTRY"""
+    place = LOOP.rindex("body=%body")
+    nested = f"{LOOP[:place]}body=%outer{LOOP[place + len('body=%body') :]}".replace("\nENTRY", outer)
+    name, kernels = largest_loop(read_kernels(nested))
+    assert name == "step" and {kernel.name for kernel in kernels} == {"lt", "row_fusion", "write"}
+    assert {kernel.loops for kernel in kernels} == {("loop", "step")}
 
 
 MIXED = """

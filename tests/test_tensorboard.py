@@ -80,3 +80,5 @@ def test_nothing_is_profiled_unasked(tmp_path):
 def test_signs_of_markdown_stand_for_themselves():
     made = markdown_table(("a", "b"), [("x|y", "<b>*z*</b>")])
     assert made == "| a | b |\n|---|---|\n| x&#124;y | &#60;b&#62;&#42;z&#42;&#60;/b&#62; |\n"
+    made = markdown_table(("a",), [("x\ry\nz",)])  # a line of text may hold a carriage return
+    assert made == "| a |\n|---|\n| x&#13;y&#10;z |\n"

@@ -26,6 +26,8 @@ class AttentionOptions:
     and the tree of the beam search. From --method on, options that are left out take the run's own settings. The search
     must be a beam search.
 
+    Example: flax-transformer attention --run runs/mine --text "A dog runs." --output page.html
+
     Attributes:
         run: run folder of the model.
         text: sentence to translate; give the option again for each further sentence.

@@ -1,6 +1,7 @@
 """init: look at a corpus, split it, and write a first recipe for it and for this machine."""
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -46,7 +47,8 @@ class InitOptions:
     """Looks at parallel text, and writes a first recipe for it and for this machine, with the reason of each choice.
 
     Validation and test text that is not named is taken out of the training text. The parts are then written to a folder
-    beside the recipe. No source of validation or test text is trained on.
+    beside the recipe, and the training part has no source of the others. If both are named, the training text stays as
+    it is. A warning then counts its pairs with such a source.
 
     Example: flax-transformer init --train my.en my.de --output my.yaml
 
@@ -95,6 +97,11 @@ class InitOptions:
         """Folder for the parts of the text."""
         return self.output.with_name(f"{self.output.stem}.text")
 
+    @property
+    def texts(self) -> tuple[Path, ...]:
+        """All files to read."""
+        return (*self.train, *self.validation, *self.test)
+
     def files(self, part: str) -> ParallelFiles | None:
         """Returns the files of a part, or None if it is not named.
 
@@ -111,16 +118,34 @@ class InitOptions:
         return files
 
     def check(self) -> None:
-        """Raises an `InputError` if the output cannot be written, or an option is out of range."""
+        """Raises an `InputError` if the output cannot be written or is text to read, or an option is out of range."""
         if self.output.is_dir():
             raise InputError(f"--output {self.output} is a folder. Name a file, such as {self.output / 'my.yaml'}.")
         if not self.output.parent.is_dir():
             raise InputError(f"--output {self.output}: there is no folder {self.output.parent}. Make it first.")
+        for path in self.texts:
+            if self.output.is_file() and path.is_file() and path.samefile(self.output):
+                raise InputError(f"--output {self.output} is the file {path} that is read, too. Choose another name.")
         check_new(self.output, self.replace)
         if self.held_out is not None and self.held_out < 1:
             raise ConfigError(f"--held-out must be at least 1, got {self.held_out}.")
-        if not self.hours > 0:
-            raise ConfigError(f"--hours must be above 0, got {self.hours}.")
+        if not 0 < self.hours < math.inf:
+            raise ConfigError(f"--hours must be a finite number above 0, got {self.hours}.")
+
+    def check_folder(self) -> None:
+        """Raises an `InputError` if the folder for the text cannot be made, or has text to read."""
+        if self.folder == self.output:
+            raise InputError(
+                f"--output {self.output} has the name of the folder for the text. Choose another, such as "
+                f"{self.output.with_suffix('.yaml')}."
+            )
+        check_new(self.folder, self.replace)
+        for path in self.texts:
+            if self.folder.resolve() in path.resolve().parents:
+                raise InputError(
+                    f"{path} is text to read, and --replace would remove its folder {self.folder}. Choose another "
+                    "--output."
+                )
 
 
 @dataclass
@@ -197,7 +222,7 @@ def main(arguments: list[str], program: str) -> int:
     options.check()
     texts = Texts.of(options)
     if texts.missing:
-        check_new(options.folder, options.replace)
+        options.check_folder()
     survey = survey_pairs(texts.training_pairs("reading"))
     check_survey(survey, texts.train.name)
     print(f"{texts.train.name}: {survey_text(survey)}", flush=True)
@@ -208,16 +233,15 @@ def main(arguments: list[str], program: str) -> int:
     recipe.set("the folder that the training makes", run=f"runs/{options.output.stem}")
     with contextlib.ExitStack() as opened:
         split = choose_split(survey, texts.missing, options.held_out, texts.given)
-        folder, num_train = None, survey.num_pairs
+        folder, num_pairs = None, survey.pairs.num_distinct
         if texts.missing:
             folder = opened.enter_context(new_folder(options.folder, options.replace))
             sizes = write_split(texts.training_pairs("splitting"), split, folder)
             print(split_text(sizes, str(options.folder)), flush=True)
-            num_train = sizes.train
+            num_pairs = sizes.num_distinct(num_pairs)
         elif texts.num_known:
             print(_known_warning(texts.num_known), file=sys.stderr)
         texts.add_to(recipe, folder)
-        num_pairs = max(survey.pairs.num_distinct - (survey.num_pairs - num_train), 1)
         if options.measure:
             print(MEASURING, file=sys.stderr, flush=True)
         chosen = choose_recipe(recipe, survey, num_pairs, options.hours, options.measure)
@@ -238,7 +262,7 @@ def _title(options: InitOptions, texts: Texts, command: str) -> list[str]:
         f"A first recipe for {texts.train.name}. Every value can be changed; those that are not here have their "
         "defaults (flax-transformer train --help).",
         f"Written by: {command}",
-        f"Train: flax-transformer train --config {options.output}",
+        f"Train: flax-transformer train --config {shlex.quote(str(options.output))}",
     ]
 
 

@@ -24,6 +24,8 @@ class PlanOptions:
     recipe fits, or what to change. The extra "plan" has the compilers. Further options change fields of the recipe,
     as for train: --mesh.fsdp 8, --batching.tokens-per-batch 100000.
 
+    Example: flax-transformer plan --config my.yaml --topology h100_sxm:8 --mesh.fsdp 8
+
     Attributes:
         config: the recipe.
         topology: the hardware, such as v5e:4x4 or v5p:8x8x8 (chips of a slice), h100_sxm:8 (GPUs of a host), or cpu:2
@@ -55,7 +57,7 @@ def main(arguments: list[str], program: str) -> int:
     if resume:
         raise ConfigError("plan is for runs to come. Leave out --resume.")
     name, _, number = options.topology.partition(":")
-    if name == "cpu" and number.isdigit():
+    if name == "cpu" and number.isdecimal():
         with contextlib.suppress(RuntimeError):  # JAX has begun; a topology of more cores than it has is an error
             jax.config.update("jax_num_cpu_devices", int(number))
     with tempfile.TemporaryDirectory() as log_folder:

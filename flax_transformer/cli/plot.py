@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from flax_transformer.errors import RunFolderError
+from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.object_storage import AnyPath, any_path, resolved
 from flax_transformer.plots.curves import plot_curves, plot_together
 from flax_transformer.plots.picture import missing_letters_note
@@ -41,6 +41,8 @@ def main(arguments: list[str], program: str) -> int:
         InputError: no run folder, or a run without records.
     """
     options = tyro.cli(PlotOptions, args=arguments, prog=program)
+    if not options.runs:
+        raise ConfigError(f"give the folder of a run or more, such as {program} runs/mine.")
     runs = dict(zip(unique_names(options.runs), map(records_of, options.runs), strict=True))
     options.output.mkdir(parents=True, exist_ok=True)
     pictures = [plot_curves(records, options.output / f"{name}.png", name) for name, records in runs.items()]

@@ -57,6 +57,14 @@ class SplitSizes:
     test: int
     left_out: int
 
+    def num_distinct(self, found: int) -> int:
+        """Returns the number of different training pairs, if the whole text has `found` different pairs.
+
+        Pairs that are left out mostly repeat those that are held out. So they are not subtracted a second time, and the
+        number is an upper bound.
+        """
+        return max(min(found - self.validation - self.test, self.train), 1)
+
 
 def choose_split(
     survey: TextSurvey, parts: Collection[str], number: int | None = None, given: frozenset[int] = frozenset()
@@ -72,18 +80,20 @@ def choose_split(
     Raises:
         InputError: the text is too small.
     """
-    found = survey.clean_sources.num_distinct
+    values = survey.clean_sources.values.tolist()
+    keys = [key for key in values if key not in given]
+    found = round(survey.clean_sources.num_distinct * len(keys) / max(len(values), 1))
     size = min(max(LEAST_PAIRS, round(SHARE * found)), MOST_PAIRS) if number is None else number
     if not parts:
         return Split(given=given)
-    if size < 1 or size * len(parts) > min(MOST_SHARE * found, len(survey.clean_sources.values)):
+    if size < 1 or size * len(parts) > min(MOST_SHARE * found, len(keys)):
         least = -(-size * len(parts) // MOST_SHARE)
+        besides = " besides those of the text that is named" if given else ""
         raise InputError(
             f"the training text is too small to take {' and '.join(sorted(parts))} text from it: {size} pairs for each "
-            f"need {least:,.0f} different clean pairs, and there are {found:,}. Give more text, take fewer pairs by "
-            "--held-out NUMBER (at least 1), or name own text by --validation and --test."
+            f"need {least:,.0f} different clean pairs, and there are {found:,}{besides}. Give more text, take fewer "
+            "pairs by --held-out NUMBER (at least 1), or name own text by --validation and --test."
         )
-    keys = [key for key in survey.clean_sources.values.tolist() if key not in given][: size * len(parts)]
     chosen = {part: frozenset(keys[i * size : (i + 1) * size]) for i, part in enumerate(sorted(parts))}
     return Split(**chosen, given=given)
 

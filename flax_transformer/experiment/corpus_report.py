@@ -48,10 +48,11 @@ def survey_text(survey: TextSurvey) -> str:
         f"{survey.num_very_long:,} have more than {VERY_LONG:,} characters",
     ]
     ratio = survey.target.characters / max(survey.source.characters, 1)
+    correlation = survey.length_correlation
+    correlate = "" if math.isnan(correlation) else f"; the lengths of both sides correlate by {correlation:.2f}"
     return (
         f"{survey.num_pairs:,} pairs of lines\n{table}\n  of the pairs, {', '.join(found)}\n"
-        f"  the target has {ratio:.2f} times the characters of the source; the lengths of both sides correlate by "
-        f"{survey.length_correlation:.2f}"
+        f"  the target has {ratio:.2f} times the characters of the source{correlate}"
     )
 
 

@@ -234,6 +234,15 @@ def num_steps(size: Size, batches_per_epoch: int) -> int:
     return -(-steps // STEP_MULTIPLE) * STEP_MULTIPLE
 
 
+def reason_of_steps(size: Size, batches_per_epoch: int) -> str:
+    """Returns the reason of the number of steps that `num_steps` gives."""
+    steps, usual = num_steps(size, batches_per_epoch), size.epochs * batches_per_epoch
+    limit = f"at least {LEAST_STEPS:,} steps" if usual < LEAST_STEPS else f"at most {MOST_STEPS:,} steps"
+    epochs = f"{steps / batches_per_epoch:.0f} epochs of {batches_per_epoch:,} batches"
+    text = f"{epochs}; {size.epochs} are usual for this size"
+    return text if LEAST_STEPS <= usual <= MOST_STEPS else f"{text}, but {limit}"
+
+
 def num_evaluations(training_seconds: float, evaluation_seconds: float) -> int:
     """Returns the number of evaluations of a training, so that they take a fifth of its time at most."""
     return int(np.clip(EVALUATION_SHARE * training_seconds / evaluation_seconds, LEAST_EVALUATIONS, EVALUATIONS))

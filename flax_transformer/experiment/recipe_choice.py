@@ -29,6 +29,7 @@ from flax_transformer.experiment.first_recipe import (
     choose_size,
     num_evaluations,
     num_steps,
+    reason_of_steps,
 )
 from flax_transformer.experiment.programs import Programs, make_programs
 from flax_transformer.experiment.text import PreparedText, prepare_text
@@ -108,8 +109,7 @@ def choose_recipe(
     # --- steps and time
     batches = len(prepare_text(recipe.config, corpus, tokenizers, mesh).plan.epoch(0))
     wanted = steps = num_steps(size, batches)
-    why = f"{steps / batches:.0f} epochs of {batches:,} batches; {size.epochs} are usual for this size"
-    add_training(recipe, size, steps, why, len(corpus.validation.source))
+    add_training(recipe, size, steps, reason_of_steps(size, batches), len(corpus.validation.source))
     add_decoding(recipe, survey, pairs)
     if not measure:
         return ChosenRecipe(recipe, machine, wanted, steps / batches, None)

@@ -30,7 +30,7 @@ from flax_transformer.training.step import Objective, jit_evaluation_step
 # Number of translations that TensorBoard gets from each evaluation.
 NUM_SAMPLES = 5
 
-MARKDOWN_SIGNS = re.compile(r"[\\`*_{}\[\]<>()#+!|&~^:-]")
+MARKDOWN_SIGNS = re.compile(r"[\\`*_{}\[\]<>()#+!|&~^:\r\n-]")
 
 
 class Validation:
@@ -128,7 +128,7 @@ class Validation:
 
 
 def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown, in which signs of Markdown and HTML stand for themselves."""
+    """Returns a table in Markdown, in which signs of Markdown, HTML and ends of lines stand for themselves."""
 
     def row(cells: Sequence[str]) -> str:
         return f"| {' | '.join(MARKDOWN_SIGNS.sub(lambda sign: f'&#{ord(sign[0])};', cell) for cell in cells)} |\n"

@@ -54,7 +54,7 @@ def kept(key: PRNGKeyArray, shape: tuple[int, ...], threshold: int) -> Bool[Arra
     if backend.platform() != "tpu" or shape[-1] < 4:
         return random_bytes(key, shape) < jnp.uint8(threshold)
     words = random_words(key, shape)
-    # [..., W] -> [..., G, W / G]: groups fill the lanes of a TPU, and no group crosses two shards.
+    # [..., W] -> [..., G, W / G]: groups fill the lanes of a TPU. A shard of whole groups is not moved.
     width = math.gcd(words.shape[-1], LANES)
     words = words.reshape(*words.shape[:-1], -1, width)
     shifts = range(0, 32, 8)

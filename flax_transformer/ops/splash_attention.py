@@ -54,7 +54,7 @@ def splash_attention(
 
     Args:
         query: N heads, scaled already.
-        key, value: M heads; each splash_serves N / M neighbouring query heads.
+        key, value: M heads; each serves N / M neighbouring query heads.
         query_segments, key_segments: a query attends to the keys of its own segment.
         causal: whether a query attends to no later position than its own.
         interpret: whether JAX runs the kernels as plain operations, as in tests.

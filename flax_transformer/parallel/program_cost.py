@@ -118,7 +118,7 @@ class Kernel:
         exchanged: bytes that the exchange takes and gives on a device, in any memory.
         cycles: the compiler's own estimate of one run, if it writes one, as libtpu does; otherwise 0.
         runs: number of runs.
-        loop: name of the innermost loop around it, or "".
+        loops: names of the loops around it, the outermost first.
     """
 
     name: str
@@ -132,7 +132,12 @@ class Kernel:
     exchanged: int
     cycles: int
     runs: int
-    loop: str
+    loops: tuple[str, ...]
+
+    @property
+    def loop(self) -> str:
+        """Name of the innermost loop around it, or ""."""
+        return self.loops[-1] if self.loops else ""
 
     def seconds(self, speed: Speed) -> float:
         """Returns the least time of all runs. A kernel that launches nothing overlaps with others."""
@@ -148,8 +153,8 @@ class _Reader:
         self.unknown_turns = unknown_turns
         self.channels: set[str] = set()  # exchanges that were counted
 
-    def kernels(self, name: str, runs: int, loop: str = "") -> Iterator[Kernel]:
-        """Yields the kernels of a computation that runs `runs` times, in a loop of that name."""
+    def kernels(self, name: str, runs: int, loops: tuple[str, ...] = ()) -> Iterator[Kernel]:
+        """Yields the kernels of a computation that runs `runs` times, in loops of these names."""
         computation = self.computations[name]
         for line in computation.lines.values():
             if line.opcode in FREE or call_target(line) in FREE_CALLS:
@@ -158,23 +163,23 @@ class _Reader:
                 turns = loop_turns(self.computations, line, self.unknown_turns)
                 for inner in (line.called("condition"), line.called("body")):
                     if inner is not None:
-                        yield from self.kernels(inner, runs * turns, line.name)
+                        yield from self.kernels(inner, runs * turns, (*loops, line.name))
             elif line.opcode == "conditional":
-                yield from self.dearest_branch(line, runs, loop)
+                yield from self.dearest_branch(line, runs, loops)
             elif line.opcode in ("call", "async-start") and (inner := line.called()) in self.computations:
-                yield from self.kernels(inner, runs, loop)
+                yield from self.kernels(inner, runs, loops)
             else:
-                yield self.kernel(computation, line, runs, loop)
+                yield self.kernel(computation, line, runs, loops)
 
-    def dearest_branch(self, line: Line, runs: int, loop: str) -> list[Kernel]:
+    def dearest_branch(self, line: Line, runs: int, loops: tuple[str, ...]) -> list[Kernel]:
         """Returns the kernels of the branch that moves most bytes."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", line.attributes)
         names = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
         names += [name for part in ("true_computation", "false_computation") if (name := line.called(part))]
-        branches = [list(self.kernels(name, runs, loop)) for name in names]
+        branches = [list(self.kernels(name, runs, loops)) for name in names]
         return max(branches, key=lambda kernels: sum(k.bytes * k.runs for k in kernels), default=[])
 
-    def kernel(self, computation: Computation, line: Line, runs: int, loop: str) -> Kernel:
+    def kernel(self, computation: Computation, line: Line, runs: int, loops: tuple[str, ...]) -> Kernel:
         """Returns the kernel of one line."""
         operands = [computation.lines[name].result for name in line.operands if name in computation.lines]
         moved = num_bytes(line.result) + sum(map(num_bytes, operands))
@@ -204,7 +209,7 @@ class _Reader:
         estimate = re.search(r'estimated_cycles":"(\d+)"', line.attributes)
         cycles = int(estimate[1]) if estimate else 0
         return Kernel(
-            line.name, line.label, launches, moved, flops, vector, narrow, kind, exchanged, cycles, runs, loop
+            line.name, line.label, launches, moved, flops, vector, narrow, kind, exchanged, cycles, runs, loops
         )
 
     def exchange(self, computation: Computation, line: Line, inner: str | None) -> tuple[str | None, int]:
@@ -315,8 +320,13 @@ class Cost:
 
 
 def largest_loop(kernels: list[Kernel]) -> tuple[str, list[Kernel]]:
-    """Returns the loop with most kernels, and these: in a search, those of one step."""
-    name, _ = Counter(kernel.loop for kernel in kernels if kernel.loop).most_common(1)[0]
+    """Returns the loop with most kernels, and these: in a search, those of one step.
+
+    The steps of a search are a loop inside the loop that gives free slots new sentences. So an outermost loop is chosen
+    only if no loop has another inside.
+    """
+    inside = [kernel for kernel in kernels if len(kernel.loops) > 1] or [kernel for kernel in kernels if kernel.loops]
+    name, _ = Counter(kernel.loop for kernel in inside).most_common(1)[0]
     return name, [kernel for kernel in kernels if kernel.loop == name]
 
 

@@ -91,7 +91,9 @@ def described_devices(topology: str) -> list[jax.Device]:
     """
     name, _, layout = topology.partition(":")
     descriptions = gpu_descriptions()
-    if name == "cpu" and re.fullmatch(r"[1-9]\d*", layout):
+    if name == "cpu":
+        if not re.fullmatch(r"[1-9]\d*", layout):
+            raise ConfigError(f"cores of this machine are named by their number, such as cpu:2, got {shown(topology)}.")
         return _cores(int(layout))
     if name not in TPU_MEMORY_GIB and name not in descriptions:
         known = [*TPU_MEMORY_GIB, *descriptions, "cpu"]
