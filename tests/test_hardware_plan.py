@@ -76,7 +76,10 @@ def test_the_text_of_a_plan_names_hardware_memory_and_verdict(plan):
     text = describe_plan(plan)
     assert "cpu:8: 8 x cpu; mesh data 2 x fsdp 2 x tensor 2" in text
     assert "8 rows of 32 + 24 tokens" in text
-    assert "fits" in text
+    assert "fits" in text and "time       not known" in text and "Times are bounds" not in text
+    cost = Cost(1, 1, 1e9, 1.0, 0, 1.0, {})
+    timed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, cost=cost, peak_share=0.5))
+    assert "Times are bounds" in describe_plan(timed)
 
 
 def test_a_program_that_does_not_fit_says_by_how_much_and_what_to_do(plan):

@@ -27,7 +27,8 @@ def describe_plan(plan: HardwarePlan) -> str:
     for program in (plan.train, plan.search):
         if program is not None:
             lines += ["", *_describe_program(plan, program)]
-    return "\n".join([*lines, "", NOTE, "", _verdict(plan)])
+    note = [] if plan.train.cost is None else ["", NOTE]
+    return "\n".join([*lines, *note, "", _verdict(plan)])
 
 
 def _describe_program(plan: HardwarePlan, program: ProgramPlan) -> list[str]:
