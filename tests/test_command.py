@@ -12,6 +12,7 @@ import pytest
 
 from flax_transformer.cli import main as cli
 from flax_transformer.cli.completion import options_of_verbs, script
+from flax_transformer.cli.versions import files_of
 
 
 def test_compiled_programs_are_kept_for_the_user_unless_he_says_otherwise(tmp_path):
@@ -96,6 +97,15 @@ def test_the_version_says_what_a_report_of_a_defect_needs(capsys, monkeypatch):
         assert re.search(rf"^{name} \d+\.", said, flags=re.MULTILINE), name
     assert f"devices: {len(jax.devices())} x cpu (cpu" in said and "FLAX_TRANSFORMER_KERNELS=off" in said
     assert f"cache compiled: {os.environ['XDG_CACHE_HOME']}/flax_transformer/compiled, " in said
+
+
+def test_a_cache_may_lose_files_while_they_are_counted(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "one").write_bytes(b"123")
+    (tmp_path / "inside" / "two").write_bytes(b"45")
+    (tmp_path / "removed").symlink_to(tmp_path / "nothing")  # a name whose file is gone
+    assert files_of(tmp_path) == (2, 5)
+    assert files_of(tmp_path / "nothing") == (0, 0)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="completion is tried in bash")

@@ -76,7 +76,10 @@ def test_the_text_of_a_plan_names_hardware_memory_and_verdict(plan):
     text = describe_plan(plan)
     assert "cpu:8: 8 x cpu; mesh data 2 x fsdp 2 x tensor 2" in text
     assert "8 rows of 32 + 24 tokens" in text
-    assert "fits" in text
+    assert "fits" in text and "time       not known" in text and "Times are bounds" not in text
+    cost = Cost(1, 1, 1e9, 1.0, 0, 1.0, {})
+    timed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, cost=cost, peak_share=0.5))
+    assert "Times are bounds" in describe_plan(timed)
 
 
 def test_a_program_that_does_not_fit_says_by_how_much_and_what_to_do(plan):
@@ -196,8 +199,9 @@ def test_a_ranking_begins_with_the_fastest_choice(monkeypatch, plan):
     assert [round(ranked.tokens / ranked.tokens_per_second, 6) for ranked in ranking] == [1.0, 2.0, 3.0]
     best, table = ranking[0].config, describe_ranking(ranking)
     assert f"--mesh.data {best.mesh.data} --mesh.fsdp {best.mesh.fsdp} --mesh.tensor {best.mesh.tensor}" in table
-    assert ("--model.rematerialize" in table) == best.model.rematerialize != ("--model.no-rematerialize" in table)
-    full = [dataclasses.replace(each, plan=dataclasses.replace(each.plan, available=9)) for each in ranking]
+    rematerialize = getattr(best.model, "rematerialize", None)
+    assert ("--model.rematerialize" in table, "--model.no-rematerialize" in table) == (rematerialize, not rematerialize)
+    full = [dataclasses.replace(each, plan=dataclasses.replace(plan, available=9)) for each in ranking]
     assert "None of these fits" in describe_ranking(full) and "The best" not in describe_ranking(full)
 
     monkeypatch.setattr(plan_search, "available_bytes", lambda mesh: 1000)

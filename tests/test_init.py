@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from flax_transformer.cli.init import InitOptions
 from flax_transformer.config.commented_recipe import CommentedRecipe
 from flax_transformer.config.reading import read_config, to_dict
 from flax_transformer.config.recipe import Config
@@ -386,10 +387,14 @@ def test_bad_input_is_one_paragraph_and_leaves_nothing(case, message, tmp_path, 
 def test_nothing_is_learnt_from_a_text_that_is_no_translation():
     with pytest.raises(InputError, match="the same text on both sides"):
         check_survey(survey_pairs([("a", "a")] * 3), "x")
-    with pytest.raises(ConfigError, match="--held-out must be at least 1"):
-        from flax_transformer.cli.init import InitOptions
 
+
+def test_options_are_checked_before_the_text_is_read(monkeypatch):
+    with pytest.raises(ConfigError, match="--held-out must be at least 1"):
         InitOptions((), Path("x.yaml"), held_out=0).check()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match=r"--output x.yaml: the folder . cannot be written"):
+        InitOptions((), Path("x.yaml")).check()
 
 
 # --- the time

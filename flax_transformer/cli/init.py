@@ -123,6 +123,8 @@ class InitOptions:
             raise InputError(f"--output {self.output} is a folder. Name a file, such as {self.output / 'my.yaml'}.")
         if not self.output.parent.is_dir():
             raise InputError(f"--output {self.output}: there is no folder {self.output.parent}. Make it first.")
+        if not os.access(self.output.parent, os.W_OK | os.X_OK):
+            raise InputError(f"--output {self.output}: the folder {self.output.parent} cannot be written.")
         for path in self.texts:
             if self.output.is_file() and path.is_file() and path.samefile(self.output):
                 raise InputError(f"--output {self.output} is the file {path} that is read, too. Choose another name.")

@@ -1,5 +1,6 @@
 """versions: what a report of a defect needs to say of this installation and this machine."""
 
+import contextlib
 import os
 import platform
 import sys
@@ -64,10 +65,19 @@ def _caches() -> list[str]:
         if folder is None:
             lines.append(f"cache {name}: no folder can be written")
         else:
-            files = [path for path in Path(folder).rglob("*") if path.is_file()]
-            size = sum(path.stat().st_size for path in files)
-            lines.append(f"cache {name}: {folder}, {len(files):,} files, {size / 2**20:,.1f} MiB")
+            number, size = files_of(Path(folder))
+            lines.append(f"cache {name}: {folder}, {number:,} files, {size / 2**20:,.1f} MiB")
     return lines
+
+
+def files_of(folder: Path) -> tuple[int, int]:
+    """Returns the number of files in a folder and below it, and their bytes. Other processes may remove some."""
+    sizes = []
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(os.stat(os.path.join(inside, name)).st_size)
+    return len(sizes), sum(sizes)
 
 
 def _variables() -> list[str]:

@@ -27,7 +27,8 @@ def describe_plan(plan: HardwarePlan) -> str:
     for program in (plan.train, plan.search):
         if program is not None:
             lines += ["", *_describe_program(plan, program)]
-    return "\n".join([*lines, "", NOTE, "", _verdict(plan)])
+    note = [] if plan.train.cost is None else ["", NOTE]
+    return "\n".join([*lines, *note, "", _verdict(plan)])
 
 
 def _describe_program(plan: HardwarePlan, program: ProgramPlan) -> list[str]:
@@ -103,9 +104,8 @@ def describe_ranking(ranking: list[Ranked]) -> str:
         f"--mesh.data {best.mesh.data} --mesh.fsdp {best.mesh.fsdp} --mesh.tensor {best.mesh.tensor} "
         f"--batching.tokens-per-batch {best.batching.tokens_per_batch} "
         f"--batching.row-multiple {best.batching.row_multiple}"
-        + {True: " --model.rematerialize", False: " --model.no-rematerialize"}.get(
-            getattr(best.model, "rematerialize", None), ""
-        )
     )
+    if hasattr(best.model, "rematerialize"):
+        flags += " --model.rematerialize" if best.model.rematerialize else " --model.no-rematerialize"
     found = f"The best: {flags}" if ranking[0].tokens_per_second else "None of these fits. Lower tokens_per_batch."
     return f"{table}\n\n{found}\nA larger batch changes the training, not only its speed.\n{NOTE}"
