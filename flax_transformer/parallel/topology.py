@@ -128,8 +128,10 @@ def _devices(name: str, layout: str, topology: str, descriptions: dict[str, str]
     try:
         if name in TPU_MEMORY_GIB:
             # By default the two cores of a v4 chip are two devices; on a real slice JAX has one.
-            cores = {"chip_config_name": "megacore"} if name == "v4" else {}
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+            options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
+            if set(layout.split("x")) == {"1"}:  # a host of one chip; others have four at least
+                options["chips_per_host_bounds"] = (1, 1, 1)
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
         else:  # slices x hosts of each x GPUs of each
             shape = "x".join(["1"] * (2 - layout.count("x")) + [layout])
             found = topologies.get_topology_desc(platform="cuda", target_config=descriptions[name], topology=shape)
