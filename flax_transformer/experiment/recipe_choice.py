@@ -155,13 +155,18 @@ def _fitted(
         ConfigError: a step does not fit the memory however it is divided.
     """
     micro_batches = recipe.get("batching.gradient_accumulation_steps", 1)
+    refused: ConfigError | None = None
     while True:
         config: Config = recipe.config
-        text = prepare_text(config, corpus, tokenizers, mesh)
+        try:
+            text = prepare_text(config, corpus, tokenizers, mesh)
+        except ConfigError as error:  # after a division: a batch has too few rows for so many parts
+            raise refused or error from None
         try:
             return measure(config, text, make_programs(config, text, mesh))
-        except ConfigError:
+        except ConfigError as error:
+            refused = refused or error
             if micro_batches == MOST_MICRO_BATCHES:
-                raise
+                raise refused from None
             micro_batches *= 2
             add_batching(recipe, size, machine, micro_batches)
