@@ -94,17 +94,22 @@ def estimate_step(config: Config, vocabulary: VocabularyInfo, shape: BatchShape,
     again = 4 / 3 if getattr(config.model, "rematerialize", False) else 1.0  # a second forward pass
     logits = rows * shape.target_length * vocabulary.target_size / t
     micro = config.batching.gradient_accumulation_steps
-    activations = width * (kept + 2 * logits) / micro + 4 * own_params + width * own_params * (f if f > 1 else 1)
+    # Devices along "fsdp" gather all parameters, or one layer at a time if the layers are a loop.
+    layers = _num_layers(config) if getattr(config.model, "scan_layers", False) else 1
+    copies = width * own_params * max(1, f / layers)
+    activations = width * (kept + 2 * logits) / micro + 4 * own_params + copies
 
     # --- Work
     tokens = TokenCounts(shape.rows * shape.source_length, shape.rows * shape.target_length)
     flops = (ModelFlops.of(info).total(tokens) + _attention_flops(config, shape)) * again / devices
     moved = width * ACCESSES * (made * again + logits) + (UPDATE_BYTES + 3 * width * f) * own_params
 
-    # --- Exchanges
+    # --- Exchanges. Lookups and logits share a table, and each has a gradient of it.
+    shared = getattr(config.model, "share_embeddings", "none") != "none"
+    table = vocabulary.target_size * config.model.model_dim if shared else 0
     exchanged = {
-        "data": 2 * 4 * own_params * (d - 1) / d,
-        "fsdp": (2 * width + 4) * layout.num_parameters / t * (f - 1) / f,
+        "data": 2 * 4 * (own_params + table / (f * t)) * (d - 1) / d,
+        "fsdp": ((2 * width + 4) * layout.num_parameters + 12 * table) / t * (f - 1) / f,
         "tensor": _tensor_bytes(config, shape, rows, t, width) * again,
     }
     speed = SPEEDS[topology.partition(":")[0]]
@@ -138,6 +143,10 @@ def _kept_elements(config: Config, shape: BatchShape, rows: float, t: int) -> tu
     made = layers[0] * encoder + layers[1] * decoder
     inputs = dim * (layers[0] * source + layers[1] * target)
     return (inputs + max(encoder, decoder) if model.rematerialize else made), made
+
+
+def _num_layers(config: Config) -> int:
+    return config.model.num_encoder_layers + config.model.num_decoder_layers
 
 
 def _attention_flops(config: Config, shape: BatchShape) -> float:
