@@ -12,7 +12,8 @@ from flax import nnx
 
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.ops import attention as attention_module
-from flax_transformer.ops.attention import AttentionMask, attention, attention_weights, masked_softmax
+from flax_transformer.ops.attention import attention, attention_weights, masked_softmax
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.cached_attention import (
     cached_cross_attention,
     cached_self_attention,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from flax_transformer import backend
-from flax_transformer.ops.attention import AttentionMask, projected_attention, reference_attention
+from flax_transformer.ops.attention import projected_attention, reference_attention
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.dropout import keep_threshold, random_words
 from flax_transformer.ops.int8_product import quantize
 from flax_transformer.ops.product import add_bias

@@ -10,7 +10,8 @@ import pytest
 
 from flax_transformer import backend
 from flax_transformer.ops import attention as attention_module
-from flax_transformer.ops.attention import AttentionMask, attention, reference_attention, scale_query
+from flax_transformer.ops.attention import attention, reference_attention, scale_query
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.splash_attention import splash_attention, splash_serves
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 

@@ -114,7 +114,8 @@ def ours(query: Any, key: Any, value: Any, lengths: Any, mask: str, rate: float)
     import jax
     import jax.numpy as jnp
 
-    from flax_transformer.ops.attention import AttentionMask, attention
+    from flax_transformer.ops.attention import attention
+    from flax_transformer.ops.attention_mask import AttentionMask
 
     real = (jnp.arange(key.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
     parts = AttentionMask(key_segments=real if mask == "padding" else None, causal=mask == "causal")

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_transformer import Batch
 from flax_transformer.nn import normalization
-from flax_transformer.ops.attention import AttentionMask
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.residual_norm import layer_norm, residual
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.nn.positions import sinusoidal_table
-from flax_transformer.ops.attention import AttentionMask, attention_weights
+from flax_transformer.ops.attention import attention_weights
+from flax_transformer.ops.attention_mask import AttentionMask
 
 LENGTH, KINDS, DIM, ROWS = 12, 8, 32, 64
 

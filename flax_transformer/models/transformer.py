@@ -33,7 +33,7 @@ from flax_transformer.nn.feed_forward import Activation, FeedForward
 from flax_transformer.nn.layer_stack import LayerStack
 from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
 from flax_transformer.nn.positions import PositionKind
-from flax_transformer.ops.attention import AttentionMask
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.cached_attention import (
     CrossAttentionCache,
     SelfAttentionCache,

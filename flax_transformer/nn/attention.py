@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from flax_transformer.nn.linear import Linear
-from flax_transformer.ops.attention import AttentionMask, Projection, attention_weights, projected_attention
+from flax_transformer.ops.attention import Projection, attention_weights, projected_attention
+from flax_transformer.ops.attention_mask import AttentionMask
 
 
 class MultiHeadAttention(nnx.Module):

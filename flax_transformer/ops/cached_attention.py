@@ -31,7 +31,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_transformer import backend
-from flax_transformer.ops.attention import AttentionMask, cap_scores, masked_softmax, repeat_heads, scale_query
+from flax_transformer.ops.attention import cap_scores, masked_softmax, repeat_heads, scale_query
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.product import accumulation_dtype
 from flax_transformer.shapes import MASKED, array_tree
 
