@@ -9,7 +9,7 @@ import tyro
 
 from flax_transformer.cli.partial_output import output_of_lines
 from flax_transformer.data.parallel_text import read_parallel_text
-from flax_transformer.decoding.beam_search import StopRule
+from flax_transformer.decoding.stop_rules import StopRule
 from flax_transformer.inference.evaluate import bleu_metric, evaluate
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.translation import NoTranslation, cut_line, texts_or_empty

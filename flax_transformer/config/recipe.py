@@ -17,9 +17,9 @@ from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConfig
-from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.sampling import SamplingConfig
+from flax_transformer.decoding.stop_rules import StopRule
 from flax_transformer.errors import ConfigError, check_fields, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.transformer import TransformerConfig

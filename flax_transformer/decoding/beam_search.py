@@ -16,25 +16,18 @@ Candidates. The candidates of a step are the best 2K extensions of the live hypo
 the end token becomes finished if it is among the best K. The best K candidates without the end token live on. A beam of
 1 is greedy search. A hypothesis that reaches the maximum length is returned as unfinished, behind the finished ones.
 
-Stop rules. A sentence stops if it has `num_awaited` finished hypotheses and its rule allows it:
-    exact: no live hypothesis can still beat the worst of these. An upper bound of its final score is known: a
-        log-probability never rises, the score adjustment is never positive, and the divisor is monotone.
-    heuristic: no live hypothesis beats the worst of these, if it is scored at its present length.
-    first_finished: always. A live hypothesis may still become better.
-
-A sentence also stops when it has no live hypothesis, and at its maximum length.
+A sentence stops by its rule (see `stop_rules.py`), when it has no live hypothesis, and at its maximum length.
 
 Legend: N sentences, B slots, K beams, M candidates, V vocabulary, T maximum length.
 
 References:
-    Search: Graves 2012, section 2.5; Wu et al. 2016, section 7. Rule `exact`: Huang, Zhao and Ma 2017. Rule
-    `first_finished`: Kasai et al. 2022, with a patience of 1.
+    Graves 2012, section 2.5; Wu et al. 2016, section 7.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +53,9 @@ from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import LogitsProcessor, Progress
+from flax_transformer.decoding.stop_rules import StopRule, final_scores, is_undecided
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, is_possible
-
-StopRule = Literal["exact", "heuristic", "first_finished"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +69,7 @@ class BeamSearchConfig:
         start_token: token that the first step reads.
         end_token: token that ends a hypothesis.
         length_penalty: makes scores of different lengths comparable.
-        stop: the stop rule, "exact", "heuristic" or "first_finished"; see the module's docstring.
+        stop: the stop rule, "exact", "heuristic" or "first_finished"; see `stop_rules.py`.
         num_awaited: number of finished hypotheses that a sentence waits for; None waits for K. With `exact`, the first
             `num_awaited` results are the best that the search can find.
         refill_at: number of slots that must be done before sentences that wait take them.
@@ -145,7 +137,6 @@ def start(
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
         >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
-
         >>> state = start(functions, config, None, jnp.array([4]))
         >>> state.sentences.tolist(), int(state.request.num_sentences)  # an empty slot, and a sentence that waits
         ([1], 1)
@@ -188,7 +179,6 @@ def is_running(state: BeamState) -> Bool[Array, ""]:
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
         >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
-
         >>> bool(is_running(start(functions, config, None, jnp.array([4]))))
         True
     """
@@ -219,7 +209,6 @@ def advance(
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
         >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
-
         >>> state = start(functions, config, None, jnp.array([4]))
         >>> advance(functions, config, state, 1).steps.tolist()
         [1]
@@ -256,7 +245,6 @@ def finish(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
         >>> chain = jnp.array([[-9.0, -9.0, 3.0], [0.0, 0.0, 0.0], [-9.0, 3.0, 2.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
         >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
-
         >>> state = start(functions, config, None, jnp.array([4]))
         >>> while is_running(state):
         ...     state = advance(functions, config, state, 2)
@@ -307,7 +295,6 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
     progress = Progress(state.live.buffer.tokens, state.steps, state.sentences)
     candidates = select(state.live.scores, logits, 2 * beams, progress, request.processors)
     extended = append_tokens(state.live.buffer, state.steps, candidates, auxiliary)  # [B, 2K, T]
-
     ends = candidates.tokens == config.end_token
 
     # --- 2. those among the best K that end become finished
@@ -326,7 +313,8 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
     steps, live, finished = select_slots(state.active, (state.steps + 1, live, finished), before)
     state = dataclasses.replace(state, steps=steps, live=live, finished=finished, decoder=decoder)
     limits = request.max_lengths[state.sentences]
-    undecided, some_live = _is_undecided(config, state, limits), is_possible(jnp.max(live.scores, axis=1))
+    undecided = is_undecided(state, limits, config.length_penalty, config.stop, config.num_awaited or beams)
+    some_live = is_possible(jnp.max(live.scores, axis=1))
     return dataclasses.replace(state, active=state.active & undecided & some_live & (steps < limits))
 
 
@@ -339,46 +327,12 @@ def _with_finished(
 ) -> FinishedHypotheses:
     """Returns the best K among the finished hypotheses and the `extended` ones that may finish."""
     beams, old, length = config.beam_size, state.finished, state.steps + 1
-    scores = log_probs / config.length_penalty.divisor(length)[:, None]
-    scores = _adjusted(state, scores, extended.auxiliary, length)
+    scores = final_scores(state, config.length_penalty, log_probs, extended.auxiliary, length)
     scores = jnp.where(may_finish, scores, MASKED)
     scores, kept = jax.lax.top_k(jnp.concatenate([old.scores, scores], axis=1), beams)  # [B, 3K]; old ones win ties
     lengths = jnp.concatenate([old.lengths, jnp.where(may_finish, length[:, None], 0)], axis=1)
     buffer = gather_hypotheses(concatenate_hypotheses(old.buffer, extended), kept)
     return FinishedHypotheses(buffer, gather_beams(lengths, kept), scores)
-
-
-def _adjusted(
-    state: BeamState, scores: Float[Array, "B M"], auxiliary: Any, lengths: Int[Array, "B"]
-) -> Float[Array, "B M"]:
-    """Returns the adjusted scores of hypotheses that have `lengths` tokens."""
-    adjustment = state.request.score_adjustment
-    return scores if adjustment is None else scores + adjustment(auxiliary, state.sentences, lengths)
-
-
-def _is_undecided(config: BeamSearchConfig, state: BeamState, limits: Int[Array, "B"]) -> Bool[Array, "B"]:
-    """Returns which slots must go on by the stop rule; `limits` are their maximum lengths."""
-    awaited = state.finished.scores[:, (config.num_awaited or config.beam_size) - 1]
-    if config.stop == "first_finished" or config.beam_size == 1:  # greedy search stops at its first
-        return awaited < MASKED / 2  # False if the place is taken, and for NaN
-    if config.stop == "heuristic":
-        lengths = jnp.maximum(state.steps, 1)
-        as_they_stand = state.live.scores / config.length_penalty.divisor(lengths)[:, None]
-        as_they_stand = _adjusted(state, as_they_stand, state.live.buffer.auxiliary, lengths)
-        return jnp.max(as_they_stand, axis=1) > awaited
-    return best_reachable(state.live.scores, state.steps, limits, config.length_penalty) > awaited
-
-
-def best_reachable(
-    live_scores: Float[Array, "B K"], steps: Int[Array, "B"], max_lengths: Int[Array, "B"], penalty: LengthPenalty
-) -> Float[Array, "B"]:
-    """Returns an upper bound of the final score of any live hypothesis, for each slot.
-
-    A log-probability can only fall, and it is not positive. So the bound is the highest log-probability divided by the
-    largest divisor that is still possible. A monotone divisor is largest for the shortest or for the longest output.
-    """
-    best = jnp.max(live_scores, axis=1)
-    return best / jnp.maximum(penalty.divisor(steps + 1), penalty.divisor(max_lengths))
 
 
 def _is_uninterrupted(config: BeamSearchConfig, state: BeamState) -> Bool[Array, ""]:
@@ -427,8 +381,8 @@ def _collected(config: BeamSearchConfig, state: BeamState) -> Hypotheses:
     max_lengths = state.request.max_lengths[state.sentences]
     lengths = jnp.broadcast_to(max_lengths[:, None], live.scores.shape)
     there = is_possible(live.scores) & (lengths > 0) & (state.steps >= max_lengths)[:, None]
-    cut_scores = live.scores / config.length_penalty.divisor(jnp.maximum(lengths, 1))
-    cut_scores = _adjusted(state, cut_scores, live.buffer.auxiliary, max_lengths)
+    at_least_one = jnp.maximum(max_lengths, 1)  # an empty slot has 0
+    cut_scores = final_scores(state, config.length_penalty, live.scores, live.buffer.auxiliary, at_least_one)
     cut_scores = jnp.where(there, cut_scores, MASKED)
     scores = jnp.concatenate([finished.scores, cut_scores], axis=1)  # [B, 2K]
     has_ended = jnp.concatenate([finished.lengths > 0, jnp.zeros_like(there)], axis=1)

@@ -12,8 +12,8 @@ import numpy as np
 
 from flax_transformer.config.recipe import DecodingConfig
 from flax_transformer.data.tokenizer import Tokenizer
-from flax_transformer.decoding.beam_search import StopRule
 from flax_transformer.decoding.length_penalty import LengthPenalty
+from flax_transformer.decoding.stop_rules import StopRule
 
 # Fields of `DecodingConfig` that Hugging Face's beam search lacks.
 NOT_THEIRS = (
