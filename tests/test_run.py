@@ -45,7 +45,7 @@ def translator(run) -> Translator:
 
 def test_commands_have_few_devices_search_side_by_side(run, translator, monkeypatch, tmp_path):
     two = make_mesh(MeshConfig(), jax.devices()[:2])
-    monkeypatch.setattr("flax_transformer.inference.translator.make_mesh", lambda _: two)
+    monkeypatch.setattr("flax_transformer.inference.ensemble.make_mesh", lambda _: two)
     made = []
 
     def recorded(mesh):

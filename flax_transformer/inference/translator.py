@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import chex
-import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from flax_transformer.config.recipe import DecodingConfig, Method
 from flax_transformer.data.tokenizer_pair import TokenizerPair
-from flax_transformer.errors import ConfigError, RunFolderError, check_type, did_you_mean, shown
+from flax_transformer.errors import ConfigError, check_type, did_you_mean, shown
 from flax_transformer.inference.constraints import Constraints
-from flax_transformer.inference.parameters import Parameters, mesh_that_shards, must_be_sharded, stacked_shardings
+from flax_transformer.inference.ensemble import open_ensemble, restore_ensemble
+from flax_transformer.inference.parameters import Parameters, must_be_sharded, stacked_shardings
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
 from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
@@ -23,11 +21,10 @@ from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
 from flax_transformer.object_storage import AnyPath
-from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding, search_meshes
+from flax_transformer.parallel.mesh import search_meshes
 from flax_transformer.parallel.placement import local_mesh, placed, replicated
 from flax_transformer.parallel.sharding_rules import parameter_shardings
-from flax_transformer.run_folder import RunFolder
-from flax_transformer.training.checkpoint import Checkpoints, Choice
+from flax_transformer.training.checkpoint import Choice
 from flax_transformer.training.state import abstract_model
 
 
@@ -128,49 +125,12 @@ class Translator:
                 axis of `mesh` does not divide a dimension.
         """
         check_type("quantize", quantize, Quantize)
-        paths = [run] if isinstance(run, AnyPath | str) else list(run)
-        if not paths:
-            raise ConfigError("a translator needs at least one run folder, got an empty list.")
-        folders = [RunFolder.open(path) for path in paths]
+        folders = open_ensemble(run)
         config = folders[0].read_config()
-        tokenizers = folders[0].tokenizers()
-        _, abstract_params = abstract_model(config.model, vocabulary_info(tokenizers))
-        shapes = nnx.to_pure_dict(abstract_params)
-        if mesh is None:
-            mesh = mesh_that_shards(abstract_params, jax.devices())
-            sharded = must_be_sharded(shapes, mesh, len(folders)) if sharded is None else sharded
-            mesh = mesh if sharded else make_mesh(MeshConfig())
-        elif sharded is None:
-            sharded = must_be_sharded(shapes, mesh, len(folders))
-        if sharded:
-            shardings = parameter_shardings(abstract_params, mesh)
-        else:
-            shardings = jax.tree.map(lambda _: replicated_sharding(mesh), shapes)
-        target = placed(shapes, shardings)
-        restored = []
-        for folder in folders:
-            if folder.read_config().model != config.model or folder.tokenizers().fingerprint != tokenizers.fingerprint:
-                raise RunFolderError(
-                    f"{folder.path} and {folders[0].path} cannot be an ensemble: all need the same section 'model' and "
-                    "the same tokenizers. Train them from one recipe, with other values of training.seed."
-                )
-            with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
-
-                def restore(of: Checkpoints = checkpoints) -> Any:
-                    return of.restore_params(of.choose(checkpoint), target)
-
-                restored.append(checkpoints.undisturbed(restore))
-        params = restored[0]
-        if len(restored) > 1:
-            stack = jax.jit(
-                lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
-                out_shardings=stacked_shardings(shardings, len(restored)),
-            )
-            params = stack(restored)
+        params, mesh, sharded = restore_ensemble(folders, mesh, checkpoint, sharded)
         model = dataclasses.replace(config.model, compute_dtype="bfloat16") if quantize == "bfloat16" else config.model
-        made = cls.from_params(
-            model, tokenizers, params, config.decoding, mesh, len(restored), side_by_side=True, sharded=sharded
-        )
+        of_run = model, folders[0].tokenizers(), params, config.decoding, mesh
+        made = cls.from_params(*of_run, len(folders), side_by_side=True, sharded=sharded)
         return made.quantized() if quantize == "int8" else made
 
     def with_params(self, params: Any) -> "Translator":

@@ -183,7 +183,17 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
     neutral = NOT_OURS | (NOT_OURS_OF_SAMPLING if given.get("do_sample") else {})
     lost = {name: given[name] for name, value in neutral.items() if given.get(name, value) not in (value, [], {})}
 
-    # --- tokens
+    bad_words = _read_tokens(given, order, target, lost)
+    decoding = _read_numbers(given, bad_words, longest, lost)
+    renormalize = given.get("renormalize_logits") is True
+    others_suppressed = bad_words.others_than_start or decoding.min_length or decoding.no_repeat_ngram
+    if renormalize and (others_suppressed or decoding.repetition_penalty != 1.0):
+        lost["renormalize_logits"] = True  # this project suppresses these without renormalising
+    return Generation(decoding, renormalize and bad_words.start, named(lost))
+
+
+def _read_tokens(given: dict[str, Any], order: np.ndarray, target: Tokenizer, lost: dict[str, Any]) -> BadWords:
+    """Returns what the settings suppress. Special tokens other than this project's are added to `lost`."""
     special = target.special
     end, start = (int(np.flatnonzero(order == token)[0]) for token in (special.end, special.start))
     for name, token in (("eos_token_id", end), ("decoder_start_token_id", start), ("forced_eos_token_id", end)):
@@ -191,8 +201,11 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
             lost[name] = given[name]
     if (bad_words := read_bad_words(given.get("bad_words_ids", ()), order, target)).others:
         lost["bad_words_ids"] = bad_words.others
+    return bad_words
 
-    # --- numbers
+
+def _read_numbers(given: dict[str, Any], bad_words: BadWords, longest: int, lost: dict[str, Any]) -> DecodingConfig:
+    """Returns the settings of the search. Values that it does not have are added to `lost`."""
     stops = [ours for ours, value in EARLY_STOPPING.items() if value == given.get("early_stopping", False)]
     if not stops:
         lost["early_stopping"] = given["early_stopping"]
@@ -211,7 +224,7 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
         length_penalty=f"average:{float(exponent)}",
         stop=stops[0] if stops else "exact",
         min_length=max(0, min(fewest, longest - 1)),
-        force_eos=given.get("forced_eos_token_id") in (end, [end]),
+        force_eos=given.get("forced_eos_token_id") is not None and "forced_eos_token_id" not in lost,
         no_repeat_ngram=given.get("no_repeat_ngram_size", 0),
         repetition_penalty=float(penalty),
         suppress_unknown=bad_words.unknown,
@@ -219,13 +232,9 @@ def read_generation(theirs: dict[str, Any], order: np.ndarray, target: Tokenizer
         suppress_tokens=tuple(bad_words.tokens),
     )
     if most > 1:
-        decoding = dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest) - 1)
-    elif most == 1:
+        return dataclasses.replace(decoding, max_length_factor=0.0, max_length_offset=min(most, longest) - 1)
+    if most == 1:
         lost["max_length"] = "one token, which is the end token"
     else:
         lost["max_length"] = "none given; generate makes 20 tokens then, this run has its own default"
-    renormalize = given.get("renormalize_logits") is True
-    others_suppressed = bad_words.others_than_start or decoding.min_length or decoding.no_repeat_ngram
-    if renormalize and (others_suppressed or penalty != 1.0):  # this project suppresses without renormalising
-        lost["renormalize_logits"] = True
-    return Generation(decoding, renormalize and bad_words.start, named(lost))
+    return decoding

@@ -55,6 +55,12 @@ NEEDED = (
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 CUT = (Piece.Type.NORMAL, Piece.Type.USER_DEFINED, Piece.Type.BYTE)  # types of the pieces that text is cut into
+SPECIAL_PIECES = {
+    SPECIAL.pad: ("<pad>", Piece.Type.CONTROL),
+    SPECIAL.start: ("<s>", Piece.Type.CONTROL),
+    SPECIAL.end: ("</s>", Piece.Type.CONTROL),
+    SPECIAL.unknown: ("<unk>", Piece.Type.UNKNOWN),
+}
 
 
 def read_model_config(theirs: dict[str, Any]) -> TransformerConfig:
@@ -174,14 +180,27 @@ def renumbered(
             f"{name_of_model} is a BPE model, and lacks {len(lacking)} pieces of the vocabulary, the first is "
             f"{shown(lacking[0])}. Two models of one vocabulary can be imported if they are unigram models."
         )
-    control, unknown = Piece.Type.CONTROL, Piece.Type.UNKNOWN
-    special = {
-        SPECIAL.pad: ("<pad>", control),
-        SPECIAL.start: ("<s>", control),
-        SPECIAL.end: ("</s>", control),
-        SPECIAL.unknown: ("<unk>", unknown),
-    }
-    made = [special[number] for number in sorted(SPECIAL.ids)]
+    new = _ordered_pieces(known, pieces)
+    there = {piece.piece for piece in new}
+    if outside := [piece for piece in proto.pieces if piece.type in CUT and piece.piece not in there]:
+        new += [Piece(piece=END_OF_VOCABULARY, score=0.0, type=Piece.Type.UNUSED), *outside]
+    del proto.pieces[:]
+    proto.pieces.extend(new)
+    spec = proto.trainer_spec
+    spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = SPECIAL.pad, SPECIAL.start, SPECIAL.end, SPECIAL.unknown
+    spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = (name for name, _ in SPECIAL_PIECES.values())
+    spec.vocab_size = len(new)
+    return SentencePieceTokenizer(proto.SerializeToString())
+
+
+def _ordered_pieces(known: dict[str, Any], pieces: list[str]) -> list[Any]:
+    """Returns the special pieces and those of a vocabulary, in the order of their ids.
+
+    Args:
+        known: pieces of the SentencePiece model by name.
+        pieces: names of the vocabulary's tokens without the special ones, in order.
+    """
+    made = [SPECIAL_PIECES[number] for number in sorted(SPECIAL.ids)]
     taken = {name for name, _ in made}
     new = [Piece(piece=name, score=0.0, type=kind) for name, kind in made]
     for name in pieces:
@@ -191,16 +210,7 @@ def renumbered(
         else:
             name = f"<{name}>" if name in taken else name
             new.append(Piece(piece=name, score=0.0, type=Piece.Type.UNUSED))
-    there = {piece.piece for piece in new}
-    if outside := [piece for piece in proto.pieces if piece.type in CUT and piece.piece not in there]:
-        new += [Piece(piece=END_OF_VOCABULARY, score=0.0, type=Piece.Type.UNUSED), *outside]
-    del proto.pieces[:]
-    proto.pieces.extend(new)
-    spec = proto.trainer_spec
-    spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = SPECIAL.pad, SPECIAL.start, SPECIAL.end, SPECIAL.unknown
-    spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = (name for name, _ in special.values())
-    spec.vocab_size = len(new)
-    return SentencePieceTokenizer(proto.SerializeToString())
+    return new
 
 
 @dataclass(frozen=True)
