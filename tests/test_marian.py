@@ -27,7 +27,8 @@ from flax_transformer.interop.marian import (
     vocabulary,
     write_marian,
 )
-from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
+from flax_transformer.interop.marian_reader import read_marian
+from flax_transformer.interop.marian_vocabulary import our_order, renumbered
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch

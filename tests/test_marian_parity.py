@@ -19,7 +19,8 @@ from flax_transformer.data.synthetic import english_number_words
 from flax_transformer.errors import InputError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import marian_order, write_marian
-from flax_transformer.interop.marian_reader import our_order, read_marian, renumbered
+from flax_transformer.interop.marian_reader import read_marian
+from flax_transformer.interop.marian_vocabulary import our_order, renumbered
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch

@@ -114,15 +114,8 @@ def draw_tree(
             bbox={"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": colour}, zorder=2,
         )  # fmt: skip
         axes.text(x, y - 0.42, f"{node.log_prob:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.text(
-        0,
-        heights[()],
-        words[0],
-        ha="center",
-        va="center",
-        color=INK,
-        bbox={"boxstyle": "round,pad=0.3", "facecolor": "white"},
-    )
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "white"}
+    axes.text(0, heights[()], words[0], ha="center", va="center", color=INK, bbox=box)
     handles = [
         pyplot.Line2D([], [], marker="s", linestyle="", color=colour, label=name) for colour, name in STYLES.values()
     ]

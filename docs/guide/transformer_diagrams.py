@@ -14,7 +14,7 @@ LEFT, WIDTH, RIGHT = 110, 290, 425  # the column of boxes, and where its notes b
 
 
 def encoder() -> Diagram:
-    """Returns the data flow of the encoder."""
+    """Returns the data flow of the encoder. It is long, since each part of the picture is a call."""
     d = Diagram(720, 640, "Data flow of the Transformer's encoder, from token ids to one vector for each token.")
     d.frame(60, 214, 645, 330, "L layers, each with its own parameters")
     ids = d.box(LEFT, 10, "token ids", kind="data", width=WIDTH)
@@ -78,7 +78,7 @@ def encoder() -> Diagram:
 
 
 def decoder() -> Diagram:
-    """Returns the data flow of the decoder."""
+    """Returns the data flow of the decoder. It is long, since each part of the picture is a call."""
     d = Diagram(720, 860, "Data flow of the Transformer's decoder, from target ids and encoder output to logits.")
     d.frame(60, 209, 645, 475, "L layers, each with its own parameters")
     ids = d.box(LEFT, 10, "target ids", kind="data", width=WIDTH)
@@ -158,7 +158,7 @@ def decoder() -> Diagram:
 
 
 def attention() -> Diagram:
-    """Returns the data flow inside one multi-head attention."""
+    """Returns the data flow inside one multi-head attention. It is long, since each part of the picture is a call."""
     d = Diagram(720, 500, "Inside an attention: queries, keys and values, scores, mask, softmax, sum, output.")
     x = d.box(40, 10, "x: who asks", kind="target", width=170)
     d.box(330, 10, "encoded: who is asked", kind="source", width=250)

@@ -193,8 +193,7 @@ def attention(
         return jax.nn.dot_product_attention(query, key, value, mask=allowed, scale=scale, implementation="cudnn")
 
     def splash(query, key, value, mask, bias, dropout_key):
-        segments = _segments(mask, query, key)
-        return splash_attention(scale_query(query, scale), key, value, *segments, causal=mask.causal)
+        return splash_attention(scale_query(query, scale), key, value, *_segments(mask, query, key), causal=mask.causal)
 
     # The program of a GPU or TPU may also be run elsewhere, in tests.
     arguments = (query, key, value, mask, bias, dropout_key)

@@ -186,7 +186,6 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     graphdef, optimizer = layout.graphdef, layout.optimizer
-
     if gradient_accumulation_steps == 1:
         gradients, sums = _gradient(graphdef, state.params, batch, objective, key)
     else:
