@@ -104,7 +104,7 @@ def yardstick(options: Options) -> RecipePrograms:
 def report(what: str, kernels: Sequence[Kernel], speed: Speed, tokens: int) -> Cost:
     """Prints what kernels cost, whole and for each of `tokens`. Returns the sums."""
     cost = Cost.of(list(kernels), speed)
-    print(f"{what}: {cost.seconds * 1e3:.3f} ms at least, {cost.peak_share(speed):.3f} of the peak")
+    print(f"{what}: {cost.seconds * 1e3:.3f} ms at least, {cost.flops_utilization(speed):.3f} of the peak")
     print(f"  launches {cost.launches:,}, {cost.launches / tokens:.3g} a token")
     print(f"  bytes moved {cost.bytes / 1e9:.2f} GB, {cost.bytes / tokens / 1e3:.1f} kB a token")
     print(f"  products {cost.flops / 1e12:.3f} TFLOP, {cost.flops / tokens / 1e6:.1f} MFLOP a token")

@@ -78,7 +78,7 @@ def test_the_text_of_a_plan_names_hardware_memory_and_verdict(plan):
     assert "8 rows of 32 + 24 tokens" in text
     assert "fits" in text and "time       not known" in text and "Times are bounds" not in text
     cost = Cost(1, 1, 1e9, 1.0, 0, 1.0, {})
-    timed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, cost=cost, peak_share=0.5))
+    timed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, cost=cost, flops_utilization=0.5))
     assert "Times are bounds" in describe_plan(timed)
 
 
@@ -188,7 +188,7 @@ def test_a_ranking_begins_with_the_fastest_choice(monkeypatch, plan):
 
     def invented(config: Config, topology: str, length: int | None, search: bool) -> HardwarePlan:
         cost = Cost(1, 1, 1e9, 1.0, 0, next(slower), {})
-        train = dataclasses.replace(plan.train, cost=cost, exchanges=[], peak_share=0.5)
+        train = dataclasses.replace(plan.train, cost=cost, exchanges=[], flops_utilization=0.5)
         return dataclasses.replace(plan, config=config, train=train)
 
     monkeypatch.setattr(plan_search, "plan_hardware", invented)

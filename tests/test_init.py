@@ -134,6 +134,12 @@ def test_no_source_stands_on_both_sides_of_a_split(tmp_path):
         assert lines[0] == lines[1] or file.endswith("target")
 
 
+def test_keys_ignore_punctuation_and_case_but_no_vowel_sign():
+    assert source_key('He said: "Hi!"') == source_key("he_said   hi")
+    assert source_key("कि") != source_key("की")  # they differ in a combining mark alone
+    assert source_key("?!") != source_key("...")
+
+
 def test_sources_of_given_text_are_not_trained_on(tmp_path):
     given = frozenset(source_key(source) for source, _ in PAIRS[:10])
     split = choose_split(survey_pairs(PAIRS), ["test"], 20, given)

@@ -323,4 +323,4 @@ def test_a_compiled_loop_of_products_has_the_products_of_its_turns():
     assert cost.flops == 5 * 2 * 256 * 64 * 64
     once = 256 * 64 * 4
     assert 5 * 2 * once < cost.bytes < 5 * 12 * once
-    assert cost.peak_share(SPEED) == cost.flops / 1e12 / cost.seconds
+    assert cost.flops_utilization(SPEED) == cost.flops / 1e12 / cost.seconds

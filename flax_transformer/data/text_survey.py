@@ -3,6 +3,7 @@
 The text is read once, in a chunk at a time. Memory does not grow with the number of lines.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -36,7 +37,12 @@ HASHES_AT_ONCE = 1 << 16
 # Mean number of letters between spaces, above which a language writes none.
 LETTERS_WITHOUT_SPACES = 15.0
 
-NO_LETTERS = re.compile(r"[\W_]+")
+
+@functools.cache
+def no_letters() -> re.Pattern[str]:
+    r"""Returns the pattern of spaces, punctuation and symbols. `\W` would have the vowel signs of many scripts, too."""
+    marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c).startswith("M"))
+    return re.compile(rf"(?:[^\w{marks}]|_)+")
 
 
 def hash_of(text: str) -> int:
@@ -49,7 +55,7 @@ def source_key(source: str) -> int:
 
     Sentences of the same key are never on both sides of a split.
     """
-    return hash_of(NO_LETTERS.sub("", source.casefold()) or source)
+    return hash_of(no_letters().sub("", source.casefold()) or source)
 
 
 def is_unequal(source: str, target: str) -> bool:

@@ -82,7 +82,7 @@ class ProgramPlan:
         cost: products, bytes and least time of the kernels of a step; None if the speed of the hardware is not known.
         exchanges: exchanges between devices in a step.
         tokens: target tokens of a step on all devices, padding included.
-        peak_share: share of the device's peak that the products reach if exchanges are hidden; None without `cost`.
+        flops_utilization: share of the peak that products reach if exchanges are hidden; None without `cost`.
     """
 
     name: str
@@ -90,7 +90,7 @@ class ProgramPlan:
     cost: Cost | None
     exchanges: list[Exchange]
     tokens: int
-    peak_share: float | None
+    flops_utilization: float | None
 
     @property
     def needed(self) -> int:
@@ -246,33 +246,33 @@ class _Planner:
     def train_step(self, shape: BatchShape) -> ProgramPlan:
         """Returns what the train step needs."""
         state = self.layout.abstract
-        held = {
+        stored = {
             "parameters": stored_bytes(state.params),
             "optimiser": stored_bytes(state.optimizer),
             "average": stored_bytes(state.average),
         }
         traced, tokens = self.programs.traced_train_step(shape), shape.rows * shape.target_length
-        return self._read("train step", traced, held, "activations and gradients", tokens)
+        return self._read("train step", traced, stored, "activations and gradients", tokens)
 
     def search(self, source_length: int) -> ProgramPlan:
         """Returns what the search needs; its costs are those of one step."""
         sharded = must_be_sharded(self.layout.shapes.params, self.mesh)
-        held = {"parameters": stored_bytes(self.programs.prepared(sharded).params)}
+        stored = {"parameters": stored_bytes(self.programs.prepared(sharded).params)}
         config = self.programs.config
         traced = self.programs.traced_search(source_length, most_output_tokens(config, source_length), sharded)
-        return self._read("search", traced, held, "caches and temporaries", config.decoding.batch_size)
+        return self._read("search", traced, stored, "caches and temporaries", config.decoding.batch_size)
 
-    def _read(self, name: str, traced: Traced, held: dict[str, int], rest: str, tokens: int) -> ProgramPlan:
-        """Compiles a program, and returns what it needs. What is not in `held` has the name `rest`."""
-        known = sum(held.values())
+    def _read(self, name: str, traced: Traced, stored: dict[str, int], rest: str, tokens: int) -> ProgramPlan:
+        """Compiles a program, and returns what it needs. What is not in `stored` has the name `rest`."""
+        known = sum(stored.values())
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:  # libtpu compiles no program that is too large
             needed = too_large_bytes(str(error))
             if needed is None:
                 raise
-            return ProgramPlan(name, held | {rest: max(needed - known, 0)}, None, [], tokens, None)
-        memory, text = held | {rest: max(needed_bytes(compiled) - known, 0)}, compiled.as_text()
+            return ProgramPlan(name, stored | {rest: max(needed - known, 0)}, None, [], tokens, None)
+        memory, text = stored | {rest: max(needed_bytes(compiled) - known, 0)}, compiled.as_text()
         assert text is not None, "XLA writes the text of its programs"
         kernels, loop = read_kernels(text), None
         if name == "search":
@@ -282,7 +282,7 @@ class _Planner:
         if speed is None:
             return ProgramPlan(name, memory, None, exchanges, tokens, None)
         cost = Cost.of(kernels, speed)
-        return ProgramPlan(name, memory, cost, exchanges, tokens, cost.peak_share(speed))
+        return ProgramPlan(name, memory, cost, exchanges, tokens, cost.flops_utilization(speed))
 
 
 def too_large_bytes(message: str) -> int | None:

@@ -33,13 +33,13 @@ def describe_plan(plan: HardwarePlan) -> str:
 
 def _describe_program(plan: HardwarePlan, program: ProgramPlan) -> list[str]:
     what = {"train step": "train step", "search": f"step of the search, {program.tokens:,} sentences"}[program.name]
-    held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in program.memory.items() if size)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in program.memory.items() if size)
     limit = "" if plan.available is None else f" of {plan.available / GIB:.1f}"
-    lines = [f"{what}, on each device", f"  memory     {program.needed / GIB:.2f}{limit} GiB: {held}"]
+    lines = [f"{what}, on each device", f"  memory     {program.needed / GIB:.2f}{limit} GiB: {parts}"]
     if program.cost is None or program.seconds is None:
         return [*lines, "  time       not known"]
     cost, (hidden, exposed) = program.cost, program.seconds
-    share = program.peak_share or 0.0
+    share = program.flops_utilization or 0.0
     speed, shares = program.tokens / exposed, share * cost.seconds / exposed
     times, speeds = f"{exposed * 1e3:.3g} ms", f"{speed:,.0f} target tokens/s"
     if program.exchanges:
@@ -83,7 +83,7 @@ def describe_ranking(ranking: list[Ranked]) -> str:
         plan, config = ranked.plan, ranked.config
         assert plan is not None, "what is ranked was compiled"
         seconds = plan.train.seconds[1] if plan.train.seconds else float("nan")
-        share = (plan.train.peak_share or 0.0) * (plan.train.cost.seconds / seconds if plan.train.cost else 0.0)
+        share = (plan.train.flops_utilization or 0.0) * (plan.train.cost.seconds / seconds if plan.train.cost else 0.0)
         rows.append(
             (
                 str(config.mesh.data),

@@ -40,8 +40,8 @@ from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 # No sentence has more tokens than this.
 NO_LIMIT = np.iinfo(np.int32).max
 
-# A batch is divided into this many micro-batches at most.
-MOST_MICRO_BATCHES = 8
+# Maximum number of micro-batches of a batch.
+MAX_MICRO_BATCHES = 8
 
 # Share of the time of a training for its steps. The rest is for compilation and evaluations.
 STEPS_SHARE = 0.8
@@ -166,7 +166,7 @@ def _fitted(
             return measure(config, text, make_programs(config, text, mesh))
         except ConfigError as error:
             refused = refused or error
-            if micro_batches == MOST_MICRO_BATCHES:
+            if micro_batches == MAX_MICRO_BATCHES:
                 raise refused from None
             micro_batches *= 2
             add_batching(recipe, size, machine, micro_batches)

@@ -314,7 +314,7 @@ class Cost:
             {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)},
         )
 
-    def peak_share(self, speed: Speed) -> float:
+    def flops_utilization(self, speed: Speed) -> float:
         """Returns the share of the device's peak that products would reach in the least time."""
         return self.flops / speed.peak / self.seconds if self.seconds else 0.0
 
