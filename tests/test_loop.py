@@ -27,6 +27,7 @@ def train(
     log_every_steps: int = 60,
     log=None,
     owes_evaluation: bool = False,
+    profile_steps: int = 0,
     **callbacks: Any,
 ) -> loop.Trained:
     """Runs the loop up to step 60 with a made-up step; unless `callbacks` say more, nothing is evaluated or saved."""
@@ -39,7 +40,13 @@ def train(
     return loop.train_loop(
         loop.TrainingStart(TrainState(jnp.int32(first_step), {}, {}, None), Position(0, 0), owes_evaluation),
         iter([(batch, Position(0, number)) for number in range(60)]),
-        TrainingConfig(steps=60, log_every_steps=log_every_steps, evaluate_every_steps=60, checkpoint_every_steps=60),
+        TrainingConfig(
+            steps=60,
+            log_every_steps=log_every_steps,
+            evaluate_every_steps=60,
+            checkpoint_every_steps=60,
+            profile_steps=profile_steps,
+        ),
         loop.CompiledSteps({(8, 8, 8): step}, mesh),
         loop.Callbacks(log or MagicMock(spec=RunLog), history=[], **nothing | callbacks),
         FlopFigures(ModelFlops(1, 1), None),
@@ -61,6 +68,19 @@ def test_the_first_steps_after_a_start_are_left_out_of_the_throughput(one_device
 
     train(step, one_device, first_step=20, log_every_steps=20, log=log)
     assert log.progress.call_args_list[0].args[0].throughput.target_tokens == 32.0
+
+
+def test_a_training_too_short_for_its_profile_says_so(one_device, tmp_path):
+    def step(state: TrainState, _batch) -> tuple[TrainState, StepMetrics]:
+        one = jnp.float32(1.0)
+        return TrainState(state.step + 1, {}, {}, None), StepMetrics(
+            LossSums(one, one, one, one), one, one, jnp.asarray(False)
+        )
+
+    for asked, said in ((3, []), (4, ["the training ends at step 60: the profile of steps 58 to 61 is not complete"])):
+        log = MagicMock(spec=RunLog)
+        train(step, one_device, 52, log=log, profile_steps=asked, profile_folder=tmp_path)
+        assert [call.args[0] for call in log.say.call_args_list] == said
 
 
 def test_an_update_that_is_too_large_is_said_to_be(one_device):

@@ -29,7 +29,7 @@ class LogWindow:
         learning_rate: learning rate of the last update.
         skipped: number of skipped updates.
         skipped_in_a_row: number of skipped updates since the last other one. The next window goes on with it.
-        started: time at which the window began. Every pause moves it on.
+        started: time at which the window began, moved on by every pause.
         warm_up_seconds: duration of the warm-up.
         saved: whether the run has a checkpoint. The next window goes on with it.
     """
@@ -49,6 +49,14 @@ class LogWindow:
     def empty(self) -> bool:
         """Whether there was no update since the last progress line."""
         return self.tokens.padded == 0
+
+    def next(self) -> "LogWindow":
+        """Returns the window that follows. It knows of skipped updates and of the checkpoint."""
+        return LogWindow(skipped_in_a_row=self.skipped_in_a_row, saved=self.saved)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves seconds out of the throughput, in which the training did something else."""
+        self.started += seconds
 
     def end_warm_up(self) -> None:
         """Leaves the updates so far out of the throughput."""

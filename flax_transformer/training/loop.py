@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -220,18 +219,18 @@ def train_loop(
     patience = Patience(config.early_stopping_patience, callbacks.history)
     vote = StopVote(steps.mesh)
 
-    def evaluate() -> float | None:
-        """Returns the quality of the present state, or None if a signal came before it was known."""
-        quality = stop.interruptible(callbacks.evaluate, state.eval_params, step)
-        if quality is None:
-            log.say(f"the evaluation at step {step} was stopped: --resume will begin with it")
-        else:
-            patience.note(quality)
-        return quality
-
-    profiled = config.profile_steps if callbacks.profile_folder is not None else 0
-    profile = StepProfile(callbacks.profile_folder or Path(), profiled, after=first_step + WARM_UP_STEPS)
+    profile = StepProfile(callbacks.profile_folder, config.profile_steps, after=first_step + WARM_UP_STEPS)
     with StopRequest() as stop, profile:
+
+        def evaluate() -> float | None:
+            """Returns the quality of the present state, or None if a signal came before it was known."""
+            quality = stop.interruptible(callbacks.evaluate, state.eval_params, step)
+            if quality is None:
+                log.say(f"the evaluation at step {step} was stopped: --resume will begin with it")
+            else:
+                patience.note(quality)
+            return quality
+
         # --- an evaluation that a signal stopped before
         if start.owes_evaluation and (quality := evaluate()) is not None:
             callbacks.save(state, position, quality)
@@ -245,7 +244,7 @@ def train_loop(
                 state, metrics = steps.programs[shape_of(batch)](state, put(batch, sharding))
             window.pending.append((metrics, batch))
             step += 1
-            window.started += profile.end_step(step, metrics)
+            window.pause(profile.end_step(step, metrics))
             if len(window.pending) > MAX_STEPS_IN_FLIGHT:
                 window.fetch(step, log, leave=MAX_STEPS_IN_FLIGHT)
             to_evaluate = evaluation_is_due(step, config)
@@ -260,19 +259,21 @@ def train_loop(
                 window.fetch(step, log)
                 pace = (time.monotonic() - loop_start) / (step - first_step)
                 log.progress(window.report(step, config.steps, pace * (config.steps - step), flops))
-                window = LogWindow(skipped_in_a_row=window.skipped_in_a_row, saved=window.saved)
+                window = window.next()
 
             # --- evaluate, then save with the quality; neither counts as training time
-            pause = time.monotonic()
+            paused = time.monotonic()
             quality = evaluate() if to_evaluate else None
             callbacks.check_saved()
             if to_save:
                 callbacks.save(state, position, quality)
                 window.saved = True
-            window.started += time.monotonic() - pause
+            window.pause(time.monotonic() - paused)
             stopped_by = vote.result(step, stop.signal)
 
         stopped_by = vote.last_result(stop.signal)
+        if step < profile.last:
+            log.say(f"the training ends at step {step}: the profile of {profile.steps_asked_for} is not complete")
         if patience.exhausted:
             log.say(f"no new best in {patience.since_best} evaluations in a row: the training ends at step {step}")
         if stopped_by is not None and step > first_step:

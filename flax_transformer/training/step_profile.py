@@ -22,14 +22,18 @@ class StepProfile:
     Use it in a `with` statement, so that a training that ends early ends its profile, too.
 
     Args:
-        folder: folder of event files. The profile goes to plugins/profile/TIME in it.
+        folder: folder of event files. The profile goes to plugins/profile/TIME in it. None records nothing.
         num_steps: number of steps; 0 records nothing.
         after: number of the step after which the profile begins.
+
+    Attributes:
+        last: number of the last step to record; 0 if nothing is recorded.
     """
 
-    def __init__(self, folder: AnyPath, num_steps: int, after: int = 0):
+    def __init__(self, folder: AnyPath | None, num_steps: int, after: int = 0):
         self._folder = folder
-        self.first, self.last = after + 1, after + num_steps
+        self._first = after + 1
+        self.last = after + num_steps if folder is not None and num_steps else 0
         self._running = contextlib.ExitStack()
         self._recording = False
 
@@ -42,13 +46,18 @@ class StepProfile:
     @contextlib.contextmanager
     def step(self, number: int) -> Generator[None, None, None]:
         """Names the work in a `with` block as the step of this number, counted from 1, if the step is recorded."""
-        if number == self.first <= self.last:
+        if number == self._first <= self.last:
             self._start()
         if not self._recording:
             yield
             return
         with jax.profiler.StepTraceAnnotation(STEP_NAME, step_num=number):
             yield
+
+    @property
+    def steps_asked_for(self) -> str:
+        """The numbers of the steps, in words."""
+        return f"steps {self._first} to {self.last}"
 
     def end_step(self, number: int, results: Any) -> float:
         """Ends the profile if this was its last step, and returns the seconds that this took.
@@ -65,6 +74,7 @@ class StepProfile:
         return time.monotonic() - clock
 
     def _start(self) -> None:
+        assert self._folder is not None, "nothing is recorded without it"
         local = Path(str(self._folder))
         if on_object_storage(self._folder):  # the profiler writes to disks alone
             local = Path(self._running.enter_context(tempfile.TemporaryDirectory()))
