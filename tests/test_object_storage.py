@@ -18,7 +18,8 @@ from flax_transformer.experiment import run as experiment
 from flax_transformer.object_storage import any_path, storage_errors
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training import growing_file
-from flax_transformer.training.checkpoint import Checkpoints, DamagedCheckpointError
+from flax_transformer.training.checkpoint import Checkpoints
+from flax_transformer.training.checkpoint_errors import DamagedCheckpointError
 from flax_transformer.training.growing_file import GrowingFile
 from flax_transformer.training.metrics_file import read_metrics
 from tests.object_storage import bucket_in_memory

@@ -8,22 +8,16 @@ when it is complete, and loses it before its files are deleted.
 
 Object storage renames nothing at once. There a checkpoint is whole if it has the file commit_success.txt. Files of a
 superseded checkpoint are deleted in any order, and a kill leaves the rest to the next start.
-
-The class is long, since each method waits for, checks or explains what Orbax's one manager does.
 """
 
 import contextlib
 import dataclasses
-import errno
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -33,7 +27,9 @@ from flax_transformer.object_storage import AnyPath, on_object_storage, resolved
 from flax_transformer.parallel import processes
 from flax_transformer.parallel.placement import put
 from flax_transformer.small_files import remove_folder, write_atomically
-from flax_transformer.training.checkpoint_meta import CheckpointMeta
+from flax_transformer.training.checkpoint_checks import check_shapes, check_sums, check_tokenizers
+from flax_transformer.training.checkpoint_errors import DamagedCheckpointError, reading, writing
+from flax_transformer.training.checkpoint_meta import CheckpointMeta, History
 from flax_transformer.training.checksums import checksums
 from flax_transformer.training.retention import KeptSteps
 from flax_transformer.training.state import StateLayout, TrainState
@@ -47,21 +43,6 @@ DAMAGED = "damaged"
 
 # File that makes a folder on object storage a whole checkpoint. Orbax writes it last.
 COMMIT_MARK = "commit_success.txt"
-
-
-class DamagedCheckpointError(RunFolderError):
-    """A file of a checkpoint is missing, or its content is not what was saved.
-
-    Args:
-        what: a sentence that names the checkpoint and the damage.
-    """
-
-    def __init__(self, what: str):
-        self.what = what
-        super().__init__(
-            f"{what} Fetch it again, or delete that folder to go on from the checkpoint before it; a training does so "
-            "by itself with --resume."
-        )
 
 
 @dataclass(frozen=True)
@@ -92,20 +73,6 @@ def checksums_of(state: TrainState) -> dict[str, dict[str, str]]:
     return {name: checksums(tree) for name, tree in _trees(state).items()}
 
 
-def _is_damage(error: Exception) -> bool:
-    """Returns whether files are damaged or missing. Otherwise they may be read another time, such as by their owner."""
-    if isinstance(error, OSError):
-        return error.errno in (None, errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR)
-    passing = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # of TensorStore
-    return not any(code in str(error) for code in passing)
-
-
-def _in_short(error: Exception) -> str:
-    """Returns the kind of an error and the beginning of its text; texts of Orbax can be long."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
-
-
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -120,6 +87,7 @@ class Checkpoints:
     def __init__(self, folder: AnyPath, keep: tuple[int, int] | None = None, tokenizers: str | None = None):
         self.folder = folder
         self.tokenizers = tokenizers
+        self._history: History | None = None
         self._policy = None if keep is None else KeptSteps(self.ranked, *keep)
         if self._policy is None:
             options = ocp.CheckpointManagerOptions(
@@ -146,13 +114,13 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, *_) -> None:
         # Closing waits for the checkpoint being written. An error that is already raised must not be hidden by another.
-        with contextlib.suppress(Exception) if kind is not None else self._writing():
+        with contextlib.suppress(Exception) if kind is not None else writing(self.folder):
             self._manager.close()
             self._empty_removed()
 
     def _finish(self) -> None:
         """Waits for the checkpoint that is being written. Then each step can be read, and nothing is being renamed."""
-        with self._writing():
+        with writing(self.folder):
             self._manager.wait_until_finished()
         self._empty_removed()
 
@@ -172,37 +140,37 @@ class Checkpoints:
 
     def ranked(self, steps: Sequence[int]) -> list[int]:
         """Returns those of the steps that have a known quality, in the order of `best_steps`."""
-        known = self._qualities
+        known = self._known().qualities
         return sorted((s for s in steps if s in known), key=lambda s: (known[s], s), reverse=True)
 
     def newest_steps(self) -> list[int]:
         """Returns all steps, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    @functools.cached_property
+    @property
     def saved(self) -> list[tuple[int, float | None]] | None:
         """Step and quality of each checkpoint that the run has ever saved, deleted ones included.
 
         It is None for runs of earlier versions, which did not write it down.
         """
-        newest = self.latest_step()
-        saved = () if newest is None else self._meta(newest).saved
-        return None if saved is None else [*saved]
+        return self._known().saved
 
-    @functools.cached_property
-    def _qualities(self) -> dict[int, float]:
-        """The known qualities by their steps. The newest checkpoint knows them all, and has a checksum of them."""
-        if self.saved is None:
-            found = {step: self._quality_by_itself(step) for step in self._manager.all_steps()}
-        else:
-            found = dict(self.saved)
-        return {step: quality for step, quality in found.items() if quality is not None}
+    def _known(self) -> History:
+        """Returns what the newest checkpoint knows, which has a checksum of it. It is read once."""
+        if self._history is None:
+            newest = self.latest_step()
+            saved = () if newest is None else self._meta(newest).saved
+            steps = self._manager.all_steps() if saved is None else ()
+            found = {step: self._quality_by_itself(step) for step in steps} if saved is None else dict(saved)
+            qualities = {step: quality for step, quality in found.items() if quality is not None}
+            self._history = History(None if saved is None else [*saved], qualities)
+        return self._history
 
     def _quality_by_itself(self, step: int) -> float | None:
         """Returns the quality that a checkpoint of a run from an earlier version says it has; None without one."""
         if (quality := self._meta(step).quality) is not None:
             return quality
-        with self._reading(step):
+        with reading(self._place(step)):
             metrics = self._manager.metrics(step)
             return None if metrics is None else float(metrics["quality"])
 
@@ -214,7 +182,7 @@ class Checkpoints:
         """
         for step in self.newest_steps():
             with contextlib.suppress(DamagedCheckpointError):
-                self._check_tokenizers(step, self._meta(step))
+                check_tokenizers(self._place(step), self._meta(step).tokenizers, self.tokenizers)
                 return
 
     def _newest(self) -> int:
@@ -246,25 +214,16 @@ class Checkpoints:
             if quality is not None:
                 self._save_quality(step, quality)
             return
-        trees, qualities = _trees(state), self._qualities
-        if self.saved is not None:
-            self.saved.append((step, quality))
-        if quality is not None:
-            qualities[step] = quality
-        saved = None if self.saved is None else tuple(self.saved)
+        saved = self._known().noted(step, quality)
         meta = CheckpointMeta(step, checksums_of(state), saved, quality, self.tokenizers, position, data)
-        self._save(meta, trees)
+        self._save(meta, _trees(state))
 
     def _save_quality(self, step: int, quality: float) -> None:
         """Adds the quality to the newest checkpoint, which was saved without one. Returns once it is on disk."""
         meta = self._meta(step)
-        if self.saved is not None:
-            self.saved[:] = [(number, quality if number == step else each) for number, each in self.saved]
-        self._qualities[step] = quality
-        saved = None if self.saved is None else tuple(self.saved)
-        record = dataclasses.replace(meta, saved=saved, quality=quality).record
-        file = self.folder / str(step) / "meta" / "metadata"
-        with self._writing():
+        record = dataclasses.replace(meta, saved=self._known().noted(step, quality), quality=quality).record
+        file = self._place(step) / "meta" / "metadata"
+        with writing(self.folder):
             processes.from_first(lambda: write_atomically(file, json.dumps(record)))
         self.remove_superseded()
 
@@ -277,7 +236,7 @@ class Checkpoints:
         self._finish()
         steps = self._manager.all_steps()
         assert self._policy is not None, "it is for those who write"
-        with self._writing():
+        with writing(self.folder):
             for step in set(steps) - self._policy.kept(steps):
                 self._manager.delete(step)
         self._empty_removed()
@@ -289,7 +248,7 @@ class Checkpoints:
             RunFolderError: the checkpoint could not be written.
         """
         if not self._manager.is_saving_in_progress():
-            with self._writing():
+            with writing(self.folder):
                 self._manager.wait_until_finished()  # raises the error of the writing thread, which has ended
 
     def save_params(self, step: int, params: Any) -> None:
@@ -300,7 +259,7 @@ class Checkpoints:
 
     def _save(self, meta: CheckpointMeta, trees: dict[str, Any]) -> None:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        with self._writing():
+        with writing(self.folder):
             self._manager.save(meta.step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta.record), **items))
 
     def restore(self, layout: StateLayout) -> Restored:
@@ -339,25 +298,25 @@ class Checkpoints:
             place.parent.mkdir(exist_ok=True)
             if on_object_storage(place):  # Orbax removes a folder there that lacks this file
                 write_atomically(place.parent / COMMIT_MARK, "These checkpoints cannot be read.\n")
-            (self.folder / str(step)).rename(place)
+            (self._place(step)).rename(place)
         self._manager.reload()
         return f"warning: {error.what} It was moved to {place}, and this run goes on from the checkpoint before it."
 
     def _restore(self, step: int, layout: StateLayout) -> Restored:
         abstract = layout.abstract
         meta = self._meta(step)
-        self._check_tokenizers(step, meta)
+        check_tokenizers(self._place(step), meta.tokenizers, self.tokenizers)
         self._check_shapes(step, abstract.params)
         if "optimizer" not in meta.checksums:
             raise RunFolderError(
-                f"{self.folder / str(step)} holds parameters without the state of an optimiser, so there is no "
+                f"{self._place(step)} holds parameters without the state of an optimiser, so there is no "
                 "training to go on with. Start a new run from it by --init-from."
             )
         trees = _trees(abstract)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        with self._reading(step):
+        with reading(self._place(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        self._check_sums(step, {name: restored[name] for name in trees}, meta)
+        check_sums(self._place(step), {name: restored[name] for name in trees}, meta.checksums)
         count = put(np.asarray(step, np.int32), abstract.step.sharding)
         average = None if abstract.average is None else restored["params"]
         params = restored["params"] if abstract.average is None else restored["trained"]
@@ -396,11 +355,10 @@ class Checkpoints:
                 return read()
             except DamagedCheckpointError:
                 with storage_errors(self.folder):
-                    if processes.joined() or all((self.folder / str(step)).exists() for step in steps):
+                    if processes.joined() or all((self._place(step)).exists() for step in steps):
                         raise
                 self._manager.reload()
-                for known in ("saved", "_qualities"):
-                    self.__dict__.pop(known, None)
+                self._history = None
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns only the parameters of a checkpoint, in the shardings of `abstract_params`.
@@ -411,95 +369,25 @@ class Checkpoints:
         """
         self._finish()
         meta = self._meta(step)
-        self._check_tokenizers(step, meta)
+        check_tokenizers(self._place(step), meta.tokenizers, self.tokenizers)
         self._check_shapes(step, abstract_params)
-        processes.check_agreement({f"checkpoint {self.folder / str(step)}": self.digest(step)})
+        processes.check_agreement({f"checkpoint {self._place(step)}": self.digest(step)})
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-        with self._reading(step):
+        with reading(self._place(step)):
             params = self._manager.restore(step, args=items)["params"]
-        self._check_sums(step, {"params": params}, meta)
+        check_sums(self._place(step), {"params": params}, meta.checksums)
         return params
 
+    def _place(self, step: int) -> AnyPath:
+        """Returns the folder of a checkpoint."""
+        return self.folder / str(step)
+
+    def _check_shapes(self, step: int, params: Any) -> None:
+        with reading(self._place(step)):
+            saved = self._manager.item_metadata(step)["params"].tree
+        check_shapes(self._place(step), saved, params)
+
     def _meta(self, step: int) -> CheckpointMeta:
-        with self._reading(step):
+        with reading(self._place(step)):
             record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             return CheckpointMeta.of_record(record, step)
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Generator[None, None, None]:
-        """Turns an error of Orbax while it reads, of any class, into a `RunFolderError`.
-
-        For files that are damaged or missing it is a `DamagedCheckpointError`.
-        """
-        try:
-            yield
-        except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the files
-            raise
-        # The clause is this wide because Orbax has no common class of errors. Damaged files gave ValueError, OSError,
-        # AttributeError, JSONDecodeError and plain Exception. The message shows the error, which is also chained.
-        except Exception as error:
-            what = f"the checkpoint {self.folder / str(step)} cannot be read: {_in_short(error)}."
-            if _is_damage(error):
-                raise DamagedCheckpointError(f"{what} A file of it is missing or damaged.") from error
-            raise RunFolderError(f"{what} Mend the cause, and try again.") from error
-
-    @contextlib.contextmanager
-    def _writing(self) -> Generator[None, None, None]:
-        """Turns an error of Orbax while it writes, or wrote in the background, into a `RunFolderError`."""
-        try:
-            yield
-        except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the disk
-            raise
-        # The clause is this wide because each storage of Orbax (disk, buckets) has errors of its own, without a common
-        # class. The message shows the error, which is also chained.
-        except Exception as error:
-            raise RunFolderError(
-                f"a checkpoint could not be written to {self.folder}: {_in_short(error)}. Those before it are whole. "
-                "Make room, or mend the file system, and go on by --resume."
-            ) from error
-
-    def _check_tokenizers(self, step: int, meta: CheckpointMeta) -> None:
-        saved = meta.tokenizers
-        if self.tokenizers is None or saved is None or saved == self.tokenizers:
-            return
-        raise RunFolderError(
-            f"the checkpoint {self.folder / str(step)} was saved with other tokenizers than the run folder now has in "
-            "tokenizer/joint.model, or in tokenizer/source.model and tokenizer/target.model: expected SHA-256 (of "
-            f"source and target) {saved}, got {self.tokenizers}. Its parameters mean nothing with others. Put back the "
-            "files that the run began with, from a copy of its folder."
-        )
-
-    def _check_shapes(self, step: int, abstract_params: Any) -> None:
-        """Compares shapes and dtypes of the saved parameters with those of the model; Orbax does not."""
-
-        def shapes(tree):
-            leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {
-                jax.tree_util.keystr(p, simple=True, separator="/"): f"{tuple(leaf.shape)} {jnp.dtype(leaf.dtype)}"
-                for p, leaf in leaves
-            }
-
-        with self._reading(step):
-            saved = shapes(self._manager.item_metadata(step)["params"].tree)
-        wanted = shapes(abstract_params)
-        if saved != wanted:
-            names = sorted(n for n in saved.keys() | wanted.keys() if saved.get(n) != wanted.get(n))
-            lines = [
-                f"  {n}: checkpoint {saved.get(n, 'nothing')}, model {wanted.get(n, 'nothing')}" for n in names[:8]
-            ]
-            more = f"\n  and {len(names) - 8} more" if len(names) > 8 else ""
-            raise RunFolderError(
-                f"the checkpoint {self.folder / str(step)} does not fit the model that the configuration describes:\n"
-                + "\n".join(lines)
-                + f"{more}\nUse the settings and the tokenizer that it was trained with; {self.folder.parent} has them."
-            )
-
-    def _check_sums(self, step: int, items: dict[str, Any], meta: CheckpointMeta) -> None:
-        for item, tree in items.items():
-            saved = meta.checksums.get(item, {})
-            wrong = [name for name, value in checksums(tree).items() if saved.get(name) != value]
-            if wrong:
-                raise DamagedCheckpointError(
-                    f"the checkpoint {self.folder / str(step)} is damaged: {item} {', '.join(wrong[:3])} "
-                    f"({len(wrong)} in all) do not have the checksum that they were saved with."
-                )

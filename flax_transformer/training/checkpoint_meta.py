@@ -88,3 +88,28 @@ class CheckpointMeta:
 def _is_saved(each: Any) -> bool:
     """Returns whether a JSON value is a step with its quality."""
     return isinstance(each, list) and [type(value) for value in each] in ([int, float], [int, type(None)])
+
+
+@dataclass
+class History:
+    """The checkpoints that a run has saved.
+
+    Attributes:
+        saved: step and quality of each, deleted ones included; None if the run did not write it down.
+        qualities: known qualities by their steps.
+    """
+
+    saved: list[tuple[int, float | None]] | None
+    qualities: dict[int, float]
+
+    def noted(self, step: int, quality: float | None) -> tuple[tuple[int, float | None], ...] | None:
+        """Notes a checkpoint, or the quality of one that is known. Returns `saved` with it."""
+        if quality is not None:
+            self.qualities[step] = quality
+        if self.saved is None:
+            return None
+        if step in dict(self.saved):
+            self.saved[:] = [(number, quality if number == step else each) for number, each in self.saved]
+        else:
+            self.saved.append((step, quality))
+        return tuple(self.saved)

@@ -17,7 +17,8 @@ from flax_transformer.data.batching import Position
 from flax_transformer.errors import RunFolderError
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.averaging import average_checkpoints
-from flax_transformer.training.checkpoint import DAMAGED, REMOVED, Checkpoints, DamagedCheckpointError
+from flax_transformer.training.checkpoint import DAMAGED, REMOVED, Checkpoints
+from flax_transformer.training.checkpoint_errors import DamagedCheckpointError
 from flax_transformer.training.state import StateLayout, TrainState
 from tests.faults.damage import cut, empty, files_of, flip_bit, remove, replace
 from tests.small_run import checkpoint_params, command
