@@ -61,7 +61,7 @@ def restore_ensemble(
     tokenizers = folders[0].tokenizers()
     _, abstract_params = abstract_model(folders[0].read_config().model, vocabulary_info(tokenizers))
     shapes = nnx.to_pure_dict(abstract_params)
-    splitting = mesh_that_shards(abstract_params, jax.devices()) if mesh is None else mesh
+    splitting = mesh_that_shards(abstract_params) if mesh is None else mesh
     if sharded is None:
         sharded = must_be_sharded(shapes, splitting, len(folders))
     mesh = make_mesh(MeshConfig()) if mesh is None and not sharded else splitting

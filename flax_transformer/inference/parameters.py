@@ -163,16 +163,16 @@ def must_be_sharded(params: Any, mesh: Mesh, num_models: int = 1, reserved_bytes
     return processes.from_first(is_too_large) if spans_processes(mesh) else is_too_large()
 
 
-def mesh_that_shards(abstract_params: Any, devices: list[jax.Device]) -> Mesh:
+def mesh_that_shards(abstract_params: Any, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that splits the parameters of a model over most devices.
 
     Among equals it is the one with most devices along "tensor", where devices exchange the fewest bytes.
 
     Args:
         abstract_params: the `nnx.State` of a model, with shapes.
-        devices: devices of the mesh.
+        devices: devices of the mesh; None means all devices of JAX.
     """
-    num = len(devices)
+    num = make_mesh(MeshConfig(), devices).size
     divisors = [n for n in range(num, 0, -1) if num % n == 0]
     for shards, tensor in ((a, b) for a in divisors for b in divisors if a % b == 0):
         mesh = make_mesh(MeshConfig(num // shards, shards // tensor, tensor), devices)

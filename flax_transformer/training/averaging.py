@@ -16,6 +16,8 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.object_storage import AnyPath
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh
+from flax_transformer.parallel.placement import replicated
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.state import abstract_model
@@ -76,8 +78,7 @@ def average_checkpoints(run: AnyPath, output: AnyPath, num: int, of: Literal["ne
     with Checkpoints(folder.checkpoints, tokenizers=tokenizers.fingerprint) as checkpoints:
         steps = _chosen_steps(of, num, checkpoints, config)
         abstract_params = nnx.to_pure_dict(abstract)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_params)
+        target = replicated(abstract_params, make_mesh(MeshConfig(data=1)))
         for step in steps:
             params = jax.device_get(checkpoints.restore_params(step, target))
             params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
