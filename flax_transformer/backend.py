@@ -10,7 +10,7 @@ from collections.abc import Generator
 from typing import Literal
 
 import jax
-from jax._src.mesh import AbstractDevice  # no public name; this file alone knows it
+from jax._src.mesh import AbstractDevice  # no public name; this file alone uses it
 from jax.sharding import AbstractMesh, AxisType
 
 from flax_transformer.errors import ConfigError, shown
