@@ -7,12 +7,12 @@ Legend:
     D model dim           U recurrent units
 
 Signatures in all files use these letters for these sizes.
+
+The module does not import JAX, and neither does `flax_transformer.data`. So a process that only loads data starts fast.
 """
 
 import dataclasses
 from typing import Any, NamedTuple, TypeVar
-
-import jax
 
 # Score of what is excluded, in place of minus infinity. It is finite, so differences and backward passes give no NaN.
 # Its exponential is exactly 0.
@@ -82,6 +82,8 @@ def array_tree(cls: type[Container]) -> type[Container]:
         >>> jax.tree.map(lambda a: 2 * a, Point(x=3))
         Point(x=6, unit='m')
     """
+    import jax  # whoever makes a tree has it already
+
     # `Container` is a dataclass; Python has no public type to say that.
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [field.name for field in fields if not field.metadata.get("static")]

@@ -213,11 +213,15 @@ def test_hardware_is_named_in_one_room():
     assert all(module.startswith("ops.") for module in choosing), choosing
 
 
-def test_the_code_of_data_uses_no_jax():
-    for module in MODULES:
-        if module.startswith("data."):
-            direct = {n.split(".")[0] for n in imports_of(module).values()}
-            assert not direct & {"jax", "flax", "optax", "orbax"}, module
+def test_data_is_loaded_without_jax():
+    """Neither the modules of `data`, nor those of the lowest row, nor what they import, need JAX."""
+    modules = [f"flax_transformer.{m}" for m in MODULES if m.startswith("data.") or m in LAYERS[0]]
+    code = (
+        f"import sys, {', '.join(modules)}\n"
+        "found = {'chex', 'flax', 'jax', 'jaxtyping', 'optax', 'orbax'} & set(sys.modules)\n"
+        "assert not found, f'data needs {found}'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names_are_what_type_checkers_read():
@@ -239,8 +243,10 @@ def test_the_command_is_there_before_the_libraries():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_importing_the_package_starts_no_device():
+def test_importing_the_package_starts_no_device_and_a_model_needs_no_tokenizer():
     code = (
+        "import sys, flax_transformer.models.build, flax_transformer.config.reading\n"
+        "assert 'sentencepiece' not in sys.modules, 'a model needs a tokenizer'\n"
         "import flax_transformer.experiment.run, flax_transformer.cli.main\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was asked for at import'\n"

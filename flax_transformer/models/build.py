@@ -1,10 +1,11 @@
 """The list of all model classes."""
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from flax import nnx
 
-from flax_transformer.data.tokenizer_pair import TokenizerPair
+from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.models.recurrent import RecurrentConfig, RecurrentSeq2Seq
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.models.transformer import Transformer, TransformerConfig
@@ -31,7 +32,22 @@ class VocabularyInfo:
     start_token: int
 
 
-def vocabulary_info(tokenizers: TokenizerPair) -> VocabularyInfo:
+@runtime_checkable
+class Tokenizers(Protocol):
+    """What `vocabulary_info` reads of a `TokenizerPair`. So models do not depend on the libraries of tokenizers."""
+
+    @property
+    def source(self) -> Tokenizer:
+        """The tokenizer of the source language."""
+        ...
+
+    @property
+    def target(self) -> Tokenizer:
+        """The tokenizer of the target language."""
+        ...
+
+
+def vocabulary_info(tokenizers: Tokenizers) -> VocabularyInfo:
     """Returns the vocabulary sizes and the start token of the tokenizers."""
     target = tokenizers.target
     return VocabularyInfo(tokenizers.source.vocab_size, target.vocab_size, target.special.start)
