@@ -200,6 +200,11 @@ def test_search_knows_no_model_and_layers_know_no_mesh():
             assert "parallel.mesh" not in own_imports(module), module
 
 
+def test_one_kind_of_tokenizer_is_known_to_its_list_and_to_interop():
+    knowing = {module for module in MODULES if "data.sentencepiece_tokenizer" in own_imports(module)}
+    assert {m for m in knowing if not m.startswith("interop.")} == {"data.tokenizer_pair"}
+
+
 def test_hardware_is_named_in_one_room():
     """Choices by platform while tracing stand in `ops`, and what a program is compiled for in `backend`."""
     assert not those_that_use("jax.default_backend", "jax.local_devices", "jax.device_count", "jax.local_device_count")

@@ -3,13 +3,15 @@
 import collections
 import dataclasses
 import hashlib
+import json
 import re
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data import tokenizer_pair
@@ -17,17 +19,18 @@ from flax_transformer.data.batching import BatchingConfig, Position
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.loader import training_batches, training_plan
 from flax_transformer.data.parallel_text import ParallelText
-from flax_transformer.data.preparation import prepare_training_pairs
+from flax_transformer.data.preparation import prepare_tokenizers, prepare_training_pairs
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL, SentencePieceTokenizer
 from flax_transformer.data.synthetic import english_number_words, german_number_words
 from flax_transformer.data.tokenizer import SpecialIds, SubwordSample, Tokenizer, TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import ConfigError, RunFolderError
+from flax_transformer.experiment.hardware_plan import vocabulary_of_recipe
 from flax_transformer.inference.scorer import Scorer
 from flax_transformer.inference.translation import Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
-from flax_transformer.models.build import vocabulary_info
+from flax_transformer.models.build import VocabularyInfo, vocabulary_info
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
 from flax_transformer.optim.schedule import make_schedule
@@ -129,6 +132,46 @@ def test_both_are_tokenizers(bytes_pair, tmp_path, monkeypatch):
     mixed = TokenizerPair.load(tmp_path)
     assert mixed.fingerprint == f"{TOKENIZERS.source.fingerprint}-{bytes_pair.target.fingerprint}"
     assert vocabulary_info(mixed).start_token == 258 and vocabulary_info(TOKENIZERS).start_token == 1
+
+
+class LearntByteTokenizer(ByteTokenizer):
+    version: ClassVar[str] = "0"
+
+    @classmethod
+    def train(cls, lines: Iterable[str], config: TokenizerConfig, name: str = "this text") -> "LearntByteTokenizer":
+        return cls(f"learnt from {name}".encode())
+
+    @classmethod
+    def special_ids(cls, config: TokenizerConfig) -> SpecialIds:
+        return cls.special
+
+
+def test_a_kind_of_tokenizer_is_learnt_cached_and_described(tmp_path, monkeypatch):
+    monkeypatch.setitem(tokenizer_pair.KINDS, "bytes", LearntByteTokenizer)
+    monkeypatch.setitem(tokenizer_pair.LEARNT_KINDS, "char", LearntByteTokenizer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = TokenizerConfig("char", vocab_size=259)
+    for _ in range(2):  # learnt, and read from the cache
+        assert prepare_tokenizers((TEXT,), config).source.model.startswith(b"learnt from both sides of")
+    monkeypatch.setattr(LearntByteTokenizer, "version", "1")
+    _ = prepare_tokenizers((TEXT,), config)
+    assert len(list((tmp_path / "flax_transformer/tokenizers").iterdir())) == 2
+    assert vocabulary_of_recipe(Config(tokenizer=config)) == VocabularyInfo(259, 259, start_token=258)
+    assert vocabulary_of_recipe(Config(tokenizer=TokenizerConfig("word", 50))) == VocabularyInfo(50, 50, start_token=1)
+
+
+def test_each_algorithm_has_a_kind():
+    assert set(tokenizer_pair.LEARNT_KINDS) == set(get_args(get_type_hints(TokenizerConfig)["algorithm"]))
+
+
+def test_caches_of_tokenizers_keep_their_names(tmp_path, monkeypatch):
+    """Another hash would learn every tokenizer anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = TokenizerConfig("char", vocab_size=20)
+    content = [[TEXT.fingerprint], dataclasses.asdict(config), sentencepiece.__version__]
+    _ = prepare_tokenizers((TEXT,), config)
+    (folder,) = (tmp_path / "flax_transformer/tokenizers").iterdir()
+    assert folder.name == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def test_which_special_ids_no_output_holds():

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from flax_transformer.data.batching import Mixture, TokenizedPairs
 from flax_transformer.data.filters import FilterConfig
 from flax_transformer.data.parallel_text import ParallelText, TextPart
-from flax_transformer.data.sentencepiece_tokenizer import VERSION
 from flax_transformer.data.token_cache import tokenized_parts
 from flax_transformer.data.tokenizer import (
     SubwordSample,
@@ -23,7 +22,7 @@ from flax_transformer.data.tokenizer import (
     TokenizedText,
     TokenizerConfig,
 )
-from flax_transformer.data.tokenizer_pair import TokenizerPair
+from flax_transformer.data.tokenizer_pair import TokenizerPair, learnt_kind
 from flax_transformer.errors import RunFolderError, writing
 from flax_transformer.progress import progress, tracked
 from flax_transformer.small_files import write_atomically
@@ -42,9 +41,9 @@ def prepare_tokenizers(parts: Sequence[TextPart], config: TokenizerConfig) -> To
     They are kept in the user's cache, and learnt once for the same text and configuration.
 
     Raises:
-        InputError: bad text; see also `SentencePieceTokenizer.train`.
+        InputError: bad text; see also `LearntKind.train`.
     """
-    content = [[part.fingerprint for part in parts], dataclasses.asdict(config), VERSION]
+    content = [[part.fingerprint for part in parts], dataclasses.asdict(config), learnt_kind(config).version]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     folder = user_cache("tokenizers")
     if (folder / key).is_dir():

@@ -14,8 +14,6 @@ import sentencepiece
 from flax_transformer.data.tokenizer import SpecialIds, SubwordSample, TokenizerConfig
 from flax_transformer.errors import InputError, RunFolderError
 
-# Another version may learn another tokenizer from the same text.
-VERSION = sentencepiece.__version__
 # Special ids of the models that this project learns. Other models may have others.
 SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)
 # SentencePiece's mark for the space before a word.
@@ -48,6 +46,7 @@ class SentencePieceTokenizer:
     """
 
     suffix: ClassVar[str] = "model"
+    version: ClassVar[str] = sentencepiece.__version__
 
     def __init__(self, model: bytes):
         self.model = model
@@ -108,6 +107,11 @@ class SentencePieceTokenizer:
                 "that SentencePiece names."
             ) from error
         return cls(buffer.getvalue())
+
+    @classmethod
+    def special_ids(cls, config: TokenizerConfig) -> SpecialIds:
+        """Returns the special ids of any tokenizer that `train` returns for `config`."""
+        return SPECIAL
 
     @functools.cached_property
     def special(self) -> SpecialIds:

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -218,6 +218,46 @@ class Tokenizer(Protocol):
 
     def decoded_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Returns begin and end, in bytes of UTF-8, of the part of the decoded text that each id becomes."""
+        ...
+
+
+@runtime_checkable
+class LearntKind(Protocol):
+    """The class of a `Tokenizer` that is learnt from text. It also answers questions before there is any text."""
+
+    @property
+    def suffix(self) -> str:
+        """See `Tokenizer`."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The version of what learns. Another version may learn another tokenizer from the same text."""
+        ...
+
+    def __call__(self, model: bytes) -> Tokenizer:
+        """Returns the tokenizer of a file with these contents.
+
+        Raises:
+            RunFolderError: they are no tokenizer of this kind.
+        """
+        ...
+
+    def train(self, lines: Iterable[str], config: TokenizerConfig, name: str = "this text") -> Tokenizer:
+        """Returns a tokenizer learnt from `lines`.
+
+        Args:
+            lines: the text.
+            config: settings of the tokenizer.
+            name: name of the text in messages.
+
+        Raises:
+            InputError: the text is too short for `config`.
+        """
+        ...
+
+    def special_ids(self, config: TokenizerConfig) -> SpecialIds:
+        """Returns the special ids of any tokenizer that `train` returns for `config`."""
         ...
 
 

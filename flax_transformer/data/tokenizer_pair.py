@@ -4,13 +4,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flax_transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from flax_transformer.data.tokenizer import Tokenizer, TokenizerConfig
+from flax_transformer.data.tokenizer import LearntKind, Tokenizer, TokenizerConfig
 from flax_transformer.errors import RunFolderError
 from flax_transformer.object_storage import AnyPath
 from flax_transformer.small_files import write_atomically
 
-# For each `Tokenizer.suffix`, a function that makes a tokenizer from the contents of its file.
-KINDS: dict[str, Callable[[bytes], Tokenizer]] = {SentencePieceTokenizer.suffix: SentencePieceTokenizer}
+# The kind of tokenizer that is learnt for each `TokenizerConfig.algorithm`.
+LEARNT_KINDS: dict[str, LearntKind] = {
+    "unigram": SentencePieceTokenizer,
+    "bpe": SentencePieceTokenizer,
+    "word": SentencePieceTokenizer,
+    "char": SentencePieceTokenizer,
+}
+# For each `Tokenizer.suffix`, a function that makes a tokenizer from the contents of its file. A kind that is not
+# learnt is added here.
+KINDS: dict[str, Callable[[bytes], Tokenizer]] = {kind.suffix: kind for kind in LEARNT_KINDS.values()}
+
+
+def learnt_kind(config: TokenizerConfig) -> LearntKind:
+    """Returns the kind of tokenizer that a configuration asks for."""
+    return LEARNT_KINDS[config.algorithm]
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,8 @@ class TokenizerPair:
     def train(
         cls, source: Sequence[str], target: Sequence[str], config: TokenizerConfig, name: str = "this text"
     ) -> "TokenizerPair":
-        """Returns tokenizers learnt from both sides of the training text; see `SentencePieceTokenizer.train`."""
-        train = SentencePieceTokenizer.train
+        """Returns tokenizers learnt from both sides of the training text; see `LearntKind.train`."""
+        train = learnt_kind(config).train
         if config.joint:
             both = train([*source, *target], config, f"both sides of {name}")
             return cls(both, both)

@@ -16,7 +16,7 @@ from jax.stages import Traced
 
 from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.batching import BatchShape, round_up, rows_within
-from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
+from flax_transformer.data.tokenizer_pair import learnt_kind
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.inference.parameters import must_be_sharded
@@ -40,7 +40,9 @@ TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 
 def vocabulary_of_recipe(config: Config) -> VocabularyInfo:
     """Returns the vocabulary that a recipe asks for. The tokenizers of its text may turn out smaller."""
-    return VocabularyInfo(config.tokenizer.vocab_size, config.tokenizer.vocab_size, SPECIAL.start)
+    tokenizer = config.tokenizer
+    start_token = learnt_kind(tokenizer).special_ids(tokenizer).start
+    return VocabularyInfo(tokenizer.vocab_size, tokenizer.vocab_size, start_token)
 
 
 def longest_batch(config: Config, length: int | None = None) -> BatchShape:

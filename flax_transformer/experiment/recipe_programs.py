@@ -14,7 +14,7 @@ from jax.stages import Traced
 
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import BatchShape
-from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
+from flax_transformer.data.tokenizer_pair import learnt_kind
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference, prepared_shardings
@@ -40,7 +40,7 @@ class RecipePrograms:
 
     Attributes:
         config: the recipe.
-        vocabulary: sizes and special ids of its tokenizers.
+        vocabulary: sizes and start token of its tokenizers.
         mesh: mesh of devices that are present or described. Programs for an abstract mesh can be traced, not compiled.
     """
 
@@ -110,17 +110,18 @@ class RecipePrograms:
         decoding, mesh = self.config.decoding, self.mesh
         check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
         slots = decoding.batch_size if sharded else decoding.batch_size // mesh.size
+        special = learnt_kind(self.config.tokenizer).special_ids(self.config.tokenizer)
         beam = BeamSearchConfig(
             decoding.beam_size,
             slots,
             max_length,
             self.vocabulary.start_token,
-            SPECIAL.end,
+            special.end,
             LengthPenalty.parse(decoding.length_penalty),
             decoding.stop,
             num_awaited(decoding, 1),
             refill_at=ProgramOptions().refill_at(slots),
-            excluded=tuple(sorted(SPECIAL.never_in_outputs)),
+            excluded=tuple(sorted(special.never_in_outputs)),
         )
         rows = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
         inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length, rows)
