@@ -113,6 +113,9 @@ def _partitioned() -> bool:
 def logical_axes_of(path: tuple[Any, ...], parameter: nnx.Variable) -> tuple[str | None, ...]:
     """Returns the logical name of each dimension of a parameter. In a stack of layers the first is "layers".
 
+    The metadata names the axes of one layer. A loop over a stack gives each layer its part of a parameter, with the
+    same metadata. So only the number of dimensions tells a stack from a part.
+
     Args:
         path: path of the parameter in its model.
         parameter: parameter with the metadata `logical_axes`.

@@ -154,7 +154,9 @@ def make_layout(
     def like_parameter(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # another part of the optimiser has this parameter
             return leaf
-        return sharding if leaf.shape == param.shape else replicated  # Adafactor has sums of rows and columns
+        # The leaf's place in the tree says which parameter it belongs to, and not whether it has a value for each value
+        # of the parameter. Adafactor also keeps means of rows and of columns there. So the shape decides.
+        return sharding if leaf.shape == param.shape else replicated
 
     optimizer_shardings = optax.tree.map_params(
         optimizer.init,
