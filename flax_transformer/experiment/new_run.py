@@ -14,7 +14,7 @@ from flax_transformer.data.parallel_text import Corpus
 from flax_transformer.data.preparation import prepare_tokenizers
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
-from flax_transformer.experiment.programs import CompiledPrograms, Programs
+from flax_transformer.experiment.programs import Programs
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.object_storage import storage_errors
@@ -22,7 +22,7 @@ from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.small_files import remove_folder
 from flax_transformer.training.checkpoint import Checkpoints, checksums_of
-from flax_transformer.training.loop import TrainingStart
+from flax_transformer.training.loop import CompiledSteps, TrainingStart
 from flax_transformer.training.run_log import RunLog, SilentLog
 from flax_transformer.training.state import StateLayout, TrainState, init_state
 
@@ -34,13 +34,13 @@ class Start:
     Attributes:
         checkpoints: checkpoints of the run, open during the training.
         place: place at which the training loop starts.
-        compiled: all programs of the run, or None if no step is left.
+        steps: compiled train step; without programs if no step is left.
         notes: lines for the log.
     """
 
     checkpoints: Checkpoints
     place: TrainingStart
-    compiled: CompiledPrograms | None
+    steps: CompiledSteps
     notes: tuple[str, ...] = ()
 
     def log(self, folder: RunFolder) -> RunLog:
@@ -98,7 +98,7 @@ class NewRun:
         ):
             state = initial_state(self.config, text.tokenizers, programs.layout, params)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
-            yield Start(checkpoints, TrainingStart(state, Position(0, 0)), compiled, notes)
+            yield Start(checkpoints, TrainingStart(state, Position(0, 0)), compiled.steps, (*notes, compiled.text))
 
 
 def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:

@@ -15,7 +15,7 @@ from flax_transformer.experiment.text import PreparedText
 from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints, Restored, checksums_of
-from flax_transformer.training.loop import TrainingStart, evaluation_is_due
+from flax_transformer.training.loop import CompiledSteps, TrainingStart, evaluation_is_due
 from flax_transformer.training.metrics_file import read_metrics
 
 # Settings that a resumed run must keep: whole sections, and fields of section training.
@@ -86,14 +86,6 @@ class ResumedRun:
             step = int(state.step)
             checksums_of(state)  # compiles the checksums that every checkpoint needs
             owes_evaluation = evaluation_is_due(step, self.config.training) and step not in checkpoints.best_steps()
-            compiled = None
-            if step < self.config.training.steps:
-                compiled = programs.compile(text)
-                processes.from_first(self._remove_card)
-            elif owes_evaluation:
-                programs.validation.compile()
-            processes.from_first(lambda: self.folder.update_config(self.config))
-            checkpoints.remove_superseded()
             notes.append(f"resumed at step {step}, epoch {position.epoch}, batch {position.batch}")
             if redrawn:
                 notes.append(
@@ -102,7 +94,17 @@ class ResumedRun:
                 )
             if owes_evaluation:
                 notes.append(f"the evaluation of step {step} was stopped before its end: it comes first")
-            yield Start(checkpoints, TrainingStart(state, position, owes_evaluation), compiled, tuple(notes))
+            steps = CompiledSteps({}, programs.mesh)
+            if step < self.config.training.steps:
+                compiled = programs.compile(text)
+                steps = compiled.steps
+                notes.append(compiled.text)
+                processes.from_first(self._remove_card)
+            elif owes_evaluation:
+                programs.validation.compile()
+            processes.from_first(lambda: self.folder.update_config(self.config))
+            checkpoints.remove_superseded()
+            yield Start(checkpoints, TrainingStart(state, position, owes_evaluation), steps, tuple(notes))
 
 
 def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> tuple[Position, bool]:

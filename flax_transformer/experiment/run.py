@@ -19,7 +19,7 @@ from flax_transformer.parallel import processes
 from flax_transformer.parallel.mesh import make_mesh
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.standard_streams import lossy_standard_streams
-from flax_transformer.training.loop import Callbacks, CompiledSteps, train_loop
+from flax_transformer.training.loop import Callbacks, train_loop
 from flax_transformer.training.state import TrainState
 
 
@@ -91,8 +91,6 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         log.say(describe_run(config, text, programs.layout.num_parameters, mesh))
         for note in start.notes:
             log.say(note)
-        if start.compiled is not None:
-            log.say(start.compiled.text)
 
         # --- training
         def save(state: TrainState, position: Position, quality: float | None) -> None:
@@ -104,7 +102,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
             start.place,
             training_batches(text.train, text.plan, start.place.position),
             config.training,
-            CompiledSteps({}, mesh) if start.compiled is None else start.compiled.steps,
+            start.steps,
             Callbacks(
                 log,
                 save=save,
