@@ -26,6 +26,8 @@ from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
 from flax_transformer.parallel.mesh import MeshConfig
 
+# --- section training
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -93,6 +95,8 @@ class TrainingConfig:
         if self.r_drop < 0:
             raise ConfigError(f"training.r_drop must not be negative (0 turns it off), got {self.r_drop}.")
 
+
+# --- section decoding
 
 Method = Literal["beam", "sampling"]
 
@@ -224,6 +228,9 @@ class DecodingConfig:
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
+# --- section evaluation
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Settings of the scores of translations.
@@ -244,6 +251,9 @@ class EvaluationConfig:
                 f"evaluation.bleu_tokenizer: sacreBLEU {version('sacrebleu')} has no tokenizer "
                 f"{shown(self.bleu_tokenizer)}.{did_you_mean(self.bleu_tokenizer, BLEU.TOKENIZERS)}"
             )
+
+
+# --- the whole recipe
 
 
 @dataclass(frozen=True)

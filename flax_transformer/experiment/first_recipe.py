@@ -44,6 +44,9 @@ EVALUATION_SHARE = 0.2
 STEP_MULTIPLE = 100
 
 
+# --- the size, by corpus and machine
+
+
 @dataclass(frozen=True)
 class Size:
     """Sizes for corpora of at least some number of pairs.
@@ -122,6 +125,9 @@ def choose_size(num_pairs: int, machine: Machine) -> Size:
     return ON_CPU if machine.platform == "cpu" and size.model_dim > ON_CPU.model_dim else size
 
 
+# --- section tokenizer
+
+
 def add_tokenizer(recipe: CommentedRecipe, survey: TextSurvey, size: Size, num_pairs: int) -> None:
     """Adds the sections of the filters and the tokenizer."""
     recipe.set(
@@ -171,6 +177,9 @@ def add_tokenizer(recipe: CommentedRecipe, survey: TextSurvey, size: Size, num_p
         )
 
 
+# --- section model
+
+
 def length_limit(lengths: np.ndarray) -> int:
     """Returns a limit that keeps `KEPT_SHARE` of [number of pairs] lengths, as far as `MOST_LENGTH` allows."""
     needed = int(np.quantile(lengths, KEPT_SHARE, method="higher"))
@@ -215,6 +224,9 @@ def add_model(recipe: CommentedRecipe, pairs: TokenizedPairs, size: Size, machin
         recipe.set("accelerators multiply it several times as fast", model__compute_dtype="bfloat16")
 
 
+# --- section batching
+
+
 def add_batching(recipe: CommentedRecipe, size: Size, machine: Machine, num_micro_batches: int = 1) -> None:
     """Adds the section of the batches. `num_micro_batches` is above 1 if a whole batch does not fit the memory."""
     recipe.set("goes with the size of the model", batching__tokens_per_batch=size.tokens_per_batch)
@@ -226,6 +238,9 @@ def add_batching(recipe: CommentedRecipe, size: Size, machine: Machine, num_micr
         )
     if machine.num_devices > 8:
         recipe.set("rows of a batch are split over all devices", batching__row_multiple=machine.num_devices)
+
+
+# --- sections training and optimizer
 
 
 def num_steps(size: Size, batches_per_epoch: int) -> int:
@@ -301,6 +316,9 @@ def add_training(recipe: CommentedRecipe, size: Size, steps: int, why_steps: str
     recipe.set("the first lines of the validation text", training__evaluate_sentences=min(num_validation, 1_000))
     add_evaluations(recipe, steps, EVALUATIONS)
     recipe.set("for TensorBoard, which also gets some translations", training__draw_attention=True)
+
+
+# --- sections decoding and evaluation
 
 
 def add_decoding(recipe: CommentedRecipe, survey: TextSurvey, pairs: TokenizedPairs) -> None:

@@ -26,6 +26,8 @@ from flax_transformer.training.loop import CompiledSteps, TrainingStart
 from flax_transformer.training.run_log import RunLog, SilentLog
 from flax_transformer.training.state import StateLayout, TrainState, init_state
 
+# --- the run and its start
+
 
 @dataclass(frozen=True)
 class Start:
@@ -101,6 +103,9 @@ class NewRun:
             yield Start(checkpoints, TrainingStart(state, Position(0, 0)), compiled.steps, (*notes, compiled.text))
 
 
+# --- tokenizers
+
+
 def tokenizers_of_new_run(config: Config, corpus: Corpus) -> TokenizerPair:
     """Returns the tokenizers of the run of `init_from`, or those that are learnt from the training text.
 
@@ -125,6 +130,9 @@ def _tokenizers_of_first(corpus: Corpus, config: Config) -> TokenizerPair:
         for name, content in processes.from_first(files).items():
             (Path(folder) / name).write_bytes(base64.b64decode(content))
         return TokenizerPair.load(Path(folder))
+
+
+# --- checkpoints and parameters
 
 
 def training_checkpoints(config: Config, folder: RunFolder, tokenizers: TokenizerPair) -> Checkpoints:

@@ -26,6 +26,9 @@ SECTIONS_KEPT = (
 TRAINING_FIELDS_KEPT = ("seed", "label_smoothing", "r_drop", "ema_decay", "best_metric", "evaluate_sentences")
 
 
+# --- the run and its start
+
+
 class ResumedRun:
     """A run that is resumed from its newest checkpoint, or from the start if it has none.
 
@@ -107,6 +110,9 @@ class ResumedRun:
             yield Start(checkpoints, TrainingStart(state, position, owes_evaluation), steps, tuple(notes))
 
 
+# --- the place in the text
+
+
 def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> tuple[Position, bool]:
     """Returns the position of a checkpoint in the present text, and whether random segmentations were drawn anew.
 
@@ -130,6 +136,9 @@ def _position(folder: RunFolder, restored: Restored, text: PreparedText) -> tupl
     # An epoch of other segmentations may have fewer batches.
     last = len(text.plan.epoch(position.epoch)) - 1
     return position._replace(batch=min(position.batch, last)), True
+
+
+# --- checks of the recipe
 
 
 def _check_same_recipe(folder: RunFolder, config: Config) -> None:

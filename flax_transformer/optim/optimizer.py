@@ -19,6 +19,9 @@ DECAYS_TO_AN_END = ("linear", "cosine")
 MUON_UPDATE_RMS = 0.2
 
 
+# --- section optimizer
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Settings of the optimiser and of its learning rate.
@@ -115,6 +118,9 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is not a regular expression: {error}.") from error
 
 
+# --- which parameters decay
+
+
 def _path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -139,6 +145,9 @@ def decays(config: OptimizerConfig, params: Any) -> Any:
             f"must say of every parameter whether it decays, but of {len(wrong)} they do not: {', '.join(wrong)}."
         )
     return jax.tree_util.tree_map_with_path(lambda path, _: found[path][0], params)
+
+
+# --- kernels as matrices
 
 
 def matrix_axes(params: Any, parameter_info: Any) -> Any:
@@ -174,6 +183,9 @@ def _as_matrices(tree: Any, parameter_info: Any) -> Any:
     return _map_with_info(flatten, parameter_info, tree)
 
 
+# --- Adafactor
+
+
 def scale_by_adafactor(parameter_info: Any) -> optax.GradientTransformation:
     """Returns Adafactor's transformation of gradients, before the learning rate.
 
@@ -204,6 +216,9 @@ def scale_by_adafactor(parameter_info: Any) -> optax.GradientTransformation:
         return _map_with_info(clipped, parameter_info, scaled, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+# --- the choice
 
 
 def make_optimizer(
