@@ -20,7 +20,7 @@ from flax_transformer.small_files import as_dataclass, parse_object, sealed, uns
 
 
 @dataclass(frozen=True)
-class Progress:
+class OutputProgress:
     """The progress of an output.
 
     Attributes:
@@ -46,7 +46,7 @@ def digest_of(lines: list[str], digest: Any = None) -> Any:
     return digest
 
 
-NOTHING = Progress(0, 0, digest_of([]).hexdigest(), False, {})
+NOTHING = OutputProgress(0, 0, digest_of([]).hexdigest(), False, {})
 
 
 def is_stream(path: Path) -> bool:
@@ -178,13 +178,13 @@ class PartialOutput:
                 "remove the file to begin anew."
             )
 
-    def _recorded(self) -> Progress:
+    def _recorded(self) -> OutputProgress:
         """Returns the progress that is recorded."""
         nothing = replace(NOTHING, settings=self._settings)
         if not (self._record.exists() and self._partial.exists() and self._partial.stat().st_size):
             return nothing
         try:
-            progress = as_dataclass(Progress, unsealed(parse_object(self._record.read_bytes())))
+            progress = as_dataclass(OutputProgress, unsealed(parse_object(self._record.read_bytes())))
             if min(progress.lines, progress.size) < 0:
                 raise ValueError(f"it counts {progress.lines} lines and {progress.size} bytes")
             return progress
@@ -236,14 +236,14 @@ class PartialOutput:
         Args:
             lines: lines without line ends.
             source: SHA-256 of all input lines so far.
-            faulty: see `Progress`, for these lines.
+            faulty: see `OutputProgress`, for these lines.
         """
         before, data = self.progress, self._encode(lines)
         with writing(self._partial):
             self._file.write(data)
             self._file.flush()
             os.fsync(self._file.fileno())  # before the record, which may not say more than there is
-            self.progress = Progress(
+            self.progress = OutputProgress(
                 before.lines + len(lines), before.size + len(data), source, before.faulty or faulty, before.settings
             )
             write_atomically(self._record, json.dumps(sealed(asdict(self.progress))))

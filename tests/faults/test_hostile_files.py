@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_transformer.cli.partial_output import PartialOutput, Progress
+from flax_transformer.cli.partial_output import OutputProgress, PartialOutput
 from flax_transformer.config.reading import read_config
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.token_cache import tokenized_parts
@@ -69,7 +69,7 @@ def test_a_hostile_record_of_an_output(begun, data):
     finally:
         record.write_bytes(whole)
     right = PartialOutput(output, {"beam": 3}, True).progress
-    assert found in (None, right) and isinstance(right, Progress)
+    assert found in (None, right) and isinstance(right, OutputProgress)
 
 
 @pytest.fixture(scope="module")
