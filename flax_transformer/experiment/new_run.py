@@ -14,7 +14,7 @@ from flax_transformer.data.parallel_text import Corpus
 from flax_transformer.data.preparation import prepare_tokenizers
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
-from flax_transformer.experiment.programs import Programs
+from flax_transformer.experiment.programs import RunPrograms
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.object_storage import storage_errors
@@ -77,7 +77,7 @@ class NewRun:
         return tokenizers_of_new_run(self.config, corpus)
 
     @contextlib.contextmanager
-    def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:
+    def start(self, text: PreparedText, programs: RunPrograms) -> Generator[Start, None, None]:
         """Makes the run's folder, keeps its lock, and yields the start of the training.
 
         The folder is made last. So a mistake in the input leaves no folder behind.

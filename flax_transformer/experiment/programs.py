@@ -21,7 +21,7 @@ from flax_transformer.training.throughput import FlopFigures, ModelFlops, peak_f
 
 
 @dataclass(frozen=True)
-class Programs:
+class RunPrograms:
     """The programs of a run, made from shapes. No parameter exists yet, and nothing is compiled.
 
     Attributes:
@@ -75,7 +75,7 @@ class CompiledPrograms:
         )
 
 
-def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
+def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> RunPrograms:
     """Returns the programs of a run.
 
     Raises:
@@ -101,4 +101,4 @@ def make_programs(config: Config, text: PreparedText, mesh: Mesh) -> Programs:
     validation = Validation(config, text, translator, layout)
     cost = ModelFlops.of(parameter_info, objective.num_passes)
     flops = FlopFigures(cost, peak_flops(mesh, config.model.compute_dtype))
-    return Programs(mesh, layout, step, translator, validation, flops)
+    return RunPrograms(mesh, layout, step, translator, validation, flops)

@@ -31,7 +31,7 @@ from flax_transformer.experiment.first_recipe import (
     num_steps,
     reason_of_steps,
 )
-from flax_transformer.experiment.programs import Programs, make_programs
+from flax_transformer.experiment.programs import RunPrograms, make_programs
 from flax_transformer.experiment.text import PreparedText, prepare_text
 from flax_transformer.experiment.training_time import TrainingTime, measure_training, step_seconds
 from flax_transformer.parallel.memory import available_bytes
@@ -147,7 +147,7 @@ def _fitted(
     corpus: Corpus,
     tokenizers: TokenizerPair,
     mesh: Mesh,
-    measure: Callable[[Config, PreparedText, Programs], Measured],
+    measure: Callable[[Config, PreparedText, RunPrograms], Measured],
 ) -> Measured:
     """Returns what `measure` finds. Batches that do not fit the memory are divided into micro-batches first.
 

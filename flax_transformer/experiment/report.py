@@ -17,7 +17,7 @@ from flax_transformer.data.parallel_text import Corpus, TextPart
 from flax_transformer.data.preparation import normalized_lines
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import shown
-from flax_transformer.experiment.programs import Programs
+from flax_transformer.experiment.programs import RunPrograms
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
@@ -176,7 +176,7 @@ def draw_pictures(
 
 
 def run_card(
-    config: Config, text: PreparedText, programs: Programs, training: TrainingSummary, scores: Scores
+    config: Config, text: PreparedText, programs: RunPrograms, training: TrainingSummary, scores: Scores
 ) -> dict[str, Any]:
     """Returns the summary of a run: versions, devices, figures of the training, and scores of the test part."""
     return {

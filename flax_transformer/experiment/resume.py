@@ -10,7 +10,7 @@ from flax_transformer.data.parallel_text import Corpus, ParallelTextConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import RunFolderError
 from flax_transformer.experiment.new_run import Start, initial_params, initial_state, training_checkpoints
-from flax_transformer.experiment.programs import Programs
+from flax_transformer.experiment.programs import RunPrograms
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
@@ -64,7 +64,7 @@ class ResumedRun:
             self.folder.card_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def start(self, text: PreparedText, programs: Programs) -> Generator[Start, None, None]:
+    def start(self, text: PreparedText, programs: RunPrograms) -> Generator[Start, None, None]:
         """Keeps the lock of the run's folder, and yields the place at which the training goes on.
 
         The new configuration is written last. So a mistake in the input changes nothing in the folder.

@@ -10,7 +10,7 @@ import numpy as np
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import BatchShape, PlannedBatch, make_batch
 from flax_transformer.data.tokenizer import TokenizedText
-from flax_transformer.experiment.programs import Programs
+from flax_transformer.experiment.programs import RunPrograms
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.parallel.mesh import batch_sharding
@@ -61,7 +61,7 @@ class TrainingTime:
         )
 
 
-def step_seconds(config: Config, text: PreparedText, programs: Programs) -> float:
+def step_seconds(config: Config, text: PreparedText, programs: RunPrograms) -> float:
     """Returns the duration of a step on batches of the most frequent shape. Nothing else is compiled.
 
     Raises:
@@ -73,7 +73,7 @@ def step_seconds(config: Config, text: PreparedText, programs: Programs) -> floa
     return float(np.mean(_timed(state, text, programs, steps, batches)[1]))
 
 
-def measure_training(config: Config, text: PreparedText, programs: Programs) -> TrainingTime:
+def measure_training(config: Config, text: PreparedText, programs: RunPrograms) -> TrainingTime:
     """Compiles all programs of a training, takes some steps, and translates some sentences.
 
     Steps are taken on real batches, of each shape. A shape counts as often as an epoch has it. Translations come from a
@@ -116,7 +116,7 @@ def _batches_by_shape(text: PreparedText) -> dict[BatchShape, list[PlannedBatch]
 
 
 def _timed(
-    state: TrainState, text: PreparedText, programs: Programs, steps: dict[Any, Any], batches: list[PlannedBatch]
+    state: TrainState, text: PreparedText, programs: RunPrograms, steps: dict[Any, Any], batches: list[PlannedBatch]
 ) -> tuple[TrainState, list[float]]:
     """Returns the state after steps of one shape, and the duration of each step but the first."""
     sharding, seconds = batch_sharding(programs.mesh), []
@@ -129,7 +129,7 @@ def _timed(
     return state, seconds[1:]
 
 
-def _translation_seconds(programs: Programs, text: PreparedText, state: TrainState) -> float:
+def _translation_seconds(programs: RunPrograms, text: PreparedText, state: TrainState) -> float:
     """Returns the time of a translation of a validation sentence, after a whole training."""
     sources, targets = programs.validation.source, programs.validation.target
     chosen = np.linspace(0, len(sources) - 1, min(MOST_SENTENCES, len(sources))).astype(int).tolist()
