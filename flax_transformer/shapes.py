@@ -65,6 +65,15 @@ def static_field(**arguments: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **arguments)
 
 
+def derived_field() -> Any:
+    """Returns a dataclass field for an array that a method of the class makes from the other fields; None at first.
+
+    The constructor does not take it, and `dataclasses.replace` makes it None again. So it cannot contradict the fields
+    that it was made from. `with_derived` gives it a value.
+    """
+    return dataclasses.field(default=None, init=False)
+
+
 def array_tree(cls: type[Container]) -> type[Container]:
     """Registers a frozen dataclass of arrays, or of trees of arrays, as a JAX pytree. Returns the class.
 
@@ -94,10 +103,19 @@ def array_tree(cls: type[Container]) -> type[Container]:
         return leaves, tuple(getattr(tree, name) for name in static_names)
 
     def unflatten(static, leaves):
-        tree = object.__new__(cls)
-        tree.__dict__.update(zip(names, leaves, strict=True))
-        tree.__dict__.update(zip(static_names, static, strict=True))
-        return tree
+        return _built(cls, dict(zip((*names, *static_names), (*leaves, *static), strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
     return cls
+
+
+def with_derived(tree: Container, **arrays: Any) -> Container:
+    """Returns a copy of an array tree, with values for fields made by `derived_field`. Only its class calls this."""
+    return _built(type(tree), {**vars(tree), **arrays})
+
+
+def _built(cls: type[Container], fields: dict[str, Any]) -> Container:
+    """Returns an object of a frozen dataclass with these fields, without `__init__`."""
+    tree = object.__new__(cls)
+    tree.__dict__.update(fields)
+    return tree

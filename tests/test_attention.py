@@ -1,5 +1,6 @@
 """Attention: masks drawn by hand, the reference against its equation in float64, and what its interface promises."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_a_shared_mask_is_made_once():
     assert shared.array is not None and shared.materialize(3, 3) is shared.array
     np.testing.assert_array_equal(shared.array, mask.materialize(3, 3))
     assert not shared.is_padding_only and AttentionMask().shared(2, 2).is_padding_only
+
+
+def test_the_array_of_a_mask_cannot_contradict_its_parts():
+    """A fused form reads the parts, and the reference reads the array."""
+    with pytest.raises(TypeError, match="array"):
+        AttentionMask(array=jnp.ones((1, 1, 3, 3), bool))  # type: ignore[unexpected-keyword]
+    shared = AttentionMask(key_segments=jnp.array([[1, 1, 0]]), causal=True).shared(3, 3)
+    with pytest.raises(ValueError, match="array"):
+        dataclasses.replace(shared, array=jnp.ones((1, 1, 3, 3), bool))
+    replaced = dataclasses.replace(shared, causal=False)
+    assert replaced.array is None
+    np.testing.assert_array_equal(replaced.materialize(3, 3), drawn("110")[None, None])
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), shared)  # rows of the array are rows of the parts
+    np.testing.assert_array_equal(twice.materialize(3, 3), np.repeat(shared.materialize(3, 3), 2, axis=0))
 
 
 def test_masks_that_mean_nothing_are_refused():

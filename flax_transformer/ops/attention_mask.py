@@ -8,7 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from flax_transformer.shapes import array_tree, static_field
+from flax_transformer.shapes import array_tree, derived_field, static_field, with_derived
 
 
 @array_tree
@@ -25,8 +25,7 @@ class AttentionMask:
         query_offsets: [B], position among the keys of each row's first query; None means zeros.
         causal: whether a query attends to no later position than its own.
         window: number of earlier positions that a query sees, and of later ones if not causal; None for all.
-        array: result of `materialize`, if it exists already; see `shared`. It is valid for these parts only: drop it
-            when one of them is replaced.
+        array: result of `materialize`, if `shared` made it; None otherwise, and in the result of `dataclasses.replace`.
 
     Raises:
         ValueError: query segments without key segments, or a window below 0.
@@ -41,7 +40,7 @@ class AttentionMask:
     query_offsets: Int[Array, "B"] | None = None
     causal: bool = static_field(default=False)
     window: int | None = static_field(default=None)
-    array: Bool[Array, "#B 1 #T S"] | None = None
+    array: Bool[Array, "#B 1 #T S"] | None = derived_field()
 
     def __post_init__(self):
         if self.query_segments is not None and self.key_segments is None:
@@ -60,7 +59,7 @@ class AttentionMask:
         Otherwise a loop over layers or decoding steps would make or carry an array for each layer. If no layer reads
         the array, XLA removes it.
         """
-        return dataclasses.replace(self, array=self.materialize(query_length, key_length))
+        return with_derived(self, array=self.materialize(query_length, key_length))
 
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "#B 1 #T S"]:
         """Returns True where a query may attend to a key.
