@@ -94,6 +94,8 @@ def test_a_shared_mask_is_made_once():
     assert shared.array is not None and shared.materialize(3, 3) is shared.array
     np.testing.assert_array_equal(shared.array, mask.materialize(3, 3))
     assert not shared.is_padding_only and AttentionMask().shared(2, 2).is_padding_only
+    one_row = AttentionMask(key_segments=jnp.array([[1, 2, 0]])).shared(1, 3)
+    np.testing.assert_array_equal(one_row.materialize(5, 3), drawn("110")[None, None])  # of any number of queries
 
 
 def test_the_array_of_a_mask_cannot_contradict_its_parts():
@@ -113,6 +115,8 @@ def test_the_array_of_a_mask_cannot_contradict_its_parts():
 def test_masks_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="made for 4 queries and 4 keys cannot serve 2 and 4"):
         AttentionMask(causal=True).shared(4, 4).materialize(2, 4)
+    with pytest.raises(ValueError, match="made for 1 queries and 4 keys cannot serve 2 and 4"):
+        AttentionMask(causal=True).shared(1, 4).materialize(2, 4)
     with pytest.raises(ValueError, match="query_segments need key_segments"):
         AttentionMask(query_segments=jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="window must be at least 0, got -1"):
@@ -321,6 +325,15 @@ def test_cross_attention_shares_one_source_among_beams(key_heads):
         alone, _ = attention64(query[:, beam : beam + 1], keys, values, array)
         np.testing.assert_allclose(attended[:, beam], alone[:, 0], **ONE_OP)
     assert not weights[0, :, :, 3:].any()
+
+
+@pytest.mark.parametrize("part", ["causal", "window", "query_segments"])
+def test_beams_are_no_queries_that_a_mask_could_tell_apart(part):
+    cache, query = cross_attention_cache(normal(2, 2, 5, 2, 4), normal(3, 2, 5, 2, 4)), normal(1, 2, 3, 2, 4)
+    parts: dict[str, Any] = {"causal": True, "window": 2, "query_segments": jnp.ones((2, 1), jnp.int32)}
+    mask = dataclasses.replace(AttentionMask(jnp.ones((2, 5), jnp.int32)), **{part: parts[part]})
+    with pytest.raises(ValueError, match="must be of padding alone"):
+        cached_cross_attention(cache, query, mask)
 
 
 def test_cached_attention_takes_a_scale_a_soft_cap_and_a_window():

@@ -50,7 +50,11 @@ class AttentionMask:
 
     @property
     def is_padding_only(self) -> bool:
-        """Whether the mask excludes padding alone, so that a kernel may use the rows' lengths instead."""
+        """Whether the mask excludes padding alone, which is known while a program is traced.
+
+        Then all queries of a row see the same keys, and the array has one row for them. A form may read the key
+        segments alone.
+        """
         return self.query_segments is None and not self.causal and self.window is None
 
     def shared(self, query_length: int, key_length: int) -> "AttentionMask":
@@ -62,7 +66,7 @@ class AttentionMask:
         return with_derived(self, array=self.materialize(query_length, key_length))
 
     def materialize(self, query_length: int, key_length: int) -> Bool[Array, "#B 1 #T S"]:
-        """Returns True where a query may attend to a key.
+        """Returns True where a query may attend to a key, in one row for all queries if `is_padding_only`.
 
         Example: causal self-attention over segments [1, 1, 2, 0].
 
@@ -70,13 +74,17 @@ class AttentionMask:
             1 1 0 0
             0 0 1 0
             0 0 0 0
+
+        Raises:
+            ValueError: `shared` made the array for other lengths.
         """
         if self.array is not None:
-            shape = self.array.shape[2:]
-            if shape != (1, key_length) and shape != (query_length, key_length):
+            rows = 1 if self.is_padding_only else query_length
+            if self.array.shape[2:] != (rows, key_length):
+                made_for = f"{self.array.shape[2]} queries and {self.array.shape[3]} keys"
                 raise ValueError(
-                    f"a mask that was made for {shape[0]} queries and {shape[1]} keys cannot serve {query_length} and "
-                    f"{key_length}; make another by `shared`."
+                    f"a mask that was made for {made_for} cannot serve {query_length} and {key_length}; make another "
+                    f"by `shared`."
                 )
             return self.array
         allowed = jnp.ones((1, 1, 1, key_length), bool)

@@ -162,7 +162,8 @@ def cached_self_attention(
 ) -> tuple[Float[Array, "B K N H"], SelfAttentionCache]:
     """Writes one token of each beam. Returns attention over the tokens of the beam's ancestors, and the cache.
 
-    A block with no visible key adds exact zeros. So the number of blocks that other sentences need changes no bit.
+    A block with no visible key adds exact zeros. So the number of blocks that other sentences need changes no bit. The
+    scores have no bias, unlike those of `attention`.
 
     Args:
         cache: keys and values of earlier steps.
@@ -262,13 +263,23 @@ def cached_cross_attention(
 ) -> tuple[Float[Array, "B K N H"], Float[Array, "B N K S"]]:
     """Returns attention of each beam over the source, and its weights. Beams take the place of the query axis.
 
+    The scores have no bias, unlike those of `attention`.
+
     Args:
         cache: keys and values of the source.
         query: projection of the token being decoded.
-        mask: mask of the source; it must be the same for all beams.
+        mask: padding of the source, so that all beams see the same keys.
         scale: factor on the products; 1 / sqrt(H) when None.
         soft_cap: see `attention`.
+
+    Raises:
+        ValueError: the mask has query segments, an order or a window.
     """
+    if not mask.is_padding_only:
+        raise ValueError(
+            "the mask of cached cross-attention must be of padding alone, since beams take the place of its queries; "
+            "give AttentionMask(key_segments=...)."
+        )
     dtype, heads = query.dtype, query.shape[2]
     query = jnp.swapaxes(scale_query(query, scale), 1, 2).astype(cache.keys.dtype)
     keys, values = repeat_heads(cache.keys, heads, 1), repeat_heads(cache.values, heads, 1)
