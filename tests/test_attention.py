@@ -379,7 +379,7 @@ def test_cudnn_is_chosen_on_a_gpu_for_long_rows_without_dropout(change, chosen, 
         options = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
     asked = []
 
-    def record(query, key, value, *, mask, scale, implementation):
+    def record(query, key, value, *, implementation, **options):
         asked.append(implementation)
         return query
 

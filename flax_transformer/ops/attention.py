@@ -189,8 +189,8 @@ def attention(
         return reference_attention(query, key, value, mask, bias=bias, dropout_key=dropout_key, **options)
 
     def cudnn(query, key, value, mask, bias, dropout_key):
-        allowed = mask.materialize(query.shape[1], key.shape[1])
-        return jax.nn.dot_product_attention(query, key, value, mask=allowed, scale=scale, implementation="cudnn")
+        told = _cudnn_mask(mask, query.shape[1], key.shape[1])
+        return jax.nn.dot_product_attention(query, key, value, **told, scale=scale, implementation="cudnn")
 
     def splash(query, key, value, mask, bias, dropout_key):
         return splash_attention(scale_query(query, scale), key, value, *_segments(mask, query, key), causal=mask.causal)
@@ -198,11 +198,25 @@ def attention(
     # The program of a GPU or TPU may also be run elsewhere, in tests.
     arguments = (query, key, value, mask, bias, dropout_key)
     is_plain = bias is None and soft_cap is None and (dropout_key is None or dropout_rate == 0.0)
-    if is_plain and backend.uses_kernels("gpu") and _suits_cudnn(query, key):
+    if is_plain and backend.uses_kernels("gpu") and _suits_cudnn(query, key, value):
         return jax.lax.platform_dependent(*arguments, cuda=cudnn, default=plain)
-    if is_plain and backend.uses_kernels("tpu") and _suits_splash(query, key, mask):
+    if is_plain and backend.uses_kernels("tpu") and _suits_splash(query, key, value, mask):
         return jax.lax.platform_dependent(*arguments, tpu=splash, default=plain)
     return plain(*arguments)
+
+
+def _cudnn_mask(mask: AttentionMask, query_length: int, key_length: int) -> dict[str, Any]:
+    """Returns the arguments that give cuDNN a mask: none, a flag, or an array with a row for each query.
+
+    cuDNN would also take the lengths of rows. But a mask of padding alone does not say that padding comes last.
+    """
+    if mask.is_padding_only and mask.key_segments is None:
+        return {}
+    is_order_alone = mask.key_segments is None and mask.window is None and mask.query_offsets is None
+    if is_order_alone and query_length == key_length:
+        return {"is_causal": True}
+    allowed = mask.materialize(query_length, key_length)
+    return {"mask": jnp.broadcast_to(allowed, (*allowed.shape[:2], query_length, key_length))}
 
 
 def _segments(mask: AttentionMask, query: jax.Array, key: jax.Array) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
@@ -213,19 +227,20 @@ def _segments(mask: AttentionMask, query: jax.Array, key: jax.Array) -> tuple[In
     return jnp.ones(query.shape[:2], jnp.int32), (keys > 0).astype(jnp.int32)
 
 
-def _suits_splash(query: jax.Array, key: jax.Array, mask: AttentionMask) -> bool:
+def _suits_splash(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> bool:
     """Returns whether splash kernels are used (docs/lab_book.md, "Attention over long rows on a TPU")."""
-    narrow = query.dtype == key.dtype and query.dtype.itemsize == 2
+    narrow = query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
     is_long = min(query.shape[1], key.shape[1]) >= SHORTEST_FOR_SPLASH
     simple = mask.window is None and mask.query_offsets is None
     return narrow and is_long and simple and splash_serves(query.shape, key.shape)
 
 
-def _suits_cudnn(query: jax.Array, key: jax.Array) -> bool:
+def _suits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
     """Returns whether cuDNN's attention is used for these sizes (docs/lab_book.md, "Attention by cuDNN")."""
     lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
     sizes_fit = min(lengths) > SHORTEST_FOR_CUDNN and all(n % 8 == 0 for n in (*lengths, head_dim)) and head_dim <= 128
-    return sizes_fit and query.dtype == key.dtype and query.dtype.itemsize == 2 and cudnn_is_there()
+    narrow = query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
+    return sizes_fit and narrow and cudnn_is_there()
 
 
 @functools.cache
