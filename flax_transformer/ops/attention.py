@@ -1,4 +1,11 @@
-"""Scaled dot-product attention: the reference form, and the choice of a form.
+"""Scaled dot-product attention: the reference form, what fused forms are given, and the choice of a form.
+
+The softmax is computed in two ways. Both subtract the largest score of a row, and both compute in float32.
+
+- All scores of a row at once. So do `masked_softmax`, which the reference and cached cross-attention use, and the
+  kernel for short rows (`short_attention.py`).
+- Online, one block of keys after another. So do cached self-attention (`cached_attention.py`) and its kernel
+  (`decode_attention.py`), the splash kernels of a TPU (`splash_attention.py`), and cuDNN.
 
 Legend: B batch, T query length, S key length, N query heads, M key-value heads (N is a multiple of M), H head dim.
 """
@@ -28,9 +35,14 @@ SHORTEST_FOR_SPLASH = 512  # attention over so many tokens is left to JAX's spla
 # --- the reference
 
 
+def score_scale(head_dim: int, scale: float | None = None) -> float:
+    """Returns the factor on the products of queries and keys: `scale`, or 1 / sqrt(H) when None."""
+    return head_dim**-0.5 if scale is None else scale
+
+
 def scale_query(query: Float[Array, "*rows H"], scale: float | None = None) -> Float[Array, "*rows H"]:
-    """Returns queries times `scale`, by default 1 / sqrt(H), in their own dtype."""
-    return query * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
+    """Returns queries times `score_scale`, in their own dtype."""
+    return query * jnp.asarray(score_scale(query.shape[-1], scale), query.dtype)
 
 
 def cap_scores(scores: Float[Array, "..."], soft_cap: float | None) -> Float[Array, "..."]:
@@ -140,7 +152,118 @@ def reference_attention(
     return attended.astype(value.dtype)
 
 
+# --- what the fused forms are given
+
+
+def _cudnn_mask(mask: AttentionMask, query_length: int, key_length: int) -> dict[str, Any]:
+    """Returns the arguments that give cuDNN a mask: none, a flag, or an array with a row for each query.
+
+    cuDNN would also take the lengths of rows. But a mask of padding alone does not say that padding comes last.
+    """
+    if mask.is_padding_only and mask.key_segments is None:
+        return {}
+    is_order_alone = mask.key_segments is None and mask.window is None and mask.query_offsets is None
+    if is_order_alone and query_length == key_length:
+        return {"is_causal": True}
+    allowed = mask.materialize(query_length, key_length)
+    return {"mask": jnp.broadcast_to(allowed, (*allowed.shape[:2], query_length, key_length))}
+
+
+def _cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask, scale: float
+) -> jax.Array:
+    """Returns attention by cuDNN."""
+    told = _cudnn_mask(mask, query.shape[1], key.shape[1])
+    return jax.nn.dot_product_attention(query, key, value, **told, scale=scale, implementation="cudnn")
+
+
+def _segments(mask: AttentionMask, query: jax.Array, key: jax.Array) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Returns segments of queries and keys that say together what the mask's own say."""
+    keys = jnp.ones(key.shape[:2], jnp.int32) if mask.key_segments is None else mask.key_segments
+    if mask.query_segments is not None:
+        return mask.query_segments, keys
+    return jnp.ones(query.shape[:2], jnp.int32), (keys > 0).astype(jnp.int32)
+
+
+def _short_attention(
+    sources: tuple[tuple[jax.Array, int], ...],
+    projections: Any,
+    mask: AttentionMask,
+    compute_dtype: jnp.dtype,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray | None,
+) -> jax.Array:
+    """Returns attention by the kernel for short rows. Each source has its number of projections.
+
+    Kernels and biases are arrays here: `_suits_short` refuses others.
+    """
+    from flax_transformer.ops import short_attention
+
+    kernels, vectors = ([pair[i] for pair in projections] for i in range(2))
+    batch, heads, head_dim = len(sources[0][0]), *vectors[0].shape
+    length, key_length = sources[0][0].shape[1], sources[-1][0].shape[1]
+    projected, biases = [], []
+    for source, number in sources:
+        kernel = jnp.stack(kernels[:number], axis=1)  # [D, P, N, H]
+        projected.append(constrain(product(source, kernel, 1, compute_dtype), "batch", "length", None, "heads", None))
+        biases.append(jnp.stack(vectors[:number]))
+        kernels, vectors = kernels[number:], vectors[number:]
+    queries, keys = _segments(mask, sources[0][0], sources[-1][0])
+    threshold = 256 if dropout_key is None or dropout_rate == 0.0 else keep_threshold(dropout_rate)
+    words = jnp.zeros((batch, heads, 1, 1), jnp.uint32)
+    if threshold < 256 and dropout_key is not None:
+        words = random_words(dropout_key, (batch, heads, length, key_length))
+    settings = short_attention.Settings(mask.causal, score_scale(head_dim), threshold)
+    return short_attention.short_attention(settings, tuple(projected), tuple(biases), queries, keys, words)
+
+
 # --- the choice
+#
+# `projected_attention` chooses the kernel for short rows, or calls `attention`. That chooses cuDNN, splash kernels or
+# the reference. Each function `_suits_...` says what its form takes. A decoding step chooses in `cached_attention.py`.
+
+
+def _suits_short(
+    x: jax.Array, encoded: jax.Array, projections: Any, mask: AttentionMask, compute_dtype: jnp.dtype
+) -> bool:
+    """Returns whether the kernel for short rows computes this attention."""
+    from flax_transformer.ops import short_attention  # Pallas takes time to import; only a GPU needs it
+
+    kernels = [kernel for kernel, _ in projections]
+    if mask.window is not None or mask.query_offsets is not None or any(isinstance(k, Int8Weights) for k in kernels):
+        return False
+    _, heads, head_dim = kernels[0].shape
+    divides = x.shape[0] % num_shards("batch") == 0 and heads % num_shards("heads") == 0
+    equal = all(kernel.shape == kernels[0].shape for kernel in kernels)
+    narrow = compute_dtype.itemsize == 2  # Triton would round float32 for its products
+    return narrow and divides and equal and short_attention.serves(x.shape[1], encoded.shape[1], head_dim)
+
+
+def _suits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Returns whether cuDNN's attention is used for these sizes (docs/lab_book.md, "Attention by cuDNN")."""
+    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
+    sizes_fit = min(lengths) > SHORTEST_FOR_CUDNN and all(n % 8 == 0 for n in (*lengths, head_dim)) and head_dim <= 128
+    narrow = query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
+    return sizes_fit and narrow and cudnn_is_there()
+
+
+@functools.cache
+def cudnn_is_there() -> bool:
+    """Returns whether JAX finds cuDNN. It looks for it while attention is traced."""
+    query = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(lambda x: jax.nn.dot_product_attention(x, x, x, implementation="cudnn"), query)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _suits_splash(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> bool:
+    """Returns whether splash kernels are used (docs/lab_book.md, "Attention over long rows on a TPU")."""
+    narrow = query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
+    is_long = min(query.shape[1], key.shape[1]) >= SHORTEST_FOR_SPLASH
+    simple = mask.window is None and mask.query_offsets is None
+    return narrow and is_long and simple and splash_serves(query.shape, key.shape)
 
 
 def attention(
@@ -189,8 +312,7 @@ def attention(
         return reference_attention(query, key, value, mask, bias=bias, dropout_key=dropout_key, **options)
 
     def cudnn(query, key, value, mask, bias, dropout_key):
-        told = _cudnn_mask(mask, query.shape[1], key.shape[1])
-        return jax.nn.dot_product_attention(query, key, value, **told, scale=scale, implementation="cudnn")
+        return _cudnn_attention(query, key, value, mask, score_scale(query.shape[3], scale))
 
     def splash(query, key, value, mask, bias, dropout_key):
         return splash_attention(scale_query(query, scale), key, value, *_segments(mask, query, key), causal=mask.causal)
@@ -203,55 +325,6 @@ def attention(
     if is_plain and backend.uses_kernels("tpu") and _suits_splash(query, key, value, mask):
         return jax.lax.platform_dependent(*arguments, tpu=splash, default=plain)
     return plain(*arguments)
-
-
-def _cudnn_mask(mask: AttentionMask, query_length: int, key_length: int) -> dict[str, Any]:
-    """Returns the arguments that give cuDNN a mask: none, a flag, or an array with a row for each query.
-
-    cuDNN would also take the lengths of rows. But a mask of padding alone does not say that padding comes last.
-    """
-    if mask.is_padding_only and mask.key_segments is None:
-        return {}
-    is_order_alone = mask.key_segments is None and mask.window is None and mask.query_offsets is None
-    if is_order_alone and query_length == key_length:
-        return {"is_causal": True}
-    allowed = mask.materialize(query_length, key_length)
-    return {"mask": jnp.broadcast_to(allowed, (*allowed.shape[:2], query_length, key_length))}
-
-
-def _segments(mask: AttentionMask, query: jax.Array, key: jax.Array) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
-    """Returns segments of queries and keys that say together what the mask's own say."""
-    keys = jnp.ones(key.shape[:2], jnp.int32) if mask.key_segments is None else mask.key_segments
-    if mask.query_segments is not None:
-        return mask.query_segments, keys
-    return jnp.ones(query.shape[:2], jnp.int32), (keys > 0).astype(jnp.int32)
-
-
-def _suits_splash(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> bool:
-    """Returns whether splash kernels are used (docs/lab_book.md, "Attention over long rows on a TPU")."""
-    narrow = query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
-    is_long = min(query.shape[1], key.shape[1]) >= SHORTEST_FOR_SPLASH
-    simple = mask.window is None and mask.query_offsets is None
-    return narrow and is_long and simple and splash_serves(query.shape, key.shape)
-
-
-def _suits_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
-    """Returns whether cuDNN's attention is used for these sizes (docs/lab_book.md, "Attention by cuDNN")."""
-    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
-    sizes_fit = min(lengths) > SHORTEST_FOR_CUDNN and all(n % 8 == 0 for n in (*lengths, head_dim)) and head_dim <= 128
-    narrow = query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
-    return sizes_fit and narrow and cudnn_is_there()
-
-
-@functools.cache
-def cudnn_is_there() -> bool:
-    """Returns whether JAX finds cuDNN. It looks for it while attention is traced."""
-    query = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
-    try:
-        jax.eval_shape(lambda x: jax.nn.dot_product_attention(x, x, x, implementation="cudnn"), query)
-    except RuntimeError:
-        return False
-    return True
 
 
 def projected_attention(
@@ -292,55 +365,7 @@ def projected_attention(
 
     itself = encoded is x
     arguments = (x, encoded, projections, dropout_key)
-    if not backend.uses_kernels("gpu") or not _is_short(x, encoded, projections, mask, compute_dtype):
+    if not backend.uses_kernels("gpu") or not _suits_short(x, encoded, projections, mask, compute_dtype):
         return plain(x, encoded, projections, dropout_key)
     # The program of a GPU may also be run elsewhere, in tests.
     return jax.lax.platform_dependent(*arguments, cuda=fused, default=plain)
-
-
-def _is_short(
-    x: jax.Array, encoded: jax.Array, projections: Any, mask: AttentionMask, compute_dtype: jnp.dtype
-) -> bool:
-    """Returns whether the kernel for short rows computes this attention."""
-    from flax_transformer.ops import short_attention  # Pallas takes time to import; only a GPU needs it
-
-    kernels = [kernel for kernel, _ in projections]
-    if mask.window is not None or mask.query_offsets is not None or any(isinstance(k, Int8Weights) for k in kernels):
-        return False
-    _, heads, head_dim = kernels[0].shape
-    divides = x.shape[0] % num_shards("batch") == 0 and heads % num_shards("heads") == 0
-    equal = all(kernel.shape == kernels[0].shape for kernel in kernels)
-    narrow = compute_dtype.itemsize == 2  # Triton would round float32 for its products
-    return narrow and divides and equal and short_attention.serves(x.shape[1], encoded.shape[1], head_dim)
-
-
-def _short_attention(
-    sources: tuple[tuple[jax.Array, int], ...],
-    projections: Any,
-    mask: AttentionMask,
-    compute_dtype: jnp.dtype,
-    dropout_rate: float,
-    dropout_key: PRNGKeyArray | None,
-) -> jax.Array:
-    """Returns attention by the kernel for short rows. Each source has its number of projections.
-
-    Kernels and biases are arrays here: `_is_short` refuses others.
-    """
-    from flax_transformer.ops import short_attention
-
-    kernels, vectors = ([pair[i] for pair in projections] for i in range(2))
-    batch, heads, head_dim = len(sources[0][0]), *vectors[0].shape
-    length, key_length = sources[0][0].shape[1], sources[-1][0].shape[1]
-    projected, biases = [], []
-    for source, number in sources:
-        kernel = jnp.stack(kernels[:number], axis=1)  # [D, P, N, H]
-        projected.append(constrain(product(source, kernel, 1, compute_dtype), "batch", "length", None, "heads", None))
-        biases.append(jnp.stack(vectors[:number]))
-        kernels, vectors = kernels[number:], vectors[number:]
-    queries, keys = _segments(mask, sources[0][0], sources[-1][0])
-    threshold = 256 if dropout_key is None or dropout_rate == 0.0 else keep_threshold(dropout_rate)
-    words = jnp.zeros((batch, heads, 1, 1), jnp.uint32)
-    if threshold < 256 and dropout_key is not None:
-        words = random_words(dropout_key, (batch, heads, length, key_length))
-    settings = short_attention.Settings(mask.causal, head_dim**-0.5, threshold)
-    return short_attention.short_attention(settings, tuple(projected), tuple(biases), queries, keys, words)
