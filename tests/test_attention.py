@@ -355,38 +355,3 @@ def test_cached_attention_takes_a_scale_a_soft_cap_and_a_window():
         k, v
     )
     np.testing.assert_allclose(found, expected, **ONE_OP)
-
-
-@pytest.mark.parametrize(
-    "change, chosen",
-    [
-        (None, True),
-        ("short", False),
-        ("odd", False),
-        ("float32", False),
-        ("dropout", False),
-        ("cap", False),
-        ("cpu", False),
-    ],
-)
-def test_cudnn_is_chosen_on_a_gpu_for_long_rows_without_dropout(change, chosen, monkeypatch):
-    length = {"short": 128, "odd": 132}.get(change, 136)
-    query = jnp.asarray(np.random.default_rng(0).normal(size=(1, length, 1, 8)), jnp.bfloat16)
-    query = query.astype(jnp.float32) if change == "float32" else query
-    mask = AttentionMask(jnp.ones((1, length), jnp.int32), causal=True)
-    options: dict[str, Any] = {"soft_cap": 5.0} if change == "cap" else {}
-    if change == "dropout":
-        options = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
-    asked = []
-
-    def record(query, key, value, *, implementation, **options):
-        asked.append(implementation)
-        return query
-
-    monkeypatch.setattr(attention_module, "cudnn_is_there", lambda: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    with tracing_for("cpu" if change == "cpu" else "gpu"):
-        found = jax.jit(lambda x: attention(x, x, x, mask, **options))(query)  # run by the reference here
-    assert asked == (["cudnn"] if chosen else [])
-    expected = attention(query, query, query, mask, **options)
-    np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0.02, atol=0.02)

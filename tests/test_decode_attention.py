@@ -1,7 +1,6 @@
-"""The kernel of a decoding step, run as plain operations, against the plain form: values, cache, sharding, choice."""
+"""The kernel of a decoding step, run as plain operations, against the plain form: values, cache, sharding."""
 
 import functools
-from typing import Any
 
 import chex
 import jax
@@ -13,7 +12,6 @@ from flax_transformer.ops.attention import scale_query
 from flax_transformer.ops.cached_attention import SelfAttentionCache, cached_self_attention, write_ancestors
 from flax_transformer.ops.decode_attention import decode_attention, serves
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
-from tests.platforms import tracing_for
 
 
 def example(heads=4, key_heads=2, length=40, beams=3, dtype=jnp.float32):
@@ -88,20 +86,6 @@ def test_an_ensemble_runs_the_kernel_for_all_models():
     for number in range(2):
         of_one = jax.tree.map(lambda x, n=number: x[n], models)
         np.testing.assert_allclose(together[number], run(*of_one)[0], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("change", [None, "cap", "window", "off", "cpu", "tpu"])
-def test_the_kernel_is_chosen_on_a_gpu(change, monkeypatch):
-    arguments = example()
-    options: dict[str, Any] = {"cap": {"soft_cap": 5.0}, "window": {"window": 3}}.get(change or "", {})
-    monkeypatch.setenv("FLAX_TRANSFORMER_KERNELS", "off" if change == "off" else "on")
-
-    def run(*arguments):
-        return cached_self_attention(*arguments, **options)
-
-    with tracing_for(change if change in ("cpu", "tpu") else "gpu"):
-        program = str(jax.make_jaxpr(run)(*arguments))
-    assert ("pallas_call" in program) == (change is None)
 
 
 @pytest.mark.parametrize("head_dim, served", [(64, True), (48, False), (8, False)])
