@@ -49,19 +49,36 @@ def uses_kernels(name: Platform) -> bool:
     return value == "on"
 
 
-def abstract_device(name: Platform) -> AbstractDevice:
-    """Returns the description of a platform's device, for an `AbstractMesh`. The device need not be present."""
-    return AbstractDevice(device_kind=name, num_cores=None, platform=name)
+def abstract_device(name: Platform, device_kind: str | None = None) -> AbstractDevice:
+    """Returns the description of a platform's device, for an `AbstractMesh`. The device need not be present.
+
+    Args:
+        name: platform of the device.
+        device_kind: JAX's name of its kind, such as NVIDIA H100. The name of the platform when None.
+    """
+    return AbstractDevice(device_kind=name if device_kind is None else device_kind, num_cores=None, platform=name)
 
 
 @contextlib.contextmanager
-def tracing_for(name: Platform) -> Generator[None, None, None]:
+def tracing_for(name: Platform, device_kind: str | None = None) -> Generator[None, None, None]:
     """Makes `platform` return `name` inside a `with` block, to export the program of one device.
+
+    Programs of the package have a mesh instead. `jax.export` refuses kernels written by hand, unless its caller allows
+    them by `disabled_checks`.
 
     Args:
         name: platform of the program. Its device need not be present.
+        device_kind: JAX's name of its kind, such as NVIDIA H100. Newer versions of JAX export a kernel only with it.
+
+    Example:
+        >>> with tracing_for("tpu"):
+        ...     exported = jax.export.export(jax.jit(jnp.sin), platforms=["tpu"])(jnp.ones(3))
+        >>> exported.platforms
+        ('tpu',)
     """
     # The axis is manual, as inside `shard_map`, since nothing in the program of one device can be split.
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Manual,), abstract_device=abstract_device(name))
+    mesh = AbstractMesh(
+        (1,), ("device",), axis_types=(AxisType.Manual,), abstract_device=abstract_device(name, device_kind)
+    )
     with jax.sharding.use_abstract_mesh(mesh):
         yield

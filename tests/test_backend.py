@@ -2,14 +2,19 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax import export
 
 from flax_transformer import backend
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.attention_map import _attention_weights, attention_map
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import build_model, vocabulary_info
+from flax_transformer.ops.attention import projected_attention
+from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.training import state
@@ -66,3 +71,21 @@ def test_kernels_are_left_out_where_the_user_says_so(platform, monkeypatch):
         with backend.tracing_for(other):
             assert backend.uses_kernels(platform) == (other == platform)
     assert not backend.uses_kernels(platform)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # by newer JAX
+@pytest.mark.parametrize(
+    "platform, kind, jax_name, kernel", [("gpu", "NVIDIA H100", "cuda", True), ("cpu", "cpu", "cpu", False)]
+)
+def test_a_program_is_exported_for_a_device_that_is_not_here(platform, kind, jax_name, kernel):
+    """Short rows of a GPU are computed by a kernel, whatever the process that exports the program runs on."""
+    projection = jnp.ones((32, 2, 16)), jnp.ones((2, 16))
+
+    @jax.jit
+    def attend(x):
+        return projected_attention(x, x, (projection,) * 3, AttentionMask(causal=True), jnp.dtype("bfloat16"))
+
+    allowed = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with backend.tracing_for(platform, kind):
+        program = export.export(attend, platforms=[jax_name], disabled_checks=[allowed])(jnp.ones((2, 8, 32)))
+    assert ("short_attention" in program.mlir_module()) == kernel

@@ -16,8 +16,8 @@ from flax_transformer.shapes import array_tree, derived_field, static_field, wit
 class AttentionMask:
     """Says which keys each query may attend to. A key is allowed if every given part allows it.
 
-    Only the reference form reads the mask as an array, which `materialize` makes. A fused kernel reads the parts:
-    lengths, a flag, a window.
+    The reference form reads the mask as an array, which `materialize` makes. A fused kernel reads the parts: segments,
+    a flag, a window. cuDNN gets a flag where that says all, and the array otherwise.
 
     Attributes:
         key_segments: [B, S], 0 for padding, which no query attends to; None if all keys are real.
