@@ -1,11 +1,13 @@
 """Exchanges between devices, read from a program's text: groups in XLA's three notations, axes, bytes and times."""
 
+import re
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from flax_transformer.errors import InputError
 from flax_transformer.parallel.exchanges import Exchange, axes_of_groups, bandwidth, read_exchanges, replica_groups
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 
@@ -64,11 +66,24 @@ ENTRY %main (x: f32[8], q: bf16[100]) -> f32[8] {
         ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'a'}, dimensions={0}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, to_apply=%add", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'a'}, to_apply=%add", [[3, 2], [1, 0]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b','a'}, to_apply=%add", [[0, 2, 1, 3]]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}, to_apply=%add", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}, to_apply=%add", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}, to_apply=%add", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=4] {'b','c':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ("channel_id=1, source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ],
 )
 def test_groups_are_read_in_all_notations(text, groups):
     assert replica_groups(text).tolist() == groups
+
+
+@pytest.mark.parametrize("written", ["replica_groups={}", "replica_groups=@mesh<a=2,b=2> {b}", "source_target_pairs=x"])
+def test_groups_in_another_notation_are_an_error_with_advice(written):
+    message = f"{re.escape(f'of jax {jax.__version__} wrote')} .*{re.escape(written)}.* Install an older jax"
+    with pytest.raises(InputError, match=message):
+        replica_groups(f"channel_id=3, {written}, to_apply=%add")
 
 
 @pytest.mark.parametrize(

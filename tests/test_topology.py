@@ -12,6 +12,7 @@ from flax_transformer.parallel.topology import (
     REMATERIALIZATION,
     TPU_DEVICE_KINDS,
     TPU_MEMORY_GIB,
+    TRIAL,
     Instruction,
     Program,
     called_from_loops,
@@ -21,6 +22,7 @@ from flax_transformer.parallel.topology import (
     gpu_descriptions,
     hardware_name,
     largest_shape,
+    num_rematerializations,
     parse_instructions,
     random_shapes,
 )
@@ -131,6 +133,22 @@ def test_complaints_of_compilers_are_counted_and_passed_on(tmp_path, monkeypatch
 
     assert Program.of("step", compile_program).rematerializations == 2
     assert capfd.readouterr().err == f"W0 {REMATERIALIZATION}: once\n"
+
+
+def test_a_way_that_the_partitioner_only_tried_is_not_counted():
+    tried = f"W0 {REMATERIALIZATION}. The compiler cannot go for HLO operation {TRIAL}.2 = f32[8,4]{{1,0}} parameter(2)"
+    taken = f"W0 {REMATERIALIZATION}. The compiler cannot go for HLO operation %copy = f32[8,4]{{1,0}} copy(%x)"
+    assert num_rematerializations("\n".join([tried, tried])) == 0
+    assert num_rematerializations("\n".join([tried, "W0 something else", taken])) == 1
+
+
+def test_the_partitioner_complains_of_a_real_copy_in_these_words():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    inside = jax.NamedSharding(mesh, jax.P(None, ("data", "fsdp"), "tensor"))
+    rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp", "tensor")))
+    double = jax.jit(lambda x: x * 2, in_shardings=inside, out_shardings=rows)
+    x = jax.ShapeDtypeStruct((16, 16, 16), "float32")
+    assert Program.of("step", lambda: double.lower(x).compile()).rematerializations == 1
 
 
 def test_every_described_device_has_a_memory_and_a_peak():

@@ -16,15 +16,18 @@ References:
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flax_transformer.errors import InputError, shortened
 from flax_transformer.parallel.program_text import BYTES, Computation, Line, all_arrays, loop_turns, parse
 from flax_transformer.parallel.topology import COLLECTIVES, TPU_MEMORY_GIB
 
@@ -81,6 +84,7 @@ class Exchange:
 # --- The groups of a collective
 
 IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? ?\{(.*?)\}")
 
 
 def replica_groups(attributes: str) -> np.ndarray:
@@ -88,19 +92,48 @@ def replica_groups(attributes: str) -> np.ndarray:
 
     The notations are `{{0,1},{2,3}}`, `[2,2]<=[4]T(0)` (an iota, reshaped and transposed), and a mesh of which some
     axes form the groups, `mesh['a'=2,'b'=2] {'b'}`. A permutation lists pairs.
+
+    Raises:
+        InputError: another notation, as a compiler to come may have it.
     """
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", attributes):
         return np.array([[int(n) for n in group.split(",")] for group in found[1].split("},{")])
     if found := re.search(rf"replica_groups=\[([\d,]+)\]<=({IOTA})", attributes):
         return _iota(found[2]).reshape([int(n) for n in found[1].split(",")])
-    found = re.search(rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\(({IOTA})\))? ?\{{(.*?)\}}", attributes)
-    assert found is not None, f"unknown notation of groups: {attributes[:200]}"
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-    devices = _iota(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
-    names, chosen = list(sizes), re.findall(r"'(\w+)'", found[3])
-    order = [names.index(name) for name in (*(n for n in names if n not in chosen), *chosen)]
-    width = math.prod(sizes[name] for name in chosen)
-    return devices.reshape(list(sizes.values())).transpose(order).reshape(-1, width)
+    if found := MESH_GROUPS.search(attributes):
+        return _groups_of_mesh(*found.groups())
+    written = re.search(r"(?:replica_groups|source_target_pairs)=.*", attributes)
+    raise InputError(
+        "expected the groups of an exchange as {{0,1},{2,3}}, as [2,2]<=[4] or as mesh['a'=2,'b'=2] {'b'}, but the "
+        f"compiler of jax {jax.__version__} wrote {shortened(written[0] if written else attributes, 100)!r}. "
+        "Install an older jax, such as 0.10.2, or a newer flax-transformer."
+    )
+
+
+def _groups_of_mesh(axes: str, device_ids: str | None, chosen: str) -> np.ndarray:
+    """Returns the groups of `mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a','b':(2)2}`, from its three parts.
+
+    Here 'b':(2)2 is a part of the axis 'b': its devices are [2, 2, 2], and the group goes along the second of these.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    parts = [
+        (name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+    ]
+    cuts = {name: {1, size} for name, size in sizes.items()}
+    for name, before, size in parts:
+        cuts[name] |= {before, before * size}
+    factors = [  # name of the axis, product of the factors before it, size
+        (name, before, end // before) for name in sizes for before, end in itertools.pairwise(sorted(cuts[name]))
+    ]
+    grouped = [factors.index(part) for part in parts if part[2] > 1]  # an axis of size 1 has no factor
+    order = [n for n in range(len(factors)) if n not in grouped] + grouped
+    if device_ids is None:
+        devices = np.arange(math.prod(sizes.values()))
+    else:
+        devices = _iota(device_ids) if "[" in device_ids else np.array([int(n) for n in device_ids.split(",")])
+    width = math.prod(size for *_, size in parts)
+    return devices.reshape([size for *_, size in factors]).transpose(order).reshape(-1, width)
 
 
 def _iota(text: str) -> np.ndarray:
@@ -178,6 +211,9 @@ def read_exchanges(
         topology: name of the hardware, such as "v5e:4x4".
         unknown_turns: turns of a loop whose number the compiler does not know.
         loop: name of a loop, of which one turn is read; None reads the whole program.
+
+    Raises:
+        InputError: the compiler writes groups in an unknown notation.
     """
     computations, runs = computation_runs(text, unknown_turns, loop)
     by_channel: dict[str, tuple[str, Line, Computation, int]] = {}

@@ -54,6 +54,7 @@ COLLECTIVES = (
 MAX_KEY_WORDS = 256  # random words that a derivation of keys draws at once; dropout draws thousands
 
 REMATERIALIZATION = "Involuntary full rematerialization"  # in the compiler's log
+TRIAL = "%fake_parameter"  # XLA's name for arrays of a trial; see `num_rematerializations`
 
 
 # --- Hardware
@@ -212,7 +213,7 @@ class Program:
         """Returns the program that `compile_program` compiles; counts the complaints in the compiler's log."""
         with compiler_log() as read:
             compiled = compile_program()
-            return cls(name, compiled, read().count(REMATERIALIZATION))
+            return cls(name, compiled, num_rematerializations(read()))
 
     @functools.cached_property
     def instructions(self) -> list[Instruction]:
@@ -234,6 +235,18 @@ class Program:
     def num_dynamic_loops(self) -> int:
         """Number of loops whose number of iterations the compiler does not know."""
         return sum(i.opcode == "while" and not is_counted(i, self.instructions) for i in self.instructions)
+
+
+def num_rematerializations(log: str) -> int:
+    """Returns the number of whole arrays that the partitioner copied to every device, as it complains of them in a log.
+
+    For a gather or a scatter the partitioner tries several ways on a copy of the program, and keeps the cheapest. It
+    complains of the others, too. If it keeps one with such a copy, it complains again, and then names the real array.
+
+    References:
+        XLA, `FakePartitionedHlo` and `EvaluatePartitionCost` in spmd_partitioner_util.h.
+    """
+    return sum(REMATERIALIZATION in line and TRIAL not in line for line in log.splitlines())
 
 
 @contextlib.contextmanager
