@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.nn.attention import MultiHeadAttention
+from flax_transformer.nn.attention import MultiHeadAttention, over_history, over_tokens
 from flax_transformer.ops import attention as attention_module
 from flax_transformer.ops.attention import attention, attention_weights, masked_softmax
 from flax_transformer.ops.attention_mask import AttentionMask
@@ -311,6 +311,18 @@ def test_sentences_of_a_cache_may_stand_at_different_positions():
         np.testing.assert_array_equal(keys[row, :, :, 0, place], key[row, 0])
         np.testing.assert_array_equal(values[row, :, 0, place], value[row, 0])
     assert int((keys != 0).sum()) == int((values != 0).sum()) == key[:2].size
+
+
+def test_a_layer_attends_to_its_history_as_to_all_tokens_at_once():
+    """Its cache has its own number of key-value heads and their size."""
+    layer = MultiHeadAttention(8, 4, num_key_value_heads=2, head_dim=3, dropout_rate=0.0, **DTYPES, rngs=nnx.Rngs(0))
+    x, cache = normal(1, 2, 5, 8), layer.empty_cache(2, 1, 5)
+    assert cache.keys[0].shape == (2, 2, 3, 1, 5)
+    expected, _ = jax.jit(lambda layer, x: over_tokens(AttentionMask(causal=True))(layer, x, None))(layer, x)
+    step = jax.jit(lambda layer, x, cache, positions: over_history(cache, positions, None)(layer, x, None))
+    for t in range(5):
+        out, cache = step(layer, x[:, t : t + 1], cache, jnp.full((2,), t))
+        np.testing.assert_allclose(out[:, 0], expected[:, t], **ONE_OP)
 
 
 @pytest.mark.parametrize("key_heads", [2, 1])

@@ -18,7 +18,6 @@ BATCH = tiny.batch([9, 6], [8, 5])
 def test_weights_are_those_of_a_forward_pass(monkeypatch):
     """Layer by layer: those of the encoder, then self-attention and cross-attention of each decoder layer."""
     model = tiny.transformer(norm_order="pre")
-    found = jax.jit(lambda model, batch: model.attention_weights(batch))(model, BATCH)
     used, weights_of = [], attention.attention_weights
 
     def noted(*arguments, **options):
@@ -26,6 +25,8 @@ def test_weights_are_those_of_a_forward_pass(monkeypatch):
         return used[-1]
 
     monkeypatch.setattr(attention, "attention_weights", noted)
+    found = jax.jit(lambda model, batch: model.attention_weights(batch))(model, BATCH)
+    assert len(used) == 2 + 2 * 3  # each attention is computed once
 
     def forward(model: Any, batch: Any) -> list[jax.Array]:
         used.clear()

@@ -13,9 +13,11 @@ from flax import nnx
 from flax_transformer import backend
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.prepare import prepared_model
+from flax_transformer.models import transformer as transformer_module
 from flax_transformer.models.build import build_model
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
 from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.parallel.memory import needed_bytes
 from flax_transformer.shapes import Batch
 from tests import tiny
@@ -143,6 +145,23 @@ def test_cross_attention_keys_are_kept_once_a_sentence():
     batch = tiny.batch([9, 9], [8, 8])
     narrow, wide = (started(model, batch, beams, 8).per_sentence for beams in (1, 5))
     chex.assert_trees_all_equal_shapes(narrow, wide)
+
+
+def test_caches_have_the_key_value_heads_of_their_layers(monkeypatch):
+    monkeypatch.setattr(
+        transformer_module, "MultiHeadAttention", functools.partial(MultiHeadAttention, num_key_value_heads=2)
+    )
+
+    def decode() -> tuple[Any, Any]:
+        model = build_model(tiny.config(num_heads=4), tiny.VOCABULARY, rngs=nnx.Rngs(0))
+        batch = tiny.batch([9, 6], [8, 5])
+        encoded = model.encode(batch.source_tokens, batch.source_positions, batch.source_segments)
+        state = model.init_decode_state(encoded, num_beams=2, max_length=8)
+        return state, model.decode_step(batch.target_tokens[:, :2], state)[1]
+
+    before, after = jax.eval_shape(decode)
+    assert {cache.keys[0].shape for cache in before.append_only} == {(2, 2, 4, 2, 8)}
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, before)
 
 
 @pytest.mark.parametrize("share, tables", [("all", 1), ("target_output", 2), ("none", 3)])

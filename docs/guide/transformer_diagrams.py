@@ -26,9 +26,9 @@ def encoder() -> Diagram:
         d,
         244,
         "self-attention",
-        "self_attention.attend(inner, inner, mask)",
+        "attend(self_attention, inner)",
         EncoderLayer.__call__,
-        "self.self_attention.attend(inner, inner",
+        "attend(self.self_attention, inner",
         kind="attention",
     )
     first = _step(
@@ -96,9 +96,9 @@ def decoder() -> Diagram:
         d,
         240,
         "masked self-attention",
-        "self_attention.attend(inner, ...)",
+        "attend_self(self_attention, inner)",
         layer,
-        "self.self_attention.attend(inner, inner, self_mask",
+        "attend_self(self.self_attention, inner",
         kind="attention",
     )
     first = _step(
@@ -108,9 +108,9 @@ def decoder() -> Diagram:
         d,
         395,
         "cross-attention",
-        "cross_attention.attend(inner, encoded)",
+        "attend_source(cross_attention, inner)",
         layer,
-        "self.cross_attention.attend(inner, encoded",
+        "attend_source(self.cross_attention, inner",
         kind="attention",
     )
     second = _step(

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -27,22 +26,21 @@ from flax_transformer.models.seq2seq import (
     StepOutput,
     shift_right,
 )
-from flax_transformer.nn.attention import MultiHeadAttention
+from flax_transformer.nn.attention import (
+    AttentionFunction,
+    MultiHeadAttention,
+    over_history,
+    over_source,
+    over_tokens,
+    over_tokens_with_weights,
+)
 from flax_transformer.nn.embedding import Embedding, InputEmbedding, ShareKind
 from flax_transformer.nn.feed_forward import Activation, FeedForward
 from flax_transformer.nn.layer_stack import LayerStack
 from flax_transformer.nn.normalization import LayerNorm, NormOrder, ResidualNorm
 from flax_transformer.nn.positions import PositionKind
 from flax_transformer.ops.attention_mask import AttentionMask
-from flax_transformer.ops.cached_attention import (
-    CrossAttentionCache,
-    SelfAttentionCache,
-    cached_cross_attention,
-    cached_self_attention,
-    cross_attention_cache,
-    empty_self_attention_cache,
-    write_ancestors,
-)
+from flax_transformer.ops.cached_attention import CrossAttentionCache, SelfAttentionCache, write_ancestors
 from flax_transformer.ops.dropout import check_dropout_rate, split_key
 from flax_transformer.shapes import Batch
 
@@ -210,25 +208,23 @@ class EncoderLayer(nnx.Module):
         self.feed_forward_residual = _residual(config)
 
     def __call__(
-        self, x: Float[Array, "B S D"], mask: AttentionMask, key: PRNGKeyArray | None
-    ) -> Float[Array, "B S D"]:
-        """Returns the layer's output."""
+        self, x: Float[Array, "B S D"], attend: AttentionFunction, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """Returns the layer's output, and the auxiliary result of its attention function."""
         keys = split_key(key, 4)
         inner = self.self_attention_residual.enter(x)
-        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, mask, keys[0]))
-        x = self.self_attention_residual.leave(x, update, keys[1])
+        attended, auxiliary = attend(self.self_attention, inner, keys[0])
+        x = self.self_attention_residual.leave(x, self.self_attention.output.unbiased(attended), keys[1])
         inner = self.feed_forward_residual.enter(x)
         update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[2]))
-        return self.feed_forward_residual.leave(x, update, keys[3])
-
-    def weights(self, x: Float[Array, "B S D"], mask: AttentionMask) -> Float[Array, "B N S S"]:
-        """Returns the weights of the self-attention for the layer's input."""
-        inner = self.self_attention_residual.enter(x)
-        return self.self_attention.weights(inner, inner, mask)
+        return self.feed_forward_residual.leave(x, update, keys[3]), auxiliary
 
 
 class DecoderLayer(nnx.Module):
-    """Causal self-attention, attention over the encoder's output, and a feed-forward network."""
+    """Causal self-attention, attention over the encoder's output, and a feed-forward network.
+
+    Training, attention weights and decoding differ in their attention functions alone.
+    """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.self_attention = _attention(config, rngs)
@@ -241,63 +237,28 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        encoded: Float[Array, "B S D"],
-        self_mask: AttentionMask,
-        cross_mask: AttentionMask,
+        attend_self: AttentionFunction,
+        attend_source: AttentionFunction,
         key: PRNGKeyArray | None,
-    ) -> Float[Array, "B T D"]:
-        """Returns the layer's output for all positions at once."""
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:
+        """Returns the layer's output, and the auxiliary results of its two attention functions.
+
+        Args:
+            x: target positions, or in a decoding step one token of each beam (T is then K).
+            attend_self: self-attention.
+            attend_source: attention over the encoder's output.
+            key: random key of dropout; None means evaluation.
+        """
         keys = split_key(key, 6)
         inner = self.self_attention_residual.enter(x)
-        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, self_mask, keys[0]))
-        x = self.self_attention_residual.leave(x, update, keys[1])
+        attended, of_self = attend_self(self.self_attention, inner, keys[0])
+        x = self.self_attention_residual.leave(x, self.self_attention.output.unbiased(attended), keys[1])
         inner = self.cross_attention_residual.enter(x)
-        update = self.cross_attention.output.unbiased(self.cross_attention.attend(inner, encoded, cross_mask, keys[2]))
-        x = self.cross_attention_residual.leave(x, update, keys[3])
+        attended, of_source = attend_source(self.cross_attention, inner, keys[2])
+        x = self.cross_attention_residual.leave(x, self.cross_attention.output.unbiased(attended), keys[3])
         inner = self.feed_forward_residual.enter(x)
         update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner, keys[4]))
-        return self.feed_forward_residual.leave(x, update, keys[5])
-
-    def weights(
-        self,
-        x: Float[Array, "B T D"],
-        encoded: Float[Array, "B S D"],
-        self_mask: AttentionMask,
-        cross_mask: AttentionMask,
-    ) -> tuple[Float[Array, "B N T T"], Float[Array, "B N T S"]]:
-        """Returns the weights of both attentions for the layer's input."""
-        inner = self.self_attention_residual.enter(x)
-        own = self.self_attention.weights(inner, inner, self_mask)
-        update = self.self_attention.output.unbiased(self.self_attention.attend(inner, inner, self_mask, None))
-        inner = self.cross_attention_residual.enter(self.self_attention_residual.leave(x, update, None))
-        return own, self.cross_attention.weights(inner, encoded, cross_mask)
-
-    def step(
-        self,
-        x: Float[Array, "B K D"],
-        self_cache: SelfAttentionCache,
-        cross_cache: CrossAttentionCache,
-        positions: Int[Array, "B"],
-        ancestors: Int[Array, "B K T"] | None,
-        cross_mask: AttentionMask,
-    ) -> tuple[Float[Array, "B K D"], SelfAttentionCache, Float[Array, "B N K S"]]:
-        """Returns the output for one position, the cache with that position, and the weights over the source."""
-        attention = self.self_attention
-        inner = self.self_attention_residual.enter(x)
-        key, value = attention.project_key_value(inner)
-        attended, self_cache = cached_self_attention(
-            self_cache, attention.query(inner), key, value, positions, ancestors
-        )
-        x = self.self_attention_residual.leave(x, attention.output.unbiased(attended), None)
-
-        attention = self.cross_attention
-        inner = self.cross_attention_residual.enter(x)
-        attended, weights = cached_cross_attention(cross_cache, attention.query(inner), cross_mask)
-        x = self.cross_attention_residual.leave(x, attention.output.unbiased(attended), None)
-
-        inner = self.feed_forward_residual.enter(x)
-        update = self.feed_forward.down.unbiased(self.feed_forward.hidden(inner))
-        return self.feed_forward_residual.leave(x, update, None), self_cache, weights
+        return self.feed_forward_residual.leave(x, update, keys[5]), of_self, of_source
 
 
 class Encoder(LayerStack):
@@ -324,9 +285,9 @@ class Encoder(LayerStack):
     ) -> Float[Array, "B S D"]:
         """Returns one vector for each source token."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
-        mask = self.mask(segments)
+        attend = over_tokens(self.mask(segments))
         x = self.input(embedding, tokens, positions, input_key)
-        x = self.run(lambda layer, x, key: layer(x, mask, key), x, layer_keys)
+        x = self.run(lambda layer, x, key: layer(x, attend, key)[0], x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
     def mask(self, segments: Int[Array, "B S"]) -> AttentionMask:
@@ -334,19 +295,20 @@ class Encoder(LayerStack):
         length = segments.shape[1]
         return AttentionMask(key_segments=segments, query_segments=segments).shared(length, length)
 
-    def weights(
+    def with_weights(
         self,
         embedding: Embedding,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
-    ) -> Float[Array, "B L N S S"]:
-        """Returns the attention weights of all layers."""
-        mask, x, found = self.mask(segments), self.input(embedding, tokens, positions, None), []
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B L N S S"]]:
+        """Returns one vector for each source token, without dropout, and the attention weights of all layers."""
+        attend, found = over_tokens_with_weights(self.mask(segments)), []
+        x = self.input(embedding, tokens, positions)
         for layer in self.unstacked():
-            found.append(layer.weights(x, mask))
-            x = layer(x, mask, None)
-        return jnp.stack(found, axis=1)
+            x, weights = layer(x, attend, None)
+            found.append(weights)
+        return x if self.norm is None else self.norm(x), jnp.stack(found, axis=1)
 
 
 class Decoder(LayerStack):
@@ -356,8 +318,6 @@ class Decoder(LayerStack):
     """
 
     def __init__(self, config: TransformerConfig, zero_start_token: int | None, *, rngs: nnx.Rngs):
-        self.head_shape = (config.num_heads, config.model_dim // config.num_heads)
-        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.input = _input(config, config.max_target_length, rngs, zero_start_token)
         super().__init__(
             lambda r: DecoderLayer(config, rngs=r),
@@ -380,12 +340,9 @@ class Decoder(LayerStack):
         """Returns the hidden vectors of all positions. Each depends on the inputs up to its own position."""
         input_key, *layer_keys = split_key(key, 1 + self.num_layers)
         self_mask, cross_mask = self.masks(segments, encoded.segments)
+        functions = over_tokens(self_mask), over_tokens(cross_mask, encoded.states)
         x = self.input(embedding, inputs, positions, input_key)
-
-        def apply(layer: DecoderLayer, x: jax.Array, key: PRNGKeyArray | None) -> jax.Array:
-            return layer(x, encoded.states, self_mask, cross_mask, key)
-
-        x = self.run(apply, x, layer_keys)
+        x = self.run(lambda layer, x, key: layer(x, *functions, key)[0], x, layer_keys)
         return x if self.norm is None else self.norm(x)
 
     def masks(
@@ -407,23 +364,21 @@ class Decoder(LayerStack):
     ) -> tuple[Float[Array, "B L N T T"], Float[Array, "B L N T S"]]:
         """Returns the weights of the self-attention and of the cross-attention of all layers."""
         self_mask, cross_mask = self.masks(segments, encoded.segments)
-        x, found = self.input(embedding, inputs, positions, None), []
+        functions = over_tokens_with_weights(self_mask), over_tokens_with_weights(cross_mask, encoded.states)
+        x, own, cross = self.input(embedding, inputs, positions), [], []
         for layer in self.unstacked():
-            found.append(layer.weights(x, encoded.states, self_mask, cross_mask))
-            x = layer(x, encoded.states, self_mask, cross_mask, None)
-        own, cross = zip(*found, strict=True)
+            x, self_weights, cross_weights = layer(x, *functions, None)
+            own.append(self_weights)
+            cross.append(cross_weights)
         return jnp.stack(own, axis=1), jnp.stack(cross, axis=1)
 
     def init_caches(
         self, encoded: EncoderOutput, num_beams: int, max_length: int
     ) -> tuple[tuple[SelfAttentionCache, ...], tuple[CrossAttentionCache, ...]]:
         """Returns the empty self-attention caches and the filled cross-attention caches of all layers."""
-        num_sentences = encoded.states.shape[0]
         layers = self.unstacked()
-        cross = tuple(cross_attention_cache(*la.cross_attention.project_key_value(encoded.states)) for la in layers)
-        empty = empty_self_attention_cache(
-            num_sentences, num_beams, self.head_shape[0], max_length, self.head_shape[1], self.compute_dtype
-        )
+        cross = tuple(layer.cross_attention.source_cache(encoded.states) for layer in layers)
+        empty = layers[0].self_attention.empty_cache(encoded.states.shape[0], num_beams, max_length)
         return (empty,) * self.num_layers, cross
 
     def step(
@@ -440,10 +395,10 @@ class Decoder(LayerStack):
         cross_mask = AttentionMask(key_segments=source_segments).shared(1, source_segments.shape[1])
         x = self.input(embedding, tokens, jnp.broadcast_to(positions[:, None], tokens.shape))
         new_caches, attention = [], []
-        layers = self.unstacked()
-        for layer, self_cache, cross_cache in zip(layers, self_caches, cross_caches, strict=True):
-            x, self_cache, weights = layer.step(x, self_cache, cross_cache, positions, ancestors, cross_mask)
-            new_caches.append(self_cache)
+        for layer, self_cache, cross_cache in zip(self.unstacked(), self_caches, cross_caches, strict=True):
+            functions = over_history(self_cache, positions, ancestors), over_source(cross_cache, cross_mask)
+            x, new_cache, weights = layer(x, *functions, None)
+            new_caches.append(new_cache)
             attention.append(jnp.swapaxes(weights, 1, 2))  # [B, N, K, S] -> [B, K, N, S]
         x = x if self.norm is None else self.norm(x)
         return x, tuple(new_caches), jnp.stack(attention, axis=2)
@@ -508,12 +463,15 @@ class Transformer(EncoderDecoder):
 
     def attention_weights(self, batch: Batch) -> AttentionWeights:
         """Returns the weights of every layer and head under teacher forcing, without dropout."""
-        source = batch.source_tokens, batch.source_positions, batch.source_segments
-        inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
-        own, cross = self.decoder.weights(
-            self.target_embedding, inputs, batch.target_positions, batch.target_segments, self.encode(*source)
+        states, of_encoder = self.encoder.with_weights(
+            self.encoder_embedding, batch.source_tokens, batch.source_positions, batch.source_segments
         )
-        return AttentionWeights(self.encoder.weights(self.encoder_embedding, *source), own, cross)
+        encoded = EncoderOutput(states, batch.source_segments)
+        inputs = shift_right(batch.target_tokens, batch.target_positions, self.start_token)
+        of_decoder, cross = self.decoder.weights(
+            self.target_embedding, inputs, batch.target_positions, batch.target_segments, encoded
+        )
+        return AttentionWeights(of_encoder, of_decoder, cross)
 
     def init_decode_state(
         self, encoded: EncoderOutput, num_beams: int, max_length: int, reordered: bool = True

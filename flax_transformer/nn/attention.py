@@ -1,15 +1,27 @@
-"""Multi-head attention.
+"""Multi-head attention, and the attention functions that its heads may compute.
 
-Legend: B batch, T query length, S key length, N query heads, M key-value heads, H head dim, D model dim.
+Legend: B batch, T query length, S key length, N query heads, M key-value heads, H head dim, D model dim, K beams.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_transformer.nn.linear import Linear
 from flax_transformer.ops.attention import Projection, attention_weights, projected_attention
 from flax_transformer.ops.attention_mask import AttentionMask
+from flax_transformer.ops.cached_attention import (
+    CrossAttentionCache,
+    SelfAttentionCache,
+    cached_cross_attention,
+    cached_self_attention,
+    cross_attention_cache,
+    empty_self_attention_cache,
+)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -20,7 +32,7 @@ class MultiHeadAttention(nnx.Module):
     equations have none.
 
     The parts are public because decoding calls them separately. The encoder's output is projected once for each
-    sentence (`project_key_value`), and each step adds one key and value to a cache.
+    sentence (`source_cache`), and each step adds one key and value to a cache.
 
     Args:
         model_dim: D.
@@ -61,8 +73,9 @@ class MultiHeadAttention(nnx.Module):
             )
         self.dropout_rate = dropout_rate
         head_dim = model_dim // num_heads if head_dim is None else head_dim
-        query_shape = (num_heads, head_dim)
-        key_shape = (num_heads if num_key_value_heads is None else num_key_value_heads, head_dim)
+        self.num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = head_dim
+        query_shape, key_shape = (num_heads, head_dim), (self.num_key_value_heads, head_dim)
         dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         axes = ("embed", "heads", "head_dim")
         self.query = Linear((model_dim,), query_shape, axes, **dtypes, rngs=rngs)
@@ -121,3 +134,66 @@ class MultiHeadAttention(nnx.Module):
     ) -> Float[Array, "B N T S"]:
         """Returns the weights that `attend` multiplies the values by, without dropout."""
         return attention_weights(self.query(x), self.key(encoded), mask)
+
+    def empty_cache(self, num_sentences: int, num_beams: int, length: int) -> SelfAttentionCache:
+        """Returns a cache for the keys and values of `length` tokens of each beam."""
+        heads, dtype = self.num_key_value_heads, self.query.compute_dtype
+        return empty_self_attention_cache(num_sentences, num_beams, heads, length, self.head_dim, dtype)
+
+    def source_cache(self, encoded: Float[Array, "B S D"]) -> CrossAttentionCache:
+        """Returns the keys and values of the encoder's output, which all beams of a sentence read."""
+        return cross_attention_cache(*self.project_key_value(encoded))
+
+
+# --- attention functions: what the heads of a layer attend to
+
+# (layer, source of the queries, random key of dropout) -> the heads' results [B, T, N, H], and an auxiliary result.
+AttentionFunction = Callable[[MultiHeadAttention, jax.Array, PRNGKeyArray | None], tuple[jax.Array, Any]]
+
+
+def over_tokens(mask: AttentionMask, encoded: Float[Array, "B S D"] | None = None) -> AttentionFunction:
+    """Returns attention over `encoded`, or self-attention if it is None. There is no auxiliary result."""
+
+    def attend(layer: MultiHeadAttention, x: jax.Array, key: PRNGKeyArray | None) -> tuple[jax.Array, None]:
+        return layer.attend(x, x if encoded is None else encoded, mask, key), None
+
+    return attend
+
+
+def over_tokens_with_weights(mask: AttentionMask, encoded: Float[Array, "B S D"] | None = None) -> AttentionFunction:
+    """Returns the function of `over_tokens`, with the weights [B, N, T, S] as the auxiliary result."""
+
+    def attend(layer: MultiHeadAttention, x: jax.Array, key: PRNGKeyArray | None) -> tuple[jax.Array, jax.Array]:
+        attended, _ = over_tokens(mask, encoded)(layer, x, key)
+        return attended, layer.weights(x, x if encoded is None else encoded, mask)
+
+    return attend
+
+
+def over_history(
+    cache: SelfAttentionCache, positions: Int[Array, "B"], ancestors: Int[Array, "B K T"] | None
+) -> AttentionFunction:
+    """Returns self-attention of a decoding step: each beam's token attends to the beam's history and to itself.
+
+    The auxiliary result is the cache with the token. The arguments are those of `cached_self_attention`.
+    """
+
+    def attend(layer: MultiHeadAttention, x: jax.Array, key: PRNGKeyArray | None) -> tuple[jax.Array, Any]:
+        assert key is None, "a decoding step has no dropout"
+        new_key, new_value = layer.project_key_value(x)
+        return cached_self_attention(cache, layer.query(x), new_key, new_value, positions, ancestors)
+
+    return attend
+
+
+def over_source(cache: CrossAttentionCache, mask: AttentionMask) -> AttentionFunction:
+    """Returns cross-attention of a decoding step: each beam's token attends to the source, whose mask is `mask`.
+
+    The auxiliary result is the weights [B, N, K, S].
+    """
+
+    def attend(layer: MultiHeadAttention, x: jax.Array, key: PRNGKeyArray | None) -> tuple[jax.Array, jax.Array]:
+        assert key is None, "a decoding step has no dropout"
+        return cached_cross_attention(cache, layer.query(x), mask)
+
+    return attend
