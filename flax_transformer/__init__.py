@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from flax_transformer.inference.translator import Translator as Translator
     from flax_transformer.models.build import VocabularyInfo as VocabularyInfo
     from flax_transformer.models.build import build_model as build_model
-    from flax_transformer.models.recurrent import RecurrentConfig as RecurrentConfig
     from flax_transformer.models.recurrent import RecurrentSeq2Seq as RecurrentSeq2Seq
+    from flax_transformer.models.recurrent_config import RecurrentConfig as RecurrentConfig
     from flax_transformer.models.seq2seq import Seq2Seq as Seq2Seq
     from flax_transformer.models.transformer import Transformer as Transformer
-    from flax_transformer.models.transformer import TransformerConfig as TransformerConfig
+    from flax_transformer.models.transformer_config import TransformerConfig as TransformerConfig
     from flax_transformer.shapes import Batch as Batch
 
 __version__ = "0.1.0"
@@ -68,9 +68,9 @@ _HOMES = {
     "Seq2Seq": "models.seq2seq",
     "Batch": "shapes",
     "Transformer": "models.transformer",
-    "TransformerConfig": "models.transformer",
+    "TransformerConfig": "models.transformer_config",
     "RecurrentSeq2Seq": "models.recurrent",
-    "RecurrentConfig": "models.recurrent",
+    "RecurrentConfig": "models.recurrent_config",
     # Search with any step function
     "beam_search": "decoding.beam_search",
     "BeamSearchConfig": "decoding.beam_search",
