@@ -132,6 +132,7 @@ def test_both_are_tokenizers(bytes_pair, tmp_path, monkeypatch):
     mixed = TokenizerPair.load(tmp_path)
     assert mixed.fingerprint == f"{TOKENIZERS.source.fingerprint}-{bytes_pair.target.fingerprint}"
     assert vocabulary_info(mixed).start_token == 258 and vocabulary_info(TOKENIZERS).start_token == 1
+    assert vocabulary_info(mixed).end_token == 256 and vocabulary_info(TOKENIZERS).end_token == 2
 
 
 class LearntByteTokenizer(ByteTokenizer):

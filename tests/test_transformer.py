@@ -14,7 +14,7 @@ from flax_transformer import backend
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.prepare import prepared_model
 from flax_transformer.models import transformer as transformer_module
-from flax_transformer.models.build import build_model
+from flax_transformer.models.build import VocabularyInfo, build_model
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.nn.attention import MultiHeadAttention
@@ -246,6 +246,20 @@ def test_a_zero_start_reads_zeros_and_not_the_table():
     np.testing.assert_array_equal(outputs[0], outputs[1])
     np.testing.assert_allclose(outputs[0], outputs[3], rtol=1e-4, atol=1e-5)  # another program
     assert np.abs(outputs[0] - outputs[2]).max() > 0.01
+
+
+def test_a_zero_start_is_refused_where_the_same_token_ends_an_output():
+    """Its output row is zeros, so the end's logit would be 0 whatever the model has learnt."""
+    same, other = (VocabularyInfo(21, 19, start_token=2, end_token=end) for end in (2, 3))
+
+    def build(vocabulary: VocabularyInfo, **changes: Any) -> Any:
+        return nnx.eval_shape(lambda: build_model(tiny.config(**changes), vocabulary, rngs=nnx.Rngs(0)))
+
+    with pytest.raises(ConfigError, match=r"token 2 starts and ends an output.* Set model\.zero_start: false"):
+        build(same, zero_start=True)
+    build(other, zero_start=True)
+    build(same)
+    build(same, zero_start=True, share_embeddings="none")  # the output has a table of its own
 
 
 @pytest.mark.slow

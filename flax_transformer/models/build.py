@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from flax import nnx
 
 from flax_transformer.data.tokenizer import Tokenizer
+from flax_transformer.errors import ConfigError
 from flax_transformer.models.recurrent import RecurrentConfig, RecurrentSeq2Seq
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.models.transformer import Transformer, TransformerConfig
@@ -21,6 +22,7 @@ class VocabularyInfo:
         source_size: number of source ids.
         target_size: number of target ids.
         start_token: target id that the decoder reads first.
+        end_token: target id that closes an output; None if only shapes matter.
 
     Example:
         >>> VocabularyInfo(source_size=8_000, target_size=8_000, start_token=1).target_size
@@ -30,6 +32,7 @@ class VocabularyInfo:
     source_size: int
     target_size: int
     start_token: int
+    end_token: int | None = None
 
 
 @runtime_checkable
@@ -48,9 +51,19 @@ class Tokenizers(Protocol):
 
 
 def vocabulary_info(tokenizers: Tokenizers) -> VocabularyInfo:
-    """Returns the vocabulary sizes and the start token of the tokenizers."""
+    """Returns the vocabulary sizes and the special tokens of the tokenizers."""
     target = tokenizers.target
-    return VocabularyInfo(tokenizers.source.vocab_size, target.vocab_size, target.special.start)
+    return VocabularyInfo(tokenizers.source.vocab_size, target.vocab_size, target.special.start, target.special.end)
+
+
+def _check_zero_start(config: TransformerConfig, vocabulary: VocabularyInfo) -> None:
+    """Raises a ConfigError if the row of zeros of the start token would also be the output row of the end token."""
+    if config.zero_start and config.share_embeddings != "none" and vocabulary.start_token == vocabulary.end_token:
+        raise ConfigError(
+            f"model.zero_start fixes the vector of the start token at zero. Here token {vocabulary.start_token} starts "
+            "and ends an output, so no training could make an end more or less likely. Set model.zero_start: false, or "
+            "model.share_embeddings: none, or give the target's tokenizer a start token of its own."
+        )
 
 
 def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rngs) -> Seq2Seq:
@@ -58,8 +71,11 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
 
     Args:
         config: sizes and options.
-        vocabulary: sizes of the vocabularies, and the start token.
+        vocabulary: sizes of the vocabularies, and special tokens.
         rngs: stream "params" initialises the parameters.
+
+    Raises:
+        ConfigError: `zero_start` would also zero the output row of the end token.
 
     Example:
         >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
@@ -70,5 +86,6 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
     """
     sizes = {"source_vocab_size": vocabulary.source_size, "target_vocab_size": vocabulary.target_size}
     if isinstance(config, TransformerConfig):
+        _check_zero_start(config, vocabulary)
         return Transformer(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
     return RecurrentSeq2Seq(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
