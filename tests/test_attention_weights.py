@@ -63,9 +63,9 @@ def test_the_weights_of_a_recurrent_model_are_those_of_its_readout():
         embedded = model.target_embedding(shift_right(batch.target_tokens, batch.target_positions, model.start_token))
         state, source, tops = model.decoder.start(encoded.decoder_start, 1), model.decoder.read(encoded), []
         for t in range(embedded.shape[1]):
-            layers, _, _ = model.decoder.advance(model.decoder.read_input(embedded[:, t : t + 1]), state, source, None)
-            state = type(state)(layers, None)
-            tops.append(layers[-1][0])
+            gates = model.decoder.read_input(embedded[:, t : t + 1])
+            state, _, _ = model.decoder.advance(gates, state, source, [None])
+            tops.append(state.layers[-1][0])
         return model.decoder.attend(jax.numpy.concatenate(tops, axis=1), source)[1]
 
     assert found.encoder is None and found.decoder is None and found.cross.shape == (2, 1, 1, 8, 9)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.models.recurrent import RecurrentConfig, RecurrentDecoder, RecurrentEncoder
+from flax_transformer.models.recurrent import RecurrentConfig, RecurrentEncoder
+from flax_transformer.models.recurrent_decoder import make_decoder
 from flax_transformer.models.seq2seq import EncoderOutput
 from tests import tiny
 
@@ -106,7 +107,7 @@ def test_decoder_equals_torch_under_teacher_forcing(kind, attention):
     config = RecurrentConfig(
         model_dim=DIM, hidden_dim=UNITS, cell=kind, attention=attention, num_decoder_layers=2, dropout=0.0
     )
-    decoder: Any = tiny.randomised(nnx.eval_shape(lambda: RecurrentDecoder(config, rngs=nnx.Rngs(0))), 4)
+    decoder: Any = tiny.randomised(nnx.eval_shape(lambda: make_decoder(config, rngs=nnx.Rngs(0))), 4)
     peer = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[kind](DIM, UNITS, num_layers=2, batch_first=True)
     for layer in range(2):
         cell = decoder.cells[f"{layer:02d}"]

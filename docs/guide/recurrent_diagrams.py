@@ -3,7 +3,8 @@
 from diagrams import Diagram, code_line
 from palette import ATTENTION, SOURCE, TARGET
 
-from flax_transformer.models.recurrent import Bridge, RecurrentDecoder, RecurrentEncoder
+from flax_transformer.models.recurrent import Bridge, RecurrentEncoder
+from flax_transformer.models.recurrent_decoder import RecurrentDecoder
 from flax_transformer.nn.additive_attention import attend
 
 SOURCE_TOKENS, TARGET_TOKENS = ["four", "hundred", "two", "</s>"], ["<s>", "vier", "hundert", "zwei"]
@@ -60,7 +61,7 @@ def with_attention() -> Diagram:
         "cell reads [token; context]",
         kind="target",
         code="step(state, gates)",
-        link=code_line(RecurrentDecoder.advance, ".step(state.layers[0], gates)"),
+        link=code_line(RecurrentDecoder.run_layers, "step(states[0], gates)"),
         width=190,
     )
     y = cell.at("right")[1]
@@ -103,7 +104,7 @@ def _decoder(d: Diagram, y: float) -> list:
             y,
             f"s{number + 1}",
             kind="target",
-            link=code_line(RecurrentDecoder.advance, ".step(state.layers[0], gates)"),
+            link=code_line(RecurrentDecoder.run_layers, "step(states[0], gates)"),
             width=54,
             height=44,
         )

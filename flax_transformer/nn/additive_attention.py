@@ -28,7 +28,7 @@ class AdditiveAttention(nnx.Module):
     """score(s, h) = v . tanh(W s + U h + b): a one-layer network over the decoder's and the encoder's state.
 
     Luong's "concat", v . tanh(W [s; h]), is the same function. Luong's W is W and U here, side by side. The two papers
-    use different decoder states s (see `models/recurrent.py`).
+    use different decoder states s (see `models/recurrent_decoder.py`).
 
     Example:
         >>> float32 = jnp.dtype("float32")

@@ -193,6 +193,11 @@ class GRUCell(RecurrentCell):
 CELLS: dict[str, type[RecurrentCell]] = {"lstm": LSTMCell, "gru": GRUCell}
 
 
+def layer_name(layer: int) -> str:
+    """Returns the name of a layer among parameters: two digits, so that the order of names is that of layers."""
+    return f"{layer:02d}"
+
+
 def run_over_time(
     cell: RecurrentCell, x: Float[Array, "B T I"], mask: Bool[Array, "B T"], *, reverse: bool = False
 ) -> tuple[Float[Array, "B T U"], State]:
