@@ -34,6 +34,11 @@ class Int8Weights:
     values: Int8[Array, "..."]
     scales: Float[Array, "..."]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
+        return self.values.shape
+
 
 def quantize(weights: Float[Array, "..."], in_axes: tuple[int, ...]) -> Int8Weights:
     """Returns `weights` rounded to 127 steps on either side of zero.

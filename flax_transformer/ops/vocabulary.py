@@ -108,7 +108,7 @@ class OutputProjection:
 
 def _offset(projection: OutputProjection) -> Float[Array, "V"] | None:
     """Returns the vector added to logits: the bias, and MASKED for padding rows."""
-    num_rows = jax.tree.leaves(projection.kernel)[0].shape[0]
+    num_rows = projection.kernel.shape[0]
     bias = None if projection.bias is None else projection.bias.astype(jnp.float32)
     if projection.num_real_rows == num_rows:
         return bias
