@@ -16,12 +16,13 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig, beam_search
 from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError
-from flax_transformer.inference.prepare import prepared_model
+from flax_transformer.inference.prepare import is_quantized, prepared_model, quantized_params
 from flax_transformer.models.build import build_model
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
 from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.recurrent import CELLS, run_over_time
+from flax_transformer.ops.int8_product import Int8Weights
 from flax_transformer.parallel.sharding_rules import parameter_specs
 from flax_transformer.shapes import Batch
 from tests import tiny
@@ -280,5 +281,19 @@ def test_what_a_search_reads_makes_the_same_logits(compute_dtype):
         found = logits(prepared)
     assert prepared.output_projection().bias_in_kernel == (compute_dtype == "float32")
     assert prepared.decoder.readout.kernel[...].dtype == compute_dtype
+    assert prepared.decoder.cells["00"].recurrent_kernel[...].dtype == compute_dtype  # and no step casts it again
     # A bias that is rounded to bfloat16 would differ far more; the order of sums is the compiler's choice.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantised_model_keeps_the_gates_of_its_cells_as_floats():
+    config = RecurrentConfig(model_dim=16, hidden_dim=16, attention="general")
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build_model(config, tiny.VOCABULARY, rngs=nnx.Rngs(0))))
+    params = nnx.to_pure_dict(params)
+    quantised = jax.eval_shape(lambda params: quantized_params(graphdef, 1, params), params)
+    assert is_quantized(quantised) and not is_quantized(params)
+    decoder = quantised["decoder"]
+    assert jax.tree.map(jnp.shape, decoder["cells"]) == jax.tree.map(jnp.shape, params["decoder"]["cells"])
+    for weights in (decoder["readout"]["kernel"], decoder["alignment"]["key"]["kernel"]):
+        assert isinstance(weights, Int8Weights) and weights.scales.shape == (16,)
+    assert quantised["target_embedding"]["table"].scales.shape == (24,)

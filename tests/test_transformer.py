@@ -308,3 +308,20 @@ def test_the_form_that_a_search_reads_makes_the_same_logits(changes):
     # Both add up bfloat16 products in float32, in an order of the compiler's choice. A bias that is rounded to bfloat16
     # would differ a thousand times as much.
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "platform, changes, stored",
+    [
+        ("gpu", {}, False),
+        ("gpu", {"output_bias": True}, False),
+        ("gpu", {"zero_start": True}, True),
+        ("gpu", {"compute_dtype": "bfloat16"}, True),
+        ("cpu", {}, True),  # a column masks the rows of padding
+    ],
+)
+def test_a_table_that_a_search_reads_as_it_is_is_not_stored_twice(platform, changes, stored):
+    model = tiny.transformer(**changes)
+    with backend.tracing_for(platform):
+        prepared = jax.eval_shape(prepared_model, model)
+    assert (prepared.prepared_projection is not None) == stored

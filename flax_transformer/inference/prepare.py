@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from flax_transformer.nn.embedding import Embedding
 from flax_transformer.nn.layer_stack import LayerStack
-from flax_transformer.nn.linear import Linear
 from flax_transformer.ops.int8_product import Int8Weights, quantize
-from flax_transformer.ops.vocabulary import fold_bias_into_kernel
+from flax_transformer.ops.vocabulary import OutputProjection, fold_bias_into_kernel
 from flax_transformer.parallel.mesh import replicated_sharding
 from flax_transformer.parallel.sharding_rules import partition_spec
 
@@ -65,44 +63,56 @@ def prepared_shardings(prepared: InferenceParams, mesh: Mesh | AbstractMesh) -> 
         prepared: result of `prepare_for_inference` with `sharded`, or its shapes.
         mesh: the devices. It divides the parameters (see `parallel.sharding_rules.parameter_shardings`).
     """
+    whole = replicated_sharding(mesh)
 
     def of(parameter: nnx.Variable) -> nnx.Variable:
         value, spec = parameter.get_value(), partition_spec(parameter.get_metadata("logical_axes"))
-        most = max(leaf.ndim for leaf in jax.tree.leaves(value))
-        weights = NamedSharding(mesh, jax.P(*(None,) * (most - len(spec)), *spec))
-        beside = replicated_sharding(mesh)
-        return parameter.replace(jax.tree.map(lambda leaf: weights if leaf.ndim == most else beside, value))
+        weights = _weights(value)
+        split = NamedSharding(mesh, jax.P(*(None,) * (weights.ndim - len(spec)), *spec))
+        return parameter.replace(jax.tree.map(lambda leaf: split if leaf is weights else whole, value))
 
     params = jax.tree.map(of, prepared.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return InferenceParams(prepared.graphdef, params)
 
 
+def _weights(value: Any) -> Any:
+    """Returns the array whose axes are the logical axes of a prepared parameter, without what is kept beside it."""
+    kernel = value.kernel if isinstance(value, OutputProjection) else value
+    return kernel.values if isinstance(kernel, Int8Weights) else kernel
+
+
 def prepared_model(model: Any, sharded: bool = False) -> Any:
     """Returns a copy of a model with its parameters laid out for a search. Results change only by rounding.
 
-    Kernels of `Linear` have the compute dtype. XLA for CPU would not move their casts out of a search's loop
-    (docs/lab_book.md, "Casts of kernels in the loop of a search"). Layers are unstacked. Where it is faster, kernel
-    and bias of the output projection are one array.
+    1. Cast: kernels, which have `num_in_dims`, get the compute dtype. XLA for CPU would not move their casts out of a
+       search's loop (docs/lab_book.md, "Casts of kernels in the loop of a search").
+    2. Unstack: the layers of a stack become a list.
+    3. Fold: where it is faster, kernel and bias of the output projection are one array.
 
     Args:
-        model: the model.
+        model: a `Seq2Seq`.
         sharded: whether the parameters are split over the devices of a mesh. Then kernel and bias stay apart, since a
             mesh would not divide the width of both.
     """
     model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
-        if isinstance(module, Linear):
-            module.kernel.set_value(_cast(module.kernel.get_value(), module.compute_dtype))
+    table = _weights(model.parameter_roles().output_table.get_value())
+    for parameter in _params(model):
+        if "num_in_dims" in parameter.get_metadata():
+            parameter.set_value(_cast(parameter.get_value(), model.compute_dtype))
     for _, module in list(nnx.iter_modules(model)):
         if isinstance(module, LayerStack):
             module.layers = nnx.List(module.unstacked())
-    plain = model.output_projection()
-    kernel = _cast(plain.kernel, jnp.dtype(model.config.compute_dtype))
-    projection = plain if kernel is plain.kernel else dataclasses.replace(plain, kernel=kernel)
+    projection = model.output_projection()
+    projection = dataclasses.replace(projection, kernel=_cast(projection.kernel, model.compute_dtype))
     projection = projection if sharded else fold_bias_into_kernel(projection)
-    if projection is not plain or model.zeroes_output_row:  # otherwise the model uses its embedding table
-        model.prepared_projection = nnx.data(nnx.Param(projection, logical_axes=("vocab", "embed")))
+    if _weights(projection) is not table:  # otherwise the model reads its table at each step
+        model.set_prepared_projection(projection)
     return model
+
+
+def _params(model: Any) -> list[nnx.Param]:
+    """Returns all parameters of a model."""
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)]
 
 
 def _cast(weights: Any, dtype: jnp.dtype) -> Any:
@@ -111,7 +121,7 @@ def _cast(weights: Any, dtype: jnp.dtype) -> Any:
 
 
 def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
-    """Returns parameters with 8-bit integers for the weights of every `Linear` and `Embedding`.
+    """Returns parameters with 8-bit integers for all weights that have `int8_axes`: kernels and embedding tables.
 
     Biases, norms, positions, and the gates of recurrent cells stay floats. An embedding table has a scale for each
     token. The arguments are those of `prepare_for_inference`.
@@ -119,19 +129,22 @@ def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
 
     def of_model(params: Any) -> Any:
         model: Any = nnx.merge(graphdef, params)
-        for _, module in list(nnx.iter_modules(model)):
-            if isinstance(module, Linear):
+        for parameter in _params(model):
+            axes = parameter.get_metadata().get("int8_axes")
+            if axes is not None:
+                weights = parameter.get_value()
                 # A stacked kernel has a leading layer axis that its logical axes do not name.
-                stacked = module.kernel[...].ndim - len(module.kernel.get_metadata("logical_axes"))
-                in_axes = tuple(range(stacked, stacked + module.num_in_dims))
-                module.kernel.set_value(quantize(module.kernel[...], in_axes))  # type: ignore[arg-type]  # any tree
-            elif isinstance(module, Embedding):
-                module.table.set_value(quantize(module.table[...], (1,)))  # type: ignore[arg-type]
+                stacked = weights.ndim - len(parameter.get_metadata("logical_axes"))
+                parameter.set_value(quantize(weights, tuple(stacked + axis for axis in axes)))  # type: ignore[arg-type]
         return nnx.to_pure_dict(nnx.state(model))
 
     return of_model(params) if num_models == 1 else jax.vmap(of_model)(params)
 
 
 def is_quantized(params: Any) -> bool:
-    """Returns whether any parameter is an array of 8-bit integers."""
-    return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))
+    """Returns whether any parameter has the form of 8-bit integers."""
+
+    def is_int8(leaf: Any) -> bool:
+        return isinstance(leaf, Int8Weights)
+
+    return any(is_int8(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_int8))

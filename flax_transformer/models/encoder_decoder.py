@@ -22,6 +22,7 @@ class EncoderDecoder(nnx.Module):
         output_bias: [V], added to the logits, or None.
         prepared_projection: output projection in the form that a search reads; None unless the model is prepared for
             it.
+        compute_dtype: type of products and activations.
 
     Example:
         >>> from flax_transformer import TransformerConfig
@@ -45,8 +46,8 @@ class EncoderDecoder(nnx.Module):
         """Makes the tables.
 
         Args:
-            config: configuration of the model. Its sizes, `share_embeddings`, `vocab_multiple` and `param_dtype` are
-                read.
+            config: configuration of the model. Its sizes, `share_embeddings`, `vocab_multiple`, `param_dtype` and
+                `compute_dtype` are read.
             source_vocab_size: number of source ids.
             target_vocab_size: number of target ids.
             start_token: target id that the decoder reads first.
@@ -56,6 +57,7 @@ class EncoderDecoder(nnx.Module):
             rngs: random numbers for the parameters.
         """
         self.config = config
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.target_vocab_size = target_vocab_size
         self.start_token = start_token
         self.zero_start = zero_start
@@ -71,6 +73,10 @@ class EncoderDecoder(nnx.Module):
         bias = jnp.zeros((round_up(target_vocab_size, config.vocab_multiple),), jnp.dtype(config.param_dtype))
         self.output_bias = nnx.Param(bias, logical_axes=("vocab",)) if output_bias else None
         self.prepared_projection: nnx.Param | None = None
+
+    def set_prepared_projection(self, projection: OutputProjection) -> None:
+        """Makes `output_projection` return `projection`, which has the form that a search reads."""
+        self.prepared_projection = nnx.data(nnx.Param(projection, logical_axes=("vocab", "embed")))
 
     @property
     def max_source_length(self) -> int:

@@ -1,7 +1,8 @@
 """Metadata of each parameter of a model: its axes, and the vectors that it multiplies.
 
 A layer sets the axes when it creates a parameter: `logical_axes` names them, and `num_in_dims` is the number of a
-kernel's input axes. A model declares the vectors by `parameter_roles`.
+kernel's input axes. A parameter with `int8_axes` may become 8-bit integers for a search. These axes then share a scale.
+A model declares the vectors by `parameter_roles`.
 """
 
 import dataclasses

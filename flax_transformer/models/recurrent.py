@@ -129,7 +129,6 @@ class RecurrentSeq2Seq(EncoderDecoder):
             start_token=start_token,
             rngs=rngs,
         )
-        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.encoder = RecurrentEncoder(config, rngs=rngs)
         self.bridge = Bridge(config, rngs=rngs)
         self.decoder = make_decoder(config, rngs=rngs)

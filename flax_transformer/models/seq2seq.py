@@ -146,6 +146,11 @@ class Seq2Seq(Protocol):
         """The most target tokens of one sentence, end token included."""
         ...
 
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The type of products and activations."""
+        ...
+
     def encode(
         self,
         tokens: Int[Array, "B S"],
@@ -166,6 +171,10 @@ class Seq2Seq(Protocol):
 
     def output_projection(self) -> OutputProjection:
         """Returns the map from hidden vectors to logits."""
+        ...
+
+    def set_prepared_projection(self, projection: OutputProjection) -> None:
+        """Makes `output_projection` return `projection`, which has the form that a search reads."""
         ...
 
     def init_decode_state(

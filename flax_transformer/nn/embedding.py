@@ -38,7 +38,7 @@ class Embedding(nnx.Module):
     def __init__(self, num_rows: int, dim: int, *, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dim = dim
         table = jax.random.normal(rngs.params(), (num_rows, dim), param_dtype) * jnp.asarray(dim**-0.5, param_dtype)
-        self.table = nnx.Param(table, logical_axes=("vocab", "embed"))
+        self.table = nnx.Param(table, logical_axes=("vocab", "embed"), int8_axes=(1,))  # a scale for each token
 
     def __call__(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         """Returns the scaled vectors of `tokens`, in the table's type, or in float32 if the table holds integers."""

@@ -64,7 +64,8 @@ class Linear(nnx.Module):
         self.num_in_dims = len(in_dims)
         self.compute_dtype = compute_dtype
         kernel = xavier_uniform(rngs.params(), in_dims, out_dims, param_dtype)
-        self.kernel = nnx.Param(kernel, logical_axes=logical_axes, num_in_dims=len(in_dims))
+        in_axes = tuple(range(len(in_dims)))
+        self.kernel = nnx.Param(kernel, logical_axes=logical_axes, num_in_dims=len(in_dims), int8_axes=in_axes)
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in logical_axes[len(in_dims) :])
         self.bias = nnx.Param(jnp.zeros(out_dims, param_dtype), logical_axes=bias_axes) if use_bias else None
 

@@ -67,6 +67,8 @@ class RecurrentCell(nnx.Module):
     A.2.2). The input's part of the gates can then be computed for all time steps at once, although the context depends
     on the state. Input and context kernels are Xavier-uniform. Recurrent kernels are orthogonal (Saxe et al. 2014), so
     that repeated products neither grow nor vanish at the start.
+
+    These kernels have no `int8_axes`, so they stay floats in a quantised model.
     """
 
     num_gates: int
