@@ -3,8 +3,10 @@
 import base64
 import dataclasses
 import functools
+import inspect
 import json
 import re
+import types
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -317,6 +319,11 @@ def test_a_model_without_attention_says_which_pictures_there_are():
     assert pictures_of(MODELS["recurrent"]) == (
         "A recurrent model has one cross-attention without heads, and no self-attention."
     )
+    other: Any = types.SimpleNamespace(has_attention=True)  # of a kind that this page does not know
+    without_attention: Any = types.SimpleNamespace(has_attention=False)
+    note_of = inspect.unwrap(pictures_of)  # without the check of types under pytest, as users call it
+    assert "recurrent" not in note_of(other) and "for every layer and head" in note_of(other)
+    assert "model.attention" not in note_of(without_attention)
     assert AttentionOptions().output == Path("attention.html")
 
 

@@ -25,6 +25,7 @@ from flax_transformer.experiment.plan_report import describe_plan, describe_rank
 from flax_transformer.experiment.plan_search import choices, rank_plans
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.experiment.step_estimate import axis_bandwidth, divisors, estimate_step
+from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.exchanges import LINKS
@@ -167,6 +168,14 @@ def test_rematerialisation_costs_a_forward_pass_and_saves_activations():
     plain, saved = (estimate_step(config, vocabulary, shape, "v5e:2x4") for config in (deep, again))
     assert saved.flops == pytest.approx(plain.flops * 4 / 3)
     assert saved.activation_bytes < plain.activation_bytes
+
+
+def test_the_estimate_of_a_model_that_is_no_transformer_has_its_parameters_alone():
+    model = RecurrentConfig(model_dim=16, hidden_dim=16, max_source_length=32, max_target_length=24)
+    one, two = (dataclasses.replace(SMALL, model=model, mesh=MeshConfig(4, 1, t)) for t in (1, 2))
+    vocabulary, shape = hardware_plan.vocabulary_of_recipe(SMALL), BatchShape(64, 32, 24)
+    assert estimate_step(one, vocabulary, shape, "v5e:2x4").state_bytes > 0
+    assert estimate_step(two, vocabulary, shape, "v5e:2x4").exchanged["tensor"] == 0.0
 
 
 def test_an_axis_inside_a_host_uses_its_links():

@@ -1,6 +1,7 @@
 """Properties of the whole model."""
 
 import functools
+import inspect
 from typing import Any
 
 import chex
@@ -260,6 +261,13 @@ def test_a_zero_start_is_refused_where_the_same_token_ends_an_output():
     build(other, zero_start=True)
     build(same)
     build(same, zero_start=True, share_embeddings="none")  # the output has a table of its own
+
+
+def test_a_configuration_without_a_model_is_refused():
+    unknown: Any = object()
+    build = inspect.unwrap(build_model)  # without the check of types under pytest, as users call it
+    with pytest.raises(TypeError, match="object has no model here. Add one to build_model"):
+        build(unknown, tiny.VOCABULARY, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.slow

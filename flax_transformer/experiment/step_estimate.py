@@ -1,7 +1,8 @@
 """Memory, work and exchanges of a train step by formula, without a compiler: for a first choice among many meshes.
 
 The formulas count the arrays that a Transformer's step keeps and moves. docs/scale/limits.md derives them, and compares
-them with compiled programs. A recurrent model gets the same formulas for its parameters, and none for its activations.
+them with compiled programs. A model of another kind, such as a recurrent one, gets the same formulas for its parameters
+and logits, and none for its layers. So its estimate is too low.
 
 Legend: D model dim, F feed-forward dim, N heads, V vocabulary, S source length, T target length, R rows of a device,
 P parameters, L layers, d, f, t sizes of the mesh axes data, fsdp and tensor.
@@ -64,6 +65,23 @@ class StepEstimate:
         return self.kernel_seconds + sum(self.exchange_seconds.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerEstimate:
+    """What the layers of a model add to a step, beside their parameters.
+
+    Attributes:
+        kept: elements of a device's activations that are kept for the backward pass.
+        made: elements of a device's activations that a forward pass makes.
+        attention_flops: operations of attention on all devices.
+        tensor_bytes: bytes that a device receives along "tensor".
+    """
+
+    kept: float
+    made: float
+    attention_flops: float
+    tensor_bytes: float
+
+
 def estimate_step(config: Config, vocabulary: VocabularyInfo, shape: BatchShape, topology: str) -> StepEstimate:
     """Returns what a train step needs on each device of a mesh whose sizes `config.mesh` all gives.
 
@@ -90,19 +108,19 @@ def estimate_step(config: Config, vocabulary: VocabularyInfo, shape: BatchShape,
 
     # --- Activations, elements of one device
     rows = shape.rows / (d * f)
-    kept, made = _kept_elements(config, shape, rows, t)
+    of_layers = _estimate_layers(config, shape, rows, t, width)
     again = 4 / 3 if getattr(config.model, "rematerialize", False) else 1.0  # a second forward pass
     logits = rows * shape.target_length * vocabulary.target_size / t
     micro = config.batching.gradient_accumulation_steps
     # Devices along "fsdp" gather all parameters, or one layer at a time if the layers are a loop.
     layers = _num_layers(config) if getattr(config.model, "scan_layers", False) else 1
     copies = width * own_params * max(1, f / layers)
-    activations = width * (kept + 2 * logits) / micro + 4 * own_params + copies
+    activations = width * (of_layers.kept + 2 * logits) / micro + 4 * own_params + copies
 
     # --- Work
     tokens = TokenCounts(shape.rows * shape.source_length, shape.rows * shape.target_length)
-    flops = (ModelFlops.of(info).total(tokens) + _attention_flops(config, shape)) * again / devices
-    moved = width * ACCESSES * (made * again + logits) + (UPDATE_BYTES + 3 * width * f) * own_params
+    flops = (ModelFlops.of(info).total(tokens) + of_layers.attention_flops) * again / devices
+    moved = width * ACCESSES * (of_layers.made * again + logits) + (UPDATE_BYTES + 3 * width * f) * own_params
 
     # --- Exchanges. Lookups and logits share a table, and each has a gradient of it.
     shared = getattr(config.model, "share_embeddings", "none") != "none"
@@ -110,7 +128,7 @@ def estimate_step(config: Config, vocabulary: VocabularyInfo, shape: BatchShape,
     exchanged = {
         "data": 2 * 4 * (own_params + table / (f * t)) * (d - 1) / d,
         "fsdp": ((2 * width + 4) * layout.num_parameters + 12 * table) / t * (f - 1) / f,
-        "tensor": _tensor_bytes(config, shape, rows, t, width) * again,
+        "tensor": of_layers.tensor_bytes * again,
     }
     speed = SPEEDS[topology.partition(":")[0]]
     peak = speed.peak if width == 2 else speed.float32_peak
@@ -126,16 +144,22 @@ def estimate_step(config: Config, vocabulary: VocabularyInfo, shape: BatchShape,
     )
 
 
-def _kept_elements(config: Config, shape: BatchShape, rows: float, t: int) -> tuple[float, float]:
+def _estimate_layers(config: Config, shape: BatchShape, rows: float, t: int, width: int) -> LayerEstimate:
+    """Returns the estimate for the layers of a Transformer; zeros for other models, whose layers have no formula."""
+    model = config.model
+    if not isinstance(model, TransformerConfig):
+        return LayerEstimate(0.0, 0.0, 0.0, 0.0)
+    kept, made = _kept_elements(model, shape, rows, t)
+    return LayerEstimate(kept, made, _attention_flops(model, shape), _tensor_bytes(model, shape, rows, t, width))
+
+
+def _kept_elements(model: TransformerConfig, shape: BatchShape, rows: float, t: int) -> tuple[float, float]:
     """Returns the activations of a device: those kept for the backward pass, and all that a forward pass makes.
 
     An encoder layer makes for each token 5 D that every tensor shard has: its input, and what residuals and norms read.
     It makes 4 D + F / t of its shard: query, key, value, context, hidden units. A decoder layer has a third sub-layer.
     A rematerialised layer keeps its input alone; while its gradient is computed, one layer keeps everything.
     """
-    model = config.model
-    if not isinstance(model, TransformerConfig):
-        return 0.0, 0.0
     dim, hidden, layers = model.model_dim, model.feed_forward_dim, (model.num_encoder_layers, model.num_decoder_layers)
     source, target = rows * shape.source_length, rows * shape.target_length
     encoder = source * (5 * dim + (4 * dim + hidden) / t)
@@ -149,20 +173,16 @@ def _num_layers(config: Config) -> int:
     return config.model.num_encoder_layers + config.model.num_decoder_layers
 
 
-def _attention_flops(config: Config, shape: BatchShape) -> float:
+def _attention_flops(model: TransformerConfig, shape: BatchShape) -> float:
     """Returns the operations of attention without parameters: two products of 2 D for each pair, forward, times 3."""
-    model = config.model
-    if not isinstance(model, TransformerConfig):
-        return 0.0
     s, t = shape.source_length, shape.target_length
     pairs = model.num_encoder_layers * s * s + model.num_decoder_layers * (t * t + t * s)
     return 12.0 * shape.rows * model.model_dim * pairs
 
 
-def _tensor_bytes(config: Config, shape: BatchShape, rows: float, t: int, width: int) -> float:
+def _tensor_bytes(model: TransformerConfig, shape: BatchShape, rows: float, t: int, width: int) -> float:
     """Returns the bytes of all-reduces along "tensor": one for each sub-layer and its input's gradient."""
-    model = config.model
-    if not isinstance(model, TransformerConfig) or t == 1:
+    if t == 1:
         return 0.0
     tokens = 2 * model.num_encoder_layers * shape.source_length + 3 * model.num_decoder_layers * shape.target_length
     return 2 * 2 * width * rows * tokens * model.model_dim * (t - 1) / t

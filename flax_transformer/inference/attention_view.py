@@ -30,6 +30,7 @@ from flax_transformer.inference.search_program import (
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import ModelConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import AttentionWeights
 from flax_transformer.models.transformer import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
@@ -71,11 +72,14 @@ def pictures_of(model: ModelConfig) -> str:
     """Returns a sentence about the pictures that a view of this model has."""
     if isinstance(model, TransformerConfig):
         return "Encoder, decoder and cross-attention are shown for every layer and head."
-    if model.has_attention:
+    if isinstance(model, RecurrentConfig) and model.has_attention:
         return "A recurrent model has one cross-attention without heads, and no self-attention."
+    if model.has_attention:
+        return "Each attention whose weights the model returns is shown, for every layer and head."
+    setting = " (model.attention: none)" if isinstance(model, RecurrentConfig) else ""
     return (
-        "This model has no attention (model.attention: none), so there are pictures of its token probabilities, its "
-        "n-best list and its beam alone."
+        f"This model has no attention{setting}, so there are pictures of its token probabilities, its n-best list and "
+        "its beam alone."
     )
 
 

@@ -76,6 +76,7 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
 
     Raises:
         ConfigError: `zero_start` would also zero the output row of the end token.
+        TypeError: no model belongs to the class of `config`.
 
     Example:
         >>> config = TransformerConfig(model_dim=8, num_heads=2, feed_forward_dim=8)
@@ -88,4 +89,9 @@ def build_model(config: ModelConfig, vocabulary: VocabularyInfo, *, rngs: nnx.Rn
     if isinstance(config, TransformerConfig):
         _check_zero_start(config, vocabulary)
         return Transformer(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
-    return RecurrentSeq2Seq(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
+    if isinstance(config, RecurrentConfig):
+        return RecurrentSeq2Seq(config, **sizes, start_token=vocabulary.start_token, rngs=rngs)
+    raise TypeError(
+        f"{type(config).__name__} has no model here. Add one to build_model (flax_transformer/models/build.py), "
+        "as docs/how_to/add_a_model.md shows."
+    )
