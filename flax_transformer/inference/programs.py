@@ -11,7 +11,7 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY
-from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
+from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, largest_shapes, run_on_workers
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request
@@ -218,6 +218,9 @@ class Programs:
 
         If the mesh spans processes, each process searches its share, and results come when all are there. With sharded
         parameters all processes search all requests together.
+
+        Raises:
+            ConfigError: a search needs more memory than a device has. Nothing has been searched then.
         """
         if spans_processes(self.parameters.mesh) and not self.parameters.sharded:
             return exchange_results(self._search(own_share(requests)))
@@ -227,11 +230,21 @@ class Programs:
         def launch(number: int, chunk: Chunk) -> Hypotheses:
             return self.launch([requests[index] for index in chunk.members], chunk.shape, number)
 
-        meshes = self.parameters.search_meshes
-        for chunk, hypotheses in run_on_workers(self.chunks(requests), len(meshes), launch):
+        meshes, chunks = self.parameters.search_meshes, self.chunks(requests)
+        self._compile_largest(chunks)
+        for chunk, hypotheses in run_on_workers(chunks, len(meshes), launch):
             rows = places(len(chunk.members), self.num_sentences, self.parameters.num_loops)
             for row, index in zip(rows, chunk.members, strict=True):
                 yield Found(index, hypotheses, row)
+
+    def _compile_largest(self, chunks: Sequence[Chunk]) -> None:
+        """Compiles the searches that may need the most memory, for the mesh that probably gets their first chunk."""
+        meshes, workers = self.parameters.search_meshes, {}
+        for turn, chunk in enumerate(chunks):
+            workers.setdefault(chunk.shape, turn % len(meshes))
+        for shape in largest_shapes(workers)[1:]:  # the very first chunk has the first one
+            number = workers[shape]
+            self.compiled(self.spec(shape), self.inputs([], shape, meshes[number]), number)
 
 
 def rounded_up(num_rows: int, mesh: Mesh) -> int:

@@ -209,7 +209,8 @@ class Translator:
 
         Raises:
             ConfigError: a setting is out of range, unknown or contradicts another. Or an argument is a string instead
-                of a list, a list of the wrong length, or has an item that is no text.
+                of a list, a list of the wrong length, or has an item that is no text. Or a search needs more memory
+                than a device has; nothing has been searched then.
         """
         if changes:
             other = self.with_decoding(changed(self.decoding, changes))
