@@ -1,32 +1,20 @@
 """All that can be seen of a translation: the attention of every layer and head, the n-best list, the beam's tree."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
-
-from flax_transformer.decoding import beam_search
-from flax_transformer.decoding.beam_state import BeamState
+from flax_transformer.decoding.beam_search import is_running
 from flax_transformer.decoding.beam_tree import BeamTree, TreeRecorder
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.attention_map import attention_weights
-from flax_transformer.inference.programs import ProgramOptions, Programs
+from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.requests import Request, check_call
 from flax_transformer.inference.results import ResultReader
-from flax_transformer.inference.search_program import (
-    SearchConfig,
-    SearchInputs,
-    decoder_functions,
-    make_processors,
-    model_functions,
-    scoring,
-)
+from flax_transformer.inference.stepped_search import SteppedSearch
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import ModelConfig
@@ -182,33 +170,10 @@ def _view(
 
 def _searched(translator: Translator, request: Request, num_hypotheses: int) -> tuple[Hypotheses, TreeRecorder]:
     """Returns the results of a search, as arrays of NumPy, and its recorded steps."""
-    programs: Programs = translator.programs(translator.requests, num_hypotheses, translator.model.has_attention)
-    parameters, spec = translator.parameters, programs.spec(request.shape)
-    mesh, (graphdef, params) = parameters.search_meshes[0], parameters.prepared()[0]
-    inputs, recorder = programs.inputs([request], request.shape, mesh), TreeRecorder()
-    with jax.set_mesh(mesh):
-        state = _start(graphdef, spec, params, inputs)
-        while beam_search.is_running(state):
-            state = _advance(graphdef, spec, params, inputs, state)
-            recorder.add(state)
-        found = _finish(spec, state)
-    found = found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
-    return jax.tree.map(np.asarray, found), recorder
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> BeamState:
-    functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    processors = make_processors(spec, inputs)
-    return beam_search.start(functions, spec.beam, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _advance(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs, state: BeamState) -> BeamState:
-    functions, _ = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    return beam_search.advance(functions, spec.beam, state, 1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(spec: SearchConfig, state: BeamState) -> Hypotheses:
-    return beam_search.finish(spec.beam, state)
+    programs = translator.programs(translator.requests, num_hypotheses, translator.model.has_attention)
+    search, recorder = SteppedSearch.of(programs, [request]), TreeRecorder()
+    state = search.start()
+    while is_running(state):
+        state = search.advance(state, 1)
+        recorder.add(state)
+    return search.finish(state), recorder
