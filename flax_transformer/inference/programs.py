@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from flax_transformer.config.recipe import DecodingConfig
+from flax_transformer.data.tokenizer import SpecialIds
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
@@ -14,7 +16,7 @@ from flax_transformer.decoding.logits_processors import ANY
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, largest_shapes, run_on_workers
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.parameters import Parameters, shapes_of
-from flax_transformer.inference.requests import Request
+from flax_transformer.inference.requests import Request, num_awaited, num_beams
 from flax_transformer.inference.search_program import SearchConfig, SearchInputs, traced_search
 from flax_transformer.inference.shares import Found, exchange_results, own_share
 from flax_transformer.parallel.memory import compile_checked
@@ -42,6 +44,37 @@ class ProgramOptions:
         return max(1, num_slots // self.refill_share)
 
 
+def beam_search_config(
+    decoding: DecodingConfig,
+    special: SpecialIds,
+    num_hypotheses: int,
+    num_slots: int,
+    max_length: int,
+    options: ProgramOptions,
+) -> BeamSearchConfig:
+    """Returns the static settings of a translator's beam search.
+
+    Args:
+        decoding: settings of the search.
+        special: special ids of the target.
+        num_hypotheses: most outputs for each sentence.
+        num_slots, max_length: see `BeamSearchConfig`.
+        options: sizes of the program.
+    """
+    return BeamSearchConfig(
+        beam_size=num_beams(decoding, num_hypotheses),
+        num_slots=num_slots,
+        max_length=max_length,
+        start_token=special.start,
+        end_token=special.end,
+        length_penalty=LengthPenalty.parse(decoding.length_penalty),
+        stop=decoding.stop,
+        num_awaited=num_awaited(decoding, num_hypotheses),
+        refill_at=options.refill_at(num_slots),
+        excluded=tuple(sorted(special.never_in_outputs)),
+    )
+
+
 @dataclass(frozen=True)
 class Programs:
     """The search programs for one set of settings.
@@ -49,16 +82,14 @@ class Programs:
     Attributes:
         parameters: parameters of the model on its devices, with the programs compiled so far.
         constraints: settings, tokenizer and limits of the outputs.
-        num_beams: number of hypotheses that are kept, or drawn, for each sentence.
-        num_awaited: number of finished hypotheses that a beam search waits for.
+        num_hypotheses: most outputs for each sentence.
         attention: whether the attention over the source is returned.
         options: sizes of the programs.
     """
 
     parameters: Parameters
     constraints: Constraints
-    num_beams: int
-    num_awaited: int
+    num_hypotheses: int
     attention: bool
     options: ProgramOptions = ProgramOptions()
 
@@ -81,28 +112,24 @@ class Programs:
     def spec(self, shape: Shape) -> SearchConfig:
         """Returns the static settings of a search for requests of one shape."""
         constraints, decoding = self.constraints, self.constraints.decoding
-        slots, special = self.batch_size // self.parameters.num_loops, constraints.target.special
+        beam = beam_search_config(
+            decoding,
+            constraints.target.special,
+            num_hypotheses=self.num_hypotheses,
+            num_slots=self.batch_size // self.parameters.num_loops,
+            max_length=constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
+            options=self.options,
+        )
         return SearchConfig(
-            BeamSearchConfig(
-                self.num_beams,
-                slots,
-                constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
-                special.start,
-                special.end,
-                LengthPenalty.parse(decoding.length_penalty),
-                decoding.stop,
-                self.num_awaited,
-                refill_at=self.options.refill_at(slots),
-                excluded=tuple(sorted(special.never_in_outputs)),
-            ),
-            decoding.sampling,
-            decoding.no_repeat_ngram,
-            decoding.repetition_penalty,
-            tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
-            decoding.force_eos,
-            decoding.coverage_penalty,
-            self.attention,
-            self.parameters.num_models,
+            beam=beam,
+            sampling=decoding.sampling,
+            no_repeat_ngram=decoding.no_repeat_ngram,
+            repetition_penalty=decoding.repetition_penalty,
+            suppress_sequences=tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
+            force_eos=decoding.force_eos,
+            coverage_penalty=decoding.coverage_penalty,
+            keep_attention=self.attention,
+            num_models=self.parameters.num_models,
         )
 
     def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:

@@ -302,7 +302,16 @@ def search(
     with `spec.beam.num_slots` slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
-    split = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())
+    split = SearchInputs(
+        tokens=rows,
+        segments=rows,
+        max_lengths=rows,
+        min_lengths=rows,
+        prefixes=rows,
+        required=rows,
+        seeds=rows,
+        suppressed=jax.P(),
+    )
     return jax.shard_map(
         functools.partial(search_in_loop, graphdef, spec),
         mesh=mesh,

@@ -16,7 +16,7 @@ from flax_transformer.inference.ensemble import open_ensemble, restore_ensemble
 from flax_transformer.inference.parameters import Parameters, must_be_sharded, stacked_shardings
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
-from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
+from flax_transformer.inference.requests import Request, RequestReader, check_call
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
@@ -172,14 +172,7 @@ class Translator:
 
     def programs(self, requests: RequestReader, num_hypotheses: int = 1, attention: bool = False) -> Programs:
         """Returns the search programs for a reader's requests. For the other arguments see `translate`."""
-        return Programs(
-            self.parameters,
-            requests.constraints,
-            num_beams(self.decoding, num_hypotheses),
-            num_awaited(self.decoding, num_hypotheses),
-            attention,
-            self.options,
-        )
+        return Programs(self.parameters, requests.constraints, num_hypotheses, attention, self.options)
 
     def translate(
         self,
