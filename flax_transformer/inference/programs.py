@@ -15,6 +15,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, largest_shapes, run_on_workers
 from flax_transformer.inference.constraints import Constraints
+from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.parameters import Parameters, shapes_of
 from flax_transformer.inference.requests import Request, num_awaited, num_beams
 from flax_transformer.inference.search_program import SearchConfig, SearchInputs, traced_search
@@ -141,14 +142,13 @@ class Programs:
             mesh: devices that run the search.
         """
         rows, decoding = self.num_sentences, self.constraints.decoding
-        tokens, segments = np.zeros((2, rows, shape.source), np.int32)
+        order = places(len(requests), rows, self.parameters.num_loops)
+        tokens, _, segments = padded_sentences([request.source for request in requests], rows, shape.source, order)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds = np.zeros(rows, np.int32)
         prefixes = np.full((rows, shape.prefix), ANY, np.int32)
         required = np.full((rows, shape.phrases, shape.phrase), ANY, np.int32)
-        for row, request in zip(places(len(requests), rows, self.parameters.num_loops), requests, strict=True):
-            tokens[row, : len(request.source)] = request.source
-            segments[row, : len(request.source)] = 1
+        for row, request in zip(order, requests, strict=True):
             max_lengths[row] = request.max_length
             min_lengths[row] = decoding.min_length + 1
             seeds[row] = request.seed

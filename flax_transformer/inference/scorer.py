@@ -18,8 +18,9 @@ from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import DivergenceError, InputError, as_texts, shown
 from flax_transformer.inference.chunks import length_bucket
+from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.requests import encode_each, is_cut
-from flax_transformer.inference.search_program import ALL_AXES
+from flax_transformer.inference.search_program import ALL_AXES, log_of_mean
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 from flax_transformer.parallel.placement import fetch, put
@@ -118,7 +119,7 @@ def _token_log_probs_of(
 
     if num_models == 1:
         return of_model(params)
-    return jax.nn.logsumexp(jax.vmap(of_model)(params), axis=0) - jnp.log(jnp.float32(num_models))
+    return log_of_mean(jax.vmap(of_model)(params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -276,14 +277,8 @@ class Scorer:
         return PairScore(log_prob / divisor, log_prob, pieces, token_scores.tolist(), truncated)
 
     def _batch(self, sources: list[list[int]], targets: list[list[int]], shape: tuple[int, int]) -> Batch:
-        def side(sentences: list[list[int]], length: int) -> list[np.ndarray]:
-            tokens, segments = np.zeros((2, self.translator.batch_size, length), np.int32)
-            for row, ids in enumerate(sentences):
-                tokens[row, : len(ids)] = ids
-                segments[row, : len(ids)] = 1
-            positions = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape))
-            return [tokens, positions, segments]
-
         mesh, sharded = self.translator.mesh, self.translator.parameters.sharded
         sharding = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
-        return Batch(*(put(a, sharding) for a in (*side(sources, shape[0]), *side(targets, shape[1]))))
+        num_rows = self.translator.batch_size
+        source, target = padded_sentences(sources, num_rows, shape[0]), padded_sentences(targets, num_rows, shape[1])
+        return Batch(*(put(array, sharding) for array in (*source, *target)))

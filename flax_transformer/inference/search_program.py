@@ -96,6 +96,11 @@ class ModelFunctions:
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
+def log_of_mean(log_probs: Float[Array, "E *rest"]) -> Float[Array, "*rest"]:
+    """Returns the logarithm of the mean of an ensemble's probabilities."""
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(log_probs.shape[0]))
+
+
 def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunctions:
     """Returns the functions of a model, or of an ensemble, which averages its models' probabilities.
 
@@ -135,8 +140,7 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
             return jax.nn.log_softmax(output.logits), output.attention, state
 
         log_probs, attention, state = jax.vmap(of, in_axes=(0, axes), out_axes=(0, 0, axes))(params, state)
-        mean = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(num_models))
-        return mean, jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
+        return log_of_mean(log_probs), jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
 
     return ModelFunctions(encode, start, step)
 
