@@ -257,7 +257,7 @@ def scoring(spec: SearchConfig, inputs: SearchInputs) -> tuple[LexicalConstraint
     """Returns the selector of candidates and the score adjustment that the settings ask for."""
     constraints = None
     if inputs.required.shape[1]:
-        constraints = LexicalConstraints(inputs.required, spec.beam.end_token, spec.beam.excluded)
+        constraints = LexicalConstraints(inputs.required, spec.beam.end_token)
     return constraints, CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
 
 
