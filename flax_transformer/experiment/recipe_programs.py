@@ -104,7 +104,7 @@ class RecipePrograms:
         Raises:
             ConfigError: the mesh does not divide the rows, or sharded parameters.
         """
-        decoding, mesh, options = self.config.decoding.with_method("beam"), self.mesh, ProgramOptions()
+        decoding, mesh, options = self.config.decoding, self.mesh, ProgramOptions()
         check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
         slots = decoding.batch_size if sharded else decoding.batch_size // mesh.size
         special = learnt_kind(self.config.tokenizer).special_ids(self.config.tokenizer)
@@ -115,7 +115,7 @@ class RecipePrograms:
         rows = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
         inputs = self._inputs(options.sentences_per_row * decoding.batch_size, source_length, rows)
         graphdef, params = self.prepared(sharded)
-        return traced_search(graphdef, SearchConfig(beam=beam), mesh, params, inputs, sharded)
+        return traced_search(graphdef, SearchConfig(method=beam), mesh, params, inputs, sharded)
 
     def search(self, source_length: int, max_length: int, sharded: bool = False) -> Program:
         """Returns the beam search of sentences of one length, compiled. The arguments are those of `traced_search`.

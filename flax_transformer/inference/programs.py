@@ -13,6 +13,7 @@ from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY
+from flax_transformer.decoding.sampling import SamplingConfig
 from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, largest_shapes, run_on_workers
 from flax_transformer.inference.constraints import Constraints
 from flax_transformer.inference.padding import padded_sentences
@@ -63,7 +64,7 @@ def beam_search_config(
         options: sizes of the program.
     """
     return BeamSearchConfig(
-        beam_size=num_beams(decoding, num_hypotheses),
+        beam_size=decoding.beam_size,
         num_slots=num_slots,
         max_length=max_length,
         start_token=special.start,
@@ -113,17 +114,8 @@ class Programs:
     def spec(self, shape: Shape) -> SearchConfig:
         """Returns the static settings of a search for requests of one shape."""
         constraints, decoding = self.constraints, self.constraints.decoding
-        beam = beam_search_config(
-            decoding,
-            constraints.target.special,
-            num_hypotheses=self.num_hypotheses,
-            num_slots=self.batch_size // self.parameters.num_loops,
-            max_length=constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
-            options=self.options,
-        )
         return SearchConfig(
-            beam=beam,
-            sampling=decoding.sampling,
+            method=self._method(constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase)),
             no_repeat_ngram=decoding.no_repeat_ngram,
             repetition_penalty=decoding.repetition_penalty,
             suppress_sequences=tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
@@ -131,6 +123,22 @@ class Programs:
             coverage_penalty=decoding.coverage_penalty,
             keep_attention=self.attention,
             num_models=self.parameters.num_models,
+        )
+
+    def _method(self, max_length: int) -> BeamSearchConfig | SamplingConfig:
+        """Returns the settings of a beam search or of sampling, for outputs of at most `max_length` tokens."""
+        decoding, special = self.constraints.decoding, self.constraints.target.special
+        if decoding.sampling is None:
+            slots = self.batch_size // self.parameters.num_loops
+            return beam_search_config(decoding, special, self.num_hypotheses, slots, max_length, self.options)
+        return SamplingConfig(
+            num_samples=num_beams(decoding, self.num_hypotheses),
+            max_length=max_length,
+            start_token=special.start,
+            end_token=special.end,
+            length_penalty=LengthPenalty.parse(decoding.length_penalty),
+            token=decoding.sampling,
+            excluded=tuple(sorted(special.never_in_outputs)),
         )
 
     def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:
@@ -172,8 +180,6 @@ class Programs:
         """Returns [vocabulary], True for tokens that no output may contain; an empty array if all are allowed."""
         target, decoding = self.constraints.target, self.constraints.decoding
         ids = set(self.constraints.suppress_tokens.values())
-        if decoding.method == "sampling":  # a beam search excludes them by itself
-            ids |= target.special.never_in_outputs
         if decoding.suppress_unknown and target.special.unknown is not None:
             ids.add(target.special.unknown)
         suppressed = np.zeros(target.vocab_size if ids else 0, bool)
@@ -192,7 +198,7 @@ class Programs:
         Raises:
             ConfigError: the search needs more memory than a device has.
         """
-        parameters, beam = self.parameters, spec.beam
+        parameters = self.parameters
         num_rows = rounded_up(self.constraints.decoding.batch_size, parameters.mesh)
         mesh, sharded = parameters.search_meshes[number], parameters.sharded
         graphdef, params = parameters.prepared()[number]
@@ -202,8 +208,8 @@ class Programs:
             parameters.programs[key] = compile_checked(
                 traced_search(graphdef, spec, mesh, *arguments, sharded=sharded).lower(),
                 parameters.mesh,
-                f"a search of {num_rows} sentences at a time, with {beam.beam_size} hypotheses of at most "
-                f"{beam.max_length} tokens for each,",
+                f"a search of {num_rows} sentences at a time, with {spec.num_beams} hypotheses of at most "
+                f"{spec.method.max_length} tokens for each,",
                 "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_size, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
                 reserved_bytes=reserved_bytes + parameters.num_bytes,

@@ -38,8 +38,7 @@ class SearchConfig:
     """Static settings of a search. One program is compiled for each `SearchConfig` and each shape of the inputs.
 
     Attributes:
-        beam: sizes, tokens and length penalty; also for sampling.
-        sampling: how tokens are drawn; None is beam search.
+        method: settings of the beam search, or of sampling.
         no_repeat_ngram: size of n-grams that may occur only once; 0 allows all.
         repetition_penalty: factor on log-probabilities of tokens that have occurred, at least 1.
         suppress_sequences: ids of each suppressed phrase.
@@ -50,8 +49,7 @@ class SearchConfig:
         num_models: number of an ensemble's models, E.
     """
 
-    beam: BeamSearchConfig
-    sampling: SamplingConfig | None = None
+    method: BeamSearchConfig | SamplingConfig
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
     suppress_sequences: tuple[tuple[int, ...], ...] = ()
@@ -59,6 +57,11 @@ class SearchConfig:
     coverage_penalty: float = 0.0
     keep_attention: bool = False
     num_models: int = 1
+
+    @property
+    def num_beams(self) -> int:
+        """The number of hypotheses that are kept, or drawn, for each sentence, K."""
+        return self.method.beam_size if isinstance(self.method, BeamSearchConfig) else self.method.num_samples
 
 
 @array_tree
@@ -107,8 +110,8 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
     The parameters are those of `prepare_for_inference`. Arrays of an ensemble's encoder output and state have a model
     axis after their leading [B] or [B, K].
     """
-    beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
-    if num_models == 1:
+    sizes = spec.num_beams, spec.method.max_length, isinstance(spec.method, BeamSearchConfig)  # samples stay in place
+    if spec.num_models == 1:
         model = nnx.merge(graphdef, params)
 
         def one_step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
@@ -116,7 +119,7 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
             return output.logits, output.attention, state
 
         def one_start(encoded: EncoderOutput) -> DecodeState:
-            return model.init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
+            return model.init_decode_state(encoded, *sizes)
 
         return ModelFunctions(model.encode, one_start, one_step)
 
@@ -130,7 +133,7 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
 
     def start(encoded: EncoderOutput) -> DecodeState:
         def of(params: Any, encoded: EncoderOutput) -> DecodeState:
-            return nnx.merge(graphdef, params).init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
+            return nnx.merge(graphdef, params).init_decode_state(encoded, *sizes)
 
         return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, encoded)
 
@@ -241,13 +244,13 @@ def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsPro
     if inputs.suppressed.shape[0]:
         asked.append(logits_processors.SuppressTokens(inputs.suppressed))
     if inputs.min_lengths.shape[0]:
-        asked.append(logits_processors.MinLength(inputs.min_lengths, spec.beam.end_token))
+        asked.append(logits_processors.MinLength(inputs.min_lengths, spec.method.end_token))
     if spec.no_repeat_ngram:
         asked.append(logits_processors.NoRepeatNgram(spec.no_repeat_ngram))
     if spec.suppress_sequences:
         asked.append(logits_processors.SuppressSequences.of(spec.suppress_sequences))
     if spec.force_eos and not inputs.required.shape[1]:
-        asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.beam.end_token))
+        asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.method.end_token))
     if inputs.prefixes.shape[1]:
         return (logits_processors.ForcePrefix(inputs.prefixes, tuple(asked)),)
     return tuple(asked)
@@ -257,15 +260,16 @@ def scoring(spec: SearchConfig, inputs: SearchInputs) -> tuple[LexicalConstraint
     """Returns the selector of candidates and the score adjustment that the settings ask for."""
     constraints = None
     if inputs.required.shape[1]:
-        constraints = LexicalConstraints(inputs.required, spec.beam.end_token)
+        constraints = LexicalConstraints(inputs.required, spec.method.end_token)
     return constraints, CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
 
 
 def decoder_functions(
     model: ModelFunctions, spec: SearchConfig, inputs: SearchInputs
 ) -> tuple[DecoderFunctions, SlotState]:
-    """Returns the decoder functions of a model, and a state of empty slots."""
-    empty, refill = slot_functions(model, inputs, spec.beam.num_slots)
+    """Returns the decoder functions of a model, and a state of empty slots. For sampling each sentence has a slot."""
+    slots = spec.method.num_slots if isinstance(spec.method, BeamSearchConfig) else inputs.tokens.shape[0]
+    empty, refill = slot_functions(model, inputs, slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
     def step(tokens: jax.Array, state: SlotState) -> tuple[jax.Array, Any, SlotState]:
@@ -284,15 +288,14 @@ def search_in_loop(graphdef: Any, spec: SearchConfig, params: Any, inputs: Searc
 
     Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
     """
-    beam = spec.beam
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
     processors = make_processors(spec, inputs)
-    if spec.sampling is not None:
-        slots = jnp.arange(beam.num_slots)
+    if isinstance(spec.method, SamplingConfig):
+        slots = jnp.arange(inputs.tokens.shape[0])
         filled = functions.refill(empty, slots >= 0, slots)
-        found = sample(functions, beam, spec.sampling, filled, inputs.max_lengths, inputs.seeds, processors)
+        found = sample(functions, spec.method, filled, inputs.max_lengths, inputs.seeds, processors)
     else:
-        found = beam_search(functions, beam, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
+        found = beam_search(functions, spec.method, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 
@@ -303,7 +306,7 @@ def search(
     """Searches on every device of a mesh. JAX traces it once for all translators that differ in parameters alone.
 
     Sentences are split over all axes of the mesh, and every device has all parameters. Each device runs its own loop
-    with `spec.beam.num_slots` slots. No device waits for another.
+    with its own slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
     split = SearchInputs(
@@ -327,7 +330,7 @@ def search(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def sharded_search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Searches on all devices of the mesh in context together, in one loop with `spec.beam.num_slots` slots.
+    """Searches on all devices of the mesh in context together, in one loop.
 
     The parameters have the shardings of `prepared_shardings`, and the compiler partitions the program. Slots are split
     over the axis "data". Every device gets all results.

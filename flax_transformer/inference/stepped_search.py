@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from flax_transformer.decoding import beam_search
+from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.beam_state import BeamState
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.errors import ConfigError
@@ -81,7 +82,7 @@ class SteppedSearch:
                 "the translator with a mesh of one device."
             )
         (shape,), (mesh,) = shapes, parameters.search_meshes
-        if (spec := programs.spec(shape)).sampling is not None:
+        if not isinstance((spec := programs.spec(shape)).method, BeamSearchConfig):
             raise ConfigError("a search in steps is a beam search, got decoding.method: sampling. Set it to beam.")
         graphdef, params = parameters.prepared()[0]
         return cls(mesh, graphdef, spec, params, programs.inputs(requests, shape, mesh))
@@ -108,7 +109,7 @@ class SteppedSearch:
 def _start(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> BeamState:
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
     processors = make_processors(spec, inputs)
-    return beam_search.start(functions, spec.beam, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
+    return beam_search.start(functions, _beam(spec), empty, inputs.max_lengths, processors, *scoring(spec, inputs))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -121,9 +122,14 @@ def _advance(
     max_steps: Int[Array, ""],
 ) -> BeamState:
     functions, _ = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    return beam_search.advance(functions, spec.beam, state, max_steps)
+    return beam_search.advance(functions, _beam(spec), state, max_steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _finish(spec: SearchConfig, state: BeamState) -> Hypotheses:
-    return beam_search.finish(spec.beam, state)
+    return beam_search.finish(_beam(spec), state)
+
+
+def _beam(spec: SearchConfig) -> BeamSearchConfig:
+    assert isinstance(spec.method, BeamSearchConfig), "`SteppedSearch.of` refuses sampling"
+    return spec.method
