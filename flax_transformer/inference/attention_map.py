@@ -13,6 +13,7 @@ from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.inference.chunks import length_bucket
 from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.translator import Translator
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.models.seq2seq import AttentionWeights
 from flax_transformer.parallel.placement import fetch
 from flax_transformer.shapes import Batch
@@ -76,5 +77,5 @@ def attention_weights(translator: Translator, source: Sequence[int], target: Seq
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attention_weights(graphdef: Any, params: Any, batch: Batch) -> AttentionWeights:
+def _attention_weights(graphdef: GraphDef, params: Params, batch: Batch) -> AttentionWeights:
     return nnx.merge(graphdef, params).attention_weights(batch)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.nn.embedding import Embedding
 from flax_transformer.nn.layer_stack import LayerStack
 from flax_transformer.nn.linear import Linear
@@ -34,12 +35,14 @@ class InferenceParams(NamedTuple):
         params: its parameters; `nnx.merge(graphdef, params)` gives the model.
     """
 
-    graphdef: Any
-    params: Any
+    graphdef: GraphDef
+    params: Params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="sharded")
-def prepare_for_inference(graphdef: Any, num_models: int, params: Any, sharded: bool = False) -> InferenceParams:
+def prepare_for_inference(
+    graphdef: GraphDef, num_models: int, params: Params, sharded: bool = False
+) -> InferenceParams:
     """Returns the parameters as a search reads them on the platform of the mesh in context.
 
     Args:
@@ -49,7 +52,7 @@ def prepare_for_inference(graphdef: Any, num_models: int, params: Any, sharded: 
         sharded: see `prepared_model`.
     """
 
-    def prepare(params: Any) -> InferenceParams:
+    def prepare(params: Params) -> InferenceParams:
         return InferenceParams(*nnx.split(prepared_model(nnx.merge(graphdef, params), sharded)))
 
     return prepare(params) if num_models == 1 else jax.vmap(prepare)(params)
@@ -110,14 +113,14 @@ def _cast(weights: Any, dtype: jnp.dtype) -> Any:
     return weights if isinstance(weights, Int8Weights) or weights.dtype == dtype else weights.astype(dtype)
 
 
-def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
+def quantized_params(graphdef: GraphDef, num_models: int, params: Params) -> Params:
     """Returns parameters with 8-bit integers for the weights of every `Linear` and `Embedding`.
 
     Biases, norms, positions, and the gates of recurrent cells stay floats. An embedding table has a scale for each
     token. The arguments are those of `prepare_for_inference`.
     """
 
-    def of_model(params: Any) -> Any:
+    def of_model(params: Params) -> Params:
         model: Any = nnx.merge(graphdef, params)
         for _, module in list(nnx.iter_modules(model)):
             if isinstance(module, Linear):
@@ -132,6 +135,6 @@ def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
     return of_model(params) if num_models == 1 else jax.vmap(of_model)(params)
 
 
-def is_quantized(params: Any) -> bool:
+def is_quantized(params: Params) -> bool:
     """Returns whether any parameter is an array of 8-bit integers."""
     return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params))

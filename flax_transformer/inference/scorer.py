@@ -22,6 +22,7 @@ from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.requests import encode_each, is_cut
 from flax_transformer.inference.search_program import ALL_AXES, log_of_mean
 from flax_transformer.inference.translator import Translator
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 from flax_transformer.parallel.placement import fetch, put
 from flax_transformer.parallel.sharding_rules import stationary_weights
@@ -95,7 +96,7 @@ def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
 
 
 def _token_log_probs_of(
-    graphdef: Any, num_models: int, params: Any, batch: Batch, axis: Literal[0, 1] = 0
+    graphdef: GraphDef, num_models: int, params: Params, batch: Batch, axis: Literal[0, 1] = 0
 ) -> Float[Array, "B T"]:
     """Returns the log-probability of each target token under teacher forcing.
 
@@ -103,7 +104,7 @@ def _token_log_probs_of(
     for one entry of `axis` of [B, T] at a time, since [B, T, V] is large.
     """
 
-    def of_model(params: Any) -> Float[Array, "B T"]:
+    def of_model(params: Params) -> Float[Array, "B T"]:
         model = nnx.merge(graphdef, params)
         projection = model.output_projection()
 
@@ -123,13 +124,15 @@ def _token_log_probs_of(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _token_log_probs(graphdef: Any, num_models: int, mesh: Mesh, params: Any, batch: Batch) -> Float[Array, "B T"]:
+def _token_log_probs(
+    graphdef: GraphDef, num_models: int, mesh: Mesh, params: Params, batch: Batch
+) -> Float[Array, "B T"]:
     rows, function = jax.P(ALL_AXES), functools.partial(_token_log_probs_of, graphdef, num_models)
     return jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)(params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sharded_token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
+def _sharded_token_log_probs(graphdef: GraphDef, num_models: int, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """Returns the same with parameters that are split over the mesh in context. Rows are split over "data"."""
     with stationary_weights():  # a row belongs to one part of the mesh, and a position to all
         return _token_log_probs_of(graphdef, num_models, params, batch, axis=1)

@@ -26,6 +26,7 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.lexical_constraints import LexicalConstraints
 from flax_transformer.decoding.logits_processors import LogitsProcessor
 from flax_transformer.decoding.sampling import SamplingConfig, sample
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, reorder_beams
 from flax_transformer.parallel.sharding_rules import stationary_weights
 from flax_transformer.shapes import array_tree, static_field
@@ -104,7 +105,7 @@ def log_of_mean(log_probs: Float[Array, "E *rest"]) -> Float[Array, "*rest"]:
     return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(log_probs.shape[0]))
 
 
-def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunctions:
+def model_functions(graphdef: GraphDef, params: Params, spec: SearchConfig) -> ModelFunctions:
     """Returns the functions of a model, or of an ensemble, which averages its models' probabilities.
 
     The parameters are those of `prepare_for_inference`. Arrays of an ensemble's encoder output and state have a model
@@ -126,19 +127,19 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
     axes = DecodeState(per_sentence=1, per_beam=2, append_only=1, positions=None)  # the model axis
 
     def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> EncoderOutput:
-        def of(params: Any) -> EncoderOutput:
+        def of(params: Params) -> EncoderOutput:
             return nnx.merge(graphdef, params).encode(tokens, positions, segments)
 
         return jax.vmap(of, out_axes=1)(params)
 
     def start(encoded: EncoderOutput) -> DecodeState:
-        def of(params: Any, encoded: EncoderOutput) -> DecodeState:
+        def of(params: Params, encoded: EncoderOutput) -> DecodeState:
             return nnx.merge(graphdef, params).init_decode_state(encoded, *sizes)
 
         return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, encoded)
 
     def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
-        def of(params: Any, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
+        def of(params: Params, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
             output, state = nnx.merge(graphdef, params).decode_step(tokens, state)
             return jax.nn.log_softmax(output.logits), output.attention, state
 
@@ -283,7 +284,7 @@ def decoder_functions(
     return DecoderFunctions(step, reorder, refill), empty
 
 
-def search_in_loop(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+def search_in_loop(graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> Hypotheses:
     """Returns the outputs of the sentences of one loop, with the parameters of `prepare_for_inference`.
 
     Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
@@ -301,7 +302,7 @@ def search_in_loop(graphdef: Any, spec: SearchConfig, params: Any, inputs: Searc
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def search(
-    graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Any, inputs: SearchInputs
+    graphdef: GraphDef, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Params, inputs: SearchInputs
 ) -> Hypotheses:
     """Searches on every device of a mesh. JAX traces it once for all translators that differ in parameters alone.
 
@@ -329,7 +330,7 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def sharded_search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+def sharded_search(graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> Hypotheses:
     """Searches on all devices of the mesh in context together, in one loop.
 
     The parameters have the shardings of `prepared_shardings`, and the compiler partitions the program. Slots are split
@@ -341,7 +342,12 @@ def sharded_search(graphdef: Any, spec: SearchConfig, params: Any, inputs: Searc
 
 
 def traced_search(
-    graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Any, inputs: SearchInputs, sharded: bool
+    graphdef: GraphDef,
+    spec: SearchConfig,
+    mesh: Mesh | AbstractMesh,
+    params: Params,
+    inputs: SearchInputs,
+    sharded: bool,
 ) -> Traced:
     """Returns `sharded_search` or `search`, traced for a mesh. The arguments may be shapes with shardings."""
     if not sharded:

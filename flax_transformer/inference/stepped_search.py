@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from flax_transformer.inference.search_program import (
     model_functions,
     scoring,
 )
+from flax_transformer.models.parameters import GraphDef, Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +56,9 @@ class SteppedSearch:
     """
 
     mesh: Mesh
-    graphdef: Any
+    graphdef: GraphDef
     spec: SearchConfig
-    params: Any
+    params: Params
     inputs: SearchInputs
 
     @classmethod
@@ -106,7 +106,7 @@ class SteppedSearch:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> BeamState:
+def _start(graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> BeamState:
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
     processors = make_processors(spec, inputs)
     return beam_search.start(functions, _beam(spec), empty, inputs.max_lengths, processors, *scoring(spec, inputs))
@@ -114,9 +114,9 @@ def _start(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs)
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _advance(
-    graphdef: Any,
+    graphdef: GraphDef,
     spec: SearchConfig,
-    params: Any,
+    params: Params,
     inputs: SearchInputs,
     state: BeamState,
     max_steps: Int[Array, ""],

@@ -20,6 +20,7 @@ from flax_transformer.inference.requests import Request, RequestReader, check_ca
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
+from flax_transformer.models.parameters import Params
 from flax_transformer.object_storage import AnyPath
 from flax_transformer.parallel.mesh import search_meshes
 from flax_transformer.parallel.placement import local_mesh, placed, replicated
@@ -57,7 +58,7 @@ class Translator:
         cls,
         model: ModelConfig,
         tokenizers: TokenizerPair,
-        params: Any,
+        params: Params,
         decoding: DecodingConfig,
         mesh: Mesh,
         num_models: int = 1,
@@ -133,7 +134,7 @@ class Translator:
         made = cls.from_params(*of_run, len(folders), side_by_side=True, sharded=sharded)
         return made.quantized() if quantize == "int8" else made
 
-    def with_params(self, params: Any) -> "Translator":
+    def with_params(self, params: Params) -> "Translator":
         """Returns a translator with other parameters of the same shapes. It shares the compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
         return dataclasses.replace(self, parameters=self.parameters.with_params(params))
@@ -150,7 +151,7 @@ class Translator:
         return dataclasses.replace(self, decoding=decoding)
 
     @property
-    def params(self) -> Any:
+    def params(self) -> Params:
         """The parameters, with a copy on every device or split over them. Those of an ensemble's models are stacked."""
         return self.parameters.params
 
