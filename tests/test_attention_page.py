@@ -23,7 +23,7 @@ from flax_transformer.decoding.beam_tree import BeamNode, BeamTree
 from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference import attention_view
 from flax_transformer.inference.attention_view import AttentionView, attention_views, pictures_of
-from flax_transformer.inference.translation import Hypothesis, Translation
+from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.recurrent import RecurrentConfig
 from flax_transformer.models.seq2seq import AttentionWeights
@@ -44,7 +44,7 @@ def translator(one_device) -> Translator:
 
 @pytest.fixture(scope="module")
 def views(translator) -> list[AttentionView]:
-    return attention_views(translator, ALIKE[:2])
+    return [each for each in attention_views(translator, ALIKE[:2]) if isinstance(each, AttentionView)]
 
 
 def view_of(source: list[str], target: list[str]) -> AttentionView:
@@ -289,7 +289,9 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, run, tmp_path):
         return err
 
     of_run, to = ("--run", str(run)), ("--output", str(output))
-    assert "has no token, so there is nothing to show" in error(*of_run, *to, "--text", "one", "--text", " ")
+    assert "sentence 1 (' ') is not shown: it has no token, so there is nothing to show" in error(
+        *of_run, *to, "--text", " "
+    )
     assert "and the model reads at most 47" in error(*of_run, *to, "--text", "one " * 60)
     monkeypatch.setattr(attention_view, "MOST_TOKENS", 3)
     assert "and a page shows at most 3" in error(*of_run, *to, "--text", ALIKE[0])
@@ -307,10 +309,27 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, run, tmp_path):
 def test_other_searches_and_long_translations_are_refused(translator, monkeypatch):
     with pytest.raises(ConfigError, match="shows a beam search, got decoding.method: sampling"):
         attention_views(translator.with_decoding(DECODING.with_method("sampling")), ["one"])
-    monkeypatch.setattr(attention_view, "_checked", lambda translator, number, request: request)
+    monkeypatch.setattr(attention_view, "_source_fault", lambda translator, request: None)
     monkeypatch.setattr(attention_view, "MOST_TOKENS", 0)
-    with pytest.raises(InputError, match="has .* tokens, and a page shows at most 0"):
-        attention_views(translator, ALIKE[:1])
+    (found,) = attention_views(translator, ALIKE[:1])
+    assert isinstance(found, NoTranslation) and isinstance(found.reason, InputError)
+    assert re.search("has .* tokens, and a page shows at most 0", str(found.reason))
+
+
+def test_a_sentence_that_cannot_be_shown_says_why_and_leaves_the_others_as_they_are(
+    monkeypatch, capsys, run, tmp_path, translator, views
+):
+    found = attention_views(translator, ["one " * 60, ALIKE[0], "a\udcff"])
+    assert isinstance(found[1], AttentionView) and found[1].translation == views[0].translation
+    assert [type(each) for each in found] == [NoTranslation, AttentionView, NoTranslation]
+
+    output = tmp_path / "page.html"
+    arguments = ["attention", "--run", str(run), "--output", str(output), "--text", ALIKE[0], "--text", " "]
+    code, _, err = command(monkeypatch, capsys, arguments)
+    assert (
+        code == 4 and [each["text"] for each in data_of(output.read_text(encoding="utf-8"))["sentences"]] == ALIKE[:1]
+    )
+    assert "warning: sentence 2 (' ') is not shown: it has no token, so there is nothing to show. Give a text" in err
 
 
 def test_a_model_without_attention_says_which_pictures_there_are():

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flax_transformer.errors import ConfigError
 from flax_transformer.inference import chunks as chunks_module
-from flax_transformer.inference.chunks import Shape, cut_into_chunks, run_on_workers
+from flax_transformer.inference import programs as programs_module
+from flax_transformer.inference.chunks import Shape, cut_into_chunks, largest_shapes, run_on_workers
 from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, search_meshes
@@ -215,6 +218,33 @@ def test_threads_may_share_a_translator_before_its_first_search(translator):
         with ThreadPoolExecutor(num_threads) as pool:
             assert all(made == expected for made in pool.map(found, range(num_threads)))
         assert len(fresh.parameters.prepared()) == len(fresh.parameters.search_meshes)
+
+
+def test_the_largest_shapes_are_those_that_no_other_covers():
+    shapes = [Shape(32, 0, 0, 0), Shape(64, 0, 0, 0), Shape(32, 8, 0, 0), Shape(16, 8, 0, 0), Shape(16, 0, 2, 8)]
+    assert largest_shapes([*shapes, *shapes]) == [shapes[1], shapes[2], shapes[4]]
+    assert largest_shapes(shapes[:2]) == [shapes[1]] and largest_shapes([]) == []
+
+
+def test_a_lack_of_memory_is_found_before_anything_is_searched(translator, monkeypatch):
+    """Otherwise the answers that were found before it would be lost."""
+
+    def searched(params, inputs):
+        raise AssertionError("a search has begun")
+
+    def compiled(lowered, *more, **named):
+        if lowered.prefixes.shape[1]:
+            raise ConfigError("it does not fit.")
+        return searched
+
+    def traced(graphdef, spec, mesh, params, inputs, sharded):
+        return SimpleNamespace(lower=lambda: inputs)
+
+    monkeypatch.setattr(programs_module, "compile_checked", compiled)
+    monkeypatch.setattr(programs_module, "traced_search", traced)
+    fresh = Translator.from_params(translator.model, TOKENIZERS, translator.params, DECODING, translator.mesh)
+    with pytest.raises(ConfigError, match="it does not fit"):
+        fresh.translate(["one " * 40, "two"], prefixes=["", "zwei"])  # the longest comes first
 
 
 def test_after_compile_no_device_has_anything_to_compile(translator):

@@ -27,6 +27,7 @@ SLOW = {
     "Transformer",
     "RecurrentSeq2Seq",
     "TreeRecorder",
+    "SteppedSearch",
     "run_experiment",
     "init_state",
     "batch_loss",
@@ -106,7 +107,7 @@ def run_example(module: str, name: str) -> doctest.TestResults:
 
 @pytest.mark.parametrize("module, name", EXAMPLES)
 def test_it_runs(module, name, tmp_path, monkeypatch, request):
-    if 'load("runs/number_words")' in docstring(module, name):
+    if 'load("runs/number_words"' in docstring(module, name):
         shutil.copytree(request.getfixturevalue("run"), tmp_path / "runs" / "number_words")
     monkeypatch.chdir(tmp_path)
     results = run_example(module, name)

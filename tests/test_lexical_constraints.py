@@ -71,6 +71,17 @@ def chains(seed: int, num: int, vocab_size: int) -> np.ndarray:
     return logits
 
 
+def test_a_search_gives_its_excluded_tokens_to_the_selector():
+    likely = chains(0, 1, 6)
+    likely[..., 3] += 9.0
+    phrases = np.array([[[5, 4]]], np.int32)
+    for excluded in ((), (3,)):
+        config = BeamSearchConfig(4, 1, 6, START, END, LengthPenalty.parse("none"), excluded=excluded)
+        found = compiled(config, True, ())(jnp.asarray(likely), jnp.array([6]), phrases)
+        tokens = np.asarray(found.tokens)[np.asarray(found.lengths) > 0]
+        assert (3 in tokens) == (excluded == ()) and (5 in tokens)
+
+
 def test_what_is_held_and_begun_is_what_python_says():
     rng = np.random.default_rng(0)
     tokens, steps = rng.integers(0, 3, (40, 2, 7)), rng.integers(0, 8, 40)

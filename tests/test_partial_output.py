@@ -14,7 +14,7 @@ def begun(tmp_path) -> PartialOutput:
     """An output of two lines that was interrupted."""
     output = PartialOutput(tmp_path / "out", {}, False)
     with pytest.raises(KeyboardInterrupt), output:
-        output.write(["one", "two"], "", False)
+        output.write(["one", "two"], "", False, 2)
         raise KeyboardInterrupt
     return output
 
@@ -23,7 +23,7 @@ def test_a_file_that_another_process_has_ended_meanwhile_is_left_alone(tmp_path)
     begun(tmp_path)
     late = PartialOutput(tmp_path / "out", {}, True)  # has read how far it is
     with PartialOutput(tmp_path / "out", {}, True) as first:
-        first.write(["three"], "", False)
+        first.write(["three"], "", False, 1)
     with pytest.raises(InputError, match="another process is writing"), late:
         pass
     assert (tmp_path / "out").read_text() == "one\ntwo\nthree\n"
@@ -34,13 +34,28 @@ def test_a_file_that_another_process_has_gone_on_with_meanwhile_is_left_alone(tm
     begun(tmp_path)
     late = PartialOutput(tmp_path / "out", {}, True)
     with pytest.raises(KeyboardInterrupt), PartialOutput(tmp_path / "out", {}, True) as first:
-        first.write(["three"], "", False)
+        first.write(["three"], "", False, 1)
         raise KeyboardInterrupt
     with pytest.raises(InputError, match="another process is writing"), late:
         pass
     with PartialOutput(tmp_path / "out", {}, True) as output:
         assert output.progress.lines == 3
     assert (tmp_path / "out").read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_file_without_any_translation_begins_anew(tmp_path):
+    """Also after a kill, so that one call sees all lines if none has an output."""
+    killed = PartialOutput(tmp_path / "out", {"beam": 3}, False).__enter__()
+    killed.write(["", ""], "", True, 0)
+    killed._file.close()
+    with PartialOutput(tmp_path / "out", {"beam": 4}, True) as output:
+        assert (output.progress.lines, output.progress.faulty) == (0, False)
+        output.write(["", "two"], "", False, 1)
+    assert (tmp_path / "out").read_text() == "\ntwo\n"
+    with pytest.raises(KeyboardInterrupt), PartialOutput(tmp_path / "out2", {}, False) as output:
+        output.write(["", ""], "", True, 0)
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_line_without_any_output_is_empty_and_named_and_all_others_are_written(monkeypatch, capsys, run, tmp_path):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_transformer.decoding.beam_search import BeamSearchConfig
+from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.sampling import SamplingConfig, keep_probable, sample
+from flax_transformer.decoding.sampling import SamplingConfig, TokenSampling, keep_probable, sample
 from flax_transformer.errors import ConfigError
 from flax_transformer.shapes import MASKED, array_tree
 from tests.chains import END, START, outputs, table_functions
@@ -19,15 +19,15 @@ NONE = LengthPenalty.parse("none")
 
 
 def draw(
-    chain, seeds, num: int, config: SamplingConfig | None = None, processors=(), max_length: int = 6, penalty=NONE
-):
+    chain, seeds, num: int, processors=(), max_length: int = 6, penalty=NONE, excluded: tuple[int, ...] = ()
+) -> Hypotheses:
     seeds = jnp.asarray(seeds, jnp.int32)
+    config = SamplingConfig(num, max_length, START, END, penalty, excluded=excluded)
 
     @jax.jit
     def run(chain, seeds):
         limits = jnp.full(seeds.shape, max_length)
-        sizes = BeamSearchConfig(num, len(seeds), max_length, START, END, penalty)
-        return sample(table_functions(chain), sizes, config or SamplingConfig(), None, limits, seeds, processors)
+        return sample(table_functions(chain), config, None, limits, seeds, processors)
 
     return jax.device_get(run(jnp.asarray(chain, jnp.float32), seeds))
 
@@ -44,6 +44,17 @@ def test_samples_follow_the_distribution_and_score_what_the_model_says():
     assert scores[(2, 2, 1)] == pytest.approx(np.log(0.05625), rel=1e-5)
     found_scores = [score for _, score, _ in outputs(found)]
     assert found_scores == sorted(found_scores, reverse=True)
+
+
+def test_excluded_tokens_are_never_drawn():
+    """The others are drawn by their own probabilities, which are not normalised again."""
+    chain = np.zeros((5, 5))
+    chain[:, 3] = 9.0
+    found = draw(chain, [7], 200, excluded=(3, 4))
+    drawn = outputs(found)
+    assert {token for tokens, _, _ in drawn for token in tokens} == {0, END, 2}
+    (score,) = {score for tokens, score, _ in drawn if tokens == (END,)}
+    assert score == pytest.approx(-np.log(4 + np.exp(9.0)), rel=1e-6)
 
 
 @array_tree
@@ -84,14 +95,14 @@ def test_a_sentence_draws_the_same_beside_others():
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (SamplingConfig(), {0, 1, 2, 3}),
-        (SamplingConfig(top_k=2), {0, 1}),
-        (SamplingConfig(top_k=9), {0, 1, 2, 3}),
-        (SamplingConfig(top_p=0.5), {0}),
-        (SamplingConfig(top_p=0.51), {0, 1}),
-        (SamplingConfig(min_p=0.5), {0, 1}),
-        (SamplingConfig(temperature=0.1, min_p=0.1), {0}),
-        (SamplingConfig(temperature=10.0, min_p=0.5), {0, 1, 2, 3}),
+        (TokenSampling(), {0, 1, 2, 3}),
+        (TokenSampling(top_k=2), {0, 1}),
+        (TokenSampling(top_k=9), {0, 1, 2, 3}),
+        (TokenSampling(top_p=0.5), {0}),
+        (TokenSampling(top_p=0.51), {0, 1}),
+        (TokenSampling(min_p=0.5), {0, 1}),
+        (TokenSampling(temperature=0.1, min_p=0.1), {0}),
+        (TokenSampling(temperature=10.0, min_p=0.5), {0, 1, 2, 3}),
     ],
 )
 def test_only_probable_tokens_are_drawn_from(config, expected):
@@ -111,4 +122,9 @@ def test_only_probable_tokens_are_drawn_from(config, expected):
 )
 def test_bad_sampling_is_explained(values, message):
     with pytest.raises(ConfigError, match=message):
-        SamplingConfig(**values)
+        TokenSampling(**values)
+
+
+def test_bad_sizes_are_explained():
+    with pytest.raises(ConfigError, match="num_samples must be at least 1, got 0"):
+        SamplingConfig(0, 6, START, END, NONE)

@@ -1,5 +1,6 @@
 """The search as a server drives it: a few steps at a time, by one compiled program, with the state donated."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,13 @@ from flax_transformer.decoding.beam_state import BeamState
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY, ForceEos, ForcePrefix, MinLength, SuppressTokens
+from flax_transformer.errors import ConfigError
+from flax_transformer.inference.results import ResultReader
+from flax_transformer.inference.stepped_search import SteppedSearch
+from flax_transformer.inference.translator import Translator
+from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.chains import END, START, chain_functions, chain_state, outputs
+from tests.small_models import ALIKE, DECODING, MODELS, SEEDS, TOKENIZERS, params_that_end
 
 VOCAB, NUM_STEPS = 6, 3
 # Seven sentences and a row of padding share two slots.
@@ -146,3 +153,45 @@ def test_the_state_carries_the_arrays_of_its_processors(programs):
     leaves = jax.tree.leaves(state)
     assert all(any(array is leaf for leaf in leaves) for array in (processor.prefixes, processor.others[0].suppressed))
     assert len(programs.advance.args_info[0]) == 2
+
+
+# --- the search of a model
+
+
+def test_a_model_searches_some_steps_at_a_time_with_the_state_donated(one_device):
+    """Four requests take turns in two slots. The inputs outlive the states, and serve the next search."""
+    model = MODELS["transformer"]
+    decoding = dataclasses.replace(DECODING, batch_size=2, min_length=3)
+    of_model = model, TOKENIZERS, params_that_end(model, SEEDS["transformer"]), decoding, one_device
+    translator = Translator.from_params(*of_model)
+    reader = translator.requests
+    requests = [reader.read(sentence) for sentence in ALIKE[:4]]
+    stepped = SteppedSearch.of(translator.programs(reader), requests)
+    found = []
+    for max_steps in (1, 1000):
+        state = stepped.start()
+        while search.is_running(state):
+            before, state = state, stepped.advance(state, max_steps)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        found.append(stepped.finish(state))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    results = ResultReader(TOKENIZERS, decoding, 1, translator.parameters)
+    answers = [results.read(request, found[0], row) for row, request in enumerate(requests)]
+    assert answers == translator.translate(ALIKE[:4])
+
+
+def test_a_search_in_steps_is_one_loop_over_requests_of_one_shape(one_device):
+    model = MODELS["transformer"]
+    of_model = model, TOKENIZERS, params_that_end(model, SEEDS["transformer"]), DECODING
+    translator, many = (Translator.from_params(*of_model, mesh) for mesh in (one_device, make_mesh(MeshConfig())))
+    reader = translator.requests
+    short, long = reader.read("one"), reader.read("one " * 40)
+    sampling = translator.with_decoding(DECODING.with_method("sampling"))
+    for programs, requests, message in (
+        (translator.programs(reader), [short, long], "requests of one shape, got "),
+        (translator.programs(reader), [], "requests of one shape, got "),
+        (sampling.programs(sampling.requests), [short], "got decoding.method: sampling"),
+        (many.programs(reader), [short], "8 devices search by themselves"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SteppedSearch.of(programs, requests)

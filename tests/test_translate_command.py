@@ -18,6 +18,7 @@ from flax_transformer.cli.partial_output import PartialOutput, StreamOutput
 from flax_transformer.data import text_files
 from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import ConfigError, InputError
+from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslation, Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from tests.small_models import ALIKE, MODELS, SEEDS, TOKENIZERS, command, holds, make_run
@@ -162,10 +163,10 @@ def test_scores_are_utf_8_whatever_the_locale(monkeypatch, capsys, run, tmp_path
 
 def test_two_processes_do_not_write_one_file(tmp_path):
     with PartialOutput(tmp_path / "out", {}, False) as first:
-        first.write(["one"], "", False)
+        first.write(["one"], "", False, 1)
         with pytest.raises(InputError, match="another process is writing .*out.partial"):
             PartialOutput(tmp_path / "out", {}, True).__enter__()
-        first.write(["two"], "", False)
+        first.write(["two"], "", False, 1)
     assert (tmp_path / "out").read_text() == "one\ntwo\n" and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
@@ -277,7 +278,7 @@ def test_what_is_wrong_with_phrases_is_said_rightly(monkeypatch, capsys, run, tm
     assert code == 2 and out == "" and "error: prefix '\u4e2d' has characters" in err  # it is that of every line
 
 
-def test_a_model_that_has_diverged_is_named_once_and_nothing_is_written(monkeypatch, capsys, tmp_path):
+def test_a_model_that_has_diverged_is_an_error_and_no_file_is_left(monkeypatch, capsys, tmp_path):
     run = make_run(tmp_path / "run", MODELS["transformer"], SEEDS["transformer"], factor=np.nan)
     text, text2, output = str(tmp_path / "text"), str(tmp_path / "text2"), str(tmp_path / "out")
     for path in (text, text2):
@@ -288,9 +289,41 @@ def test_a_model_that_has_diverged_is_named_once_and_nothing_is_written(monkeypa
         ["score", "--source", text, "--target", text2],
     ):
         code, out, err = command(monkeypatch, capsys, [arguments[0], "--run", str(run), *arguments[1:]])
-        assert code == 1 and not out and "warning" not in err
-        assert "error: 'one' has no " in err and "scores are not finite: the training has diverged" in err
+        assert code == 1 and not out and "error: 'one' has no " in err
+        assert "scores are not finite: the training has diverged" in err
+        assert err.count("warning: line ") == (2 if arguments[0] == "translate" else 0)  # as lines come
     assert {path.name for path in tmp_path.iterdir()} == {"run", "text", "text2"}
+
+
+def test_settings_are_at_fault_if_no_line_of_the_whole_text_has_an_output(monkeypatch, capsys, run, tmp_path):
+    """So neither chunks nor an interruption change what becomes of a text."""
+
+    def translate_some(self, sentences, **named):
+        best = Hypothesis("eins", ["eins"], score=-0.5, finished=True, token_scores=[-0.3, -0.2])
+        rules = ConfigError("the rules leave no token.")
+        found = {"": EMPTY, "one": Translation([best], source=["one"])}
+        return [found.get(sentence, NoTranslation(sentence, rules)) for sentence in sentences]
+
+    loaded = Translator.load(run)
+    monkeypatch.setattr(Translator, "load", lambda *arguments, **named: loaded)
+    monkeypatch.setattr(Translator, "translate", translate_some)
+    (tmp_path / "in").write_text("one\none\ntwo\ntwo\n")
+    for size in (2, 4):
+        monkeypatch.setattr(translate, "LINES_AT_ONCE", size)
+        arguments = ["translate", "--run", str(run)]
+        code, out, err = command(monkeypatch, capsys, arguments, b"two\ntwo\n\ntwo\n")
+        assert (code, out) == (2, "\n" * 4) and "error: 'two' has no translation: the rules leave no token." in err
+        code, out, err = command(monkeypatch, capsys, arguments, b"two\ntwo\none\n")
+        assert code == 4 and out == "\n\neins\n"
+
+        arguments += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+        with monkeypatch.context() as patch:
+            killed_after(1, patch)  # with a size of 4, after all lines
+            assert command(patch, capsys, arguments)[0] == (4 if size == 4 else 130)
+        if size < 4:
+            assert command(monkeypatch, capsys, [*arguments, "--resume"])[0] == 4
+        assert (tmp_path / "out").read_text() == "eins\neins\n\n\n"
+        (tmp_path / "out").unlink()
 
 
 def test_evaluate_counts_a_line_without_any_output_as_empty(monkeypatch, capsys, tmp_path):

@@ -11,8 +11,9 @@ import tyro
 from flax_transformer.cli.partial_output import output_of_lines
 from flax_transformer.cli.translate import values_of
 from flax_transformer.config.recipe import DecodingConfig
-from flax_transformer.errors import ConfigError
-from flax_transformer.inference.attention_view import attention_views, pictures_of
+from flax_transformer.errors import ConfigError, shown
+from flax_transformer.inference.attention_view import AttentionView, attention_views, pictures_of
+from flax_transformer.inference.translation import NoTranslation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice
@@ -23,8 +24,8 @@ class AttentionOptions:
     """Writes a web page about the translation of one or more sentences. It needs no network and no other file.
 
     The page shows the attention weights of each layer and head, word alignments, token probabilities, the n-best list,
-    and the tree of the beam search. From --method on, options that are left out take the run's own settings. The search
-    must be a beam search.
+    and the tree of the beam search. A warning says why a sentence is not shown. From --method on, options that are left
+    out take the run's own settings. The search must be a beam search.
 
     Example: flax-transformer attention --run runs/mine --text "A dog runs." --output page.html
 
@@ -46,11 +47,11 @@ class AttentionOptions:
 
 
 def main(arguments: list[str], program: str) -> int:
-    """Returns the exit code.
+    """Returns the exit code: 0, or 4 if the page shows some sentences alone.
 
     Raises:
-        InputError: an invalid run folder, setting, text or output.
-        DivergenceError: the model's scores are not finite.
+        InputError: an invalid run folder, setting or output. Or no sentence can be shown.
+        DivergenceError: no sentence can be shown, since the model's scores are not finite.
     """
     defaults = AttentionOptions()
     if runs := values_of(arguments, "--run"):  # the run's own settings are the defaults
@@ -66,13 +67,24 @@ def main(arguments: list[str], program: str) -> int:
     with output_of_lines(options.output, []) as write:
         translator = Translator.load(options.run, checkpoint=options.checkpoint).with_decoding(options.decoding)
         note = pictures_of(translator.model)
-        views = attention_views(translator, options.text, options.num_hypotheses)
+        answers = attention_views(translator, options.text, options.num_hypotheses)
+        views = [each for each in answers if isinstance(each, AttentionView)]
+        without = {n: each for n, each in enumerate(answers, start=1) if isinstance(each, NoTranslation)}
+        if not views:
+            number, first = next(iter(without.items()))
+            raise type(first.reason)(_not_shown(number, first)) from first.reason
 
         from flax_transformer.plots.attention_page import attention_page  # Matplotlib takes time to import
 
         write([attention_page(views, str(options.run), translator.model.description, note)])
+    for number, each in without.items():
+        print(f"warning: {_not_shown(number, each)}", file=sys.stderr)
     if not translator.model.has_attention:
         print(f"note: {note}", file=sys.stderr)
     shows = f"{len(views)} sentence{'s' if len(views) > 1 else ''}"
     print(f"{options.output} shows {shows}; open it in a web browser", file=sys.stderr)
-    return 0
+    return 4 if without else 0
+
+
+def _not_shown(number: int, answer: NoTranslation) -> str:
+    return f"sentence {number} ({shown(answer.sentence)}) is not shown: {answer.reason}"

@@ -25,6 +25,7 @@ class OutputProgress:
 
     Attributes:
         lines: number of complete lines.
+        translated: number of these lines that have a translation with a token.
         size: number of bytes of the file with these lines.
         source: SHA-256 of their input lines.
         faulty: whether an input line was cut, or an output is missing or lacks a required phrase.
@@ -32,6 +33,7 @@ class OutputProgress:
     """
 
     lines: int
+    translated: int
     size: int
     source: str
     faulty: bool
@@ -46,7 +48,7 @@ def digest_of(lines: list[str], digest: Any = None) -> Any:
     return digest
 
 
-NOTHING = OutputProgress(0, 0, digest_of([]).hexdigest(), False, {})
+NOTHING = OutputProgress(0, 0, 0, digest_of([]).hexdigest(), False, {})
 
 
 def is_stream(path: Path) -> bool:
@@ -88,7 +90,7 @@ class StreamOutput:
             with writing(self._path):
                 self._stream.close()
 
-    def write(self, lines: list[str], source: str, faulty: bool) -> None:
+    def write(self, lines: list[str], source: str, faulty: bool, translated: int) -> None:
         """Writes lines. The other arguments are not used."""
         with writing(self._path):
             self._stream.write(self._encode(lines))
@@ -114,7 +116,7 @@ def output_of_lines(path: Path, inputs: Sequence[Path]) -> Generator[Callable[[l
             raise InputError(f"--output {path} is the file {each} that is read, too. Choose another name.")
     if is_stream(path):
         with StreamOutput(path) as stream:
-            yield lambda lines: stream.write(lines, "", False)
+            yield lambda lines: stream.write(lines, "", False, 0)
         return
     encode, path = check_file(path), Path(os.path.realpath(path))
     new = path.with_name(f"{path.name}.unfinished")
@@ -143,7 +145,8 @@ class PartialOutput:
     """Writes lines to NAME.partial, and the progress to NAME.partial.json.
 
     Use it in a `with` statement. If that ends without an error, NAME.partial becomes NAME. After an error the output
-    can be resumed after the last complete `write`, with the same settings and the same source.
+    can be resumed after the last complete `write`, with the same settings and the same source. An output in which no
+    line is translated begins anew.
 
     Args:
         path: the file NAME.
@@ -185,9 +188,9 @@ class PartialOutput:
             return nothing
         try:
             progress = as_dataclass(OutputProgress, unsealed(parse_object(self._record.read_bytes())))
-            if min(progress.lines, progress.size) < 0:
+            if min(progress.lines, progress.translated, progress.size) < 0:
                 raise ValueError(f"it counts {progress.lines} lines and {progress.size} bytes")
-            return progress
+            return progress if progress.translated else nothing
         except ValueError as error:
             raise InputError(
                 f"--resume: {self._record} cannot be read ({error}), so the progress of {self._partial} is not known. "
@@ -224,19 +227,19 @@ class PartialOutput:
     def __exit__(self, kind: Any, *_) -> None:
         if kind is None:
             os.replace(self._partial, self.path)
-        elif self.progress.lines == 0:  # there is nothing to resume
+        elif self.progress.translated == 0:  # there is nothing to resume
             self._partial.unlink()
-        if kind is None or self.progress.lines == 0:
+        if kind is None or self.progress.translated == 0:
             self._record.unlink(missing_ok=True)
         self._file.close()  # last, since this releases the lock
 
-    def write(self, lines: list[str], source: str, faulty: bool) -> None:
+    def write(self, lines: list[str], source: str, faulty: bool, translated: int) -> None:
         """Writes lines, and records that they are complete.
 
         Args:
             lines: lines without line ends.
             source: SHA-256 of all input lines so far.
-            faulty: see `OutputProgress`, for these lines.
+            faulty, translated: see `OutputProgress`, for these lines.
         """
         before, data = self.progress, self._encode(lines)
         with writing(self._partial):
@@ -244,6 +247,11 @@ class PartialOutput:
             self._file.flush()
             os.fsync(self._file.fileno())  # before the record, which may not say more than there is
             self.progress = OutputProgress(
-                before.lines + len(lines), before.size + len(data), source, before.faulty or faulty, before.settings
+                lines=before.lines + len(lines),
+                translated=before.translated + translated,
+                size=before.size + len(data),
+                source=source,
+                faulty=before.faulty or faulty,
+                settings=before.settings,
             )
             write_atomically(self._record, json.dumps(sealed(asdict(self.progress))))

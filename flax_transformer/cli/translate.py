@@ -20,7 +20,7 @@ from flax_transformer.data.text_files import STANDARD_STREAM, chunks_of, iterate
 from flax_transformer.errors import ConfigError, InputError, shown
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.prepare import Quantize
-from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation, cut_line, raise_if_none
+from flax_transformer.inference.translation import Failures, Hypothesis, NoTranslation, Translation, cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.object_storage import resolved
 from flax_transformer.parallel import processes
@@ -195,7 +195,7 @@ def main(arguments: list[str], program: str) -> int:
     """Returns the exit code: 0, or 4 if a line was cut, lacks a required phrase or has no output.
 
     Raises:
-        InputError: an invalid run folder, setting or file.
+        InputError: an invalid run folder, setting or file. Or no line has an output because of the settings.
         DivergenceError: no line has an output, since the model's scores are not finite.
     """
     defaults = TranslateOptions(run=())
@@ -342,11 +342,12 @@ def translate_stream(
     Raises:
         InputError: a line that cannot be read; the lines before it are translated. Or --required has another number of
             lines, the prefix is impossible, or the output is a translation of another text.
-        DivergenceError: no line has an output, since the model's scores are not finite.
+        ConfigError, DivergenceError: no line of the whole text has an output (see `Failures.raise_if_all`).
     """
     translator.requests.constraints.prefix(options.prefix or "")  # an impossible prefix concerns every line
     digest, done, total = skip_translated(source, output), output.progress.lines, Total()
     faulty, started = output.progress.faulty, time.monotonic()
+    failures = Failures(others=output.progress.translated)
     chunks = chunks_of(source, LINES_AT_ONCE, len, source.next_has_arrived)
     while chunk := next_chunk(chunks, done):
         if phrases is not None:
@@ -358,8 +359,7 @@ def translate_stream(
             required=None if phrases is None else phrases[done : done + len(chunk)],
             attention=options.alignment or options.attention,
         )
-        if not total.tokens:
-            raise_if_none(translations)
+        failures.add(translations)
         warnings = [
             warning
             for number, translation in enumerate(translations, start=done + 1)
@@ -369,6 +369,7 @@ def translate_stream(
             [as_line(options, translation) for translation in translations],
             digest_of(chunk, digest).hexdigest(),
             bool(warnings),
+            sum(isinstance(each, Translation) and bool(each.source) for each in translations),
         )
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
@@ -378,5 +379,6 @@ def translate_stream(
         advance(len(chunk))
     if phrases is not None:
         check_phrases(options, phrases, source.name, done, ended=True)
+    failures.raise_if_all()  # only now, so that it does not matter how the text was cut into chunks
     print(total.text(max(time.monotonic() - started, 1e-9)), file=sys.stderr)
     return 4 if faulty else 0

@@ -18,7 +18,7 @@ from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.data.tokenizer import SubwordSamplingConfig, TokenizerConfig
 from flax_transformer.decoding.length_penalty import LengthPenalty
-from flax_transformer.decoding.sampling import SamplingConfig
+from flax_transformer.decoding.sampling import TokenSampling
 from flax_transformer.decoding.stop_rules import StopRule
 from flax_transformer.errors import ConfigError, check_fields, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
@@ -200,7 +200,7 @@ class DecodingConfig:
 
     def _check_method(self) -> None:
         """Raises a `ConfigError` if a field is set that the method does not use."""
-        SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
+        TokenSampling(self.temperature, self.top_k, self.top_p, self.min_p)
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         if self.mbr_utility != defaults["mbr_utility"] and not self.mbr_samples:
             raise ConfigError(
@@ -221,11 +221,11 @@ class DecodingConfig:
         return dataclasses.replace(self, method=method, **{name: defaults[name] for name in others})
 
     @property
-    def sampling(self) -> SamplingConfig | None:
+    def sampling(self) -> TokenSampling | None:
         """The settings of sampling, or None for a beam search."""
         if self.method == "beam":
             return None
-        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p)
+        return TokenSampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 # --- section evaluation

@@ -291,9 +291,9 @@ def _step(functions: DecoderFunctions, config: BeamSearchConfig, state: BeamStat
     previous = jnp.take_along_axis(state.live.buffer.tokens, last, axis=2)[:, :, 0]
     previous = jnp.where(state.steps[:, None] == 0, config.start_token, previous)
     logits, auxiliary, decoder = functions.step(previous, state.decoder)
-    select = request.selector or functools.partial(best_candidates, excluded=config.excluded)
+    select = request.selector or best_candidates
     progress = Progress(state.live.buffer.tokens, state.steps, state.sentences)
-    candidates = select(state.live.scores, logits, 2 * beams, progress, request.processors)
+    candidates = select(state.live.scores, logits, 2 * beams, progress, request.processors, config.excluded)
     extended = append_tokens(state.live.buffer, state.steps, candidates, auxiliary)  # [B, 2K, T]
     ends = candidates.tokens == config.end_token
 

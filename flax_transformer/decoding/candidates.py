@@ -45,6 +45,7 @@ class CandidateSelector(Protocol):
         num: int,
         progress: Progress,
         processors: Sequence[LogitsProcessor],
+        excluded: tuple[int, ...] = (),
     ) -> Candidates:
         """Returns `num` candidates.
 
@@ -54,6 +55,7 @@ class CandidateSelector(Protocol):
             num: number of candidates, M.
             progress: tokens decoded so far.
             processors: logits processors, applied in this order.
+            excluded: tokens that are no candidates.
         """
         ...
 

@@ -93,12 +93,10 @@ class LexicalConstraints:
     Attributes:
         phrases: [N, Q, P], `ANY` after each phrase's end; a phrase of `ANY` alone is empty.
         end_token: token that ends a hypothesis.
-        excluded: tokens that no hypothesis contains.
     """
 
     phrases: Int[Array, "N Q P"]
     end_token: int = static_field()
-    excluded: tuple[int, ...] = static_field(default=())
 
     def __call__(
         self,
@@ -107,6 +105,7 @@ class LexicalConstraints:
         num: int,
         progress: Progress,
         processors: Sequence[LogitsProcessor],
+        excluded: tuple[int, ...] = (),
     ) -> Candidates:
         """Returns the first `num` candidates in the order of `allocate_beam`."""
         slots, beams, vocab_size = logits.shape
@@ -120,7 +119,7 @@ class LexicalConstraints:
             log_probs = processor(log_probs, progress)
         token = jnp.arange(vocab_size)
         may_end = jnp.all(contained, axis=2)[:, :, None] | (token != self.end_token)[None, None, :]
-        allowed = jnp.isin(token, jnp.array(self.excluded, jnp.int32), invert=True)[None, None, :]
+        allowed = jnp.isin(token, jnp.array(excluded, jnp.int32), invert=True)[None, None, :]
         log_probs = jnp.where(may_end & allowed, log_probs, MASKED)
 
         # --- the most probable tokens of each beam, and those that continue a phrase

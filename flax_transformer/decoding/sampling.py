@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.beam_state import gather_beams
 from flax_transformer.decoding.decoder_functions import DecoderFunctions
 from flax_transformer.decoding.hypotheses import Hypotheses
+from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import LogitsProcessor, Progress
 from flax_transformer.errors import ConfigError
 from flax_transformer.ops.vocabulary import log_probabilities
@@ -30,8 +31,8 @@ LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are drawn.
+class TokenSampling:
+    """How the next token is drawn.
 
     Attributes:
         temperature: divisor of the logits; below 1 it favours probable tokens.
@@ -44,7 +45,7 @@ class SamplingConfig:
         ConfigError: a value is out of range, or fields contradict each other.
 
     Example:
-        >>> SamplingConfig(temperature=0.7, top_p=0.9).top_k  # no limit
+        >>> TokenSampling(temperature=0.7, top_p=0.9).top_k  # no limit
         0
 
     References:
@@ -70,7 +71,43 @@ class SamplingConfig:
             raise ConfigError(f"min_p must lie between 0 and 1, got {self.min_p}.")
 
 
-def keep_probable(log_probs: Float[Array, "B K V"], config: SamplingConfig) -> Float[Array, "B K V"]:
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The static settings of sampling.
+
+    Attributes:
+        num_samples: number of outputs that are drawn for each sentence, K.
+        max_length: most tokens of an output, end token included, T. Sentences may have lower limits.
+        start_token: token that the first step reads.
+        end_token: token that ends an output.
+        length_penalty: makes scores of different lengths comparable.
+        token: how the next token is drawn.
+        excluded: tokens that no output contains, such as padding.
+
+    Raises:
+        ConfigError: a value is out of range.
+
+    Example:
+        >>> penalty = LengthPenalty.parse("none")
+        >>> SamplingConfig(4, 100, start_token=1, end_token=2, length_penalty=penalty).token.temperature
+        1.0
+    """
+
+    num_samples: int
+    max_length: int
+    start_token: int
+    end_token: int
+    length_penalty: LengthPenalty
+    token: TokenSampling = TokenSampling()
+    excluded: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def keep_probable(log_probs: Float[Array, "B K V"], config: TokenSampling) -> Float[Array, "B K V"]:
     """Returns log-probabilities with excluded tokens MASKED. The most probable token is always kept.
 
     The temperature is applied first. Then each limit is applied to the same distribution.
@@ -121,8 +158,7 @@ class SamplingState:
 
 def sample(
     functions: DecoderFunctions,
-    config: BeamSearchConfig,
-    sampling: SamplingConfig,
+    config: SamplingConfig,
     decoder: Any,
     max_lengths: Int[Array, "B"],
     seeds: Int[Array, "B"],
@@ -134,28 +170,28 @@ def sample(
 
     Args:
         functions: the decoder; only its step is called.
-        config: sizes, tokens and length penalty; there is a slot for each sentence, and a beam for each sample.
-        sampling: how tokens are drawn.
-        decoder: state of the decoder before the first token, with K beams.
+        config: static settings.
+        decoder: state of the decoder before the first token, with a slot for each sentence, and a beam for each sample.
         max_lengths: most tokens of each sentence's outputs, end token included; 0 marks padding.
         seeds: seed of each sentence.
         processors: change log-probabilities before tokens are drawn; applied in this order.
 
     Example:
-        >>> from flax_transformer import LengthPenalty
         >>> # Token 2 follows token 0, and the end token 1 follows token 2.
         >>> chain = jnp.array([[-99.0, -99.0, 9.0], [0.0, 0.0, 0.0], [-99.0, 9.0, -99.0]])
         >>> functions = DecoderFunctions(lambda tokens, _: (chain[tokens], None, None), lambda s, _: s, lambda s, *_: s)
-        >>> config = BeamSearchConfig(2, 1, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
-        >>> found = sample(functions, config, SamplingConfig(), None, jnp.array([4]), jnp.array([7]))
+        >>> config = SamplingConfig(2, 4, start_token=0, end_token=1, length_penalty=LengthPenalty.parse("none"))
+        >>> found = sample(functions, config, None, jnp.array([4]), jnp.array([7]))
         >>> found.tokens[0, :, :2].tolist()
         [[2, 1], [2, 1]]
     """
-    shape = (*max_lengths.shape, config.beam_size, config.max_length)
+    shape = (*max_lengths.shape, config.num_samples, config.max_length)
     auxiliary = jax.eval_shape(functions.step, jnp.zeros(shape[:2], jnp.int32), decoder)[1]
     state = SamplingState(
         max_lengths,
-        keys=jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), config.beam_size))(seeds.astype(jnp.uint32)),
+        keys=jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), config.num_samples))(
+            seeds.astype(jnp.uint32)
+        ),
         processors=tuple(processors),
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full(shape, config.end_token, jnp.int32),
@@ -164,9 +200,7 @@ def sample(
         auxiliary=jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[2:]), x.dtype), auxiliary),
         decoder=decoder,
     )
-    state = jax.lax.while_loop(
-        lambda state: jnp.any(_runs(state)), functools.partial(_draw, functions, config, sampling), state
-    )
+    state = jax.lax.while_loop(lambda state: jnp.any(_runs(state)), functools.partial(_draw, functions, config), state)
     return _ranked(config, state)
 
 
@@ -175,9 +209,7 @@ def _runs(state: SamplingState) -> Bool[Array, "B K"]:
     return (state.lengths == 0) & (state.step < state.max_lengths)[:, None]
 
 
-def _draw(
-    functions: DecoderFunctions, config: BeamSearchConfig, sampling: SamplingConfig, state: SamplingState
-) -> SamplingState:
+def _draw(functions: DecoderFunctions, config: SamplingConfig, state: SamplingState) -> SamplingState:
     """Returns the state with one more token for each sample that has not ended."""
     last = jax.lax.dynamic_index_in_dim(state.tokens, jnp.maximum(state.step - 1, 0), axis=2, keepdims=False)
     logits, auxiliary, decoder = functions.step(jnp.where(state.step == 0, config.start_token, last), state.decoder)
@@ -186,8 +218,11 @@ def _draw(
     progress = Progress(state.tokens, jnp.broadcast_to(state.step, sentences.shape), sentences)
     for processor in state.processors:
         allowed = processor(allowed, progress)
+    if config.excluded:
+        excluded = np.isin(np.arange(logits.shape[-1]), config.excluded)[None, None]
+        allowed = jnp.where(excluded, MASKED, allowed)
     keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, state.step)))(state.keys)
-    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, keep_probable(allowed, sampling))
+    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, keep_probable(allowed, config.token))
     runs = _runs(state)
     drawn = jnp.where(runs, drawn, config.end_token).astype(jnp.int32)
     chosen = jnp.take_along_axis(allowed, drawn[..., None], axis=2)[..., 0]  # MASKED if no token was allowed
@@ -207,7 +242,7 @@ def _draw(
     )
 
 
-def _ranked(config: BeamSearchConfig, state: SamplingState) -> Hypotheses:
+def _ranked(config: SamplingConfig, state: SamplingState) -> Hypotheses:
     """Returns the samples of each sentence, finished ones first, by score within each."""
     stuck = jnp.any(state.log_probs <= MASKED / 2, axis=2)  # no token was left, so there is no output
     finished = (state.lengths > 0) & ~stuck

@@ -4,7 +4,7 @@ They are made from shapes alone, by the functions that a training and a translat
 search, without the recipe's logits processors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,11 +15,8 @@ from jax.stages import Traced
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.data.tokenizer_pair import learnt_kind
-from flax_transformer.decoding.beam_search import BeamSearchConfig
-from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.inference.prepare import InferenceParams, prepare_for_inference, prepared_shardings
-from flax_transformer.inference.programs import ProgramOptions
-from flax_transformer.inference.requests import num_awaited
+from flax_transformer.inference.programs import ProgramOptions, beam_search_config
 from flax_transformer.inference.search_program import SearchConfig, SearchInputs, traced_search
 from flax_transformer.models.build import VocabularyInfo
 from flax_transformer.optim.optimizer import make_optimizer
@@ -107,26 +104,18 @@ class RecipePrograms:
         Raises:
             ConfigError: the mesh does not divide the rows, or sharded parameters.
         """
-        decoding, mesh = self.config.decoding, self.mesh
+        decoding, mesh, options = self.config.decoding, self.mesh, ProgramOptions()
         check_rows(decoding.batch_size, mesh, tuple(mesh.axis_names), "decoding.batch_size")
         slots = decoding.batch_size if sharded else decoding.batch_size // mesh.size
         special = learnt_kind(self.config.tokenizer).special_ids(self.config.tokenizer)
-        beam = BeamSearchConfig(
-            decoding.beam_size,
-            slots,
-            max_length,
-            self.vocabulary.start_token,
-            special.end,
-            LengthPenalty.parse(decoding.length_penalty),
-            decoding.stop,
-            num_awaited(decoding, 1),
-            refill_at=ProgramOptions().refill_at(slots),
-            excluded=tuple(sorted(special.never_in_outputs)),
+        special = replace(special, start=self.vocabulary.start_token)
+        beam = beam_search_config(
+            decoding, special, num_hypotheses=1, num_slots=slots, max_length=max_length, options=options
         )
         rows = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
-        inputs = self._inputs(ProgramOptions().sentences_per_row * decoding.batch_size, source_length, rows)
+        inputs = self._inputs(options.sentences_per_row * decoding.batch_size, source_length, rows)
         graphdef, params = self.prepared(sharded)
-        return traced_search(graphdef, SearchConfig(beam), mesh, params, inputs, sharded)
+        return traced_search(graphdef, SearchConfig(method=beam), mesh, params, inputs, sharded)
 
     def search(self, source_length: int, max_length: int, sharded: bool = False) -> Program:
         """Returns the beam search of sentences of one length, compiled. The arguments are those of `traced_search`.

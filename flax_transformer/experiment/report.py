@@ -21,7 +21,7 @@ from flax_transformer.experiment.programs import RunPrograms
 from flax_transformer.experiment.text import PreparedText
 from flax_transformer.inference.attention_map import attention_map
 from flax_transformer.inference.evaluate import Scores, evaluate
-from flax_transformer.inference.translation import NoTranslation, cut_line, no_output_line, texts_or_empty
+from flax_transformer.inference.translation import NoTranslation, Translation, cut_line, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel import processes
 from flax_transformer.run_folder import RunFolder
@@ -97,11 +97,11 @@ class ScoredTestPart:
 
     Attributes:
         scores: scores of all translations.
-        samples: indices of the samples in the log.
+        samples: source and answer of each sample in the log.
     """
 
     scores: Scores
-    samples: list[int]
+    samples: list[tuple[str, Translation | NoTranslation]]
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,17 @@ def score_test_part(
     decoding = config.decoding
     log.say(f"\ntest, beam {decoding.beam_size}, length penalty {decoding.length_penalty}, {seconds:.1f} s")
     log.say(scores.text)
-    return ScoredTestPart(scores, chosen)
+    return ScoredTestPart(scores, [(corpus.test.source[index], translations[index]) for index in chosen])
 
 
-def draw_pictures(
-    config: Config, corpus: Corpus, translator: Translator, folder: RunFolder, samples: list[int], log: RunLog
-) -> None:
+def draw_pictures(config: Config, translator: Translator, folder: RunFolder, test: ScoredTestPart, log: RunLog) -> None:
     """Draws the curves of the training, and the attention of the sample of middle length."""
     from flax_transformer.plots.attention import plot_attention  # Matplotlib is needed at the end of a training alone
     from flax_transformer.plots.curves import plot_curves
     from flax_transformer.plots.picture import missing_letters_note
 
-    by_length = sorted((corpus.test.source[index] for index in samples), key=len)
-    source = by_length[len(by_length) // 2]
-    (found,) = translator.translate([source])
+    by_length = sorted(test.samples, key=lambda sample: len(sample[0]))
+    source, found = by_length[len(by_length) // 2]
     attention = None if isinstance(found, NoTranslation) else attention_map(translator, source, found.text)
     if not processes.is_first():
         return

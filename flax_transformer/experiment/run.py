@@ -133,7 +133,7 @@ def run_experiment(config: Config, resume: bool = False) -> Outcome:
         training = TrainingSummary(step, best, training_seconds)
         card = run_card(config, text, programs, training, result.scores)
         processes.from_first(lambda: folder.write_card(card))
-        draw_pictures(config, corpus, translator, folder, result.samples, log)
+        draw_pictures(config, translator, folder, result, log)
         log.say(f"training {training_seconds:.0f} s, all {time.monotonic() - started:.0f} s; see {folder.path}")
     return Outcome(folder, result.scores, None)
 

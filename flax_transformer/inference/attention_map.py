@@ -11,7 +11,9 @@ from flax import nnx
 
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.inference.chunks import length_bucket
+from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.translator import Translator
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.models.seq2seq import AttentionWeights
 from flax_transformer.parallel.placement import fetch
 from flax_transformer.shapes import Batch
@@ -58,10 +60,7 @@ def attention_weights(translator: Translator, source: Sequence[int], target: Seq
     model = translator.model
 
     def side(ids: Sequence[int], longest: int) -> tuple[np.ndarray, ...]:
-        length = length_bucket(len(ids), longest)  # few lengths, so that few programs are compiled
-        tokens, segments = np.zeros((2, 1, length), np.int32)
-        tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
-        return tokens, np.arange(length, dtype=np.int32)[None], segments
+        return padded_sentences([ids], 1, length_bucket(len(ids), longest))  # few lengths, so few programs
 
     batch = Batch(*side(source, model.max_source_length), *side(target, model.max_target_length))
     with jax.set_mesh(translator.mesh):
@@ -78,5 +77,5 @@ def attention_weights(translator: Translator, source: Sequence[int], target: Seq
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attention_weights(graphdef: Any, params: Any, batch: Batch) -> AttentionWeights:
+def _attention_weights(graphdef: GraphDef, params: Params, batch: Batch) -> AttentionWeights:
     return nnx.merge(graphdef, params).attention_weights(batch)

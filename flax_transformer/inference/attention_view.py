@@ -1,32 +1,20 @@
 """All that can be seen of a translation: the attention of every layer and head, the n-best list, the beam's tree."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
-
-from flax_transformer.decoding import beam_search
-from flax_transformer.decoding.beam_state import BeamState
+from flax_transformer.decoding.beam_search import is_running
 from flax_transformer.decoding.beam_tree import BeamTree, TreeRecorder
 from flax_transformer.decoding.hypotheses import Hypotheses
-from flax_transformer.errors import ConfigError, InputError, shown
+from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.inference.alignment import word_alignment
 from flax_transformer.inference.attention_map import attention_weights
-from flax_transformer.inference.programs import ProgramOptions, Programs
+from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.requests import Request, check_call
 from flax_transformer.inference.results import ResultReader
-from flax_transformer.inference.search_program import (
-    SearchConfig,
-    SearchInputs,
-    decoder_functions,
-    make_processors,
-    model_functions,
-    scoring,
-)
+from flax_transformer.inference.stepped_search import SteppedSearch
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import ModelConfig
@@ -85,8 +73,10 @@ def pictures_of(model: ModelConfig) -> str:
 
 def attention_views(
     translator: Translator, sentences: Iterable[Any], num_hypotheses: int | None = None
-) -> list[AttentionView]:
-    """Returns a view of each sentence.
+) -> list[AttentionView | NoTranslation]:
+    """Returns the view of each sentence, or the reason why it has none.
+
+    A sentence has no view if it has no token or too many, if its translation has too many, or if it has none.
 
     The search is that of `Translator.translate`, one sentence at a time on one device. So results are equal except near
     ties.
@@ -97,9 +87,8 @@ def attention_views(
         num_hypotheses: most outputs of each sentence; None asks for the whole beam.
 
     Raises:
-        InputError: a sentence without a token, with too many tokens, or with a translation that has too many.
-        ConfigError: an ensemble, another method than beam search, or settings that contradict each other.
-        DivergenceError: the model's scores are not finite.
+        ConfigError: an ensemble, another method than beam search, or settings that contradict each other. Or an item
+            that is no text.
     """
     decoding, num_models = translator.decoding, translator.parameters.num_models
     if decoding.method != "beam":
@@ -108,9 +97,8 @@ def attention_views(
         raise ConfigError(f"a view shows the attention of one model, got an ensemble of {num_models}. Give one run.")
     num_hypotheses = decoding.beam_size if num_hypotheses is None else num_hypotheses
     check_call(translator.model, decoding, num_hypotheses, False, False)
-    requests = [_checked(translator, n, each) for n, each in enumerate(translator.requests.read_all(sentences), 1)]
     alone = _on_one_device(translator)
-    return [_view(alone, request, num_hypotheses) for request in requests]
+    return [_view(alone, request, num_hypotheses) for request in translator.requests.read_all(sentences)]
 
 
 def _on_one_device(translator: Translator) -> Translator:
@@ -124,36 +112,46 @@ def _on_one_device(translator: Translator) -> Translator:
     return dataclasses.replace(translator, decoding=decoding, options=options)
 
 
-def _checked(translator: Translator, number: int, request: Request | NoTranslation) -> Request:
-    """Returns a request that can be shown. Raises the error of one that cannot."""
-    if isinstance(request, NoTranslation):
-        raise request.error
+def _source_fault(translator: Translator, request: Request) -> InputError | None:
+    """Returns the reason why a sentence cannot be shown; None if it can."""
     most = min(MOST_TOKENS, translator.model.max_source_length - 1)
-    what = f"sentence {number} ({shown(request.sentence)})"
     if not request.source:
-        raise InputError(f"{what} has no token, so there is nothing to show. Give a text with a word.")
+        return InputError("it has no token, so there is nothing to show. Give a text with a word.")
     if request.num_tokens > most or request.truncated:
         whose = "a page shows" if most == MOST_TOKENS else "the model reads"
-        raise InputError(
-            f"{what} has {request.num_tokens} tokens, and {whose} at most {most}. Give a shorter text, such as a "
-            "part of it."
+        return InputError(
+            f"it has {request.num_tokens} tokens, and {whose} at most {most}. Give a shorter text, such as a part of "
+            "it."
         )
-    return request
+    return None
 
 
-def _view(translator: Translator, request: Request, num_hypotheses: int) -> AttentionView:
+def _target_fault(num_tokens: int) -> InputError | None:
+    """Returns the reason why a translation of so many tokens cannot be shown; None if it can."""
+    if num_tokens <= MOST_TOKENS:
+        return None
+    return InputError(
+        f"its translation has {num_tokens} tokens, and a page shows at most {MOST_TOKENS}. Give a shorter text, or "
+        "lower decoding.max_length_factor and max_length_offset."
+    )
+
+
+def _view(
+    translator: Translator, request: Request | NoTranslation, num_hypotheses: int
+) -> AttentionView | NoTranslation:
+    if isinstance(request, NoTranslation):
+        return request
+    if (fault := _source_fault(translator, request)) is not None:
+        return NoTranslation(request.sentence, fault, request.truncated)
     tokenizers, special = translator.tokenizers, translator.tokenizers.target.special
     found, recorder = _searched(translator, request, num_hypotheses)
     reader = ResultReader(tokenizers, translator.decoding, num_hypotheses, translator.parameters)
     translation = reader.read(request, found, 0)
     if isinstance(translation, NoTranslation):
-        raise translation.error
+        return translation
     target = found.tokens[0, 0, : found.lengths[0, 0]].tolist()
-    if len(target) - 1 > MOST_TOKENS:
-        raise InputError(
-            f"the translation of {shown(request.sentence)} has {len(target) - 1} tokens, and a page shows at most "
-            f"{MOST_TOKENS}. Give a shorter text, or lower decoding.max_length_factor and max_length_offset."
-        )
+    if (fault := _target_fault(len(target) - 1)) is not None:
+        return NoTranslation(request.sentence, fault)
     best, pairs = translation.hypotheses[0], []
     if best.attention is not None:
         words = word_alignment(translation.source_words, best.words, best.attention).split()
@@ -176,33 +174,10 @@ def _view(translator: Translator, request: Request, num_hypotheses: int) -> Atte
 
 def _searched(translator: Translator, request: Request, num_hypotheses: int) -> tuple[Hypotheses, TreeRecorder]:
     """Returns the results of a search, as arrays of NumPy, and its recorded steps."""
-    programs: Programs = translator.programs(translator.requests, num_hypotheses, translator.model.has_attention)
-    parameters, spec = translator.parameters, programs.spec(request.shape)
-    mesh, (graphdef, params) = parameters.search_meshes[0], parameters.prepared()[0]
-    inputs, recorder = programs.inputs([request], request.shape, mesh), TreeRecorder()
-    with jax.set_mesh(mesh):
-        state = _start(graphdef, spec, params, inputs)
-        while beam_search.is_running(state):
-            state = _advance(graphdef, spec, params, inputs, state)
-            recorder.add(state)
-        found = _finish(spec, state)
-    found = found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
-    return jax.tree.map(np.asarray, found), recorder
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> BeamState:
-    functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    processors = make_processors(spec, inputs)
-    return beam_search.start(functions, spec.beam, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _advance(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs, state: BeamState) -> BeamState:
-    functions, _ = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    return beam_search.advance(functions, spec.beam, state, 1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(spec: SearchConfig, state: BeamState) -> Hypotheses:
-    return beam_search.finish(spec.beam, state)
+    programs = translator.programs(translator.requests, num_hypotheses, translator.model.has_attention)
+    search, recorder = SteppedSearch.of(programs, [request]), TreeRecorder()
+    state = search.start()
+    while is_running(state):
+        state = search.advance(state, 1)
+        recorder.add(state)
+    return search.finish(state), recorder

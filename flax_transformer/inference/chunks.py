@@ -1,7 +1,8 @@
 """Chunks of work: the sentences that one call of a search takes, and the device that runs it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -85,6 +86,19 @@ def cut_into_chunks(groups: dict[Shape, list[int]], workers: int, slots: int, mo
             chunks.append(Chunk(shape, members[:size]))
             members, left = members[size:], left - size
     return chunks
+
+
+def largest_shapes(shapes: Iterable[Shape]) -> list[Shape]:
+    """Returns the shapes that no other shape exceeds or equals in every length. No other shape needs more memory.
+
+    Example: of (64, 0, 0, 0), (32, 8, 0, 0) and (32, 0, 0, 0) these are the first two.
+    """
+    distinct = sorted(set(shapes), reverse=True)
+    return [
+        shape
+        for shape in distinct
+        if not any(other != shape and all(map(operator.ge, other, shape)) for other in distinct)
+    ]
 
 
 def run_on_workers(

@@ -1,7 +1,6 @@
 """The run folders of an ensemble, and their parameters on the devices."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from flax_transformer.errors import ConfigError, RunFolderError
 from flax_transformer.inference.parameters import mesh_that_shards, must_be_sharded, stacked_shardings
 from flax_transformer.models.build import vocabulary_info
+from flax_transformer.models.parameters import Params
 from flax_transformer.object_storage import AnyPath
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh, replicated_sharding
 from flax_transformer.parallel.placement import placed
@@ -43,7 +43,7 @@ def open_ensemble(run: AnyPath | str | Sequence[AnyPath | str]) -> list[RunFolde
 
 def restore_ensemble(
     folders: list[RunFolder], mesh: Mesh | None, checkpoint: Choice, sharded: bool | None
-) -> tuple[Any, Mesh, bool]:
+) -> tuple[Params, Mesh, bool]:
     """Returns the parameters of an ensemble on their devices, the mesh, and whether they are split over it.
 
     Those of several models are stacked. No device ever has all of the parameters that are split.
@@ -80,7 +80,7 @@ def restore_ensemble(
     return stack(restored), mesh, sharded
 
 
-def _restore(folder: RunFolder, tokenizers: str, checkpoint: Choice, target: Any) -> Any:
+def _restore(folder: RunFolder, tokenizers: str, checkpoint: Choice, target: Params) -> Params:
     """Returns the parameters of a run, in the shapes and shardings of `target`."""
     with Checkpoints(folder.checkpoints, tokenizers=tokenizers) as checkpoints:
         return checkpoints.undisturbed(lambda: checkpoints.restore_params(checkpoints.choose(checkpoint), target))

@@ -25,6 +25,7 @@ from flax_transformer.inference.prepare import (
     prepared_shardings,
     quantized_params,
 )
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.parallel import processes
 from flax_transformer.parallel.memory import available_bytes, stored_bytes
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
@@ -66,9 +67,9 @@ class Parameters:
         programs: compiled programs by their settings and shapes. All copies of a translator share them.
     """
 
-    graphdef: Any = field(repr=False)
+    graphdef: GraphDef = field(repr=False)
     num_models: int
-    params: Any = field(repr=False)
+    params: Params = field(repr=False)
     mesh: Mesh
     search_meshes: tuple[Mesh, ...]
     sharded: bool = False
@@ -81,7 +82,7 @@ class Parameters:
         """Whether weights are 8-bit integers."""
         return is_quantized(self.params)
 
-    def quantized(self) -> Any:
+    def quantized(self) -> Params:
         """Returns `params` with 8-bit integers for weights."""
         return quantized_params(self.graphdef, self.num_models, self.params)
 
@@ -100,7 +101,7 @@ class Parameters:
         """Number of loops that a search mesh runs: one on each device, or one on all devices together."""
         return 1 if self.sharded else self.search_meshes[0].size
 
-    def with_params(self, params: Any) -> "Parameters":
+    def with_params(self, params: Params) -> "Parameters":
         """Returns other parameters of the same shapes, in the same place. They share the compiled programs."""
         if self.sharded:
             params = placed(params, jax.tree.map(lambda leaf: leaf.sharding, self.params))
@@ -138,7 +139,7 @@ class Parameters:
         return jax.jit(prepare, out_shardings=shardings).lower(self.params)
 
 
-def must_be_sharded(params: Any, mesh: Mesh, num_models: int = 1, reserved_bytes: int = 0) -> bool:
+def must_be_sharded(params: Params, mesh: Mesh, num_models: int = 1, reserved_bytes: int = 0) -> bool:
     """Returns whether parameters are too large for a copy on every device, and the mesh can split them.
 
     A device would have two copies: one as a training keeps them, and one as a search reads them.

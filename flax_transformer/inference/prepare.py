@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.nn.layer_stack import LayerStack
 from flax_transformer.ops.int8_product import Int8Weights, quantize
 from flax_transformer.ops.vocabulary import OutputProjection, fold_bias_into_kernel
@@ -32,12 +33,14 @@ class InferenceParams(NamedTuple):
         params: its parameters; `nnx.merge(graphdef, params)` gives the model.
     """
 
-    graphdef: Any
-    params: Any
+    graphdef: GraphDef
+    params: Params
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="sharded")
-def prepare_for_inference(graphdef: Any, num_models: int, params: Any, sharded: bool = False) -> InferenceParams:
+def prepare_for_inference(
+    graphdef: GraphDef, num_models: int, params: Params, sharded: bool = False
+) -> InferenceParams:
     """Returns the parameters as a search reads them on the platform of the mesh in context.
 
     Args:
@@ -47,7 +50,7 @@ def prepare_for_inference(graphdef: Any, num_models: int, params: Any, sharded: 
         sharded: see `prepared_model`.
     """
 
-    def prepare(params: Any) -> InferenceParams:
+    def prepare(params: Params) -> InferenceParams:
         return InferenceParams(*nnx.split(prepared_model(nnx.merge(graphdef, params), sharded)))
 
     return prepare(params) if num_models == 1 else jax.vmap(prepare)(params)
@@ -120,14 +123,14 @@ def _cast(weights: Any, dtype: jnp.dtype) -> Any:
     return weights if isinstance(weights, Int8Weights) or weights.dtype == dtype else weights.astype(dtype)
 
 
-def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
+def quantized_params(graphdef: GraphDef, num_models: int, params: Params) -> Params:
     """Returns parameters with 8-bit integers for all weights that have `int8_axes`: kernels and embedding tables.
 
     Biases, norms, positions, and the gates of recurrent cells stay floats. An embedding table has a scale for each
     token. The arguments are those of `prepare_for_inference`.
     """
 
-    def of_model(params: Any) -> Any:
+    def of_model(params: Params) -> Params:
         model: Any = nnx.merge(graphdef, params)
         for parameter in _params(model):
             axes = parameter.get_metadata().get("int8_axes")
@@ -141,7 +144,7 @@ def quantized_params(graphdef: Any, num_models: int, params: Any) -> Any:
     return of_model(params) if num_models == 1 else jax.vmap(of_model)(params)
 
 
-def is_quantized(params: Any) -> bool:
+def is_quantized(params: Params) -> bool:
     """Returns whether any parameter has the form of 8-bit integers."""
 
     def is_int8(leaf: Any) -> bool:

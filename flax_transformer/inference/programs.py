@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from flax_transformer.config.recipe import DecodingConfig
+from flax_transformer.data.tokenizer import SpecialIds
 from flax_transformer.decoding.beam_search import BeamSearchConfig
 from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.decoding.logits_processors import ANY
-from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, run_on_workers
+from flax_transformer.decoding.sampling import SamplingConfig
+from flax_transformer.inference.chunks import Chunk, Shape, cut_into_chunks, largest_shapes, run_on_workers
 from flax_transformer.inference.constraints import Constraints
+from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.parameters import Parameters, shapes_of
-from flax_transformer.inference.requests import Request
+from flax_transformer.inference.requests import Request, num_awaited, num_beams
 from flax_transformer.inference.search_program import SearchConfig, SearchInputs, traced_search
 from flax_transformer.inference.shares import Found, exchange_results, own_share
 from flax_transformer.parallel.memory import compile_checked
@@ -42,6 +46,37 @@ class ProgramOptions:
         return max(1, num_slots // self.refill_share)
 
 
+def beam_search_config(
+    decoding: DecodingConfig,
+    special: SpecialIds,
+    num_hypotheses: int,
+    num_slots: int,
+    max_length: int,
+    options: ProgramOptions,
+) -> BeamSearchConfig:
+    """Returns the static settings of a translator's beam search.
+
+    Args:
+        decoding: settings of the search.
+        special: special ids of the target.
+        num_hypotheses: most outputs for each sentence.
+        num_slots, max_length: see `BeamSearchConfig`.
+        options: sizes of the program.
+    """
+    return BeamSearchConfig(
+        beam_size=decoding.beam_size,
+        num_slots=num_slots,
+        max_length=max_length,
+        start_token=special.start,
+        end_token=special.end,
+        length_penalty=LengthPenalty.parse(decoding.length_penalty),
+        stop=decoding.stop,
+        num_awaited=num_awaited(decoding, num_hypotheses),
+        refill_at=options.refill_at(num_slots),
+        excluded=tuple(sorted(special.never_in_outputs)),
+    )
+
+
 @dataclass(frozen=True)
 class Programs:
     """The search programs for one set of settings.
@@ -49,16 +84,14 @@ class Programs:
     Attributes:
         parameters: parameters of the model on its devices, with the programs compiled so far.
         constraints: settings, tokenizer and limits of the outputs.
-        num_beams: number of hypotheses that are kept, or drawn, for each sentence.
-        num_awaited: number of finished hypotheses that a beam search waits for.
+        num_hypotheses: most outputs for each sentence.
         attention: whether the attention over the source is returned.
         options: sizes of the programs.
     """
 
     parameters: Parameters
     constraints: Constraints
-    num_beams: int
-    num_awaited: int
+    num_hypotheses: int
     attention: bool
     options: ProgramOptions = ProgramOptions()
 
@@ -81,28 +114,31 @@ class Programs:
     def spec(self, shape: Shape) -> SearchConfig:
         """Returns the static settings of a search for requests of one shape."""
         constraints, decoding = self.constraints, self.constraints.decoding
-        slots, special = self.batch_size // self.parameters.num_loops, constraints.target.special
         return SearchConfig(
-            BeamSearchConfig(
-                self.num_beams,
-                slots,
-                constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase),
-                special.start,
-                special.end,
-                LengthPenalty.parse(decoding.length_penalty),
-                decoding.stop,
-                self.num_awaited,
-                refill_at=self.options.refill_at(slots),
-                excluded=tuple(sorted(special.never_in_outputs)),
-            ),
-            decoding.sampling,
-            decoding.no_repeat_ngram,
-            decoding.repetition_penalty,
-            tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
-            decoding.force_eos,
-            decoding.coverage_penalty,
-            self.attention,
-            self.parameters.num_models,
+            method=self._method(constraints.max_length(shape.source, shape.prefix + shape.phrases * shape.phrase)),
+            no_repeat_ngram=decoding.no_repeat_ngram,
+            repetition_penalty=decoding.repetition_penalty,
+            suppress_sequences=tuple(tuple(phrase) for phrase in constraints.suppress_sequences.values()),
+            force_eos=decoding.force_eos,
+            coverage_penalty=decoding.coverage_penalty,
+            keep_attention=self.attention,
+            num_models=self.parameters.num_models,
+        )
+
+    def _method(self, max_length: int) -> BeamSearchConfig | SamplingConfig:
+        """Returns the settings of a beam search or of sampling, for outputs of at most `max_length` tokens."""
+        decoding, special = self.constraints.decoding, self.constraints.target.special
+        if decoding.sampling is None:
+            slots = self.batch_size // self.parameters.num_loops
+            return beam_search_config(decoding, special, self.num_hypotheses, slots, max_length, self.options)
+        return SamplingConfig(
+            num_samples=num_beams(decoding, self.num_hypotheses),
+            max_length=max_length,
+            start_token=special.start,
+            end_token=special.end,
+            length_penalty=LengthPenalty.parse(decoding.length_penalty),
+            token=decoding.sampling,
+            excluded=tuple(sorted(special.never_in_outputs)),
         )
 
     def inputs(self, requests: Sequence[Request], shape: Shape, mesh: Mesh) -> SearchInputs:
@@ -114,14 +150,13 @@ class Programs:
             mesh: devices that run the search.
         """
         rows, decoding = self.num_sentences, self.constraints.decoding
-        tokens, segments = np.zeros((2, rows, shape.source), np.int32)
+        order = places(len(requests), rows, self.parameters.num_loops)
+        tokens, _, segments = padded_sentences([request.source for request in requests], rows, shape.source, order)
         max_lengths, min_lengths = np.zeros((2, rows), np.int32)
         seeds = np.zeros(rows, np.int32)
         prefixes = np.full((rows, shape.prefix), ANY, np.int32)
         required = np.full((rows, shape.phrases, shape.phrase), ANY, np.int32)
-        for row, request in zip(places(len(requests), rows, self.parameters.num_loops), requests, strict=True):
-            tokens[row, : len(request.source)] = request.source
-            segments[row, : len(request.source)] = 1
+        for row, request in zip(order, requests, strict=True):
             max_lengths[row] = request.max_length
             min_lengths[row] = decoding.min_length + 1
             seeds[row] = request.seed
@@ -145,8 +180,6 @@ class Programs:
         """Returns [vocabulary], True for tokens that no output may contain; an empty array if all are allowed."""
         target, decoding = self.constraints.target, self.constraints.decoding
         ids = set(self.constraints.suppress_tokens.values())
-        if decoding.method == "sampling":  # a beam search excludes them by itself
-            ids |= target.special.never_in_outputs
         if decoding.suppress_unknown and target.special.unknown is not None:
             ids.add(target.special.unknown)
         suppressed = np.zeros(target.vocab_size if ids else 0, bool)
@@ -165,7 +198,7 @@ class Programs:
         Raises:
             ConfigError: the search needs more memory than a device has.
         """
-        parameters, beam = self.parameters, spec.beam
+        parameters = self.parameters
         num_rows = rounded_up(self.constraints.decoding.batch_size, parameters.mesh)
         mesh, sharded = parameters.search_meshes[number], parameters.sharded
         graphdef, params = parameters.prepared()[number]
@@ -175,8 +208,8 @@ class Programs:
             parameters.programs[key] = compile_checked(
                 traced_search(graphdef, spec, mesh, *arguments, sharded=sharded).lower(),
                 parameters.mesh,
-                f"a search of {num_rows} sentences at a time, with {beam.beam_size} hypotheses of at most "
-                f"{beam.max_length} tokens for each,",
+                f"a search of {num_rows} sentences at a time, with {spec.num_beams} hypotheses of at most "
+                f"{spec.method.max_length} tokens for each,",
                 "Lower decoding.beam_size (of sampling: the number of samples), decoding.batch_size, or the limits on "
                 "the length, decoding.max_length_factor and max_length_offset.",
                 reserved_bytes=reserved_bytes + parameters.num_bytes,
@@ -218,6 +251,9 @@ class Programs:
 
         If the mesh spans processes, each process searches its share, and results come when all are there. With sharded
         parameters all processes search all requests together.
+
+        Raises:
+            ConfigError: a search needs more memory than a device has. Nothing has been searched then.
         """
         if spans_processes(self.parameters.mesh) and not self.parameters.sharded:
             return exchange_results(self._search(own_share(requests)))
@@ -227,11 +263,21 @@ class Programs:
         def launch(number: int, chunk: Chunk) -> Hypotheses:
             return self.launch([requests[index] for index in chunk.members], chunk.shape, number)
 
-        meshes = self.parameters.search_meshes
-        for chunk, hypotheses in run_on_workers(self.chunks(requests), len(meshes), launch):
+        meshes, chunks = self.parameters.search_meshes, self.chunks(requests)
+        self._compile_largest(chunks)
+        for chunk, hypotheses in run_on_workers(chunks, len(meshes), launch):
             rows = places(len(chunk.members), self.num_sentences, self.parameters.num_loops)
             for row, index in zip(rows, chunk.members, strict=True):
                 yield Found(index, hypotheses, row)
+
+    def _compile_largest(self, chunks: Sequence[Chunk]) -> None:
+        """Compiles the searches that may need the most memory, for the mesh that probably gets their first chunk."""
+        meshes, workers = self.parameters.search_meshes, {}
+        for turn, chunk in enumerate(chunks):
+            workers.setdefault(chunk.shape, turn % len(meshes))
+        for shape in largest_shapes(workers)[1:]:  # the very first chunk has the first one
+            number = workers[shape]
+            self.compiled(self.spec(shape), self.inputs([], shape, meshes[number]), number)
 
 
 def rounded_up(num_rows: int, mesh: Mesh) -> int:

@@ -18,9 +18,11 @@ from flax_transformer.data.text_files import MAX_CHARACTERS
 from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import DivergenceError, InputError, as_texts, shown
 from flax_transformer.inference.chunks import length_bucket
+from flax_transformer.inference.padding import padded_sentences
 from flax_transformer.inference.requests import encode_each, is_cut
-from flax_transformer.inference.search_program import ALL_AXES
+from flax_transformer.inference.search_program import ALL_AXES, log_of_mean
 from flax_transformer.inference.translator import Translator
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.parallel.mesh import all_devices_sharding, replicated_sharding
 from flax_transformer.parallel.placement import fetch, put
 from flax_transformer.parallel.sharding_rules import stationary_weights
@@ -94,7 +96,7 @@ def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
 
 
 def _token_log_probs_of(
-    graphdef: Any, num_models: int, params: Any, batch: Batch, axis: Literal[0, 1] = 0
+    graphdef: GraphDef, num_models: int, params: Params, batch: Batch, axis: Literal[0, 1] = 0
 ) -> Float[Array, "B T"]:
     """Returns the log-probability of each target token under teacher forcing.
 
@@ -102,7 +104,7 @@ def _token_log_probs_of(
     for one entry of `axis` of [B, T] at a time, since [B, T, V] is large.
     """
 
-    def of_model(params: Any) -> Float[Array, "B T"]:
+    def of_model(params: Params) -> Float[Array, "B T"]:
         model = nnx.merge(graphdef, params)
         projection = model.output_projection()
 
@@ -118,17 +120,19 @@ def _token_log_probs_of(
 
     if num_models == 1:
         return of_model(params)
-    return jax.nn.logsumexp(jax.vmap(of_model)(params), axis=0) - jnp.log(jnp.float32(num_models))
+    return log_of_mean(jax.vmap(of_model)(params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _token_log_probs(graphdef: Any, num_models: int, mesh: Mesh, params: Any, batch: Batch) -> Float[Array, "B T"]:
+def _token_log_probs(
+    graphdef: GraphDef, num_models: int, mesh: Mesh, params: Params, batch: Batch
+) -> Float[Array, "B T"]:
     rows, function = jax.P(ALL_AXES), functools.partial(_token_log_probs_of, graphdef, num_models)
     return jax.shard_map(function, mesh=mesh, in_specs=(jax.P(), rows), out_specs=rows, check_vma=False)(params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sharded_token_log_probs(graphdef: Any, num_models: int, params: Any, batch: Batch) -> Float[Array, "B T"]:
+def _sharded_token_log_probs(graphdef: GraphDef, num_models: int, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """Returns the same with parameters that are split over the mesh in context. Rows are split over "data"."""
     with stationary_weights():  # a row belongs to one part of the mesh, and a position to all
         return _token_log_probs_of(graphdef, num_models, params, batch, axis=1)
@@ -276,14 +280,8 @@ class Scorer:
         return PairScore(log_prob / divisor, log_prob, pieces, token_scores.tolist(), truncated)
 
     def _batch(self, sources: list[list[int]], targets: list[list[int]], shape: tuple[int, int]) -> Batch:
-        def side(sentences: list[list[int]], length: int) -> list[np.ndarray]:
-            tokens, segments = np.zeros((2, self.translator.batch_size, length), np.int32)
-            for row, ids in enumerate(sentences):
-                tokens[row, : len(ids)] = ids
-                segments[row, : len(ids)] = 1
-            positions = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape))
-            return [tokens, positions, segments]
-
         mesh, sharded = self.translator.mesh, self.translator.parameters.sharded
         sharding = replicated_sharding(mesh) if sharded else all_devices_sharding(mesh)
-        return Batch(*(put(a, sharding) for a in (*side(sources, shape[0]), *side(targets, shape[1]))))
+        num_rows = self.translator.batch_size
+        source, target = padded_sentences(sources, num_rows, shape[0]), padded_sentences(targets, num_rows, shape[1])
+        return Batch(*(put(array, sharding) for array in (*source, *target)))

@@ -26,6 +26,7 @@ from flax_transformer.decoding.hypotheses import Hypotheses
 from flax_transformer.decoding.lexical_constraints import LexicalConstraints
 from flax_transformer.decoding.logits_processors import LogitsProcessor
 from flax_transformer.decoding.sampling import SamplingConfig, sample
+from flax_transformer.models.parameters import GraphDef, Params
 from flax_transformer.models.seq2seq import DecodeState, EncoderOutput, reorder_beams
 from flax_transformer.parallel.sharding_rules import stationary_weights
 from flax_transformer.shapes import array_tree, static_field
@@ -38,8 +39,7 @@ class SearchConfig:
     """Static settings of a search. One program is compiled for each `SearchConfig` and each shape of the inputs.
 
     Attributes:
-        beam: sizes, tokens and length penalty; also for sampling.
-        sampling: how tokens are drawn; None is beam search.
+        method: settings of the beam search, or of sampling.
         no_repeat_ngram: size of n-grams that may occur only once; 0 allows all.
         repetition_penalty: factor on log-probabilities of tokens that have occurred, at least 1.
         suppress_sequences: ids of each suppressed phrase.
@@ -50,8 +50,7 @@ class SearchConfig:
         num_models: number of an ensemble's models, E.
     """
 
-    beam: BeamSearchConfig
-    sampling: SamplingConfig | None = None
+    method: BeamSearchConfig | SamplingConfig
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
     suppress_sequences: tuple[tuple[int, ...], ...] = ()
@@ -59,6 +58,11 @@ class SearchConfig:
     coverage_penalty: float = 0.0
     keep_attention: bool = False
     num_models: int = 1
+
+    @property
+    def num_beams(self) -> int:
+        """The number of hypotheses that are kept, or drawn, for each sentence, K."""
+        return self.method.beam_size if isinstance(self.method, BeamSearchConfig) else self.method.num_samples
 
 
 @array_tree
@@ -96,14 +100,19 @@ class ModelFunctions:
     step: Callable[[jax.Array, DecodeState], tuple[jax.Array, Any, DecodeState]]
 
 
-def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunctions:
+def log_of_mean(log_probs: Float[Array, "E *rest"]) -> Float[Array, "*rest"]:
+    """Returns the logarithm of the mean of an ensemble's probabilities."""
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(log_probs.shape[0]))
+
+
+def model_functions(graphdef: GraphDef, params: Params, spec: SearchConfig) -> ModelFunctions:
     """Returns the functions of a model, or of an ensemble, which averages its models' probabilities.
 
     The parameters are those of `prepare_for_inference`. Arrays of an ensemble's encoder output and state have a model
     axis after their leading [B] or [B, K].
     """
-    beam, num_models, reordered = spec.beam, spec.num_models, spec.sampling is None
-    if num_models == 1:
+    sizes = spec.num_beams, spec.method.max_length, isinstance(spec.method, BeamSearchConfig)  # samples stay in place
+    if spec.num_models == 1:
         model = nnx.merge(graphdef, params)
 
         def one_step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
@@ -111,32 +120,31 @@ def model_functions(graphdef: Any, params: Any, spec: SearchConfig) -> ModelFunc
             return output.logits, output.attention, state
 
         def one_start(encoded: EncoderOutput) -> DecodeState:
-            return model.init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
+            return model.init_decode_state(encoded, *sizes)
 
         return ModelFunctions(model.encode, one_start, one_step)
 
     axes = DecodeState(per_sentence=1, per_beam=2, append_only=1, positions=None)  # the model axis
 
     def encode(tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> EncoderOutput:
-        def of(params: Any) -> EncoderOutput:
+        def of(params: Params) -> EncoderOutput:
             return nnx.merge(graphdef, params).encode(tokens, positions, segments)
 
         return jax.vmap(of, out_axes=1)(params)
 
     def start(encoded: EncoderOutput) -> DecodeState:
-        def of(params: Any, encoded: EncoderOutput) -> DecodeState:
-            return nnx.merge(graphdef, params).init_decode_state(encoded, beam.beam_size, beam.max_length, reordered)
+        def of(params: Params, encoded: EncoderOutput) -> DecodeState:
+            return nnx.merge(graphdef, params).init_decode_state(encoded, *sizes)
 
         return jax.vmap(of, in_axes=(0, 1), out_axes=axes)(params, encoded)
 
     def step(tokens: jax.Array, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
-        def of(params: Any, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
+        def of(params: Params, state: DecodeState) -> tuple[jax.Array, Any, DecodeState]:
             output, state = nnx.merge(graphdef, params).decode_step(tokens, state)
             return jax.nn.log_softmax(output.logits), output.attention, state
 
         log_probs, attention, state = jax.vmap(of, in_axes=(0, axes), out_axes=(0, 0, axes))(params, state)
-        mean = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(jnp.float32(num_models))
-        return mean, jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
+        return log_of_mean(log_probs), jax.tree.map(lambda a: jnp.mean(a, axis=0), attention), state
 
     return ModelFunctions(encode, start, step)
 
@@ -237,13 +245,13 @@ def make_processors(spec: SearchConfig, inputs: SearchInputs) -> tuple[LogitsPro
     if inputs.suppressed.shape[0]:
         asked.append(logits_processors.SuppressTokens(inputs.suppressed))
     if inputs.min_lengths.shape[0]:
-        asked.append(logits_processors.MinLength(inputs.min_lengths, spec.beam.end_token))
+        asked.append(logits_processors.MinLength(inputs.min_lengths, spec.method.end_token))
     if spec.no_repeat_ngram:
         asked.append(logits_processors.NoRepeatNgram(spec.no_repeat_ngram))
     if spec.suppress_sequences:
         asked.append(logits_processors.SuppressSequences.of(spec.suppress_sequences))
     if spec.force_eos and not inputs.required.shape[1]:
-        asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.beam.end_token))
+        asked.append(logits_processors.ForceEos(inputs.max_lengths, spec.method.end_token))
     if inputs.prefixes.shape[1]:
         return (logits_processors.ForcePrefix(inputs.prefixes, tuple(asked)),)
     return tuple(asked)
@@ -253,15 +261,16 @@ def scoring(spec: SearchConfig, inputs: SearchInputs) -> tuple[LexicalConstraint
     """Returns the selector of candidates and the score adjustment that the settings ask for."""
     constraints = None
     if inputs.required.shape[1]:
-        constraints = LexicalConstraints(inputs.required, spec.beam.end_token, spec.beam.excluded)
+        constraints = LexicalConstraints(inputs.required, spec.method.end_token)
     return constraints, CoveragePenalty(inputs.segments, spec.coverage_penalty) if spec.coverage_penalty else None
 
 
 def decoder_functions(
     model: ModelFunctions, spec: SearchConfig, inputs: SearchInputs
 ) -> tuple[DecoderFunctions, SlotState]:
-    """Returns the decoder functions of a model, and a state of empty slots."""
-    empty, refill = slot_functions(model, inputs, spec.beam.num_slots)
+    """Returns the decoder functions of a model, and a state of empty slots. For sampling each sentence has a slot."""
+    slots = spec.method.num_slots if isinstance(spec.method, BeamSearchConfig) else inputs.tokens.shape[0]
+    empty, refill = slot_functions(model, inputs, slots)
     keep_attention = spec.keep_attention or spec.coverage_penalty > 0
 
     def step(tokens: jax.Array, state: SlotState) -> tuple[jax.Array, Any, SlotState]:
@@ -275,34 +284,42 @@ def decoder_functions(
     return DecoderFunctions(step, reorder, refill), empty
 
 
-def search_in_loop(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
+def search_in_loop(graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> Hypotheses:
     """Returns the outputs of the sentences of one loop, with the parameters of `prepare_for_inference`.
 
     Each of `suppressed`, `min_lengths`, `prefixes` and `required` is an empty array if no setting needs it.
     """
-    beam = spec.beam
     functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
     processors = make_processors(spec, inputs)
-    if spec.sampling is not None:
-        slots = jnp.arange(beam.num_slots)
+    if isinstance(spec.method, SamplingConfig):
+        slots = jnp.arange(inputs.tokens.shape[0])
         filled = functions.refill(empty, slots >= 0, slots)
-        found = sample(functions, beam, spec.sampling, filled, inputs.max_lengths, inputs.seeds, processors)
+        found = sample(functions, spec.method, filled, inputs.max_lengths, inputs.seeds, processors)
     else:
-        found = beam_search(functions, beam, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
+        found = beam_search(functions, spec.method, empty, inputs.max_lengths, processors, *scoring(spec, inputs))
     return found if spec.keep_attention else dataclasses.replace(found, auxiliary=None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def search(
-    graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Any, inputs: SearchInputs
+    graphdef: GraphDef, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Params, inputs: SearchInputs
 ) -> Hypotheses:
     """Searches on every device of a mesh. JAX traces it once for all translators that differ in parameters alone.
 
     Sentences are split over all axes of the mesh, and every device has all parameters. Each device runs its own loop
-    with `spec.beam.num_slots` slots. No device waits for another.
+    with its own slots. No device waits for another.
     """
     rows = jax.P(ALL_AXES)
-    split = SearchInputs(rows, rows, rows, rows, rows, rows, rows, jax.P())
+    split = SearchInputs(
+        tokens=rows,
+        segments=rows,
+        max_lengths=rows,
+        min_lengths=rows,
+        prefixes=rows,
+        required=rows,
+        seeds=rows,
+        suppressed=jax.P(),
+    )
     return jax.shard_map(
         functools.partial(search_in_loop, graphdef, spec),
         mesh=mesh,
@@ -313,8 +330,8 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def sharded_search(graphdef: Any, spec: SearchConfig, params: Any, inputs: SearchInputs) -> Hypotheses:
-    """Searches on all devices of the mesh in context together, in one loop with `spec.beam.num_slots` slots.
+def sharded_search(graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> Hypotheses:
+    """Searches on all devices of the mesh in context together, in one loop.
 
     The parameters have the shardings of `prepared_shardings`, and the compiler partitions the program. Slots are split
     over the axis "data". Every device gets all results.
@@ -325,7 +342,12 @@ def sharded_search(graphdef: Any, spec: SearchConfig, params: Any, inputs: Searc
 
 
 def traced_search(
-    graphdef: Any, spec: SearchConfig, mesh: Mesh | AbstractMesh, params: Any, inputs: SearchInputs, sharded: bool
+    graphdef: GraphDef,
+    spec: SearchConfig,
+    mesh: Mesh | AbstractMesh,
+    params: Params,
+    inputs: SearchInputs,
+    sharded: bool,
 ) -> Traced:
     """Returns `sharded_search` or `search`, traced for a mesh. The arguments may be shapes with shardings."""
     if not sharded:

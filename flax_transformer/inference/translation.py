@@ -125,24 +125,56 @@ class NoTranslation:
     hypotheses = text = score = tokens = source = source_words = property(_raised)
 
 
-def raise_if_none(answers: Sequence[Translation | NoTranslation]) -> None:
-    """Raises if no sentence has an output because of the model or the settings.
+@dataclass
+class Failures:
+    """The sentences so far that have no output because of the model or the settings, among all non-empty ones.
 
-    Scores may leave the range of float32 with finite parameters. `ResultReader` then blames the settings, if they
-    exclude tokens. So settings that fail for every sentence are an error, too.
+    Attributes:
+        others: number of sentences that have an output, or lack one for a reason of their own.
+        failed: number of sentences that lack one because of the model or the settings.
+        first: the first of these. One whose scores are not finite comes before the others.
 
-    Raises:
-        DivergenceError: every non-empty sentence failed, one or more of them because scores are not finite.
-        ConfigError: two or more non-empty sentences failed, all of them because of the settings.
+    Example:
+        >>> failures = Failures()
+        >>> for sentence in ("A dog.", "A cat."):
+        ...     failures.add([NoTranslation(sentence, ConfigError("no token is left."))])
+        >>> failures.raise_if_all()
+        Traceback (most recent call last):
+        flax_transformer.errors.ConfigError: 'A dog.' has no translation: no token is left.
     """
-    asked = [each for each in answers if isinstance(each, NoTranslation) or each.source]
-    failed = [e for e in asked if isinstance(e, NoTranslation) and isinstance(e.reason, ConfigError | DivergenceError)]
-    if not asked or len(failed) < len(asked):
-        return
-    diverged = [each for each in failed if isinstance(each.reason, DivergenceError)]
-    if diverged or len(asked) > 1:
-        first = (diverged or failed)[0]
-        raise first.error from first.reason
+
+    others: int = 0
+    failed: int = 0
+    first: NoTranslation | None = None
+
+    def add(self, answers: Sequence[Translation | NoTranslation]) -> None:
+        """Adds sentences."""
+        for each in answers:
+            if not isinstance(each, NoTranslation):
+                self.others += bool(each.source)
+            elif not isinstance(each.reason, ConfigError | DivergenceError):
+                self.others += 1
+            else:
+                self.failed += 1
+                if self.first is None or _diverged(each) and not _diverged(self.first):
+                    self.first = each
+
+    def raise_if_all(self) -> None:
+        """Raises if no sentence has an output because of the model or the settings.
+
+        Scores may leave the range of float32 with finite parameters. `ResultReader` then blames the settings, if they
+        exclude tokens. So settings that fail for every sentence are an error, too.
+
+        Raises:
+            DivergenceError: every non-empty sentence failed, one or more of them because scores are not finite.
+            ConfigError: two or more non-empty sentences failed, all of them because of the settings.
+        """
+        if self.first is not None and not self.others and (_diverged(self.first) or self.failed > 1):
+            raise self.first.error from self.first.reason
+
+
+def _diverged(answer: NoTranslation) -> bool:
+    return isinstance(answer.reason, DivergenceError)
 
 
 def no_output_line(answers: Sequence[Translation | NoTranslation], what: str) -> str:
@@ -166,9 +198,11 @@ def texts_or_empty(answers: Sequence[Translation | NoTranslation]) -> list[str]:
     """Returns the best output of each sentence, "" if it has none.
 
     Raises:
-        DivergenceError: see `raise_if_none`.
+        ConfigError, DivergenceError: see `Failures.raise_if_all`.
     """
-    raise_if_none(answers)
+    failures = Failures()
+    failures.add(answers)
+    failures.raise_if_all()
     return ["" if isinstance(each, NoTranslation) else each.text for each in answers]
 
 

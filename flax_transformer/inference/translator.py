@@ -16,10 +16,11 @@ from flax_transformer.inference.ensemble import open_ensemble, restore_ensemble
 from flax_transformer.inference.parameters import Parameters, must_be_sharded, stacked_shardings
 from flax_transformer.inference.prepare import Quantize
 from flax_transformer.inference.programs import ProgramOptions, Programs, rounded_up
-from flax_transformer.inference.requests import Request, RequestReader, check_call, num_awaited, num_beams
+from flax_transformer.inference.requests import Request, RequestReader, check_call
 from flax_transformer.inference.results import ResultReader
 from flax_transformer.inference.translation import NoTranslation, Translation
 from flax_transformer.models.build import ModelConfig, vocabulary_info
+from flax_transformer.models.parameters import Params
 from flax_transformer.object_storage import AnyPath
 from flax_transformer.parallel.mesh import search_meshes
 from flax_transformer.parallel.placement import local_mesh, placed, replicated
@@ -57,7 +58,7 @@ class Translator:
         cls,
         model: ModelConfig,
         tokenizers: TokenizerPair,
-        params: Any,
+        params: Params,
         decoding: DecodingConfig,
         mesh: Mesh,
         num_models: int = 1,
@@ -133,7 +134,7 @@ class Translator:
         made = cls.from_params(*of_run, len(folders), side_by_side=True, sharded=sharded)
         return made.quantized() if quantize == "int8" else made
 
-    def with_params(self, params: Any) -> "Translator":
+    def with_params(self, params: Params) -> "Translator":
         """Returns a translator with other parameters of the same shapes. It shares the compiled programs."""
         chex.assert_trees_all_equal_shapes_and_dtypes(params, self.params)  # merging a model does not check
         return dataclasses.replace(self, parameters=self.parameters.with_params(params))
@@ -150,7 +151,7 @@ class Translator:
         return dataclasses.replace(self, decoding=decoding)
 
     @property
-    def params(self) -> Any:
+    def params(self) -> Params:
         """The parameters, with a copy on every device or split over them. Those of an ensemble's models are stacked."""
         return self.parameters.params
 
@@ -172,14 +173,7 @@ class Translator:
 
     def programs(self, requests: RequestReader, num_hypotheses: int = 1, attention: bool = False) -> Programs:
         """Returns the search programs for a reader's requests. For the other arguments see `translate`."""
-        return Programs(
-            self.parameters,
-            requests.constraints,
-            num_beams(self.decoding, num_hypotheses),
-            num_awaited(self.decoding, num_hypotheses),
-            attention,
-            self.options,
-        )
+        return Programs(self.parameters, requests.constraints, num_hypotheses, attention, self.options)
 
     def translate(
         self,
@@ -209,7 +203,8 @@ class Translator:
 
         Raises:
             ConfigError: a setting is out of range, unknown or contradicts another. Or an argument is a string instead
-                of a list, a list of the wrong length, or has an item that is no text.
+                of a list, a list of the wrong length, or has an item that is no text. Or a search needs more memory
+                than a device has; nothing has been searched then.
         """
         if changes:
             other = self.with_decoding(changed(self.decoding, changes))

@@ -7,12 +7,17 @@ A model declares the vectors by `parameter_roles`.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from flax import nnx
 
 from flax_transformer.models.seq2seq import Seq2Seq
 from flax_transformer.parallel.sharding_rules import logical_axes_of
+
+# A model without its parameters. `nnx.merge(graphdef, params)` gives the model.
+GraphDef: TypeAlias = nnx.GraphDef[Any]
+# Parameters as a tree of arrays, or of their shapes. Those of an ensemble's models are stacked.
+Params: TypeAlias = Any
 
 # Which vectors a parameter multiplies: one for each source token, each target token, or each sentence.
 MultipliedWith = Literal["source_token", "target_token", "sentence"]

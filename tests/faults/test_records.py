@@ -122,12 +122,12 @@ def begun(tmp_path_factory) -> Path:
     """The folder of an output that was interrupted after two lines."""
     folder = tmp_path_factory.mktemp("begun")
     with pytest.raises(KeyError), PartialOutput(folder / "out", {"beam": 3}, False) as output:
-        output.write(["one", "two"], digest_of(["a", "b"]).hexdigest(), True)
+        output.write(["one", "two"], digest_of(["a", "b"]).hexdigest(), True, 2)
         raise KeyError
     return folder
 
 
-RECORD = {"lines": 2, "source": "", "faulty": False, "settings": {"beam": 3}}
+RECORD = {"lines": 2, "translated": 2, "size": 8, "source": "", "faulty": False, "settings": {"beam": 3}}
 HOSTILE_RECORDS = [
     b"", b"5", b"{}", b"[" * 5000, b"1" * 5000, b"\xff", b"null",
     json.dumps(sealed(RECORD | {"settings": []})).encode(), json.dumps(sealed(RECORD | {"lines": "two"})).encode(),

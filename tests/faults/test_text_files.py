@@ -88,13 +88,13 @@ def test_an_output_is_compressed_as_its_name_says(tmp_path, suffix, content):
     """Also one that is gone on with, and one of `evaluate`."""
     path = tmp_path / f"out{suffix}"
     with pytest.raises(KeyboardInterrupt), PartialOutput(path, {}, False) as output:
-        output.write(["one", "zw\u00f6lf"], "", False)
+        output.write(["one", "zw\u00f6lf"], "", False, 2)
         raise KeyboardInterrupt
     with Path(f"{path}.partial").open("ab") as file:  # half of a write
         file.write(b"\x1f\x8bhalf of it")
     with PartialOutput(path, {}, True) as output:
         assert output.progress.lines == 2
-        output.write(["three"], "", False)
+        output.write(["three"], "", False, 1)
     assert content(path.read_bytes()).decode() == "one\nzw\u00f6lf\nthree\n"
     with output_of_lines(path, ()) as write:
         write(["four"])
@@ -139,7 +139,7 @@ def test_a_pipe_is_read_and_written(tmp_path, capfdbinary):
     reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
     reader.start()
     with StreamOutput(pipe) as output:
-        output.write(["one"], "", False)
+        output.write(["one"], "", False, 1)
     reader.join()
     assert found == [b"one\n"]
     for path in (Path("/dev/null"), Path("-"), Path("/dev/stdout")):

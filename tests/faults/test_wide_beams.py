@@ -52,7 +52,7 @@ def test_required_phrases_bring_no_excluded_token():
     none = Progress(jnp.zeros((1, 5, 4), jnp.int32), jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32))
     phrases = jnp.array([[[5, 6]]], jnp.int32)
     live = jnp.zeros((1, 5), jnp.float32)
-    found = jax.jit(lambda: LexicalConstraints(phrases, END, (0, 3))(live, logits, 10, none, ()))()
+    found = jax.jit(lambda: LexicalConstraints(phrases, END)(live, logits, 10, none, (), (0, 3)))()
     tokens = set(np.asarray(found.tokens)[np.asarray(found.scores) > MASKED / 2].tolist())
     assert 5 in tokens and not tokens & {0, 3}
 
