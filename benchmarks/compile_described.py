@@ -36,7 +36,7 @@ from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import InputError
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.ops.attention import attention
 from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.parallel.memory import available_bytes, needed_bytes, stored_bytes

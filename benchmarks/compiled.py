@@ -26,7 +26,7 @@ from flax_transformer.data.sentencepiece_tokenizer import SPECIAL
 from flax_transformer.errors import InputError
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.models.build import VocabularyInfo
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.parallel.program_cost import SPEEDS, Cost, Kernel, Speed, largest_loop, read_kernels, seconds_by
 from flax_transformer.parallel.topology import Program, described_devices, set_up_compilers

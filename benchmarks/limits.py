@@ -18,7 +18,7 @@ from flax_transformer.data.batching import BatchingConfig
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.experiment.hardware_plan import longest_batch, plan_hardware, vocabulary_of_recipe
 from flax_transformer.experiment.step_estimate import estimate_step
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig
 from flax_transformer.parallel.topology import set_up_compilers
 

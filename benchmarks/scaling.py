@@ -78,7 +78,7 @@ class Growth(Benchmark):
         from flax_transformer.config.recipe import Config
         from flax_transformer.data.batching import BatchShape
         from flax_transformer.models.build import VocabularyInfo
-        from flax_transformer.models.transformer import TransformerConfig
+        from flax_transformer.models.transformer_config import TransformerConfig
         from flax_transformer.shapes import Batch
 
         sizes = {"model_dim": work.width, "num_heads": 4, "feed_forward_dim": 4 * work.width}

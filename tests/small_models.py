@@ -15,8 +15,8 @@ from flax_transformer.data.synthetic import english_number_words, german_number_
 from flax_transformer.data.tokenizer import TokenizerConfig
 from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.models.build import vocabulary_info
-from flax_transformer.models.recurrent import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Checkpoints
 from flax_transformer.training.state import abstract_model

@@ -25,7 +25,7 @@ from flax_transformer.inference import attention_view
 from flax_transformer.inference.attention_view import AttentionView, attention_views, pictures_of
 from flax_transformer.inference.translation import Hypothesis, NoTranslation, Translation
 from flax_transformer.inference.translator import Translator
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import AttentionWeights
 from flax_transformer.plots.attention_page import attention_page, text_direction
 from flax_transformer.shapes import Batch

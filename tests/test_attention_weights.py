@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from flax_transformer.models.build import build_model
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import shift_right
 from flax_transformer.ops import attention
 from tests import tiny

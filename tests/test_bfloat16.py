@@ -15,7 +15,7 @@ from flax_transformer import backend
 from flax_transformer.inference.prepare import prepared_model
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import build_model
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.training.step import Objective, batch_loss
 from tests import tiny
 from tests.small_models import ALIKE, DECODING, MODELS, TOKENIZERS, params_of

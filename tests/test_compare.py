@@ -13,8 +13,8 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.errors import InputError, RunFolderError
 from flax_transformer.inference.comparison import bleu_by_length, common_quality, read_runs
 from flax_transformer.inference.evaluate import evaluate
-from flax_transformer.models.recurrent import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 
 # Twelve sentences: two of each length from 5 to 10 words.

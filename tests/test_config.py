@@ -15,7 +15,7 @@ from flax_transformer.config.recipe import Config, DecodingConfig
 from flax_transformer.data.parallel_text import ParallelTextConfig
 from flax_transformer.data.synthetic import NumberWordsConfig
 from flax_transformer.errors import ConfigError
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -18,7 +18,7 @@ from flax_transformer.inference.programs import ProgramOptions
 from flax_transformer.inference.scorer import NoScore, Scorer
 from flax_transformer.inference.translation import EMPTY, Hypothesis, NoTranslation, no_output_line, texts_or_empty
 from flax_transformer.inference.translator import Translator
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from tests.small_models import (
     ALIKE,

@@ -12,7 +12,7 @@ from flax_transformer.config.reading import from_dict, to_dict, write_config
 from flax_transformer.config.recipe import Config, EvaluationConfig
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.evaluate import _bleu_metric, bleu_metric, evaluate
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from tests.small_run import command
 from tests.test_compare import REFERENCES, make_run

@@ -25,7 +25,7 @@ from flax_transformer.experiment.plan_report import describe_plan, describe_rank
 from flax_transformer.experiment.plan_search import choices, rank_plans
 from flax_transformer.experiment.recipe_programs import RecipePrograms
 from flax_transformer.experiment.step_estimate import axis_bandwidth, divisors, estimate_step
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.exchanges import LINKS

@@ -29,7 +29,7 @@ from flax_transformer.interop.marian import (
 )
 from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.interop.marian_vocabulary import our_order, renumbered
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.small_models import ALIKE, DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of

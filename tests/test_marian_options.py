@@ -9,7 +9,7 @@ from flax_transformer.errors import ConfigError
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import check_expressible, export_config, options_left_out, write_marian
 from flax_transformer.interop.marian_reader import read_marian, read_model_config
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from tests.small_models import DECODING, MODELS, TOKENIZERS, params_of
 
 MODEL = MODELS["transformer"]

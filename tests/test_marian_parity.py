@@ -21,7 +21,7 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import marian_order, write_marian
 from flax_transformer.interop.marian_reader import read_marian
 from flax_transformer.interop.marian_vocabulary import our_order, renumbered
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 from flax_transformer.shapes import Batch
 from tests.small_models import DECODING, MODELS, SOURCES, TARGETS, TOKENIZERS, params_of

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh
 
 from flax_transformer.models.build import VocabularyInfo
-from flax_transformer.models.recurrent import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.memory import stored_bytes

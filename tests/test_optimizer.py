@@ -11,7 +11,7 @@ import pytest
 
 from flax_transformer.errors import ConfigError
 from flax_transformer.models.parameters import ParameterInfo
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.optim.optimizer import OptimizerConfig, decays, make_optimizer, matrix_axes, scale_by_adafactor
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh

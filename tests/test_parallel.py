@@ -16,8 +16,8 @@ from flax_transformer.config.recipe import Config
 from flax_transformer.errors import ConfigError
 from flax_transformer.experiment.run import run_experiment
 from flax_transformer.models.build import ModelConfig, VocabularyInfo
-from flax_transformer.models.recurrent import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.mesh import MeshConfig, batch_sharding, check_rows, make_mesh

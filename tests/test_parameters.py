@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from flax_transformer.models.parameters import ParameterInfo, parameter_info
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import ParameterRoles
 from flax_transformer.models.transformer import Transformer
 from flax_transformer.training.state import describe_parameters

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from flax_transformer.inference.attention_map import AttentionMap
 from flax_transformer.inference.comparison import read_runs
-from flax_transformer.models.recurrent import RecurrentConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.plots import fonts
 from flax_transformer.plots.attention import plot_attention
 from flax_transformer.plots.comparison import plot_bleu_by_length, plot_quality_over_time

@@ -42,7 +42,7 @@ from flax_transformer.errors import ConfigError, InputError
 from flax_transformer.experiment.new_run import tokenizers_of_new_run
 from flax_transformer.experiment.report import describe_pairs, describe_run
 from flax_transformer.experiment.text import PreparedText, prepare_text
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 
 SOURCE = [english_number_words(n) for n in range(400)]
 TARGET = SOURCE[::-1]

@@ -18,7 +18,7 @@ from flax_transformer.decoding.length_penalty import LengthPenalty
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.prepare import is_quantized, prepared_model, quantized_params
 from flax_transformer.models.build import build_model
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
 from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.recurrent import CELLS, run_over_time

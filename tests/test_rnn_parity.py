@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_transformer.models.recurrent import RecurrentConfig, RecurrentEncoder
+from flax_transformer.models.recurrent import RecurrentEncoder
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.recurrent_decoder import make_decoder
 from flax_transformer.models.seq2seq import EncoderOutput
 from tests import tiny

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from flax_transformer.models.recurrent import RecurrentConfig
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.ops.cross_entropy import LossSums
 from flax_transformer.training.log_window import LogWindow
 from flax_transformer.training.metrics import TokenCounts

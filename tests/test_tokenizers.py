@@ -31,7 +31,7 @@ from flax_transformer.inference.translation import Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import write_marian
 from flax_transformer.models.build import VocabularyInfo, vocabulary_info
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig, make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.run_folder import RunFolder

@@ -17,7 +17,7 @@ from flax_transformer.inference.prepare import prepared_model
 from flax_transformer.models import transformer as transformer_module
 from flax_transformer.models.build import VocabularyInfo, build_model
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.nn.attention import MultiHeadAttention
 from flax_transformer.parallel.memory import needed_bytes
 from flax_transformer.shapes import Batch

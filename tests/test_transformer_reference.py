@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from flax_transformer.models.transformer import Transformer, TransformerConfig
+from flax_transformer.models.transformer import Transformer
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.ops.cross_entropy import LossSums
 from flax_transformer.shapes import Batch
 from flax_transformer.training.step import Objective, batch_loss

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from flax_transformer.models.build import VocabularyInfo, build_model
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.shapes import Batch
 
 VOCABULARY = VocabularyInfo(source_size=21, target_size=19, start_token=1)

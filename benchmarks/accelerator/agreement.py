@@ -49,8 +49,8 @@ class Agreement(Measurement):
 
 def models() -> dict[str, Any]:
     """Returns the configurations by name."""
-    from flax_transformer.models.recurrent import RecurrentConfig
-    from flax_transformer.models.transformer import TransformerConfig
+    from flax_transformer.models.recurrent_config import RecurrentConfig
+    from flax_transformer.models.transformer_config import TransformerConfig
 
     sizes = {"model_dim": 64, "num_encoder_layers": 1, "num_decoder_layers": 1}
     lengths = {"max_source_length": LENGTH, "max_target_length": LENGTH}

@@ -165,7 +165,7 @@ def our_translator(options: Decoding, size: int) -> Any:
     from flax_transformer.data.tokenizer_pair import TokenizerPair
     from flax_transformer.inference.translator import Translator
     from flax_transformer.models.build import build_model, vocabulary_info
-    from flax_transformer.models.transformer import TransformerConfig
+    from flax_transformer.models.transformer_config import TransformerConfig
     from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 
     tokenizer = SentencePieceTokenizer(word_tokenizer(options.num_words))

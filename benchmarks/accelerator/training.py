@@ -268,7 +268,7 @@ def take_turn(steps: int) -> float:
 def our_config(options: Training) -> Any:
     """Returns the configuration of a training; it has Adam and its schedule from the Transformer paper, no clipping."""
     from flax_transformer.config.recipe import Config, TrainingConfig
-    from flax_transformer.models.transformer import TransformerConfig
+    from flax_transformer.models.transformer_config import TransformerConfig
     from flax_transformer.optim.optimizer import OptimizerConfig
 
     dim, heads, hidden, depth = options.sizes

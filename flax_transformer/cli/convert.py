@@ -11,7 +11,7 @@ from flax_transformer.errors import ConfigError, did_you_mean
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian import options_left_out, write_marian
 from flax_transformer.interop.marian_reader import read_marian
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.object_storage import any_path
 from flax_transformer.run_folder import RunFolder
 from flax_transformer.training.checkpoint import Choice

@@ -22,7 +22,7 @@ from flax_transformer.decoding.sampling import TokenSampling
 from flax_transformer.decoding.stop_rules import StopRule
 from flax_transformer.errors import ConfigError, check_fields, check_seed, did_you_mean, shown
 from flax_transformer.models.build import ModelConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
 from flax_transformer.parallel.mesh import MeshConfig
 

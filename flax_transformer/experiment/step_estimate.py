@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from flax_transformer.config.recipe import Config
 from flax_transformer.data.batching import BatchShape
 from flax_transformer.models.build import VocabularyInfo
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.optim.optimizer import make_optimizer
 from flax_transformer.optim.schedule import make_schedule
 from flax_transformer.parallel.exchanges import LINKS

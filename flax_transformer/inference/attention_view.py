@@ -20,7 +20,7 @@ from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import ModelConfig
 from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import AttentionWeights
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.parallel.mesh import MeshConfig, make_mesh
 
 # Most tokens of a sentence, or of its translation. A page has a number for each pair of them, layer and head.

@@ -38,7 +38,7 @@ from flax_transformer.inference.prepare import is_quantized
 from flax_transformer.inference.translator import Translator
 from flax_transformer.interop.marian_generation import export_generation
 from flax_transformer.models.build import ModelConfig
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 
 Flat = dict[str, np.ndarray]
 

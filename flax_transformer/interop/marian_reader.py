@@ -20,7 +20,7 @@ from flax_transformer.interop.marian_files import read_json, read_weights
 from flax_transformer.interop.marian_generation import Generation, read_generation
 from flax_transformer.interop.marian_vocabulary import Vocabularies, read_vocabularies
 from flax_transformer.models.build import build_model, vocabulary_info
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.nn.feed_forward import Activation
 from flax_transformer.object_storage import AnyPath
 from flax_transformer.run_folder import RunFolder

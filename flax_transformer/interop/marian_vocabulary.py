@@ -18,7 +18,7 @@ from flax_transformer.data.tokenizer_pair import TokenizerPair
 from flax_transformer.errors import InputError, shown
 from flax_transformer.interop.marian import UNUSED
 from flax_transformer.interop.marian_files import read_json
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 
 sentencepiece_model_pb2: Any = made_by_protobuf  # type checkers do not know its members
 

@@ -7,9 +7,11 @@ from flax import nnx
 
 from flax_transformer.data.tokenizer import Tokenizer
 from flax_transformer.errors import ConfigError
-from flax_transformer.models.recurrent import RecurrentConfig, RecurrentSeq2Seq
+from flax_transformer.models.recurrent import RecurrentSeq2Seq
+from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import Seq2Seq
-from flax_transformer.models.transformer import Transformer, TransformerConfig
+from flax_transformer.models.transformer import Transformer
+from flax_transformer.models.transformer_config import TransformerConfig
 
 ModelConfig = TransformerConfig | RecurrentConfig
 

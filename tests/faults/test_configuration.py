@@ -10,7 +10,7 @@ import pytest
 from flax_transformer.config.reading import MOST_BYTES, read_config, write_config
 from flax_transformer.config.recipe import Config, DecodingConfig, TrainingConfig
 from flax_transformer.errors import ConfigError, describe_os_error, shown
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.run_folder import RunFolder
 from tests.faults.damage import cut, empty, remove
 

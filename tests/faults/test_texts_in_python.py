@@ -17,7 +17,7 @@ from flax_transformer.inference.requests import Request
 from flax_transformer.inference.scorer import NoScore, PairScore, Scorer
 from flax_transformer.inference.translation import Translation
 from flax_transformer.inference.translator import Translator, changed
-from flax_transformer.models.transformer import TransformerConfig
+from flax_transformer.models.transformer_config import TransformerConfig
 from flax_transformer.optim.optimizer import OptimizerConfig
 
 
