@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_transformer.errors import InputError, shortened
+from flax_transformer.errors import InputError, shown
 from flax_transformer.parallel.program_text import BYTES, Computation, Line, all_arrays, loop_turns, parse
 from flax_transformer.parallel.topology import COLLECTIVES, TPU_MEMORY_GIB
 
@@ -105,7 +105,7 @@ def replica_groups(attributes: str) -> np.ndarray:
     written = re.search(r"(?:replica_groups|source_target_pairs)=.*", attributes)
     raise InputError(
         "expected the groups of an exchange as {{0,1},{2,3}}, as [2,2]<=[4] or as mesh['a'=2,'b'=2] {'b'}, but the "
-        f"compiler of jax {jax.__version__} wrote {shortened(written[0] if written else attributes, 100)!r}. "
+        f"compiler of jax {jax.__version__} wrote {shown(written[0] if written else attributes)}. "
         "Install an older jax, such as 0.10.2, or a newer flax-transformer."
     )
 
