@@ -1,5 +1,6 @@
 """The command score: alone, and behind translate."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from flax_transformer.cli import score, translate
-from flax_transformer.inference.scorer import Scorer
+from flax_transformer.errors import DivergenceError
+from flax_transformer.inference.scorer import NoScore, PairScore, Scorer
 from flax_transformer.inference.translator import Translator
 from tests.small_models import ALIKE, MODELS, SEEDS, SOURCES, TARGETS, TOKENIZERS, command, make_run
 
@@ -110,3 +112,15 @@ def test_a_pair_that_cannot_be_scored_is_named_and_all_others_are_scored(monkeyp
     code, out, err = score_of_files(monkeypatch, capsys, run, tmp_path, sources, targets[:5])
     assert code == 2 and "source has 7 and" in err and "perplexity" not in err
     assert len(out.splitlines()) == 5
+
+
+def test_a_model_is_at_fault_if_no_pair_of_the_whole_text_has_a_score():
+    """So it does not matter which pairs are scored together."""
+    failed = NoScore("eins", DivergenceError("the model's scores are not finite."))
+    scored = PairScore(-1.0, -1.0, ["eins"], [-1.0])
+    for pairs, fails in (([failed, scored], False), ([failed, failed], True), ([scored], False), ([], False)):
+        total = score.Total()
+        for pair in pairs:
+            total.add(pair)
+        with pytest.raises(DivergenceError, match="'eins' has no score") if fails else contextlib.nullcontext():
+            total.raise_if_diverged()

@@ -289,9 +289,13 @@ def test_a_model_that_has_diverged_is_an_error_and_no_file_is_left(monkeypatch, 
         ["score", "--source", text, "--target", text2],
     ):
         code, out, err = command(monkeypatch, capsys, [arguments[0], "--run", str(run), *arguments[1:]])
-        assert code == 1 and not out and "error: 'one' has no " in err
+        scored = arguments[0] == "score"
+        assert code == 1 and out.splitlines() == (["nan", "0.000000", "nan"] if scored else [])
+        assert "error: 'one' has no " in err
         assert "scores are not finite: the training has diverged" in err
-        assert err.count("warning: line ") == (2 if arguments[0] == "translate" else 0)  # as lines come
+        named = {"translate": ("warning: line ", 2), "score": ("warning: pair ", 2), "evaluate": ("warning: ", 0)}
+        what, times = named[arguments[0]]
+        assert err.count(what) == times  # as lines come
     assert {path.name for path in tmp_path.iterdir()} == {"run", "text", "text2"}
 
 

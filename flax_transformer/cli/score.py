@@ -12,9 +12,9 @@ import tyro
 
 from flax_transformer.data.parallel_text import ParallelFiles
 from flax_transformer.data.text_files import chunks_of
-from flax_transformer.errors import ConfigError
+from flax_transformer.errors import ConfigError, DivergenceError
 from flax_transformer.inference.prepare import Quantize
-from flax_transformer.inference.scorer import NoScore, PairScore, Scorer, raise_if_diverged
+from flax_transformer.inference.scorer import NoScore, PairScore, Scorer
 from flax_transformer.inference.translation import cut_line
 from flax_transformer.inference.translator import Translator
 from flax_transformer.parallel import processes
@@ -69,6 +69,8 @@ class Total:
         tokens: number of target tokens of the scored pairs, end tokens included.
         log_prob: log-probability of these targets, in nats.
         shortened: whether a source was cut.
+        diverged: number of pairs whose scores are not finite.
+        first_diverged: the first of these.
     """
 
     pairs: int = 0
@@ -76,16 +78,30 @@ class Total:
     tokens: int = 0
     log_prob: float = 0.0
     shortened: bool = False
+    diverged: int = 0
+    first_diverged: NoScore | None = None
 
     def add(self, score: PairScore | NoScore) -> None:
         """Adds a pair."""
         self.pairs += 1
         if isinstance(score, NoScore):
             self.without += 1
+            if isinstance(score.reason, DivergenceError):
+                self.diverged += 1
+                self.first_diverged = self.first_diverged or score
             return
         self.tokens += len(score.token_scores)
         self.log_prob += score.log_prob
         self.shortened |= score.truncated
+
+    def raise_if_diverged(self) -> None:
+        """Raises if no pair has a score, since none is finite. Then the model is at fault.
+
+        Raises:
+            DivergenceError: all pairs that are not empty have scores that are not finite.
+        """
+        if self.first_diverged is not None and not self.tokens and self.diverged == self.without:
+            raise self.first_diverged.error from self.first_diverged.reason
 
     @property
     def text(self) -> str:
@@ -127,6 +143,7 @@ def main(arguments: list[str], program: str) -> int:
                 sources, targets = zip(*chunk, strict=True)
                 scores = score(sources=sources, targets=targets, length_penalty=options.length_penalty)
                 write_scores(options, scores, scorer.translator.model.max_source_length, total)
+    total.raise_if_diverged()
     print(total.text, file=sys.stderr)
     return 4 if total.shortened or total.without else 0
 
@@ -134,13 +151,7 @@ def main(arguments: list[str], program: str) -> int:
 def write_scores(
     options: ScoreOptions, scores: list[PairScore | NoScore], max_source_length: int, total: Total
 ) -> None:
-    """Writes the scores of pairs, and adds them to the totals.
-
-    Raises:
-        DivergenceError: no pair so far has a score, since the model's scores are not finite.
-    """
-    if not total.tokens:
-        raise_if_diverged(scores)
+    """Writes the scores of pairs, and adds them to the totals."""
     for score in scores:
         total.add(score)
         if isinstance(score, NoScore):

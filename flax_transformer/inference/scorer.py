@@ -83,18 +83,6 @@ class NoScore:
     score = log_prob = tokens = token_scores = truncated = property(_raised)
 
 
-def raise_if_diverged(scores: Sequence[PairScore | NoScore]) -> None:
-    """Raises if every non-empty pair failed because its score is not finite.
-
-    Raises:
-        DivergenceError: every non-empty pair failed in this way, so the model is at fault.
-    """
-    asked = [each for each in scores if isinstance(each, NoScore) or each.token_scores]
-    diverged = [e for e in asked if isinstance(e, NoScore) and isinstance(e.reason, DivergenceError)]
-    if diverged and len(diverged) == len(asked):
-        raise diverged[0].error from diverged[0].reason
-
-
 def _token_log_probs_of(
     graphdef: GraphDef, num_models: int, params: Params, batch: Batch, axis: Literal[0, 1] = 0
 ) -> Float[Array, "B T"]:
