@@ -34,7 +34,7 @@ def platform() -> Platform | None:
 
 
 def uses_kernels(name: Platform) -> bool:
-    """Returns whether the program being traced is for a platform, and may have kernels written by hand for it.
+    """Returns whether the program being traced is for a platform, and may have fused kernels for it.
 
     The environment variable FLAX_TRANSFORMER_KERNELS=off leaves them out, and the plain forms run.
 

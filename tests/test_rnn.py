@@ -20,8 +20,8 @@ from flax_transformer.inference.prepare import is_quantized, prepared_model, qua
 from flax_transformer.models.build import build_model
 from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import Seq2Seq, reorder_beams, shift_right
-from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.recurrent import CELLS, run_over_time
+from flax_transformer.nn.recurrent_attention import attend, make_attention
 from flax_transformer.ops.int8_product import Int8Weights
 from flax_transformer.parallel.sharding_rules import parameter_specs
 from flax_transformer.shapes import Batch

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_transformer.decoding.beam_search import is_running
 from flax_transformer.errors import ConfigError
 from flax_transformer.inference.parameters import mesh_that_shards
+from flax_transformer.inference.requests import Request
 from flax_transformer.inference.scorer import Scorer
+from flax_transformer.inference.stepped_search import SteppedSearch
+from flax_transformer.inference.translation import Translation
 from flax_transformer.inference.translator import Translator
 from flax_transformer.models.build import vocabulary_info
 from flax_transformer.parallel.memory import stored_bytes
@@ -204,6 +208,24 @@ def test_parameters_of_a_training_stay_where_they_are():
     num_programs = len(after.parameters.programs)
     assert_same(after.translate(TEXT[:8]), on_one_device("transformer").translate(TEXT[:8]))
     assert len(after.parameters.programs) == num_programs
+
+
+@pytest.mark.slow
+def test_a_search_in_steps_is_split_too():
+    translator = sharded("transformer", (2, 2, 2))
+    reader = translator.requests
+    requests = [each for each in reader.read_all(TEXT) if isinstance(each, Request)]
+    shape = requests[0].shape
+    requests = [each for each in requests if each.shape == shape]
+    search = SteppedSearch.of(translator.programs(reader), requests)
+    state = search.start()
+    while is_running(state):
+        state = search.advance(state, 3)
+    found = search.finish(state)
+    answers = translator.translate([each.sentence for each in requests])
+    for row, answer in enumerate(answers):
+        assert isinstance(answer, Translation)
+        np.testing.assert_allclose(found.scores[row, 0], answer.score, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from palette import ATTENTION, SOURCE, TARGET
 
 from flax_transformer.models.recurrent import Bridge, RecurrentEncoder
 from flax_transformer.models.recurrent_decoder import RecurrentDecoder
-from flax_transformer.nn.additive_attention import attend
+from flax_transformer.nn.recurrent_attention import attend
 
 SOURCE_TOKENS, TARGET_TOKENS = ["four", "hundred", "two", "</s>"], ["<s>", "vier", "hundert", "zwei"]
 OUTPUTS = ["vier", "hundert", "zwei", "</s>"]

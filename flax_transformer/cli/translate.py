@@ -36,8 +36,9 @@ LINES_AT_ONCE = 4_096
 class TranslateOptions:
     """Translates line by line and writes one line for each input line, in order. An empty line stays empty.
 
-    If the search finds no output for a line, an empty line is written, and a warning says why. With --json the object
-    of the line says why. From --method on, options that are left out take the run's own settings.
+    If the search finds no output for a line, an empty line is written, and a warning says why. With --scores the line
+    has nan and a tab, and with --json an object that says why. From --method on, options that are left out take the
+    run's own settings.
 
     Example: flax-transformer translate --run runs/mine --input input.en --output output.de
 
@@ -342,7 +343,7 @@ def translate_stream(
     Raises:
         InputError: a line that cannot be read; the lines before it are translated. Or --required has another number of
             lines, the prefix is impossible, or the output is a translation of another text.
-        ConfigError, DivergenceError: no line of the whole text has an output (see `Failures.raise_if_all`).
+        ConfigError, DivergenceError: the whole text has no output, of two lines or more (see `Failures.raise_if_all`).
     """
     translator.requests.constraints.prefix(options.prefix or "")  # an impossible prefix concerns every line
     digest, done, total = skip_translated(source, output), output.progress.lines, Total()

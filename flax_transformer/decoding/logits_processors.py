@@ -5,7 +5,7 @@ log-probabilities; MASKED forbids a token. Only `ForceEos` raises one. Processor
 the model's own.
 
 The arrays of a processor are part of a search's state. One program serves all values of these arrays. Static fields are
-constants of the program.
+constants of the program. So are arrays that are made while it is traced, as a translator makes those of sequences.
 
 Legend: N sentences, B slots, K hypotheses a slot, V vocabulary, T maximum length, P prefix length, Q sequences.
 """

@@ -87,8 +87,8 @@ def _weights(value: Any) -> Any:
 def prepared_model(model: Any, sharded: bool = False) -> Any:
     """Returns a copy of a model with its parameters laid out for a search. Results change only by rounding.
 
-    1. Cast: kernels, which have `num_in_dims`, get the compute dtype. XLA for CPU would not move their casts out of a
-       search's loop (docs/lab_book.md, "Casts of kernels in the loop of a search").
+    1. Cast: kernels, which have `num_in_dims`, and the output projection get the compute dtype. XLA for CPU would not
+       move their casts out of a search's loop (docs/lab_book.md, "Casts of kernels in the loop of a search").
     2. Unstack: the layers of a stack become a list.
     3. Fold: where it is faster, kernel and bias of the output projection are one array.
 

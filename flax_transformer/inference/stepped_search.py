@@ -1,5 +1,6 @@
 """The search of a model some steps at a time, for a caller that has something to do between steps."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from flax_transformer.inference.search_program import (
     scoring,
 )
 from flax_transformer.models.parameters import GraphDef, Params
+from flax_transformer.parallel.sharding_rules import stationary_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class SteppedSearch:
 
     Attributes:
         mesh: devices that search.
+        sharded: whether the parameters are split over these devices.
         graphdef: graph of the model, as `prepare_for_inference` gives it.
         spec: static settings of the search.
         params: parameters of `prepare_for_inference`.
@@ -56,6 +59,7 @@ class SteppedSearch:
     """
 
     mesh: Mesh
+    sharded: bool
     graphdef: GraphDef
     spec: SearchConfig
     params: Params
@@ -85,17 +89,18 @@ class SteppedSearch:
         if not isinstance((spec := programs.spec(shape)).method, BeamSearchConfig):
             raise ConfigError("a search in steps is a beam search, got decoding.method: sampling. Set it to beam.")
         graphdef, params = parameters.prepared()[0]
-        return cls(mesh, graphdef, spec, params, programs.inputs(requests, shape, mesh))
+        return cls(mesh, parameters.sharded, graphdef, spec, params, programs.inputs(requests, shape, mesh))
 
     def start(self) -> BeamState:
         """Returns the state before the first step (see `beam_search.start`)."""
         with jax.set_mesh(self.mesh):
-            return _start(self.graphdef, self.spec, self.params, self.inputs)
+            return _start(self.sharded, self.graphdef, self.spec, self.params, self.inputs)
 
     def advance(self, state: BeamState, max_steps: int) -> BeamState:
         """Returns the state after at most `max_steps` steps (see `beam_search.advance`). The given one is deleted."""
         with jax.set_mesh(self.mesh):
-            return _advance(self.graphdef, self.spec, self.params, self.inputs, state, jnp.int32(max_steps))
+            steps = jnp.int32(max_steps)
+            return _advance(self.sharded, self.graphdef, self.spec, self.params, self.inputs, state, steps)
 
     def finish(self, state: BeamState) -> Hypotheses:
         """Returns the outputs so far, as arrays of NumPy (see `beam_search.finish`). The state stays."""
@@ -105,15 +110,22 @@ class SteppedSearch:
         return jax.tree.map(np.asarray, found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> BeamState:
-    functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    processors = make_processors(spec, inputs)
-    return beam_search.start(functions, _beam(spec), empty, inputs.max_lengths, processors, *scoring(spec, inputs))
+def _activations(sharded: bool) -> contextlib.AbstractContextManager[None]:
+    """Shards activations as `sharded_search` does, if the parameters are split."""
+    return stationary_weights() if sharded else contextlib.nullcontext()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(sharded: bool, graphdef: GraphDef, spec: SearchConfig, params: Params, inputs: SearchInputs) -> BeamState:
+    with _activations(sharded):
+        functions, empty = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
+        processors = make_processors(spec, inputs)
+        return beam_search.start(functions, _beam(spec), empty, inputs.max_lengths, processors, *scoring(spec, inputs))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _advance(
+    sharded: bool,
     graphdef: GraphDef,
     spec: SearchConfig,
     params: Params,
@@ -121,8 +133,9 @@ def _advance(
     state: BeamState,
     max_steps: Int[Array, ""],
 ) -> BeamState:
-    functions, _ = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
-    return beam_search.advance(functions, _beam(spec), state, max_steps)
+    with _activations(sharded):
+        functions, _ = decoder_functions(model_functions(graphdef, params, spec), spec, inputs)
+        return beam_search.advance(functions, _beam(spec), state, max_steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -99,7 +99,8 @@ class NoTranslation:
 
     Attributes:
         sentence: the raw text.
-        reason: an impossible constraint (`InputError`), or scores that are not finite (`DivergenceError`).
+        reason: an impossible constraint (`InputError`), settings that leave no output (`ConfigError`), or scores that
+            are not finite (`DivergenceError`).
         truncated: whether the source was cut because it is too long for the model.
 
     Example:

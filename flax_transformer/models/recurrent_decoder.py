@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from flax_transformer.models.recurrent_config import RecurrentConfig
 from flax_transformer.models.seq2seq import EncoderOutput
-from flax_transformer.nn.additive_attention import attend, make_attention
 from flax_transformer.nn.linear import Linear
 from flax_transformer.nn.recurrent import CELLS, RecurrentCell, State, layer_name
+from flax_transformer.nn.recurrent_attention import attend, make_attention
 from flax_transformer.ops.dropout import dropout, split_key
 from flax_transformer.shapes import array_tree
 

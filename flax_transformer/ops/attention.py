@@ -2,8 +2,8 @@
 
 The softmax is computed in two ways. Both subtract the largest score of a row, and both compute in float32.
 
-- All scores of a row at once. So do `masked_softmax`, which the reference and cached cross-attention use, and the
-  kernel for short rows (`short_attention.py`).
+- All scores of a row at once. So do `masked_softmax` and the kernel for short rows (`short_attention.py`). The
+  reference, cached cross-attention and recurrent models use `masked_softmax`.
 - Online, one block of keys after another. So do cached self-attention (`cached_attention.py`) and its kernel
   (`decode_attention.py`), the splash kernels of a TPU (`splash_attention.py`), and cuDNN.
 
