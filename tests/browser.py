@@ -84,8 +84,15 @@ class Browser:
     def _move(self, selector: str, then: list[dict[str, Any]]) -> None:
         found = self._call("POST", "/element", {"using": "css selector", "value": selector})
         self.script("arguments[0].scrollIntoView({block: 'center', inline: 'center'})", found)
+        self._wait_for_frames()
         move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": {ELEMENT: found[ELEMENT]}}
         self._call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move, *then]}]})
+        self._wait_for_frames()
+
+    def _wait_for_frames(self) -> None:
+        """Waits until the page is drawn. Before that, Chromium may find what stood under the pointer before a scroll."""
+        code = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+        self._call("POST", "/execute/async", {"script": code, "args": []})
 
     def screenshot(self) -> bytes:
         return base64.b64decode(self._call("GET", "/screenshot"))

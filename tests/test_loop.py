@@ -81,6 +81,9 @@ def test_a_training_too_short_for_its_profile_says_so(one_device, tmp_path):
         log = MagicMock(spec=RunLog)
         train(step, one_device, 52, log=log, profile_steps=asked, profile_folder=tmp_path)
         assert [call.args[0] for call in log.say.call_args_list] == said
+    log = MagicMock(spec=RunLog)
+    train(step, one_device, 60, log=log, profile_steps=4, profile_folder=tmp_path)  # a resumed run without a step left
+    log.say.assert_not_called()
 
 
 def test_an_update_that_is_too_large_is_said_to_be(one_device):

@@ -274,6 +274,8 @@ def without_pieces(folder: Path, dropped: int) -> tuple[dict[str, int], list[str
 def test_pieces_that_the_vocabulary_lacks_are_cut_and_unknown(tmp_path):
     folder = foreign_marian(tmp_path / "theirs")
     words, gone = without_pieces(folder, 5)
+    with pytest.raises(InputError, match="padding and the end token must have different ids in a MarianMT folder"):
+        our_order(words, words["</s>"], words["</s>"])
     _, pieces = our_order(words, words["<pad>"], words["</s>"])
     before = SentencePieceTokenizer((folder / "source.spm").read_bytes())
     after = renumbered(before.model, pieces)

@@ -190,6 +190,8 @@ def test_a_search_in_steps_is_one_loop_over_requests_of_one_shape(one_device):
     for programs, requests, message in (
         (translator.programs(reader), [short, long], "requests of one shape, got "),
         (translator.programs(reader), [], "requests of one shape, got "),
+        (translator.programs(reader), [reader.read("")], "1, of which 1 are empty"),
+        (translator.programs(reader), [short] * (translator.programs(reader).num_sentences + 1), "takes up to "),
         (sampling.programs(sampling.requests), [short], "got decoding.method: sampling"),
         (many.programs(reader), [short], "8 devices search by themselves"),
     ):

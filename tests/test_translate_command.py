@@ -293,7 +293,7 @@ def test_a_model_that_has_diverged_is_an_error_and_no_file_is_left(monkeypatch, 
         assert code == 1 and out.splitlines() == (["nan", "0.000000", "nan"] if scored else [])
         assert "error: 'one' has no " in err
         assert "scores are not finite: the training has diverged" in err
-        named = {"translate": ("warning: line ", 2), "score": ("warning: pair ", 2), "evaluate": ("warning: ", 0)}
+        named = {"translate": ("warning: ", 0), "score": ("warning: pair ", 2), "evaluate": ("warning: ", 0)}
         what, times = named[arguments[0]]
         assert err.count(what) == times  # as lines come
     assert {path.name for path in tmp_path.iterdir()} == {"run", "text", "text2"}

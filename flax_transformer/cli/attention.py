@@ -11,7 +11,7 @@ import tyro
 from flax_transformer.cli.partial_output import output_of_lines
 from flax_transformer.cli.translate import values_of
 from flax_transformer.config.recipe import DecodingConfig
-from flax_transformer.errors import ConfigError, shown
+from flax_transformer.errors import ConfigError, DivergenceError, shown
 from flax_transformer.inference.attention_view import AttentionView, attention_views, pictures_of
 from flax_transformer.inference.translation import NoTranslation
 from flax_transformer.inference.translator import Translator
@@ -71,8 +71,12 @@ def main(arguments: list[str], program: str) -> int:
         views = [each for each in answers if isinstance(each, AttentionView)]
         without = {n: each for n, each in enumerate(answers, start=1) if isinstance(each, NoTranslation)}
         if not views:
-            number, first = next(iter(without.items()))
-            raise type(first.reason)(_not_shown(number, first)) from first.reason
+            # A model that has diverged is at fault for all sentences, whatever the first one lacks.
+            worst = min(without, key=lambda n: not isinstance(without[n].reason, DivergenceError))
+            for number in without.keys() - {worst}:
+                print(f"warning: {_not_shown(number, without[number])}", file=sys.stderr)
+            reason = without[worst].reason
+            raise type(reason)(_not_shown(worst, without[worst])) from reason
 
         from flax_transformer.plots.attention_page import attention_page  # Matplotlib takes time to import
 

@@ -187,9 +187,13 @@ class PartialOutput:
         if not (self._record.exists() and self._partial.exists() and self._partial.stat().st_size):
             return nothing
         try:
-            progress = as_dataclass(OutputProgress, unsealed(parse_object(self._record.read_bytes())))
-            if min(progress.lines, progress.translated, progress.size) < 0:
-                raise ValueError(f"it counts {progress.lines} lines and {progress.size} bytes")
+            record = unsealed(parse_object(self._record.read_bytes()))
+            # An early version did not count the translations, and wrote no record without one.
+            progress = as_dataclass(OutputProgress, {"translated": record.get("lines")} | record)
+            if not 0 <= progress.translated <= progress.lines or progress.size < 0:
+                raise ValueError(
+                    f"it counts {progress.lines} lines, {progress.translated} translations and {progress.size} bytes"
+                )
             return progress if progress.translated else nothing
         except ValueError as error:
             raise InputError(

@@ -315,16 +315,22 @@ def check_phrases(options: TranslateOptions, phrases: list[list[str]], name: str
         )
 
 
-def next_chunk(chunks: Iterator[list[str]], done: int) -> list[str]:
+def next_chunk(chunks: Iterator[list[str]], done: int, translated: int) -> list[str]:
     """Returns the next lines; an empty list at the end.
 
+    Args:
+        chunks: the lines.
+        done: number of lines before them.
+        translated: number of these that have a translation.
+
     Raises:
-        InputError: a line that cannot be read; `done` lines were translated.
+        InputError: a line that cannot be read.
     """
     try:
         return next(chunks, [])
     except InputError as bad_line:
-        raise InputError(f"{bad_line} The {done:,} lines before it were translated.") from bad_line
+        before = "were translated" if translated else "have no translation, so nothing is kept"
+        raise InputError(f"{bad_line} The {done:,} lines before it {before}.") from bad_line
 
 
 def translate_stream(
@@ -348,9 +354,10 @@ def translate_stream(
     translator.requests.constraints.prefix(options.prefix or "")  # an impossible prefix concerns every line
     digest, done, total = skip_translated(source, output), output.progress.lines, Total()
     faulty, started = output.progress.faulty, time.monotonic()
-    failures = Failures(others=output.progress.translated)
+    translated = output.progress.translated
+    failures = Failures(others=translated)
     chunks = chunks_of(source, LINES_AT_ONCE, len, source.next_has_arrived)
-    while chunk := next_chunk(chunks, done):
+    while chunk := next_chunk(chunks, done, translated):
         if phrases is not None:
             check_phrases(options, phrases, source.name, done + len(chunk), ended=False)
         translations = translate(
@@ -361,17 +368,21 @@ def translate_stream(
             attention=options.alignment or options.attention,
         )
         failures.add(translations)
+        if failures.first is not None and not processes.joined() and not translator.parameters.are_finite:
+            failures.raise_if_all()  # no line to come can have an output
         warnings = [
             warning
             for number, translation in enumerate(translations, start=done + 1)
             for warning in warnings_of(number, translation, translator.model.max_source_length)
         ]
+        num_translated = sum(isinstance(each, Translation) and bool(each.source) for each in translations)
         output.write(
             [as_line(options, translation) for translation in translations],
             digest_of(chunk, digest).hexdigest(),
             bool(warnings),
-            sum(isinstance(each, Translation) and bool(each.source) for each in translations),
+            num_translated,
         )
+        translated += num_translated
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         faulty = faulty or bool(warnings)

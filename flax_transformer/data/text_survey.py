@@ -40,8 +40,13 @@ LETTERS_WITHOUT_SPACES = 15.0
 
 @functools.cache
 def no_letters() -> re.Pattern[str]:
-    r"""Returns the pattern of spaces, punctuation and symbols. `\W` would have the vowel signs of many scripts, too."""
-    marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c).startswith("M"))
+    r"""Returns the pattern of spaces, punctuation, symbols, and marks that text may have or lack.
+
+    `\W` would have the vowel signs of many scripts, too. Arabic and Hebrew mostly leave theirs out.
+    """
+    optional = ("ARABIC", "HEBREW", "VARIATION SELECTOR", "COMBINING ENCLOSING")
+    all_marks = (c for c in map(chr, range(0x20000)) if unicodedata.category(c).startswith("M"))
+    marks = "".join(c for c in all_marks if not unicodedata.name(c, "").startswith(optional))
     return re.compile(rf"(?:[^\w{marks}]|_)+")
 
 
@@ -55,7 +60,7 @@ def source_key(source: str) -> int:
 
     Sentences of the same key are never on both sides of a split.
     """
-    return hash_of(no_letters().sub("", source.casefold()) or source)
+    return hash_of(no_letters().sub("", unicodedata.normalize("NFC", source.casefold())) or source)
 
 
 def is_unequal(source: str, target: str) -> bool:

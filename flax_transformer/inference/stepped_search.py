@@ -71,15 +71,20 @@ class SteppedSearch:
 
         Args:
             programs: settings and parameters, of a translator on one device or with parameters that are split.
-            requests: one to `programs.num_sentences` requests of one shape.
+            requests: one to `programs.num_sentences` requests of one shape, none of them empty.
 
         Raises:
-            ConfigError: requests of several shapes, another method than beam search, or devices that search side by
-                side or each by itself.
+            ConfigError: too many requests, requests of several shapes, or an empty one. Or another method than beam
+                search, or devices that search side by side or each by itself.
         """
         parameters, shapes = programs.parameters, {request.shape for request in requests}
         if len(shapes) != 1:
             raise ConfigError(f"a search in steps needs requests of one shape, got {sorted(shapes)}.")
+        if len(requests) > programs.num_sentences or not all(request.source for request in requests):
+            raise ConfigError(
+                f"a search in steps takes up to {programs.num_sentences} requests with a token each, got "
+                f"{len(requests)}, of which {sum(not request.source for request in requests)} are empty."
+            )
         if len(parameters.search_meshes) > 1 or parameters.num_loops > 1:
             raise ConfigError(
                 f"a search in steps is one loop, and {parameters.mesh.size} devices search by themselves here. Load "

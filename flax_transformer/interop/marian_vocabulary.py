@@ -44,11 +44,13 @@ def our_order(words: dict[str, int], pad: int, end: int, unknown: str = "<unk>")
         unknown: name of the unknown token.
 
     Raises:
-        InputError: the vocabulary has no unknown token, or its ids are not 0, 1, 2, ...
+        InputError: the vocabulary has no unknown token, its ids are not 0, 1, 2, ..., or `pad` equals `end`.
     """
     names = sorted(words, key=lambda name: words[name])
     if unknown not in words or [words[name] for name in names] != list(range(len(names))):
         raise InputError(f"the vocabulary must have the token {unknown} and the ids 0 to {len(words) - 1}.")
+    if pad == end:
+        raise InputError(f"padding and the end token must have different ids in a MarianMT folder; both have {pad}.")
     special: dict[int, Any] = {pad: SPECIAL.start, end: SPECIAL.end, words[unknown]: SPECIAL.unknown}
     if UNUSED in words:
         special[words[UNUSED]] = SPECIAL.pad

@@ -300,6 +300,7 @@ class Checkpoints:
                 write_atomically(place.parent / COMMIT_MARK, "These checkpoints cannot be read.\n")
             (self._place(step)).rename(place)
         self._manager.reload()
+        self._history = None
         return f"warning: {error.what} It was moved to {place}, and this run goes on from the checkpoint before it."
 
     def _restore(self, step: int, layout: StateLayout) -> Restored:

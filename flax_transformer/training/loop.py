@@ -272,7 +272,7 @@ def train_loop(
             stopped_by = vote.result(step, stop.signal)
 
         stopped_by = vote.last_result(stop.signal)
-        if step < profile.last:
+        if first_step < step < profile.last:
             log.say(f"the training ends at step {step}: the profile of {profile.steps_asked_for} is not complete")
         if patience.exhausted:
             log.say(f"no new best in {patience.since_best} evaluations in a row: the training ends at step {step}")

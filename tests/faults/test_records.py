@@ -13,7 +13,7 @@ from flax_transformer.experiment.resume import ResumedRun
 from flax_transformer.inference.comparison import RunSummary
 from flax_transformer.inference.evaluate import evaluate
 from flax_transformer.run_folder import RunFolder
-from flax_transformer.small_files import sealed, unsealed, write_atomically
+from flax_transformer.small_files import parse_object, sealed, unsealed, write_atomically
 from flax_transformer.training.metrics_file import read_metrics
 from tests.faults.damage import cut, flip_bit, replace, zero
 
@@ -132,6 +132,7 @@ HOSTILE_RECORDS = [
     b"", b"5", b"{}", b"[" * 5000, b"1" * 5000, b"\xff", b"null",
     json.dumps(sealed(RECORD | {"settings": []})).encode(), json.dumps(sealed(RECORD | {"lines": "two"})).encode(),
     json.dumps(sealed(RECORD | {"lines": -2})).encode(), json.dumps(sealed(RECORD | {"lines": True})).encode(),
+    json.dumps(sealed(RECORD | {"translated": 3})).encode(),
     json.dumps(sealed(RECORD | {"source": None})).encode(), json.dumps(sealed(RECORD | {"other": 1})).encode(),
     json.dumps(RECORD).encode(),
 ]  # fmt: skip
@@ -145,6 +146,17 @@ def test_a_record_of_an_output_that_cannot_be_read_is_explained(tmp_path, begun,
     with pytest.raises(InputError, match=r"--resume: \S+out.partial.json cannot be read \(.*Remove both to begin anew"):
         PartialOutput(folder / "out", {"beam": 3}, True)
     assert (folder / "out.partial").read_bytes() == before  # nothing was lost
+
+
+def test_a_record_of_an_early_version_is_gone_on_with(tmp_path, begun):
+    """It did not count the translations."""
+    folder = Path(shutil.copytree(begun, tmp_path / "copy"))
+    record = unsealed(parse_object((folder / "out.partial.json").read_bytes()))
+    replace(
+        folder / "out.partial.json", json.dumps(sealed({k: v for k, v in record.items() if k != "translated"})).encode()
+    )
+    with PartialOutput(folder / "out", {"beam": 3}, True) as output:
+        assert (output.progress.lines, output.progress.translated) == (2, 2)
 
 
 def test_every_flipped_bit_in_the_record_of_an_output_is_noticed(tmp_path, begun):
