@@ -90,7 +90,7 @@ class Browser:
         self._wait_for_frames()
 
     def _wait_for_frames(self) -> None:
-        """Waits until the page is drawn. Before that, Chromium may find what stood under the pointer before a scroll."""
+        """Waits until the page is drawn. Before that, Chromium may find what was under the pointer before a scroll."""
         code = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
         self._call("POST", "/execute/async", {"script": code, "args": []})
 
