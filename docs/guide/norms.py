@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_transformer import Batch
 from flax_transformer.nn import normalization
+from flax_transformer.nn.attention import over_tokens
 from flax_transformer.ops.attention_mask import AttentionMask
 from flax_transformer.ops.residual_norm import layer_norm, residual
 
@@ -61,7 +62,7 @@ def likeness_by_layer(model: Any, batch: Batch) -> np.ndarray:
     """
     tokens, positions, segments = (jnp.asarray(side) for side in batch[:3])
     mask = AttentionMask(key_segments=segments, query_segments=segments)
-    apply = jax.jit(lambda layer, x: layer(x, mask, None))
+    apply = jax.jit(lambda layer, x: layer(x, over_tokens(mask), None)[0])
     pairs = np.asarray(segments)[:, :, None] * np.asarray(segments)[:, None, :] * (1 - np.eye(tokens.shape[1]))
     x, likeness = model.encoder.input(model.encoder_embedding, tokens, positions), []
     for layer in model.encoder.unstacked():
