@@ -376,12 +376,8 @@ def translate_stream(
             for warning in warnings_of(number, translation, translator.model.max_source_length)
         ]
         num_translated = sum(isinstance(each, Translation) and bool(each.source) for each in translations)
-        output.write(
-            [as_line(options, translation) for translation in translations],
-            digest_of(chunk, digest).hexdigest(),
-            bool(warnings),
-            num_translated,
-        )
+        lines = [as_line(options, translation) for translation in translations]
+        output.write(lines, digest_of(chunk, digest).hexdigest(), bool(warnings), num_translated)
         translated += num_translated
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
